@@ -1,0 +1,82 @@
+"""Gradient magnitudes over a calibration set, for the grad and snip masks (arXiv 2406.13175, section 3.1)."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.errors import AdapterMismatchError, listing
+from shira_diffusers.targets import canonical_name
+
+Calibration = Mapping[str, Tensor] | Iterable[Tensor | Callable[[], Tensor]]
+
+
+def gradient_magnitudes(
+    model: nn.Module | Mapping[str, nn.Module], weights: Mapping[str, Tensor], calibration: Calibration
+) -> dict[str, Tensor]:
+    """Sum ``abs(gradient)`` of each weight over the calibration set.
+
+    Args:
+        model: the module, or ``{component: module}``, that the losses come from.
+        weights: the target weights by name, as ``targets.select`` gives them.
+        calibration: scalar losses, or functions that return one (each is back-propagated in its turn; one dense
+            gradient is alive at a time), or a mapping of names to gradients.
+
+    Returns:
+        ``{name: float32, weight's shape}``. ``requires_grad`` and ``.grad`` of all parameters are as before.
+
+    Raises:
+        AdapterMismatchError: weights that no loss reached, or gradients of other names or shapes.
+    """
+    if isinstance(calibration, Mapping):
+        sums = {name: gradient.detach().float().abs() for name, gradient in calibration.items()}
+    else:
+        sums = _accumulate(_parameters(model, weights), calibration)
+    wrong = [f"{name}: no gradient" for name in weights if name not in sums]
+    wrong += [
+        f"{name}: gradient of shape {tuple(sums[name].shape)}, expected {tuple(weight.shape)}"
+        for name, weight in weights.items()
+        if name in sums and sums[name].shape != weight.shape
+    ]
+    wrong += [f"{name}: gradient is not finite" for name, total in sums.items() if not torch.isfinite(total).all()]
+    if wrong:
+        raise AdapterMismatchError(f"calibration must reach every target with a finite gradient:{listing(wrong)}")
+    return sums
+
+
+def _parameters(model: nn.Module | Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    parts = {"": model} if isinstance(model, nn.Module) else {f"{part}.": m for part, m in model.items()}
+    named = {prefix + canonical_name(n): p for prefix, m in parts.items() for n, p in m.named_parameters()}
+    return {name: named[name] for name in weights}
+
+
+def _accumulate(
+    parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor | Callable[[], Tensor]]
+) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    kept = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
+    hooks = []
+
+    def collect(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None  # the hook runs right after it was accumulated
+            magnitude = parameter.grad.detach().float().abs()
+            sums[name] = sums[name].add_(magnitude) if name in sums else magnitude
+            parameter.grad = None
+
+        return hook
+
+    try:
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(collect(name)))
+        for loss in losses:
+            (loss() if callable(loss) and not isinstance(loss, Tensor) else loss).backward()
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(kept[name][0])
+            parameter.grad = kept[name][1]
+    return sums

@@ -1,0 +1,141 @@
+"""Several adapters -> one delta a parameter (arXiv 2406.13175, section 3.2)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.delta import SparseDelta
+from shira_diffusers.errors import AdapterMismatchError, ShiraError, listing
+
+
+@dataclass(frozen=True, slots=True)
+class Union:
+    """Where several deltas of one weight lie, planned once and used for any scales.
+
+    Args:
+        indices: int32 or int64 ``[n]``, the sorted union of the deltas' indices.
+        places: for each delta int64 ``[nnz]``, where its entries stand in ``indices``; None when it holds them all.
+    """
+
+    indices: Tensor
+    places: tuple[Tensor | None, ...]
+
+
+def plan_union(indices: Sequence[Tensor]) -> Union:
+    """Plan the union of the sorted indices, ``[nnz]`` each, of one or more deltas of one weight, on their device."""
+    if len(indices) == 1:
+        return Union(indices[0], (None,))
+    merged, inverse = torch.cat(list(indices)).unique(return_inverse=True)
+    places = inverse.split([own.numel() for own in indices])
+    return Union(merged, tuple(None if place.numel() == merged.numel() else place for place in places))
+
+
+MergeMethod = Callable[[Union, Sequence[Tensor], Sequence[float]], Tensor]
+"""``method(union, values, scales) -> float32 [n]``, the fused delta in the order of ``union.indices``."""
+
+
+def sum_deltas(union: Union, values: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """``acc = 0; acc += scale * delta`` for each delta in turn, in float32 (P 3.2)."""
+    total = torch.zeros(union.indices.numel(), dtype=torch.float32, device=union.indices.device)
+    for place, value, scale in zip(union.places, values, scales, strict=True):
+        scaled = value.float() * scale
+        if place is None:
+            total += scaled
+        else:
+            total.index_add_(0, place, scaled)
+    return total
+
+
+METHODS: dict[str, MergeMethod] = {"sum": sum_deltas}
+
+
+def merge_method(name: str) -> MergeMethod:
+    """The merge method of a name; ShiraError if there is none."""
+    if name not in METHODS:
+        raise ShiraError(f"unknown merge method {name!r}, expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def fuse(
+    adapters: Sequence[ShiraAdapter] | Mapping[str, ShiraAdapter],
+    weights: Sequence[float] | float | None = None,
+    method: str = "sum",
+) -> ShiraAdapter:
+    """Fuse adapters into one that does the same as all of them together.
+
+    Args:
+        adapters: in the order in which they are added; ``{name: adapter}`` adds in the order of names, as a
+            resident pipeline does.
+        weights: scale of each adapter, or one for all; None is 1.0.
+        method: a name in ``METHODS``.
+
+    Returns:
+        An adapter with float32 values on the union of the indices; applied at scale 1 it gives bit for bit the
+        weights that the adapters give together.
+
+    Raises:
+        ShiraError: no adapters, another number of weights, a weight that is not finite, or an unknown method.
+        AdapterMismatchError: a parameter that has another shape in another adapter.
+    """
+    if isinstance(adapters, Mapping):
+        order = sorted(adapters)
+        scales = dict(zip(adapters, _scales(weights, len(adapters)), strict=True))
+        return fuse([adapters[name] for name in order], [scales[name] for name in order], method)
+    scales = _scales(weights, len(adapters))
+    return fuse_scaled(
+        [(adapter, lambda _, s=scale: s) for adapter, scale in zip(adapters, scales, strict=True)], method
+    )
+
+
+def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]], method: str = "sum") -> ShiraAdapter:
+    """``fuse`` with a scale for each parameter: of each adapter a function of the parameter's name."""
+    merge = merge_method(method)
+    plain = [adapter for adapter, _ in adapters]
+    names = sorted({name for adapter in plain for name in adapter.deltas})
+    _require_same_shapes(plain, names)
+    deltas = {}
+    for name in names:
+        held = [(adapter.deltas[name], scale(name)) for adapter, scale in adapters if name in adapter.deltas]
+        union = plan_union([delta.indices for delta, _ in held])
+        total = merge(union, [delta.values for delta, _ in held], [scale for _, scale in held])
+        deltas[name] = SparseDelta(union.indices, total, held[0][0].shape)
+    return ShiraAdapter(deltas, _metadata(plain))
+
+
+def _scales(weights: Sequence[float] | float | None, count: int) -> list[float]:
+    if count == 0:
+        raise ShiraError("nothing to fuse: expected at least one adapter, got none")
+    if weights is None or isinstance(weights, int | float):
+        weights = [1.0 if weights is None else weights] * count
+    scales = [float(weight) for weight in weights]
+    if len(scales) != count:
+        raise ShiraError(f"expected one weight an adapter, got {len(scales)} weights for {count} adapters")
+    if not all(map(math.isfinite, scales)):
+        raise ShiraError(f"weights must be finite numbers, got {scales}")
+    return scales
+
+
+def _require_same_shapes(adapters: Sequence[ShiraAdapter], names: Sequence[str]) -> None:
+    wrong = []
+    for name in names:
+        shapes = sorted({adapter.deltas[name].shape for adapter in adapters if name in adapter.deltas})
+        if len(shapes) > 1:
+            wrong.append(f"{name}: {' and '.join(map(str, shapes))}")
+    if wrong:
+        raise AdapterMismatchError(
+            f"adapters of different models cannot be fused; {len(wrong)} of {len(names)} parameters differ in shape:"
+            f"{listing(wrong)}"
+        )
+
+
+def _metadata(adapters: Sequence[ShiraAdapter]) -> dict[str, str]:
+    """What all adapters agree on, and their prompts."""
+    first, *rest = adapters
+    shared = {k: v for k, v in first.metadata.items() if all(a.metadata.get(k) == v for a in rest)}
+    shared.pop("density", None)
+    prompts = list(dict.fromkeys(a.metadata["instance_prompt"] for a in adapters if "instance_prompt" in a.metadata))
+    return {**shared, **({"instance_prompt": ", ".join(prompts)} if prompts else {})}

@@ -1,0 +1,114 @@
+"""Adapters of PEFT's SHiRA tuner: read into ours (Linear only; PEFT stores no shapes, the model gives them).
+
+On disk: ``adapter_config.json`` with ``peft_type`` SHIRA and ``adapter_model.safetensors`` with
+``base_model.model.<path>.shira_weight`` ``[nnz]`` and ``.shira_indices`` ``[2, nnz]`` (output row, input column).
+Source: https://huggingface.co/docs/peft/package_reference/shira
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.delta import SparseDelta
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, listing
+from shira_diffusers.files import read_safetensors
+from shira_diffusers.locate import Locator
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_VALUES, _INDICES = ".shira_weight", ".shira_indices"
+
+
+def is_peft_folder(path: Path) -> bool:
+    """Whether a folder was written by PEFT's ``save_pretrained``."""
+    return path.is_dir() and (path / PEFT_CONFIG).is_file()
+
+
+def is_peft_state_dict(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have the names of PEFT's SHiRA tuner."""
+    return any(key.endswith(_VALUES) for key in tensors)
+
+
+def load_peft_adapter(folder: str | Path, model: nn.Module) -> ShiraAdapter:
+    """Read a PEFT SHiRA folder.
+
+    Args:
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: the module it was trained on, which gives the weights' shapes.
+
+    Returns:
+        An adapter named without a component, values in PEFT's float32, sorted.
+
+    Raises:
+        AdapterFormatError: another PEFT method, or indices missing, duplicate or out of range.
+        AdapterMismatchError: layers that the model does not have.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / PEFT_CONFIG).read_text())
+    except ValueError as error:
+        raise AdapterFormatError(f"{folder / PEFT_CONFIG} is not JSON ({error}); get an intact copy") from error
+    if config.get("peft_type") != "SHIRA":
+        raise AdapterFormatError(
+            f"{folder} is a PEFT adapter of type {config.get('peft_type')!r}, expected 'SHIRA'; "
+            "load a LoRA with load_lora_weights"
+        )
+    if not (folder / PEFT_WEIGHTS).is_file():
+        raise AdapterFormatError(f"{folder} has no {PEFT_WEIGHTS}; save it with safe_serialization=True")
+    tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
+    metadata = {"mask": str(config.get("mask_type", "random")), "source": "peft"}
+    base = config.get("base_model_name_or_path")
+    return decode_peft(tensors, model, str(folder), {**metadata, **({"base_model": base} if base else {})})
+
+
+def decode_peft(
+    tensors: Mapping[str, Tensor], model: nn.Module, source: str, metadata: Mapping[str, str] | None = None
+) -> ShiraAdapter:
+    """Build an adapter from the tensors of PEFT's SHiRA tuner, with or without the ``base_model.model.`` prefix.
+
+    Args and Raises: see ``load_peft_adapter``.
+    """
+    locator = Locator(model)
+    deltas: dict[str, SparseDelta] = {}
+    damaged: list[str] = []
+    misfits: list[str] = []
+    for key, tensor in tensors.items():
+        path, dot, kind = key.removeprefix(_PREFIX).rpartition(".")
+        if dot + kind == _INDICES and path:
+            continue
+        if dot + kind != _VALUES or not path:
+            damaged.append(f"{key}: unknown key, expected <layer>.shira_weight and .shira_indices")
+            continue
+        indices = tensors.get(key.removesuffix(_VALUES) + _INDICES)
+        try:
+            shape = tuple(locator.locate(f"{path}.weight").weight.shape)
+            deltas[f"{path}.weight"] = _decode_layer(tensor, indices, shape)
+        except AdapterMismatchError as error:
+            misfits.append(str(error))
+        except AdapterFormatError as error:
+            damaged.append(f"{path}: {error}")
+    if damaged:
+        raise AdapterFormatError(f"{source} is not a valid PEFT SHiRA adapter:{listing(damaged)}")
+    if misfits:
+        raise AdapterMismatchError(
+            f"adapter does not fit: {len(misfits)} of {len(misfits) + len(deltas)} layers are not in "
+            f"{type(model).__name__}; use it with the model it was trained for:{listing(misfits)}"
+        )
+    return ShiraAdapter(deltas, metadata or {"source": "peft"})
+
+
+def _decode_layer(values: Tensor, indices: Tensor | None, shape: tuple[int, ...]) -> SparseDelta:
+    if indices is None:
+        raise AdapterFormatError("its indices are missing; save with PEFT 0.17 or newer, which stores them")
+    if indices.ndim != 2 or indices.shape[0] != 2 or indices.shape[1] != values.numel() or len(shape) != 2:
+        raise AdapterFormatError(f"indices {tuple(indices.shape)} for {values.numel()} values of a {shape} weight")
+    rows, columns = indices.to(torch.int64)  # float32 when saved on Windows
+    inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
+    if not bool(inside.all()):
+        raise AdapterFormatError(f"{int((~inside).sum())} indices are out of range for a {shape} weight")
+    flat, order = (rows * shape[1] + columns).sort()  # (row, column) -> row-major
+    return SparseDelta(flat, values.flatten()[order], shape)

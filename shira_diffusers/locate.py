@@ -1,0 +1,266 @@
+"""Find every tensor that holds a named weight now: the parameter, its fused copies, its offloaded original.
+
+This module only looks; what it returns is written by ``resident``. compat notes are in docs/compatibility.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from shira_diffusers.errors import AdapterMismatchError, ResidentStateError
+from shira_diffusers.scatter import is_byte_dtype, is_dense
+
+# Where `fuse_qkv_projections` copies a projection to: the copies, and the projections before it in each.
+_FUSED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "to_q": (("to_qkv", ()),),
+    "to_k": (("to_qkv", ("to_q",)), ("to_kv", ())),
+    "to_v": (("to_qkv", ("to_q", "to_k")), ("to_kv", ("to_k",))),
+    "add_q_proj": (("to_added_qkv", ()),),
+    "add_k_proj": (("to_added_qkv", ("add_q_proj",)),),
+    "add_v_proj": (("to_added_qkv", ("add_q_proj", "add_k_proj")),),
+}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A tensor that holds a weight, row-major from ``offset`` entries on."""
+
+    tensor: Tensor
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A weight of a module by the module's own name, and every tensor that holds it, first the weight itself."""
+
+    name: str
+    holders: tuple[Holder, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The live weight (the stored one, where accelerate has offloaded it)."""
+        return self.holders[0].tensor
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for two names of one tied weight."""
+        weight = self.weight
+        return (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride())
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself, out of ``torch.compile``, DDP and the like."""
+    while True:
+        inner = getattr(module, "_orig_mod", None) or (
+            module.module if type(module).__name__ in ("DistributedDataParallel", "DataParallel") else None
+        )
+        if inner is None:
+            return module
+        module = inner
+
+
+class Locator:
+    """Resolves names in one module; made anew for each operation, since offloading moves tensors.
+
+    Args:
+        module: the component, compiled or not.
+
+    Raises:
+        ResidentStateError: group-offloaded to disk.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._root = unwrap(module)
+        self._compiled = [m for m in (module, *self._root.modules()) if _is_compiled(m)]
+        self._offloaded = _group_offloaded(self._root)
+
+    def require_not_frozen(self) -> None:
+        """Refuse a model that inductor has compiled with freezing: its graph holds copies of the weights.
+
+        Raises:
+            ResidentStateError: compiled with ``freezing``.
+        """
+        if not self._compiled:
+            return
+        from torch._inductor import config  # slow to import, and only needed where something is compiled
+
+        options = [getattr(getattr(m, "dynamo_ctx", None), "compiler_config", None) or {} for m in self._compiled]
+        if config.freezing or any(option.get("freezing") for option in options):
+            raise ResidentStateError(
+                f"{type(self._root).__name__} is compiled with inductor's freezing, which copies the weights into the "
+                "graph: overwriting them has no effect; compile with torch._inductor.config.freezing = False"
+            )
+
+    def locate(self, name: str) -> Located:
+        """Find the weight ``name`` and all that holds it.
+
+        Raises:
+            AdapterMismatchError: no such parameter.
+            ResidentStateError: the weight cannot be overwritten: quantized, parametrized, sharded, merged with a
+                LoRA, kept on disk, or fused by inductor's freezing.
+        """
+        path, _, leaf = name.rpartition(".")
+        path, parent, owner = self._owner(path, name)
+        parameter = owner._parameters.get(leaf)
+        if parameter is None:
+            raise self._missing_or_unusable(owner, leaf, name)
+        _require_unmerged(parent, owner, path)
+        weight = self._stored(owner, leaf, parameter, name)
+        _require_plain(parameter, weight, name)
+        holders = [Holder(weight)]
+        copy = self._offloaded.get(id(parameter))
+        if copy is not None and copy.data_ptr() != weight.data_ptr():
+            holders.append(Holder(copy))
+        live = parameter.data
+        if not live.is_meta and live.data_ptr() not in [h.tensor.data_ptr() for h in holders]:
+            holders.append(Holder(live))
+        if leaf == "weight":
+            holders += self._fused_copies(path, weight)
+        return Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
+
+    def _owner(self, path: str, name: str) -> tuple[str, nn.Module, nn.Module]:
+        """The layer's path, the layer as found and the one that owns the parameter, which differ under PEFT."""
+        # transformers 5.6 dropped `text_model.` from CLIPTextModel; files may have it or not
+        other = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
+        for candidate in (path, other):
+            found = _descend(self._root, candidate)
+            if found is not None:
+                owner = found
+                while isinstance(base := owner._modules.get("base_layer"), nn.Module):
+                    owner = base
+                return candidate, found, owner
+        raise AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")
+
+    def _missing_or_unusable(self, owner: nn.Module, leaf: str, name: str) -> Exception:
+        if parametrize.is_parametrized(owner, leaf):
+            return ResidentStateError(
+                f"{name} is parametrized (torch.nn.utils.parametrize): its weight is computed, expected a plain "
+                "parameter; remove the parametrization first"
+            )
+        if getattr(owner, leaf, None) is not None:
+            return ResidentStateError(_quantized_message(name, type(owner).__name__, "a computed weight"))
+        return AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")
+
+    def _stored(self, owner: nn.Module, leaf: str, parameter: nn.Parameter, name: str) -> Tensor:
+        """The tensor that keeps the weight: the parameter's own, or what accelerate's hook keeps for it."""
+        if not parameter.is_meta:
+            return parameter.data
+        for hook in _accelerate_hooks(owner):
+            weights: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
+            if weights is None:
+                continue
+            first, again = weights[leaf], weights[leaf]
+            if first.data_ptr() == again.data_ptr() and not first.is_meta:
+                return first
+            raise ResidentStateError(
+                f"{name} is offloaded to disk: writing to it has no effect; offload to the CPU instead "
+                "(enable_model_cpu_offload or enable_sequential_cpu_offload)"
+            )
+        raise ResidentStateError(f"{name} is on the meta device: it has no values; load the model's weights first")
+
+    def _fused_copies(self, path: str, weight: Tensor) -> list[Holder]:
+        attention_path, _, projection = path.rpartition(".")
+        if projection not in _FUSED:
+            return []
+        attention = _descend(self._root, attention_path)
+        if attention is None:
+            return []
+        holders = []
+        for fused, before in _FUSED[projection]:
+            layer = attention._modules.get(fused)
+            if not isinstance(layer, nn.Module):
+                continue
+            offset = sum(_out_features(attention, name) * weight.shape[1] for name in before)
+            fused_weight = layer._parameters["weight"]
+            assert fused_weight is not None  # diffusers makes it an nn.Linear
+            stored = self._stored(layer, "weight", fused_weight, f"{attention_path}.{fused}.weight")
+            holders.append(Holder(stored, offset))
+        return holders
+
+
+def _out_features(attention: nn.Module, projection: str) -> int:
+    layer = attention._modules[projection]
+    while isinstance(base := getattr(layer, "base_layer", None), nn.Module):
+        layer = base
+    return int(layer.weight.shape[0])  # type: ignore[union-attr,index]
+
+
+def _descend(root: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = root
+    for part in path.split(".") if path else []:
+        assert module is not None
+        child = module._modules.get(part)
+        if child is None:
+            # compiled regions (compile_repeated_blocks) and PEFT layers stand between
+            inner = module._modules.get("_orig_mod") or module._modules.get("base_layer")
+            child = inner._modules.get(part) if inner is not None else None
+        if child is None:
+            return None
+        module = child
+    return unwrap(module) if module is not None else None
+
+
+def _accelerate_hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return []
+    return list(getattr(hook, "hooks", [hook]))
+
+
+def _group_offloaded(root: nn.Module) -> dict[int, Tensor]:
+    """``id(parameter) -> its CPU copy``, for modules under diffusers' group offloading with a stream."""
+    copies: dict[int, Tensor] = {}
+    for module in root.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        hook = registry.get_hook("group_offloading") if registry is not None else None
+        if hook is None:
+            continue
+        if getattr(hook.group, "offload_to_disk_path", None) is not None:
+            raise ResidentStateError(
+                f"{type(root).__name__} is group-offloaded to disk: writing to its weights has no effect; "
+                "apply group offloading without offload_to_disk_path"
+            )
+        for parameter, copy in (getattr(hook.group, "cpu_param_dict", None) or {}).items():
+            copies[id(parameter)] = copy
+    return copies
+
+
+def _require_unmerged(found: nn.Module, owner: nn.Module, path: str) -> None:
+    if found is owner:
+        return
+    merged = getattr(found, "merged_adapters", None)
+    if getattr(found, "merged", False) or merged:
+        raise ResidentStateError(
+            f"{path} has a LoRA fused into its weight ({', '.join(merged or [])}): one of the two would be lost; "
+            "call unfuse_lora() first, or use the LoRA unfused"
+        )
+
+
+def _quantized_message(name: str, kind: str, got: str) -> str:
+    return (
+        f"{name} of {kind} is {got}, expected a plain float32, float16 or bfloat16 parameter; "
+        "a quantized base cannot be overwritten: load this component without a quantization_config, "
+        "apply the adapter to the unquantized model and bake it (bake_shira) before you quantize"
+    )
+
+
+def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
+    for tensor in (parameter.data, weight):
+        if type(tensor) is not Tensor:
+            raise ResidentStateError(_quantized_message(name, "this model", f"a {type(tensor).__name__}"))
+    if type(parameter) is not nn.Parameter:
+        raise ResidentStateError(_quantized_message(name, "this model", f"a {type(parameter).__name__}"))
+    if weight.dtype not in _FLOATS and not is_byte_dtype(weight.dtype):
+        raise ResidentStateError(_quantized_message(name, "this model", str(weight.dtype)))
+    if weight.layout != torch.strided or not is_dense(weight):
+        raise ResidentStateError(f"{name} is not a dense strided tensor; make it contiguous first")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # read past nn.Module.__getattr__, which is slow for what is not there
+    return "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None

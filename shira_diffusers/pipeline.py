@@ -1,0 +1,313 @@
+"""``load_shira`` and its family on every ``DiffusionPipeline``. The only module that knows pipelines.
+
+State lives with the models, not the pipeline: two pipelines that share a UNet see one state.
+"""
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations, count
+from pathlib import Path
+from typing import Any, Unpack
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.errors import AdapterFormatError, ShiraError
+from shira_diffusers.files import decode, load_adapter, save_adapter
+from shira_diffusers.hub import HubOptions, find_adapter
+from shira_diffusers.interference import interference
+from shira_diffusers.interop import decode_peft, is_peft_folder, is_peft_state_dict, load_peft_adapter
+from shira_diffusers.resident import Resident
+from shira_diffusers.scales import Scale
+
+logger = logging.getLogger(__name__)
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+Weights = Scale | Sequence[Scale | None] | None
+
+_DENOISERS = ("unet", "transformer", "prior")
+_patching = threading.Lock()
+
+
+def resident_of(pipe: DiffusionPipeline) -> Resident:
+    """The engine over all models of a pipeline, by component name."""
+    return Resident({name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
+
+
+def load_shira(
+    self: DiffusionPipeline,
+    source: Source,
+    adapter_name: str | None = None,
+    *,
+    scale: Scale = 1.0,
+    activate: bool = True,
+    **hub_kwargs: Unpack[HubOptions],
+) -> None:
+    """Load a SHiRA adapter and make it the active one.
+
+    Args:
+        source: a ``.safetensors`` file, a folder, a Hub id, or a state dict with a file's keys. A PEFT SHiRA folder or
+            state dict goes to the denoiser.
+        adapter_name: not in use; None takes ``default_0``, ``default_1``, ...
+        scale: strength when active; 0 is the base, above 1 exaggerates. Also per component, see ``set_shira``.
+        activate: make it active, alone; False only loads it.
+        hub_kwargs: ``weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download, proxies``,
+            as for ``load_lora_weights``. (Proxies come from the environment; others are refused.)
+
+    Raises:
+        ValueError: the name is in use, or a ``ShiraError``: a damaged file (AdapterFormatError), an adapter that does
+            not fit this pipeline (AdapterMismatchError), weights that cannot be overwritten (ResidentStateError).
+        OSError: there is no such file, or the Hub cannot be reached.
+
+    On error nothing has changed: not the weights, not the mix, not the list of adapters.
+    """
+    _check_options(hub_kwargs)
+    resident = resident_of(self)
+    if adapter_name is not None and adapter_name in resident.names:
+        raise ShiraError(
+            f"adapter name {adapter_name!r} is in use, expected a new one; call delete_shira({adapter_name!r}) first"
+        )
+    adapter = _read(self, source, hub_kwargs)
+    _guard_generation(type(self))
+    with resident.writing():
+        name = adapter_name if adapter_name is not None else _auto_name(resident.names)
+        resident.add(adapter, name)
+        if activate:
+            try:
+                resident.set({name: scale})
+            except BaseException:
+                resident.remove(name)
+                raise
+
+
+def set_shira(
+    self: DiffusionPipeline,
+    adapter_names: str | Sequence[str],
+    adapter_weights: Weights = None,
+    *,
+    method: str = "sum",
+) -> None:
+    """Replace the active mix.
+
+    Args:
+        adapter_names: one or several loaded adapters; an empty list activates none.
+        adapter_weights: for all, or one each: a float, ``{component: float}``,
+            ``{component: {"down" | "mid" | "up": float}}``, or None for 1.0; what a mapping leaves out is 1.0.
+        method: how several are merged, a name in ``fuse.METHODS``.
+
+    Raises:
+        ShiraError: unknown or repeated names, another number of weights, a weight that is no finite number.
+        ResidentStateError: see ``Resident.set``.
+
+    On error the mix and all bits are what they were.
+    """
+    resident_of(self).set(_mix(adapter_names, adapter_weights), method)
+
+
+def get_active_shira(self: DiffusionPipeline) -> dict[str, Scale]:
+    """The active adapters and their weights as given; empty while disabled."""
+    return resident_of(self).active
+
+
+def list_shira(self: DiffusionPipeline) -> dict[str, list[str]]:
+    """All loaded adapters and the components that each changes."""
+    resident = resident_of(self)
+    return {name: resident.components_of(name) for name in resident.names}
+
+
+def disable_shira(self: DiffusionPipeline) -> None:
+    """Restore the base, bit for bit, and remember the mix."""
+    resident_of(self).disable()
+
+
+def enable_shira(self: DiffusionPipeline) -> None:
+    """Bring back the mix that ``disable_shira`` put aside."""
+    resident_of(self).enable()
+
+
+def delete_shira(self: DiffusionPipeline, adapter_names: str | Sequence[str]) -> None:
+    """Forget adapters; the rest of the mix stays active without them.
+
+    Raises:
+        ShiraError: unknown names; nothing has changed.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    resident = resident_of(self)
+    with resident.writing():
+        resident.require_known(names)
+        for name in dict.fromkeys(names):
+            resident.remove(name)
+
+
+def unload_shira(self: DiffusionPipeline) -> None:
+    """Restore the base, bit for bit, and forget all adapters."""
+    resident = resident_of(self)
+    with resident.writing():
+        resident.clear()
+        for name in resident.names:
+            resident.remove(name)
+
+
+def save_shira(self: DiffusionPipeline, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
+    """Write a loaded adapter, or the active mix fused into one, to a folder (or a ``.safetensors`` file).
+
+    Args:
+        directory: the folder, made if needed, or the file.
+        adapter_name: which; None is the active mix.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ShiraError: an unknown name, or None while nothing is active.
+    """
+    resident = resident_of(self)
+    return save_adapter(resident.adapter(adapter_name) if adapter_name else resident.fused(), directory)
+
+
+def fuse_report(
+    self: DiffusionPipeline, adapter_names: Sequence[str] | None = None
+) -> dict[tuple[str, str], dict[str, float]]:
+    """How much adapters are in each other's way, for each pair: overlap, sign_conflict, awom, awor, l2.
+
+    Args:
+        adapter_names: at least two; None is all that are loaded.
+
+    Raises:
+        ShiraError: unknown names or fewer than two.
+
+    See ``interference.Interference`` for the figures (arXiv 2406.13175, section 4.2).
+    """
+    resident = resident_of(self)
+    names = resident.names if adapter_names is None else list(adapter_names)
+    if isinstance(adapter_names, str) or len(names) < 2:
+        raise ShiraError(f"expected a list of at least two adapters to compare, got {adapter_names!r}")
+    adapters = {name: resident.adapter(name) for name in names}
+    return {(a, b): interference(adapters[a], adapters[b]).as_dict() for a, b in combinations(names, 2)}
+
+
+@contextmanager
+def shira(
+    self: DiffusionPipeline,
+    adapter_names: str | Sequence[str],
+    adapter_weights: Weights = None,
+    *,
+    method: str = "sum",
+) -> Iterator[DiffusionPipeline]:
+    """``with pipe.shira("bluefire", 0.8): ...``: a mix for a while; the mix before returns after, also on errors.
+
+    Args and Raises: as ``set_shira``. Holds the pipeline's lock: other threads' generations and switches wait.
+    """
+    _guard_generation(type(self))
+    with resident_of(self).using(_mix(adapter_names, adapter_weights), method):
+        yield self
+
+
+def bake_shira(self: DiffusionPipeline) -> None:
+    """Make the active mix the base for good; the adapters stay loaded, none of them active.
+
+    Also keeps weights that somebody else wrote while adapters were active (see ResidentStateError).
+    """
+    resident_of(self).bake()
+
+
+METHODS = (
+    load_shira,
+    set_shira,
+    get_active_shira,
+    list_shira,
+    disable_shira,
+    enable_shira,
+    delete_shira,
+    unload_shira,
+    save_shira,
+    fuse_report,
+    shira,
+    bake_shira,
+)
+
+
+def install() -> None:
+    """Add the methods to ``DiffusionPipeline``, so to every pipeline. Calling it again changes nothing."""
+    for method in METHODS:
+        setattr(DiffusionPipeline, method.__name__, method)
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    unknown = sorted(options.keys() - HubOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(
+            f"load_shira() got unexpected keyword arguments {', '.join(unknown)}; "
+            f"expected {', '.join(HubOptions.__annotations__)}"
+        )
+    if options.get("proxies"):
+        raise ShiraError(
+            f"proxies={options['proxies']!r}: huggingface_hub takes proxies from HTTP_PROXY and HTTPS_PROXY; set those"
+        )
+
+
+def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> ShiraAdapter:
+    """Read an adapter, with component names."""
+    if isinstance(source, Mapping):
+        if is_peft_state_dict(source):
+            component, model = _denoiser(pipe)
+            return decode_peft(source, model, "the state dict").prefixed(component)
+        return decode(source, None, "the state dict")
+    if not isinstance(source, str | os.PathLike):
+        raise AdapterFormatError(
+            f"expected a file, a folder, a Hub id or a state dict of tensors, got {type(source).__name__}"
+        )
+    path = find_adapter(source, options)
+    if is_peft_folder(path):
+        component, model = _denoiser(pipe)
+        return load_peft_adapter(path, model).prefixed(component)
+    return load_adapter(path)
+
+
+def _denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+    for name in _DENOISERS:
+        part = pipe.components.get(name)
+        if isinstance(part, nn.Module):
+            return name, part
+    raise ShiraError(f"{type(pipe).__name__} has no denoiser ({', '.join(_DENOISERS)}) for a PEFT adapter")
+
+
+def _auto_name(names: Sequence[str]) -> str:
+    return next(name for name in (f"default_{i}" for i in count()) if name not in names)
+
+
+def _mix(names: str | Sequence[str], weights: Weights) -> dict[str, Scale]:
+    chosen = [names] if isinstance(names, str) else list(names)
+    if len(set(chosen)) != len(chosen):
+        raise ShiraError(f"each adapter may be named once, got {chosen}")
+    each = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights] * len(chosen)
+    if len(each) != len(chosen):
+        raise ShiraError(f"expected one weight an adapter, got {len(each)} weights for {len(chosen)} adapters {chosen}")
+    return {name: 1.0 if weight is None else weight for name, weight in zip(chosen, each, strict=True)}  # type: ignore[misc]
+
+
+def _guard_generation(cls: type[DiffusionPipeline]) -> None:
+    """Make generations of a pipeline class hold its models' locks for reading, so that no switch tears a picture."""
+    owner = next((base for base in cls.__mro__ if "__call__" in base.__dict__), None)
+    if owner is None:
+        return
+    with _patching:
+        call: Any = owner.__dict__["__call__"]
+        if getattr(call, "_shira_guarded", False):
+            return
+
+        @functools.wraps(call)
+        def guarded(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+            with resident_of(self).reading():
+                return call(self, *args, **kwargs)
+
+        guarded._shira_guarded = True  # type: ignore[attr-defined]
+        owner.__call__ = guarded  # type: ignore[method-assign]
+
+
+__all__ = ["install", "resident_of", *(method.__name__ for method in METHODS)]

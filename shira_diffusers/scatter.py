@@ -1,0 +1,95 @@
+"""Gather and overwrite single entries of a dense weight, whatever its strides, dtype and device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# No index kernel exists for these: their bits are moved as bytes.
+_BYTE_DTYPES = frozenset(
+    dtype
+    for dtype in (
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2fnuz,
+    )
+)
+
+
+def is_byte_dtype(dtype: torch.dtype) -> bool:
+    """Whether a dtype is one of the 8-bit floats, which are moved bitwise."""
+    return dtype in _BYTE_DTYPES
+
+
+def flat_view(weight: Tensor) -> Tensor:
+    """All of a weight's memory as one dimension, in storage order; writes go to the weight itself."""
+    if weight.is_contiguous():
+        return weight.view(-1)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return weight.as_strided((extent,), (1,), weight.storage_offset())
+
+
+def physical(indices: Tensor, weight: Tensor) -> Tensor:
+    """Map flat row-major positions to positions in ``flat_view``: the same, but for weights such as channels_last.
+
+    Args:
+        indices: int32 or int64 ``[nnz]``.
+        weight: the strided weight.
+
+    Returns:
+        int64 ``[nnz]`` on the weight's device.
+    """
+    left = indices.to(weight.device, torch.int64)
+    if weight.is_contiguous():
+        return left
+    place = torch.zeros_like(left)
+    for size, stride in zip(reversed(weight.shape), reversed(weight.stride()), strict=True):
+        place += (left % size) * stride
+        left = left // size
+    return place
+
+
+def gather(weight: Tensor, indices: Tensor) -> Tensor:
+    """Copy the entries at flat row-major ``indices``: ``[nnz]``, of the weight's dtype and device, bit for bit."""
+    weight = weight.detach()
+    flat = flat_view(weight)
+    at = physical(indices, weight)
+    if is_byte_dtype(weight.dtype):
+        return flat.view(torch.uint8).index_select(0, at).view(weight.dtype)
+    return flat.index_select(0, at)
+
+
+def overwrite(weight: Tensor, indices: Tensor, values: Tensor, offset: int = 0) -> None:
+    """Write ``values`` into a weight in place at flat row-major ``indices + offset``, bit for bit.
+
+    Args:
+        weight: any strided float tensor; its ``data_ptr`` stays. Normal and inference tensors both.
+        indices: int32 or int64 ``[nnz]``, in range, without duplicates.
+        values: ``[nnz]``, of the weight's dtype.
+        offset: added to each index, for a weight that is a row-major part of a larger one.
+
+    Raises:
+        TypeError: values of another dtype than the weight; nothing is written.
+    """
+    if values.dtype != weight.dtype:
+        raise TypeError(f"cannot write {values.dtype} values into a {weight.dtype} weight bit for bit; cast them first")
+    with torch.inference_mode():
+        weight = weight.detach()
+        flat = flat_view(weight)
+        at = physical(indices + offset if offset else indices, weight)
+        values = values.to(weight.device)
+        if is_byte_dtype(weight.dtype):
+            flat, values = flat.view(torch.uint8), values.view(torch.uint8)
+        flat.index_copy_(0, at, values)
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether no two entries of a strided weight share memory (an expanded tensor's do)."""
+    steps = sorted((stride, size) for size, stride in zip(weight.shape, weight.stride(), strict=True) if size > 1)
+    reach = 1
+    for stride, size in steps:
+        if stride < reach:
+            return False
+        reach = stride * (size - 1) + reach
+    return math.prod(weight.shape) > 0

@@ -1,0 +1,130 @@
+"""Which weights of a model are adapted: names, presets and patterns."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from shira_diffusers.errors import AdapterMismatchError
+
+Targets = str | re.Pattern[str] | Sequence[str]
+
+DEFAULT_TARGETS = "attention+ff"
+
+_ATTENTION = (
+    # diffusers attention, joint attention (SD3, Flux)
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    # CLIP and T5 text encoders
+    "q_proj", "k_proj", "v_proj", "out_proj", "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",
+)  # fmt: skip
+_FEED_FORWARD = (
+    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    "ffn.net.0.proj", "ffn.net.2", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
+    # Flux single blocks; a bare `proj_out` would also take the output layer
+    "proj_mlp", "single_transformer_blocks.*.proj_out",
+    "fc1", "fc2", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo",
+)  # fmt: skip
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention+ff": _ATTENTION + _FEED_FORWARD,
+    "all-linear": ("*",),
+    "all": ("*",),
+}
+
+# Copies that diffusers makes of other weights (`fuse_qkv_projections`): written along with their originals.
+FUSED_COPIES = ("to_qkv", "to_kv", "to_added_qkv")
+# What torch.compile and PEFT put between a module and its weight.
+_WRAPPERS = ("_orig_mod", "base_layer")
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` and PEFT insert: the name that files store."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        name = canonical_name(path)
+        if name.rpartition(".")[2] not in FUSED_COPIES:
+            yield name, module
+
+
+def named_weights(model: nn.Module, *, every: bool = False) -> dict[str, Tensor]:
+    """Canonical name -> weight of each Linear and Conv2d of a module.
+
+    Args:
+        model: any module; compiled ones and PEFT-wrapped layers are looked through.
+        every: also all other floating-point parameters (norms, biases, embeddings).
+
+    Returns:
+        The live tensors, detached; a weight that two layers share appears under its first name only. LoRA's own
+        matrices and the fused copies of ``fuse_qkv_projections`` are left out.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in _owners(model):
+        if any(part.startswith("lora_") for part in path.split(".")):
+            continue
+        is_target = isinstance(module, nn.Linear | nn.Conv2d)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            wanted = (is_target and leaf == "weight") or (every and parameter.is_floating_point())
+            if wanted and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{leaf}" if path else leaf] = parameter.detach()
+    return found
+
+
+def _matches(path: str, pattern: str | re.Pattern[str]) -> bool:
+    """Whether a module's path fits: as a dotted suffix, a glob, or a regular expression of the whole path."""
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(path) is not None
+    if path == pattern or path.endswith("." + pattern) or fnmatchcase(path, pattern):
+        return True
+    if fnmatchcase(path, "*." + pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error:  # a glob such as `*.to_q` is no regular expression
+        return False
+
+
+def select(model: nn.Module | Mapping[str, nn.Module], targets: Targets = DEFAULT_TARGETS) -> dict[str, Tensor]:
+    """The weights that ``targets`` names, by canonical name, in the model's order.
+
+    Args:
+        model: a module, or ``{component: module}``; then each name begins with its component.
+        targets: a preset (``attention``, ``attention+ff``, ``all-linear``, ``all``), or one or several patterns,
+            each a dotted suffix (``to_q``), a glob (``*attn2.to_*``) or a regular expression, of the path of a
+            layer or the name of its weight.
+
+    Raises:
+        AdapterMismatchError: a preset or pattern that matches no Linear or Conv2d weight.
+    """
+    if isinstance(model, Mapping):
+        named = {f"{part}.{n}": w for part, module in model.items() for n, w in named_weights(module).items()}
+    else:
+        named = named_weights(model)
+    if isinstance(targets, str) and targets in PRESETS:
+        only_linear = targets != "all"
+        patterns: Sequence[str | re.Pattern[str]] = PRESETS[targets]
+    else:
+        only_linear = False
+        patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
+    chosen = {
+        name: weight
+        for name, weight in named.items()
+        if (weight.ndim == 2 or not only_linear) and _any_match(name, patterns)
+    }
+    if not chosen:
+        raise AdapterMismatchError(
+            f"targets {targets!r} match none of the {len(named)} Linear and Conv2d weights "
+            f"(for instance {', '.join(list(named)[:3])}); "
+            f"expected a preset ({', '.join(PRESETS)}), a suffix such as 'to_q', a glob or a regular expression"
+        )
+    return chosen
+
+
+def _any_match(name: str, patterns: Sequence[str | re.Pattern[str]]) -> bool:
+    path = name.removesuffix(".weight")
+    return any(_matches(path, pattern) or _matches(name, pattern) for pattern in patterns)
