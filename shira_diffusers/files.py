@@ -37,7 +37,8 @@ def encode_gaps(indices: Tensor) -> Tensor:
         uint8 or uint16, each gap as ``g // max`` elements of the dtype's maximum and then ``g % max``; or int32,
         each gap itself.
     """
-    gaps = np.diff(indices.cpu().numpy().astype(np.int64), prepend=-1) - 1
+    flat: NDArray[np.int64] = indices.cpu().numpy().astype(np.int64)
+    gaps = flat - np.concatenate([np.full(1, -1), flat])[:-1] - 1
     options = [_escape(gaps, np.dtype(np.uint8)), _escape(gaps, np.dtype(np.uint16))]
     if gaps.max(initial=0) < 2**31:
         options.append(gaps.astype(np.int32))

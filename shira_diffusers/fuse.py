@@ -82,13 +82,10 @@ def fuse(
         AdapterMismatchError: a parameter that has another shape in another adapter.
     """
     if isinstance(adapters, Mapping):
-        order = sorted(adapters)
-        scales = dict(zip(adapters, _scales(weights, len(adapters)), strict=True))
-        return fuse([adapters[name] for name in order], [scales[name] for name in order], method)
+        by_name = dict(zip(adapters, _scales(weights, len(adapters)), strict=True))
+        return fuse([adapters[name] for name in sorted(adapters)], [by_name[name] for name in sorted(adapters)], method)
     scales = _scales(weights, len(adapters))
-    return fuse_scaled(
-        [(adapter, lambda _, s=scale: s) for adapter, scale in zip(adapters, scales, strict=True)], method
-    )
+    return fuse_scaled([(adapter, _constant(scale)) for adapter, scale in zip(adapters, scales, strict=True)], method)
 
 
 def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]], method: str = "sum") -> ShiraAdapter:
@@ -104,6 +101,10 @@ def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]],
         total = merge(union, [delta.values for delta, _ in held], [scale for _, scale in held])
         deltas[name] = SparseDelta(union.indices, total, held[0][0].shape)
     return ShiraAdapter(deltas, _metadata(plain))
+
+
+def _constant(scale: float) -> Callable[[str], float]:
+    return lambda name: scale
 
 
 def _scales(weights: Sequence[float] | float | None, count: int) -> list[float]:

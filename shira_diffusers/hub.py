@@ -18,7 +18,7 @@ class HubOptions(TypedDict, total=False):
     subfolder: str | None
     revision: str | None
     token: str | bool | None
-    cache_dir: str | os.PathLike[str] | None
+    cache_dir: str | Path | None
     local_files_only: bool
     force_download: bool
     proxies: dict[str, str] | None

@@ -1,5 +1,6 @@
 """How much two adapters are in each other's way (arXiv 2406.13175, section 4.2 and table 13)."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -79,7 +80,9 @@ def _compare(first: SparseDelta, second: SparseDelta) -> _Counts:
     a = first.values.double().cpu()[torch.searchsorted(mine, shared)]
     b = second.values.double().cpu()[torch.searchsorted(theirs, shared)]
     left, right = _matrix(first), _matrix(second)
-    product = torch.sparse.mm(left.t(), right).coalesce().values()  # (in, out) @ (out, in) -> nonzeros of (in, in)
+    with warnings.catch_warnings():  # torch says once that its sparse CSR is in beta
+        warnings.simplefilter("ignore", UserWarning)
+        product = torch.sparse.mm(left.t(), right).coalesce().values()  # (in, out) @ (out, in) -> nnz of (in, in)
     apart = (left - right).coalesce().values()
     return _Counts(
         common=shared.numel(),

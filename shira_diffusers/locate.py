@@ -56,9 +56,8 @@ class Located:
 def unwrap(module: nn.Module) -> nn.Module:
     """The module itself, out of ``torch.compile``, DDP and the like."""
     while True:
-        inner = getattr(module, "_orig_mod", None) or (
-            module.module if type(module).__name__ in ("DistributedDataParallel", "DataParallel") else None
-        )
+        parallel = type(module).__name__ in ("DistributedDataParallel", "DataParallel")
+        inner = module._modules.get("module" if parallel else "_orig_mod")
         if inner is None:
             return module
         module = inner

@@ -36,7 +36,11 @@ _patching = threading.Lock()
 
 def resident_of(pipe: DiffusionPipeline) -> Resident:
     """The engine over all models of a pipeline, by component name."""
-    return Resident({name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
+    return Resident(_models(pipe))
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
 def load_shira(
@@ -270,10 +274,10 @@ def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> Shira
 
 
 def _denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+    models = _models(pipe)
     for name in _DENOISERS:
-        part = pipe.components.get(name)
-        if isinstance(part, nn.Module):
-            return name, part
+        if name in models:
+            return name, models[name]
     raise ShiraError(f"{type(pipe).__name__} has no denoiser ({', '.join(_DENOISERS)}) for a PEFT adapter")
 
 
@@ -288,7 +292,7 @@ def _mix(names: str | Sequence[str], weights: Weights) -> dict[str, Scale]:
     each = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights] * len(chosen)
     if len(each) != len(chosen):
         raise ShiraError(f"expected one weight an adapter, got {len(each)} weights for {len(chosen)} adapters {chosen}")
-    return {name: 1.0 if weight is None else weight for name, weight in zip(chosen, each, strict=True)}  # type: ignore[misc]
+    return {name: 1.0 if weight is None else weight for name, weight in zip(chosen, each, strict=True)}
 
 
 def _guard_generation(cls: type[DiffusionPipeline]) -> None:

@@ -304,7 +304,8 @@ class Resident:
         unknown = [name for name in names if name not in self.names]
         if unknown:
             raise ShiraError(
-                f"no adapter named {', '.join(map(repr, unknown))}, loaded are {', '.join(map(repr, self.names)) or 'none'}"
+                f"no adapter named {', '.join(map(repr, unknown))}, "
+                f"loaded are {', '.join(map(repr, self.names)) or 'none'}"
             )
 
     def _split(self, adapter: ShiraAdapter) -> dict[str, ShiraAdapter]:

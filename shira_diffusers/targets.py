@@ -16,7 +16,8 @@ _ATTENTION = (
     # diffusers attention, joint attention (SD3, Flux)
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     # CLIP and T5 text encoders
-    "q_proj", "k_proj", "v_proj", "out_proj", "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",
+    "q_proj", "k_proj", "v_proj", "out_proj",
+    "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",
 )  # fmt: skip
 _FEED_FORWARD = (
     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
