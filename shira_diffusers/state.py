@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.delta import SparseDelta
+from shira_diffusers.locate import Locator
 from shira_diffusers.scales import Scale
+from shira_diffusers.scatter import overwrite
 
 ATTRIBUTE = "_shira"
 
@@ -73,3 +76,39 @@ def state_of(module: nn.Module) -> ShiraState | None:
     """The state that an unwrapped module carries, if any."""
     found: Any = module._modules.get(ATTRIBUTE)
     return found if isinstance(found, ShiraState) else None
+
+
+def ensure_state(module: nn.Module) -> ShiraState:
+    """The state that an unwrapped module carries, attached now if it had none."""
+    state = state_of(module)
+    if state is None:
+        state = ShiraState()
+        module.add_module(ATTRIBUTE, state)
+        module.register_state_dict_post_hook(_save_the_base)
+    return state
+
+
+def _save_the_base(
+    module: nn.Module, state_dict: dict[str, object], prefix: str, local_metadata: dict[str, object]
+) -> None:
+    """State-dict hook: what is saved while adapters are active is the base, without them."""
+    state = state_of(module)
+    if state is None or not state.entries:
+        return
+    keys: dict[int, list[str]] = {}
+    for key, value in state_dict.items():
+        if key.startswith(prefix) and isinstance(value, Tensor) and not value.is_meta:
+            keys.setdefault(value.data_ptr(), []).append(key)
+    restored: dict[int, Tensor] = {}
+    locator = Locator(module)
+    for name, entry in state.entries.items():
+        for holder in locator.locate(name).holders:
+            address = holder.tensor.data_ptr()
+            if address in keys and address not in restored:
+                restored[address] = holder.tensor.detach().clone(memory_format=torch.preserve_format)
+            if address in restored:
+                copy = restored[address]
+                overwrite(copy, entry.indices, entry.base.to(copy.device, copy.dtype), holder.offset)
+    for address, copy in restored.items():
+        for key in keys[address]:
+            state_dict[key] = copy
