@@ -1,0 +1,630 @@
+"""The numerical contract: what is written, and that every bit comes back."""
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import permutations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+import shira_diffusers.switching
+from shira_diffusers import AdapterMismatchError, Resident, ResidentStateError, ShiraAdapter, ShiraError, SparseDelta
+from tests import reference, tiny
+
+
+def same_as_oracle(model: nn.Module, base: dict, adapters: dict, scales: dict) -> bool:
+    expected = reference.apply(base, adapters, scales)
+    return all(tiny.same_bits(parameter, expected[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.fixture
+def model() -> UNet2DConditionModel:
+    return tiny.unet()
+
+
+@pytest.fixture
+def adapters(model: UNet2DConditionModel) -> dict[str, ShiraAdapter]:
+    return {
+        "a": tiny.adapter_for(model, 1, dtype=torch.float16),
+        "b": tiny.adapter_for(model, 2, only=("attn2", "conv1"), density=0.4),
+        "c": tiny.adapter_for(model, 3, dtype=torch.bfloat16, density=0.01),
+    }
+
+
+@pytest.fixture
+def resident(model: UNet2DConditionModel, adapters: dict[str, ShiraAdapter]) -> Resident:
+    resident = Resident(model)
+    for name, adapter in adapters.items():
+        resident.add(adapter, name)
+    return resident
+
+
+def test_before_during_after_with_deltas_of_one() -> None:
+    """Arithmetic that a reader can check by eye."""
+    layer = nn.Linear(3, 2, bias=False)
+    nn.init.constant_(layer.weight, 10.0)
+    resident = Resident(layer)
+    resident.add(ShiraAdapter({"weight": SparseDelta(torch.tensor([0, 4]), torch.ones(2), (2, 3))}), "ones")
+    assert layer.weight.tolist() == [[10, 10, 10], [10, 10, 10]]
+    resident.set({"ones": 0.5})
+    assert layer.weight.tolist() == [[10.5, 10, 10], [10, 10.5, 10]]
+    resident.set({"ones": -2})
+    assert layer.weight.tolist() == [[8, 10, 10], [10, 8, 10]]
+    resident.clear()
+    assert layer.weight.tolist() == [[10, 10, 10], [10, 10, 10]]
+
+
+@pytest.mark.parametrize("scales", [{"a": 1.0}, {"b": 0.3, "a": 1.7}, {"a": 0.1, "b": -1.3, "c": 2.5}, {"c": 0}])
+def test_bit_equal_to_the_oracle(model: nn.Module, adapters: dict, dtype: torch.dtype, scales: dict) -> None:
+    model.to(dtype)
+    base = tiny.snapshot(model)
+    resident = Resident(model)
+    for name, adapter in adapters.items():
+        resident.add(adapter, name)
+    resident.set(scales)
+    assert same_as_oracle(model, base, adapters, scales)
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
+def test_float64_weights_keep_their_precision() -> None:
+    model = tiny.linears().double()
+    base = tiny.snapshot(model)
+    adapter = tiny.adapter_for(model, only=("",))
+    resident = Resident(model)
+    resident.add(adapter, "a")
+    resident.set({"a": 0.7})
+    assert same_as_oracle(model, base, {"a": adapter}, {"a": 0.7})
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
+def test_the_order_of_names_decides_not_the_order_of_the_call(resident: Resident, model: nn.Module) -> None:
+    weights = {"a": 0.37, "b": 1.61, "c": -0.73}
+    results = []
+    for order in permutations(weights):
+        resident.set({name: weights[name] for name in order})
+        results.append(tiny.snapshot(model))
+    for result in results[1:]:
+        assert all(torch.equal(result[name], results[0][name]) for name in result)
+
+
+def test_a_switch_leaves_no_trace_of_what_was_active_before(
+    resident: Resident, model: nn.Module, adapters: dict, dtype: torch.dtype
+) -> None:
+    model.to(dtype)
+    base = tiny.snapshot(model)
+    for scales in [{"a": 1.0}, {"a": 1.0, "b": 1.0}, {"b": 2.0}, {"b": 0.1}, {}, {"c": 1.0, "a": 3.0}, {"c": 1.0}]:
+        resident.set(scales)
+        assert same_as_oracle(model, base, adapters, scales)
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
+def test_addresses_and_unmasked_entries_never_change(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    base = tiny.snapshot(model)
+    parameters = dict(model.named_parameters())
+    addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    for scales in [{"a": 1.0}, {"b": 1.0, "c": 1.0}, {}]:
+        resident.set(scales)
+        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == addresses
+        assert all(now is parameters[name] for name, now in model.named_parameters())
+    resident.set({"a": 1.0})
+    for name, parameter in model.named_parameters():
+        changed = (parameter != base[name]).flatten().nonzero().flatten()
+        delta = adapters["a"].deltas.get(name)
+        held = delta.indices.long() if delta else torch.empty(0, dtype=torch.int64)
+        assert torch.equal(changed, held), name
+
+
+def test_negative_zeros_nans_and_infinities_of_the_base_return() -> None:
+    layer = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[-0.0, 0.0, torch.nan, torch.inf], [1e-45, -torch.inf, 1.0, -0.0]]))
+    base = tiny.snapshot(layer)
+    resident = Resident(layer)
+    resident.add(ShiraAdapter({"weight": SparseDelta(torch.arange(8), torch.ones(8), (2, 4))}), "all")
+    resident.set({"all": 1.0})
+    assert layer.weight[0, 0] == 1
+    resident.set({"all": 0.0})
+    resident.clear()
+    tiny.assert_same_bits(layer, base)
+
+
+def test_scales_by_component_and_block(pipe: object) -> None:
+    adapter, other = tiny.adapter_for(pipe, 1), tiny.adapter_for(pipe, 2)
+    base = tiny.snapshot(pipe)
+    resident = Resident(tiny.modules_of(pipe))
+    resident.add(adapter, "a")
+    resident.add(other, "b")
+    for scale in [
+        {"unet": 0.3},
+        {"text_encoder": 0.0, "unet": 2},
+        {"unet": {"down": 0.1, "mid": 0.7, "up": -1.1}},
+        {"unet": {"mid": 0.0}, "text_encoder": 0.4},
+    ]:
+        scales = {"a": scale, "b": 0.6}
+        resident.set(scales)
+        expected = reference.apply(base, {"a": adapter, "b": other}, scales)
+        assert all(tiny.same_bits(now, expected[name]) for name, now in tiny.snapshot(pipe).items())
+    resident.clear()
+    tiny.assert_same_bits(pipe, base)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        torch.nan,
+        float("inf"),
+        "1",
+        True,
+        {"vae_2": 1.0},
+        {"unet": {"left": 1.0}},
+        {"unet": {"down": torch.nan}},
+        {"unet": "x"},
+    ],
+)
+def test_a_bad_scale_changes_nothing(pipe: object, scale: object) -> None:
+    resident = Resident(tiny.modules_of(pipe))
+    resident.add(tiny.adapter_for(pipe, 1), "a")
+    resident.set({"a": 1.0})
+    before = tiny.snapshot(pipe)
+    with pytest.raises(ShiraError, match="weight of adapter 'a'"):
+        resident.set({"a": scale})
+    assert resident.active == {"a": 1.0}
+    tiny.assert_same_bits(pipe, before)
+
+
+def test_unknown_adapters_and_methods_change_nothing(resident: Resident, model: nn.Module) -> None:
+    resident.set({"a": 1.0})
+    before = tiny.snapshot(model)
+    with pytest.raises(ShiraError, match="'x', 'y', loaded are 'a', 'b', 'c'"):
+        resident.set({"a": 1.0, "x": 1.0, "y": 1.0})
+    with pytest.raises(ShiraError, match="unknown merge method 'average', expected one of sum"):
+        resident.set({"b": 1.0}, method="average")
+    with pytest.raises(ShiraError, match="no adapter named 'x'"):
+        resident.remove("x")
+    with pytest.raises(ShiraError, match="no adapter named 'x'"):
+        resident.adapter("x")
+    assert resident.active == {"a": 1.0}
+    tiny.assert_same_bits(model, before)
+
+
+class WriteFailsAt:
+    """Stands in for ``overwrite`` and raises at one of its calls."""
+
+    def __init__(self, at: int | None, error: type[BaseException]) -> None:
+        self.calls, self._at, self._error = 0, at, error
+        self._overwrite: Callable[..., None] = shira_diffusers.switching.overwrite
+
+    def __call__(self, *args: object) -> None:
+        if self.calls == self._at:
+            self.calls += 1
+            raise self._error("power cut")
+        self.calls += 1
+        self._overwrite(*args)
+
+
+def switches() -> Iterator[tuple[dict, dict]]:
+    yield {}, {"a": 1.0}
+    yield {"a": 1.0}, {"b": 1.0}
+    yield {"a": 1.0}, {"a": 0.5}
+    yield {"a": 1.0, "b": 0.5}, {"b": 1.0, "c": 1.0}
+    yield {"a": 1.0}, {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("before", "after"), switches())
+def test_an_exception_at_any_write_restores_everything(
+    monkeypatch: pytest.MonkeyPatch, before: dict, after: dict, error: type[BaseException]
+) -> None:
+    parts = {"one": tiny.linears(1), "two": tiny.linears(2)}
+    model = nn.ModuleDict(parts)
+    resident = Resident(parts)
+    for seed, name in enumerate("abc"):
+        adapter = tiny.adapter_for(model, seed, only=("",) if name != "c" else ("one", "0.weight"))
+        resident.add(adapter, name)
+    base = tiny.snapshot(model)
+    resident.set(before)
+    bits = tiny.snapshot(model)
+    counter = WriteFailsAt(None, error)
+    monkeypatch.setattr(shira_diffusers.switching, "overwrite", counter)
+    resident.set(after)
+    writes = counter.calls
+    resident.set(before)
+    assert writes > 2
+    for at in range(writes):
+        monkeypatch.setattr(shira_diffusers.switching, "overwrite", WriteFailsAt(at, error))
+        with pytest.raises(error, match="power cut"):
+            resident.set(after)
+        tiny.assert_same_bits(model, bits)
+        assert resident.active == before
+        resident.verify()
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
+def test_foreign_writes_are_detected_and_left_alone(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    name = next(iter(adapters["a"].deltas))
+    resident.set({"a": 1.0})
+    with torch.no_grad():
+        model.get_parameter(name).add_(1.0)
+    bits = tiny.snapshot(model)
+    for act in (
+        resident.verify,
+        resident.clear,
+        resident.disable,
+        lambda: resident.set({"b": 1.0}),
+        lambda: resident.remove("a"),
+    ):
+        with pytest.raises(ResidentStateError, match="written by somebody else") as caught:
+            act()
+        assert name in str(caught.value)
+        assert "bake" in str(caught.value)
+        tiny.assert_same_bits(model, bits)
+        assert resident.active == {"a": 1.0}
+    resident.bake()
+    resident.set({"b": 1.0})
+    resident.clear()
+    tiny.assert_same_bits(model, bits)
+
+
+def test_a_foreign_write_of_a_free_entry_is_none_of_our_business(resident: Resident, model: nn.Module) -> None:
+    resident.set({"c": 1.0})
+    with torch.no_grad():
+        model.conv_in.weight.add_(1.0)
+    base = model.conv_in.weight.clone()
+    resident.clear()
+    assert torch.equal(model.conv_in.weight, base)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.second.weight = self.first.weight
+
+
+def test_tied_weights_are_written_once() -> None:
+    model = Tied()
+    delta = SparseDelta(torch.tensor([3, 5]), torch.ones(2), (6, 4))
+    base = tiny.snapshot(model)
+    resident = Resident(model)
+    resident.add(ShiraAdapter({"first.weight": delta, "second.weight": delta}), "both")
+    resident.add(ShiraAdapter({"second.weight": delta}), "second")
+    resident.set({"both": 1.0})
+    assert torch.equal(model.first.weight.view(-1)[[3, 5]], base["first.weight"].view(-1)[[3, 5]] + 1)
+    resident.set({"both": 1.0, "second": 2.0})
+    assert torch.equal(model.first.weight.view(-1)[[3, 5]], base["first.weight"].view(-1)[[3, 5]] + 3)
+    resident.set({"second": 1.0})
+    assert torch.equal(model.first.weight.view(-1)[[3, 5]], base["first.weight"].view(-1)[[3, 5]] + 1)
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
+def test_different_deltas_for_one_tied_weight_are_refused() -> None:
+    model = Tied()
+    one, two = (SparseDelta(torch.tensor([3]), torch.tensor([v]), (6, 4)) for v in (1.0, 2.0))
+    base = tiny.snapshot(model)
+    resident = Resident(model)
+    resident.add(ShiraAdapter({"first.weight": one, "second.weight": two}), "odd")
+    with pytest.raises(AdapterMismatchError, match=r"first.weight and second.weight.*tied"):
+        resident.set({"odd": 1.0})
+    assert resident.active == {}
+    tiny.assert_same_bits(model, base)
+
+
+def test_one_module_under_two_names_is_one_component() -> None:
+    model = tiny.linears()
+    resident = Resident({"left": model, "right": model})
+    base = tiny.snapshot(model)
+    resident.add(tiny.adapter_for(model, only=("0",)).prefixed("left"), "a")
+    resident.set({"a": 1.0})
+    assert not torch.equal(model[0].weight, base["0.weight"])
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
+def test_a_deepcopy_has_its_own_state(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    base = tiny.snapshot(model)
+    resident.set({"a": 1.0})
+    twin = copy.deepcopy(model)
+    other = Resident(twin)
+    assert other.active == {"a": 1.0}
+    assert other.names == ["a", "b", "c"]
+    other.clear()
+    tiny.assert_same_bits(twin, base)
+    assert same_as_oracle(model, base, adapters, {"a": 1.0})
+    resident.set({"b": 1.0})
+    tiny.assert_same_bits(twin, base)
+    assert {key: value.clone() for key, value in twin.state_dict().items()}.keys() == base.keys()
+
+
+CASTS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.to(torch.bfloat16),
+    "float64": lambda module: module.to(torch.float64),
+    "float64 and back": lambda module: module.to(torch.float64).to(torch.float32),
+    "half and back": lambda module: module.half().float(),
+    "half, bfloat16": lambda module: module.half().to(torch.bfloat16),
+    "device": lambda module: module.to("cpu"),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
+def test_casting_while_active_equals_casting_the_base(
+    resident: Resident, model: nn.Module, adapters: dict, cast: Callable[[nn.Module], nn.Module]
+) -> None:
+    plain = tiny.snapshot(cast(tiny.unet()))
+    resident.set({"a": 1.0, "b": 0.5})
+    cast(model)
+    resident.verify()
+    saved = model.state_dict()
+    assert all(tiny.same_bits(saved[name], plain[name]) for name in plain)
+    resident.set({"a": 0.5, "b": 0.5})
+    assert same_as_oracle(model, plain, adapters, {"a": 0.5, "b": 0.5})
+    resident.clear()
+    tiny.assert_same_bits(model, plain)
+
+
+def test_casting_one_layer_while_active(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    """``module.to`` of a part does not reach the state; the saved bits are cast when they are needed."""
+    plain = tiny.unet()
+    plain.mid_block.half()
+    resident.set({"a": 1.0, "b": 1.0})
+    model.mid_block.half()
+    resident.set({"b": 1.0})
+    assert same_as_oracle(model, tiny.snapshot(plain), adapters, {"b": 1.0})
+    resident.clear()
+    tiny.assert_same_bits(model, tiny.snapshot(plain))
+
+
+def test_state_dict_while_active_is_the_base(resident: Resident, model: nn.Module) -> None:
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    resident.set({"a": 1.0, "b": 1.0})
+    bits = tiny.snapshot(model)
+    saved = model.state_dict()
+    assert saved.keys() == base.keys()
+    assert all(tiny.same_bits(saved[name], base[name]) for name in base)
+    tiny.assert_same_bits(model, bits)
+    parent = nn.ModuleDict({"denoiser": model})
+    nested = parent.state_dict()
+    assert all(tiny.same_bits(nested[f"denoiser.{name}"], base[name]) for name in base)
+
+
+def test_state_dict_of_tied_weights_stays_tied() -> None:
+    model = Tied()
+    base = tiny.snapshot(model)["first.weight"]
+    resident = Resident(model)
+    resident.add(ShiraAdapter({"first.weight": SparseDelta(torch.tensor([3]), torch.ones(1), (6, 4))}), "a")
+    resident.set({"a": 1.0})
+    saved = model.state_dict()
+    assert torch.equal(saved["first.weight"], base)
+    assert saved["first.weight"].data_ptr() == saved["second.weight"].data_ptr()
+
+
+def test_without_adapters_state_dict_is_not_copied(resident: Resident, model: nn.Module) -> None:
+    assert model.state_dict()["conv_in.weight"].data_ptr() == model.conv_in.weight.data_ptr()
+    assert not [name for name in model.state_dict() if "_shira" in name]
+    assert not [name for name, _ in model.named_parameters() if "_shira" in name]
+    assert not [name for name, _ in model.named_buffers() if "_shira" in name]
+
+
+def test_disable_and_enable(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    base = tiny.snapshot(model)
+    resident.set({"a": 0.5, "b": 1.0})
+    for _ in range(2):
+        resident.disable()
+        tiny.assert_same_bits(model, base)
+        assert resident.active == {}
+    for _ in range(2):
+        resident.enable()
+        assert same_as_oracle(model, base, adapters, {"a": 0.5, "b": 1.0})
+        assert resident.active == {"a": 0.5, "b": 1.0}
+    resident.disable()
+    resident.remove("a")
+    resident.enable()
+    assert same_as_oracle(model, base, adapters, {"b": 1.0})
+    resident.disable()
+    resident.set({"c": 1.0})  # a new mix replaces what was put aside
+    resident.enable()
+    assert resident.active == {"c": 1.0}
+
+
+def test_enable_with_nothing_put_aside_changes_nothing(resident: Resident, model: nn.Module) -> None:
+    base = tiny.snapshot(model)
+    resident.enable()
+    resident.disable()
+    resident.enable()
+    assert resident.active == {}
+    tiny.assert_same_bits(model, base)
+
+
+def test_bake_makes_the_mix_the_base(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    base = tiny.snapshot(model)
+    resident.set({"a": 1.0})
+    resident.bake()
+    assert resident.active == {}
+    assert resident.names == ["a", "b", "c"]
+    assert same_as_oracle(model, base, adapters, {"a": 1.0})
+    baked = tiny.snapshot(model)
+    resident.set({"a": 1.0})
+    assert same_as_oracle(model, baked, adapters, {"a": 1.0})
+    resident.clear()
+    tiny.assert_same_bits(model, baked)
+
+
+def test_using_returns_to_the_mix_before(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    base = tiny.snapshot(model)
+    resident.set({"a": 1.0})
+    with resident.using({"b": 2.0, "c": 1.0}):
+        assert same_as_oracle(model, base, adapters, {"b": 2.0, "c": 1.0})
+        with resident.using({}):
+            tiny.assert_same_bits(model, base)
+        assert resident.active == {"b": 2.0, "c": 1.0}
+    assert resident.active == {"a": 1.0}
+    with pytest.raises(ZeroDivisionError), resident.using({"b": 1.0}):
+        raise ZeroDivisionError
+    assert same_as_oracle(model, base, adapters, {"a": 1.0})
+    with pytest.raises(ShiraError), resident.using({"x": 1.0}):
+        pytest.fail("an unknown adapter was used")
+    assert same_as_oracle(model, base, adapters, {"a": 1.0})
+
+
+def test_using_remembers_what_is_disabled_and_what_was_deleted_inside(resident: Resident, model: nn.Module) -> None:
+    base = tiny.snapshot(model)
+    resident.set({"a": 1.0, "b": 1.0})
+    resident.disable()
+    with resident.using({"c": 1.0}):
+        resident.remove("a")
+    tiny.assert_same_bits(model, base)
+    resident.enable()
+    assert resident.active == {"b": 1.0}
+
+
+def test_remove_keeps_the_rest_of_the_mix(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    base = tiny.snapshot(model)
+    resident.set({"a": 0.5, "b": 2.0})
+    resident.remove("a")
+    assert resident.active == {"b": 2.0}
+    assert resident.names == ["b", "c"]
+    assert same_as_oracle(model, base, adapters, {"b": 2.0})
+    resident.remove("b")
+    tiny.assert_same_bits(model, base)
+
+
+def test_two_residents_of_a_module_share_its_state(resident: Resident, model: nn.Module) -> None:
+    base = tiny.snapshot(model)
+    resident.set({"a": 1.0})
+    other = Resident(model)
+    assert other.active == {"a": 1.0}
+    other.clear()
+    assert resident.active == {}
+    tiny.assert_same_bits(model, base)
+
+
+def test_fused_gives_the_same_bits_as_the_mix(resident: Resident, model: nn.Module) -> None:
+    resident.set({"a": 0.3, "b": -1.2, "c": 0.9})
+    mixed = tiny.snapshot(model)
+    resident.add(resident.fused(), "one")
+    resident.set({"one": 1.0})
+    tiny.assert_same_bits(model, mixed)
+    resident.clear()
+    with pytest.raises(ShiraError, match="no adapter is active"):
+        resident.fused()
+
+
+def test_what_does_not_fit_is_refused_whole(model: nn.Module, adapters: dict) -> None:
+    resident = Resident(model)
+    base = tiny.snapshot(model)
+    first, second, *_ = adapters["a"].deltas
+    wrong_shape = SparseDelta(torch.tensor([0]), torch.ones(1), (3, 7))
+    cases = {
+        r"1 of \d+ parameters differ[\s\S]*expected \(.*, got \(3, 7\)": {**adapters["a"].deltas, first: wrong_shape},
+        r"2 of 2 parameters differ[\s\S]*x.weight[\s\S]*y.weight": {"x.weight": wrong_shape, "y.weight": wrong_shape},
+        "holds no deltas": {},
+    }
+    for message, deltas in cases.items():
+        with pytest.raises(AdapterMismatchError, match=message):
+            resident.add(ShiraAdapter(deltas, {"base_model": "tiny"}), "x")
+    with pytest.raises(AdapterMismatchError, match="it was trained on 'tiny'"):
+        resident.add(ShiraAdapter({second: wrong_shape}, {"base_model": "tiny"}), "x")
+    assert resident.names == []
+    tiny.assert_same_bits(model, base)
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_names_are_strings(model: nn.Module, adapters: dict, name: object) -> None:
+    with pytest.raises(ShiraError, match="must be a string"):
+        Resident(model).add(adapters["a"], name)
+
+
+def test_a_name_is_used_once(resident: Resident, adapters: dict) -> None:
+    with pytest.raises(ValueError, match="'a' is in use"):
+        resident.add(adapters["b"], "a")
+    assert resident.adapter("a").deltas == adapters["a"].deltas
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = tiny.linears()
+    base = tiny.snapshot(model)
+    adapter = tiny.adapter_for(model, only=("",))
+    resident = Resident(model)
+    resident.add(adapter, "a")
+    resident.set({"a": 1.0})
+    assert same_as_oracle(model, base, {"a": adapter}, {"a": 1.0})
+    with torch.inference_mode():
+        resident.set({"a": 0.5})
+        resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
+def test_switching_in_inference_mode_and_after_it(resident: Resident, model: nn.Module) -> None:
+    with torch.inference_mode():
+        resident.set({"a": 1.0})
+    resident.set({"a": 0.5, "b": 1.0})
+    model.half().float()
+    resident.clear()
+    tiny.assert_same_bits(model, tiny.snapshot(tiny.unet().half().float()))
+
+
+def test_the_base_is_told_from_a_sibling_and_from_another_model(
+    model: nn.Module, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for _, weight in tiny.weights_of(tuned, ("to_q", "conv1")).items():
+            weight.view(-1)[::7] += 0.5
+    adapter = ShiraAdapter.from_difference(model, tuned, metadata={"base_model": "tiny"})
+    sibling = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in sibling.parameters():
+            parameter.mul_(1.1)
+    assert Resident(model).check(adapter) == "same"
+    assert Resident(copy.deepcopy(model).half()).check(adapter) == "same"
+    assert Resident(copy.deepcopy(model).bfloat16()).check(adapter) == "same"
+    assert Resident(sibling).check(adapter) == "sibling"
+    assert Resident(tiny.unet(99)).check(adapter) == "other"
+    assert Resident(model).check(ShiraAdapter(adapter.deltas)) is None
+    resident = Resident(model)
+    resident.add(adapter, "a")
+    resident.set({"a": 1.0})
+    assert resident.check(adapter) == "same"  # told from the base below what is active
+    with caplog.at_level("INFO"):
+        Resident(sibling).add(adapter, "a")
+    assert "sibling" in caplog.text
+    assert not recwarn
+    with pytest.warns(UserWarning, match="trained on another model than this one; it was trained on 'tiny'"):
+        Resident(tiny.unet(99)).add(adapter, "a")
+
+
+def test_plain_modules_of_other_libraries() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    adapter = tiny.adapter_for(model, only=("q_proj", "mlp"))
+    before = model(torch.tensor([[1, 2, 3]])).logits
+    resident = Resident(model)
+    resident.add(adapter, "a")
+    with resident.using({"a": 1.0}):
+        assert not torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)
+    assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)
+
+
+def test_many_adapters_come_and_go(model: nn.Module) -> None:
+    base = tiny.snapshot(model)
+    resident = Resident(model)
+    for i in range(30):
+        resident.add(tiny.adapter_for(model, i, density=0.01), f"n{i:03}")
+        resident.set({f"n{i:03}": 1.0, f"n{i // 2:03}": 0.5})
+    for name in list(resident.names):
+        resident.remove(name)
+    tiny.assert_same_bits(model, base)
+    assert resident.names == []
