@@ -209,7 +209,7 @@ def linears(seed: int = 7) -> nn.Sequential:
 
 
 def weights_of(model: nn.Module | DiffusionPipeline, only: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Live Linear and Conv2d weights by name, of a pipeline with component names; those that contain one of ``only``."""
+    """Live Linear and Conv2d weights by name (of a pipeline with component) that contain one of ``only``."""
     parts = {"": model} if isinstance(model, nn.Module) else modules_of(model)
     return {
         (f"{component}.{name}" if component else name): weight
