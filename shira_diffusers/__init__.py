@@ -10,6 +10,7 @@ from shira_diffusers.delta import SparseDelta
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError
 from shira_diffusers.files import load_adapter, save_adapter
 from shira_diffusers.fuse import fuse
+from shira_diffusers.gradients import mask_gradients
 from shira_diffusers.masks import build_masks
 from shira_diffusers.pipeline import install
 from shira_diffusers.resident import Resident
@@ -28,5 +29,6 @@ __all__ = [
     "build_masks",
     "fuse",
     "load_adapter",
+    "mask_gradients",
     "save_adapter",
 ]

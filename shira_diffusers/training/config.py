@@ -1,0 +1,147 @@
+"""What a training run is told: one frozen dataclass, checked as a whole, from which the command line is made."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.masks import FAMILIES
+from shira_diffusers.targets import DEFAULT_TARGETS, PRESETS, Targets
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def _required(help: str) -> Any:
+    return field(metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The settings of a DreamBooth run; names and defaults are those of diffusers' ``train_dreambooth_lora.py``.
+
+    Raises:
+        ShiraError: settings out of range or at odds with each other; all of them in one message.
+    """
+
+    pretrained_model_name_or_path: str = _required("Stable Diffusion 1.x or 2.x: a diffusers folder or a Hub id")
+    instance_data_dir: str = _required("folder of training pictures; a .txt beside a picture is its caption")
+    instance_prompt: str = _required("prompt of the pictures that have no caption of their own")
+    revision: str | None = _flag(None, "branch, tag or commit of the Hub repository")
+    variant: str | None = _flag(None, "variant of the model files, such as fp16")
+    output_dir: str = _flag("shira-dreambooth-model", "where the adapter, checkpoints and pictures are written")
+    seed: int | None = _flag(None, "the same seed gives the same adapter (bit for bit on CPU); drawn if not given")
+    resolution: int = _flag(512, "pictures are resized and cropped to this many pixels a side")
+    center_crop: bool = _flag(False, "crop the centre; otherwise crops are random")
+    random_flip: bool = _flag(False, "mirror pictures at random")
+    cache_latents: bool = _flag(False, "encode each picture once; needs crops and flips that are not random")
+
+    mask_type: str = _flag("wm", f"which entries are trained: {', '.join(FAMILIES)}")
+    density: float = _flag(0.02, "fraction of each adapted weight's entries that is trained, in (0, 1]")
+    mask_seed: int = _flag(0, "seed of random masks, apart from --seed")
+    target_modules: tuple[str, ...] = _flag(
+        (DEFAULT_TARGETS,), "a preset (attention, attention+ff, all-linear, all), or layer names and patterns"
+    )
+    calibration_steps: int = _flag(8, "batches whose gradients choose the entries of grad and snip masks")
+    avoid_adapters: tuple[str, ...] = _flag((), "adapter files whose entries must not be used again")
+    train_text_encoder: bool = _flag(False, "adapt the text encoder too")
+
+    train_batch_size: int = _flag(4, "pictures a batch")
+    num_train_epochs: int = _flag(1, "passes over the pictures, unless --max_train_steps is given")
+    max_train_steps: int | None = _flag(None, "optimizer steps in all; overrides --num_train_epochs")
+    gradient_accumulation_steps: int = _flag(1, "batches an optimizer step")
+    gradient_checkpointing: bool = _flag(False, "save memory by computing activations twice")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(None, "default: what accelerate is configured to")
+    allow_tf32: bool = _flag(False, "use TF32 matrix products on Ampere GPUs and later")
+    dataloader_num_workers: int = _flag(0, "processes that load pictures; 0 loads in the main one")
+
+    learning_rate: float = _flag(5e-4, "learning rate after warmup")
+    scale_lr: bool = _flag(False, "multiply the learning rate by processes, batch size and accumulation steps")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = _flag("constant", "how the learning rate changes")
+    lr_warmup_steps: int = _flag(500, "warmup of the schedules that have one")
+    lr_num_cycles: int = _flag(1, "restarts of cosine_with_restarts")
+    lr_power: float = _flag(1.0, "power of the polynomial schedule")
+    use_8bit_adam: bool = _flag(False, "AdamW of bitsandbytes, which must be installed")
+    adam_beta1: float = _flag(0.9, "decay of the first moment")
+    adam_beta2: float = _flag(0.999, "decay of the second moment")
+    adam_weight_decay: float = _flag(1e-2, "pulls deltas to zero, so weights to the base")
+    adam_epsilon: float = _flag(1e-8, "epsilon of Adam")
+    max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
+    snr_gamma: float | None = _flag(None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is recommended there")
+
+    with_prior_preservation: bool = _flag(False, "train on pictures of the class as well, to keep it")
+    prior_loss_weight: float = _flag(1.0, "weight of the class pictures' loss")
+    class_data_dir: str | None = _flag(None, "folder of class pictures; what lacks is generated into it")
+    class_prompt: str | None = _flag(None, "prompt of the class pictures")
+    num_class_images: int = _flag(100, "class pictures to have")
+    sample_batch_size: int = _flag(4, "pictures a batch when class pictures are generated")
+
+    validation_prompt: str | None = _flag(None, "prompt of pictures made while and after training")
+    num_validation_images: int = _flag(4, "validation pictures at a time")
+    validation_epochs: int = _flag(50, "epochs between validations")
+    checkpointing_steps: int = _flag(500, "steps between checkpoints")
+    checkpoints_total_limit: int | None = _flag(None, "checkpoints to keep, the newest ones")
+    resume_from_checkpoint: str | None = _flag(None, 'a folder made by --checkpointing_steps, or "latest"')
+    report_to: str = _flag("tensorboard", "tracker: tensorboard, wandb, ..., all or none")
+    logging_dir: str = _flag("logs", "folder of the trackers, inside --output_dir")
+
+    def __post_init__(self) -> None:
+        wrong = [*_out_of_range(self), *_at_odds(self)]
+        if wrong:
+            raise ShiraError(f"{len(wrong)} training settings are wrong:{listing(wrong, shown=len(wrong))}")
+
+    @property
+    def targets(self) -> Targets:
+        """``target_modules`` as ``build_masks`` takes them."""
+        return self.target_modules[0] if len(self.target_modules) == 1 else self.target_modules
+
+
+_AT_LEAST_ONE = (
+    "resolution", "calibration_steps", "train_batch_size", "num_train_epochs", "max_train_steps",
+    "gradient_accumulation_steps", "lr_num_cycles", "num_class_images", "sample_batch_size",
+    "num_validation_images", "validation_epochs", "checkpointing_steps", "checkpoints_total_limit",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "prior_loss_weight",
+    "dataloader_num_workers",
+)  # fmt: skip
+
+
+def _out_of_range(config: TrainingConfig) -> list[str]:
+    values = vars(config)
+    wrong = [
+        f"{n} must be at least 1, got {values[n]}" for n in _AT_LEAST_ONE if values[n] is not None and values[n] < 1
+    ]
+    wrong += [f"{n} must not be negative, got {values[n]}" for n in _NOT_NEGATIVE if not values[n] >= 0]
+    wrong += [f"{n} must be above 0, got {values[n]}" for n in ("max_grad_norm",) if not values[n] > 0]
+    wrong += [f"{n} must be in [0, 1), got {values[n]}" for n in ("adam_beta1", "adam_beta2") if not 0 <= values[n] < 1]
+    if not 0 < config.density <= 1:
+        wrong.append(f"density must be in (0, 1], got {config.density}; 0.01 to 0.02 is usual")
+    if config.snr_gamma is not None and not config.snr_gamma > 0:
+        wrong.append(f"snr_gamma must be above 0, got {config.snr_gamma}; 5.0 is usual")
+    if config.mask_type not in FAMILIES:
+        wrong.append(f"mask_type must be one of {', '.join(FAMILIES)}, got {config.mask_type!r}")
+    if not config.target_modules:
+        wrong.append(f"target_modules is empty, expected a preset such as {DEFAULT_TARGETS!r}, or patterns")
+    if len(config.target_modules) > 1 and (presets := PRESETS.keys() & set(config.target_modules)):
+        wrong.append(f"target_modules mixes the preset {', '.join(presets)} with others: give one preset, or patterns")
+    return wrong
+
+
+def _at_odds(config: TrainingConfig) -> list[str]:
+    wrong = []
+    if config.with_prior_preservation:
+        lacking = [name for name in ("class_data_dir", "class_prompt") if not getattr(config, name)]
+        wrong += [f"with_prior_preservation needs {name}" for name in lacking]
+    else:
+        idle = [name for name in ("class_data_dir", "class_prompt") if getattr(config, name)]
+        wrong += [f"{name} has no effect without with_prior_preservation: drop it or add that" for name in idle]
+    if config.cache_latents and config.random_flip:
+        wrong.append("cache_latents encodes each picture once, so it excludes random_flip")
+    base, output = Path(config.pretrained_model_name_or_path), Path(config.output_dir)
+    if base.is_dir() and base.resolve() in (output.resolve(), *output.resolve().parents):
+        wrong.append(f"output_dir {config.output_dir!r} is inside the base model's folder, which is never written to")
+    return wrong

@@ -1,0 +1,186 @@
+"""SparseTuner: train sparse deltas, so that only masked entries cost gradients and optimizer state.
+
+Source: arXiv 2406.13175, section 3.3 and appendix D.
+"""
+
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.delta import SparseDelta, index_dtype
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, listing
+from shira_diffusers.gradients import components_of, let_gradients_in, masked_parameters
+from shira_diffusers.probes import probe_base
+from shira_diffusers.scatter import gather, overwrite
+
+
+class _Adapted(NamedTuple):
+    """One adapted weight: its entries are ``start`` to ``end`` of the flat tensors, ``indices`` ``[end - start]``."""
+
+    parameter: nn.Parameter
+    indices: Tensor
+    start: int
+    end: int
+
+
+class SparseTuner:
+    """Trainable sparse deltas on the resident weights of a model.
+
+    One flat float32 parameter, ``deltas``, holds all deltas, zero at the start. Give it, alone, to any optimizer;
+    call ``apply`` after each of its steps. In between the model is used as it is: its weights hold
+    ``round(base + delta)`` in their own dtype. Backward produces the dense gradient of one weight at a time, which
+    is gathered at the mask into ``deltas.grad`` and freed. Weight decay pulls deltas to zero, so weights to the base.
+
+    Gradient accumulation, clipping, GradScaler, autocast and both kinds of gradient checkpointing work; all
+    parameters without a mask are frozen. Leaving the ``with`` block (or ``restore``) gives every weight its bits
+    back and every parameter its ``requires_grad``.
+
+    Args:
+        modules: a module, or ``{component: module}``; then names begin with the component.
+        masks: ``{name: sorted flat indices}``, as ``build_masks`` gives them for these modules.
+
+    Raises:
+        AdapterMismatchError: masks that fit no parameter; all are named.
+        ResidentStateError: weights that cannot be trained (quantized, on the meta device, offloaded, fused, of
+            another dtype than float32, float16 or bfloat16, on several devices, or with an adapter active).
+
+    On error nothing has changed.
+    """
+
+    def __init__(self, modules: nn.Module | Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
+        parameters = masked_parameters(modules, masks)
+        device = _only_device(parameters)
+        parts = components_of(modules).values()
+        bounds = pairwise(accumulate((masks[name].numel() for name in parameters), initial=0))
+        self._adapted = {
+            name: _Adapted(p, masks[name].to(device, index_dtype(p.numel())), start, end)
+            for (name, p), (start, end) in zip(parameters.items(), bounds, strict=True)
+        }
+        # exact for the three dtypes, and it follows casts of the model as the weights themselves do
+        self._base = torch.cat([gather(a.parameter, a.indices).float() for a in self._adapted.values()])
+        self._probes = probe_base(self._sparse(torch.zeros_like(self._base), torch.float32), parameters)
+        self._flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
+        self.deltas = nn.Parameter(torch.zeros_like(self._base))
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+        self._hooks: list[Any] = [self._train(adapted) for adapted in self._adapted.values()]
+        self._hooks += [hook for part in parts for hook in let_gradients_in(part)]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The trained entries by name: int32 (int64 for weights of 2^31 entries or more), on the weights' device."""
+        return {name: adapted.indices for name, adapted in self._adapted.items()}
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Write ``round(base + delta)`` into the weights, in place, at the masked entries only.
+
+        Raises:
+            ResidentStateError: after ``restore``.
+        """
+        if not self._hooks:
+            raise ResidentStateError("this tuner was restored: its model holds the base again; make a new tuner")
+        self._write(self._base + self.deltas)
+
+    def restore(self) -> None:
+        """Give the weights the base's bits and all parameters their ``requires_grad``. Twice is once."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._write(self._base)
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+    def __enter__(self) -> "SparseTuner":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def adapter(self, metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16) -> ShiraAdapter:
+        """The deltas as they are now, on the CPU, rounded to ``dtype``; also after ``restore``.
+
+        Raises:
+            AdapterFormatError: a delta that is not finite in ``dtype``.
+        """
+        return ShiraAdapter(self._sparse(self.deltas.detach(), dtype), metadata or {}, self._probes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: ``deltas``, float32 ``[nnz]``, and the ``masks``, on the CPU."""
+        masks = {name: indices.cpu() for name, indices in self.masks.items()}
+        return {"deltas": self.deltas.detach().cpu().clone(), "masks": masks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the deltas of a checkpoint and write them into the weights.
+
+        Raises:
+            AdapterMismatchError: the checkpoint has other masks; nothing has changed.
+        """
+        saved: Mapping[str, Tensor] = state["masks"]
+        own = self.masks
+        wrong = [
+            f"{name}: only in the {'tuner' if name in own else 'checkpoint'}" for name in own.keys() ^ saved.keys()
+        ]
+        wrong += [n for n in own.keys() & saved.keys() if not torch.equal(own[n].cpu().long(), saved[n].cpu().long())]
+        if wrong or list(own) != list(saved):
+            raise AdapterMismatchError(
+                "the checkpoint was made with other masks than this tuner's; make the tuner with the checkpoint's "
+                f"masks (state['masks']):{listing(sorted(wrong))}"
+            )
+        with torch.no_grad():
+            self.deltas.copy_(state["deltas"])
+        self.apply()
+
+    def _train(self, adapted: _Adapted) -> Any:
+        """Let gradients of one weight arrive in the flat parameter."""
+        indices, start, end = adapted.indices, adapted.start, adapted.end
+
+        def collect(weight: Tensor) -> None:
+            if weight.grad is None:
+                return
+            dense, weight.grad = weight.grad, None
+            if self.deltas.grad is None:
+                self.deltas.grad = torch.zeros_like(self.deltas)
+            self.deltas.grad[start:end] += gather(dense, indices)
+
+        adapted.parameter.requires_grad_(True)
+        return adapted.parameter.register_post_accumulate_grad_hook(collect)
+
+    def _write(self, values: Tensor) -> None:
+        """Write float32 ``[nnz]``, rounded to each weight's dtype; one cast for all weights of a dtype."""
+        dtypes = {adapted.parameter.dtype for adapted in self._adapted.values()}
+        rounded = {dtype: values.detach().to(dtype) for dtype in dtypes}
+        for parameter, indices, start, end in self._adapted.values():
+            overwrite(parameter, indices, rounded[parameter.dtype][start:end])
+        torch.clear_autocast_cache()  # an enclosing autocast region keeps casts of the weights as they were
+
+    def _sparse(self, values: Tensor, dtype: torch.dtype) -> dict[str, SparseDelta]:
+        host = values.to(dtype).cpu()
+        if not bool(torch.isfinite(host).all()):
+            raise AdapterFormatError(
+                f"{int((~torch.isfinite(host)).sum())} of {host.numel()} deltas are NaN or infinite in {dtype}: "
+                "training diverged; lower the learning rate"
+            )
+        return {
+            name: SparseDelta(a.indices.cpu(), host[a.start : a.end].clone(), tuple(a.parameter.shape))
+            for name, a in self._adapted.items()
+        }
+
+
+def _only_device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
+    devices = {parameter.device for parameter in parameters.values()}
+    if len(devices) > 1:
+        raise ResidentStateError(
+            f"adapted weights are on {len(devices)} devices ({', '.join(sorted(map(str, devices)))}), expected one; "
+            "move the model to one device before the tuner is made"
+        )
+    return devices.pop()
