@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import AdapterFormatError, ShiraError
-from shira_diffusers.files import decode, load_adapter, save_adapter
+from shira_diffusers.files import decode, read_safetensors, save_adapter
 from shira_diffusers.hub import HubOptions, find_adapter
 from shira_diffusers.interference import interference
 from shira_diffusers.interop import decode_peft, is_peft_folder, is_peft_state_dict, load_peft_adapter
@@ -55,8 +55,8 @@ def load_shira(
     """Load a SHiRA adapter and make it the active one.
 
     Args:
-        source: a ``.safetensors`` file, a folder, a Hub id, or a state dict with a file's keys. A PEFT SHiRA folder or
-            state dict goes to the denoiser.
+        source: a ``.safetensors`` file, a folder, a Hub id, or a state dict with a file's keys. What PEFT's SHiRA
+            tuner wrote (folder, file or state dict) goes to the denoiser.
         adapter_name: not in use; None takes ``default_0``, ``default_1``, ...
         scale: strength when active; 0 is the base, above 1 exaggerates. Also per component, see ``set_shira``.
         activate: make it active, alone; False only loads it.
@@ -258,10 +258,7 @@ def _check_options(options: Mapping[str, object]) -> None:
 def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> ShiraAdapter:
     """Read an adapter, with component names."""
     if isinstance(source, Mapping):
-        if is_peft_state_dict(source):
-            component, model = _denoiser(pipe)
-            return decode_peft(source, model, "the state dict").prefixed(component)
-        return decode(source, None, "the state dict")
+        return _decode(pipe, source, None, "the state dict")
     if not isinstance(source, str | os.PathLike):
         raise AdapterFormatError(
             f"expected a file, a folder, a Hub id or a state dict of tensors, got {type(source).__name__}"
@@ -270,7 +267,18 @@ def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> Shira
     if is_peft_folder(path):
         component, model = _denoiser(pipe)
         return load_peft_adapter(path, model).prefixed(component)
-    return load_adapter(path)
+    tensors, metadata = read_safetensors(path)
+    return _decode(pipe, tensors, metadata, str(path))
+
+
+def _decode(
+    pipe: DiffusionPipeline, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str
+) -> ShiraAdapter:
+    """Build an adapter of our own keys, or of PEFT's (``unet.save_lora_adapter`` writes them without a config)."""
+    if is_peft_state_dict(tensors):
+        component, model = _denoiser(pipe)
+        return decode_peft(tensors, model, source).prefixed(component)
+    return decode(tensors, metadata, source)
 
 
 def _denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
