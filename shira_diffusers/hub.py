@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from shira_diffusers.files import WEIGHTS_NAME, find_file
 from shira_diffusers.interop import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
@@ -43,6 +43,8 @@ def find_adapter(source: str | os.PathLike[str], options: HubOptions) -> Path:
         raise FileNotFoundError(f"no adapter at {path}: expected a .safetensors file, a folder or a Hub id owner/name")
     try:
         return _download(str(source), weight_name, subfolder, options)
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(source, error) from error
     except EntryNotFoundError as error:
         wanted = weight_name or f"{WEIGHTS_NAME} or {PEFT_WEIGHTS}"
         raise FileNotFoundError(
@@ -50,10 +52,14 @@ def find_adapter(source: str | os.PathLike[str], options: HubOptions) -> Path:
             f"give weight_name= (and subfolder=) as its file list shows ({error})"
         ) from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise OSError(
-            f"{source!r} is no file or folder here, and could not be read from the Hub: {error}. "
-            "Check the name, your connection, or the token for a private repository"
-        ) from error
+        raise _unreachable(source, error) from error
+
+
+def _unreachable(source: str | os.PathLike[str], error: Exception) -> OSError:
+    return OSError(
+        f"{source!r} is no file or folder here, and could not be read from the Hub: {error}. "
+        "Check the name, your connection, or the token for a private repository"
+    )
 
 
 def _local(path: Path, weight_name: str | None) -> Path:
@@ -65,7 +71,9 @@ def _local(path: Path, weight_name: str | None) -> Path:
 
 
 def _download(repo: str, weight_name: str | None, subfolder: str, options: HubOptions) -> Path:
-    def fetch(name: str) -> Path:
+    local = options.get("local_files_only", False)
+
+    def fetch(name: str, local: bool = local) -> Path:
         return Path(
             huggingface_hub.hf_hub_download(
                 repo,
@@ -74,7 +82,7 @@ def _download(repo: str, weight_name: str | None, subfolder: str, options: HubOp
                 revision=options.get("revision"),
                 token=options.get("token"),
                 cache_dir=options.get("cache_dir"),
-                local_files_only=options.get("local_files_only", False),
+                local_files_only=local,
                 force_download=options.get("force_download", False),
             )
         )
@@ -83,6 +91,7 @@ def _download(repo: str, weight_name: str | None, subfolder: str, options: HubOp
         return fetch(weight_name)
     try:
         return fetch(WEIGHTS_NAME)
-    except EntryNotFoundError:
-        fetch(PEFT_CONFIG)
-        return fetch(PEFT_WEIGHTS).parent
+    except EntryNotFoundError as error:
+        local |= isinstance(error, LocalEntryNotFoundError)  # the Hub is out of reach: look in the cache only
+        fetch(PEFT_CONFIG, local)
+        return fetch(PEFT_WEIGHTS, local).parent
