@@ -89,13 +89,18 @@ def encode(adapter: ShiraAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header metadata that a file holds."""
     tensors: dict[str, Tensor] = {}
     for name, delta in adapter.deltas.items():
-        tensors[name + _VALUES] = delta.values.cpu().contiguous()
+        tensors[name + _VALUES] = _own(delta.values)
         tensors[name + _GAPS] = encode_gaps(delta.indices)
         tensors[name + _SHAPE] = torch.tensor(delta.shape, dtype=torch.int64)
     for name, probe in adapter.base_probes.items():
-        tensors[name + _BASE] = probe.to(torch.float16).cpu().contiguous()
+        tensors[name + _BASE] = _own(probe.to(torch.float16))
     metadata = {"library_version": __version__, "density": f"{adapter.density:.6g}", **adapter.metadata}
     return tensors, {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy on the CPU: safetensors refuses tensors that share memory."""
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str) -> ShiraAdapter:
