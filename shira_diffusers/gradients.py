@@ -138,9 +138,8 @@ def let_gradients_in(module: nn.Module) -> list[Any]:
         return _requiring(output) if needed() else None
 
     hooks: list[Any] = [module.register_forward_pre_hook(of_inputs, with_kwargs=True)]
-    if hasattr(module, "get_input_embeddings"):
-        hooks.append(module.get_input_embeddings().register_forward_hook(of_output))
-    return hooks
+    embeddings: Any = getattr(module, "get_input_embeddings", None)
+    return hooks if embeddings is None else [*hooks, embeddings().register_forward_hook(of_output)]
 
 
 def _requiring(value: Any) -> Any:

@@ -1,0 +1,85 @@
+"""Settings are checked as a whole, and each is a flag."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from shira_diffusers import ShiraError
+from shira_diffusers.training.config import TrainingConfig
+from shira_diffusers.training.flags import parse_config
+
+NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictures", "instance_prompt": "a sks cat"}
+NEEDED_FLAGS = [part for name, value in NEEDED.items() for part in (f"--{name}", value)]
+
+
+def test_flags_default_to_the_settings_defaults() -> None:
+    assert parse_config(NEEDED_FLAGS) == TrainingConfig(**NEEDED)
+
+
+def test_every_setting_is_a_flag_of_its_type() -> None:
+    flags = []
+    expected = {}
+    for setting in fields(TrainingConfig):
+        if setting.name in NEEDED:
+            continue
+        flags.append(f"--{setting.name}")
+        if setting.default is False:
+            expected[setting.name] = True
+            continue
+        value = CHANGED.get(setting.name, 3)
+        expected[setting.name] = value
+        flags += [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+    flags.remove("--random_flip")  # at odds with cache_latents
+    expected["random_flip"] = False
+    config = parse_config([*NEEDED_FLAGS, *flags])
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+CHANGED = {
+    "revision": "main", "variant": "fp16", "output_dir": "out", "mask_type": "snip", "density": 0.5,
+    "target_modules": ("to_q", "*attn2.to_*"), "avoid_adapters": ("a", "b"), "mixed_precision": "bf16",
+    "learning_rate": 0.1, "lr_scheduler": "cosine", "lr_power": 2.0, "adam_beta1": 0.1, "adam_beta2": 0.2,
+    "adam_weight_decay": 0.0, "adam_epsilon": 1e-3, "max_grad_norm": 2.0, "snr_gamma": 5.0,
+    "prior_loss_weight": 0.5, "class_data_dir": "class", "class_prompt": "a cat", "validation_prompt": "a sks cat",
+    "resume_from_checkpoint": "latest", "report_to": "none", "logging_dir": "tracks",
+}  # fmt: skip
+
+
+def test_all_wrong_settings_are_in_one_error() -> None:
+    wrong = {
+        "density": 0.0, "resolution": 0, "learning_rate": -1.0, "adam_beta1": 1.0, "mask_type": "best",
+        "with_prior_preservation": True, "class_prompt": "a cat", "cache_latents": True, "random_flip": True,
+        "snr_gamma": 0.0, "max_grad_norm": 0.0, "target_modules": ("attention", "conv1"), "max_train_steps": 0,
+    }  # fmt: skip
+    with pytest.raises(ShiraError) as caught:
+        TrainingConfig(**NEEDED, **wrong)
+    message = str(caught.value)
+    assert message.startswith("11 training settings are wrong")
+    for name in (
+        "density", "resolution", "learning_rate", "adam_beta1", "mask_type", "class_data_dir", "cache_latents",
+        "snr_gamma", "max_grad_norm", "mixes the preset attention", "max_train_steps",
+    ):  # fmt: skip
+        assert name in message
+
+
+def test_not_a_number_is_refused() -> None:
+    with pytest.raises(ShiraError, match="learning_rate must not be negative, got nan"):
+        TrainingConfig(**NEEDED, learning_rate=float("nan"))
+
+
+def test_idle_class_settings_are_refused() -> None:
+    with pytest.raises(ShiraError, match="class_prompt has no effect without with_prior_preservation"):
+        TrainingConfig(**NEEDED, class_prompt="a cat")
+
+
+def test_output_inside_the_base_is_refused(tmp_path: Path) -> None:
+    settings = {**NEEDED, "pretrained_model_name_or_path": str(tmp_path)}
+    with pytest.raises(ShiraError, match="never written to"):
+        TrainingConfig(**settings, output_dir=str(tmp_path / "unet"))
+    TrainingConfig(**settings, output_dir=str(tmp_path) + "-adapter")
+
+
+def test_one_preset_or_several_patterns() -> None:
+    assert TrainingConfig(**NEEDED, target_modules=("attention",)).targets == "attention"
+    assert TrainingConfig(**NEEDED, target_modules=("to_q", "to_k")).targets == ("to_q", "to_k")

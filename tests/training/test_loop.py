@@ -1,0 +1,265 @@
+"""Whole runs on a tiny Stable Diffusion: what they write, and that they can be repeated and resumed."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from shira_diffusers import ShiraAdapter, ShiraError, __version__, build_masks, load_adapter
+from shira_diffusers.masks import FAMILIES
+from shira_diffusers.pipeline import resident_of
+from shira_diffusers.training.base import load_base
+from shira_diffusers.training.config import TrainingConfig
+from shira_diffusers.training.data import collate, find_pictures
+from shira_diffusers.training.examples import prepare_examples
+from shira_diffusers.training.loop import train
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(5):
+        Image.effect_noise((20, 16 + number), 90).save(folder / f"{number}.png")
+    (folder / "3.txt").write_text("a dog", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def settings(base: Path, pictures: Path, tmp_path: Path) -> dict[str, object]:
+    return {
+        "pretrained_model_name_or_path": str(base),
+        "instance_data_dir": str(pictures),
+        "instance_prompt": "a sks cat",
+        "output_dir": str(tmp_path / "out"),
+        "resolution": 16,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "learning_rate": 1e-2,
+        "seed": 7,
+        "report_to": "none",
+    }
+
+
+def run(settings: dict[str, object], **others: object) -> ShiraAdapter:
+    return load_adapter(train(TrainingConfig(**(settings | others))))
+
+
+def assert_same_adapter(one: ShiraAdapter, other: ShiraAdapter) -> None:
+    assert one.deltas.keys() == other.deltas.keys()
+    assert all(one.deltas[name] == other.deltas[name] for name in one.deltas)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_script_trains_both_models_and_leaves_the_base_alone(settings: dict[str, object], base: Path) -> None:
+    """Also what cannot change within one process: mixed precision, and the trackers."""
+    before = hashes(base)
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value)) if name != "report_to"]
+    flags += ["--train_text_encoder", "--mixed_precision", "bf16", "--gradient_checkpointing", "--center_crop"]
+    flags += ["--cache_latents", "--validation_prompt", "a dog", "--num_validation_images", "2"]
+    done = subprocess.run(
+        [sys.executable, "train_dreambooth_shira.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert hashes(base) == before
+    output = Path(str(settings["output_dir"]))
+    adapter = load_adapter(output)
+    assert adapter.component_names() == ["text_encoder", "unet"]
+    assert all(bool(delta.values.any()) for delta in adapter.deltas.values())
+    assert all(delta.values.dtype == torch.float16 for delta in adapter.deltas.values())
+    assert {path.name for path in (output / "validation").iterdir()} == {"step-000002-0.png", "step-000002-1.png"}
+    assert list((output / "logs").rglob("events.out.tfevents*"))
+    assert "loss=" in done.stderr
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    assert resident_of(pipe).check(adapter) == "same"
+    pipe.load_shira(output)
+    assert set(pipe.list_shira()["default_0"]) == {"unet", "text_encoder"}
+
+
+def test_script_ends_with_one_line_on_wrong_settings(settings: dict[str, object]) -> None:
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "train_dreambooth_shira.py", *flags, "--density", "3"], cwd=ROOT, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: 1 training settings are wrong" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_metadata_tells_how_the_adapter_was_made(settings: dict[str, object], base: Path) -> None:
+    adapter = run(settings, mask_type="rand", mask_seed=3, density=0.05, target_modules=("to_q", "conv1"))
+    told = {
+        "base_model": str(base), "mask": "rand", "density": "0.05", "mask_seed": "3", "targets": "to_q conv1",
+        "instance_prompt": "a sks cat", "steps": "2", "learning_rate": "0.01", "resolution": "16", "seed": "7",
+        "train_batch_size": "2", "library_version": __version__,
+    }  # fmt: skip
+    assert {key: adapter.metadata[key] for key in told} == told
+    assert all(name.startswith("unet.") for name in adapter.deltas)
+    expected = build_masks({"unet": tiny.unet()}, "rand", 0.05, ["to_q", "conv1"], seed=3)
+    assert {n: d.indices.tolist() for n, d in adapter.deltas.items()} == {n: m.tolist() for n, m in expected.items()}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_mask_family_trains(settings: dict[str, object], family: str) -> None:
+    adapter = run(settings, mask_type=family, density=0.1, max_train_steps=1, calibration_steps=2)
+    assert adapter.metadata["mask"] == family
+    assert all(bool(delta.values.any()) for delta in adapter.deltas.values())
+
+
+def test_avoided_adapters_share_no_entry(settings: dict[str, object], tmp_path: Path) -> None:
+    first = run(settings, max_train_steps=1)
+    file = str(tmp_path / "out" / "pytorch_shira_weights.safetensors")
+    second = run(settings, max_train_steps=1, avoid_adapters=(file,), output_dir=str(tmp_path / "second"))
+    assert first.deltas.keys() == second.deltas.keys()
+    for name, delta in first.deltas.items():
+        assert not set(delta.indices.tolist()) & set(second.deltas[name].indices.tolist())
+
+
+def test_class_pictures_are_made_once_and_trained_on(settings: dict[str, object], tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    prior = {
+        "with_prior_preservation": True, "class_data_dir": str(folder), "class_prompt": "a cat",
+        "num_class_images": 3, "sample_batch_size": 2,
+    }  # fmt: skip
+    with_prior = run(settings, **prior)
+    made = hashes(folder)
+    assert len(made) == 3
+    assert_same_adapter(run(settings, **prior), with_prior)
+    assert hashes(folder) == made
+    without = run(settings)
+    assert not all(without.deltas[name] == with_prior.deltas[name] for name in without.deltas)
+
+
+def test_v_prediction_base_trains(settings: dict[str, object], tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    pipe.scheduler = DDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+    )
+    pipe.save_pretrained(tmp_path / "v")
+    of_v = run(settings, pretrained_model_name_or_path=str(tmp_path / "v"), snr_gamma=5.0)
+    of_epsilon = run(settings, snr_gamma=5.0)
+    assert not all(of_v.deltas[name] == of_epsilon.deltas[name] for name in of_v.deltas)
+
+
+def test_the_adapter_lowers_the_loss(settings: dict[str, object], base: Path) -> None:
+    adapter = run(settings, max_train_steps=30, density=0.3, train_batch_size=5)
+    pipe = load_base(TrainingConfig(**settings), torch.device("cpu"))
+    pictures = find_pictures(str(settings["instance_data_dir"]), "a sks cat")
+    examples, objective = prepare_examples(pipe, TrainingConfig(**settings), [pictures], seed=0)
+    batch = collate([examples[(0, index)] for index in range(5)])
+
+    def error() -> float:
+        with torch.no_grad():
+            return sum(float(objective.loss(batch, torch.Generator().manual_seed(seed))) for seed in range(10))
+
+    before = error()
+    resident = resident_of(pipe)
+    resident.add(adapter, "it")
+    resident.set({"it": 1.0})
+    assert error() < 0.97 * before
+
+
+# ---------------------------------------------------------------- repeated and resumed
+
+
+def test_the_same_seed_gives_the_same_adapter(settings: dict[str, object], tmp_path: Path) -> None:
+    options = {"random_flip": True, "mask_type": "grad", "calibration_steps": 2, "dataloader_num_workers": 1}
+    first = run(settings, **options)
+    torch.manual_seed(99)  # the global state does not matter
+    assert_same_adapter(run(settings, **options | {"dataloader_num_workers": 0}), first)
+    other = run(settings, **options | {"seed": 8})
+    assert not all(delta == other.deltas.get(name) for name, delta in first.deltas.items())
+
+
+def test_resuming_equals_never_having_stopped(settings: dict[str, object]) -> None:
+    """Cosine schedule, accumulation, random crops, a stop in the middle of a pass over the data."""
+    options = {
+        "max_train_steps": 6, "checkpointing_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
+        "gradient_accumulation_steps": 2, "random_flip": True, "train_text_encoder": True,
+    }  # fmt: skip
+    whole = run(settings, **options)
+    checkpoints = Path(str(settings["output_dir"]))
+    assert load_adapter(checkpoints / "checkpoint-3").metadata["steps"] == "3"
+    assert not all(load_adapter(checkpoints / "checkpoint-3").deltas[n] == d for n, d in whole.deltas.items())
+    assert_same_adapter(run(settings, **options, resume_from_checkpoint="checkpoint-3"), whole)
+
+
+def test_checkpoints_are_limited_and_the_latest_is_found(settings: dict[str, object]) -> None:
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"}
+    run(settings, **options, max_train_steps=3)  # there is none yet: starts anew
+    output = Path(str(settings["output_dir"]))
+    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-3"]
+    run(settings, **options | {"seed": None}, max_train_steps=4)
+    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
+    assert load_adapter(output).metadata["seed"] == "7"  # that of the run it resumes
+    with pytest.raises(ShiraError, match=r"no checkpoint 'checkpoint-9'; .* has checkpoint-3, checkpoint-4"):
+        run(settings, resume_from_checkpoint="checkpoint-9")
+
+
+def test_epochs_are_passes_over_the_pictures(settings: dict[str, object]) -> None:
+    adapter = run(settings, max_train_steps=None, num_train_epochs=2)
+    assert adapter.metadata["steps"] == "6"  # 5 pictures, 2 a batch: 3 batches a pass
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_a_diverging_run_says_so_and_saves_nothing(settings: dict[str, object]) -> None:
+    with pytest.raises(ShiraError, match=r"the loss is (nan|inf) at step 2: training diverged"):
+        run(settings, learning_rate=1e30, max_train_steps=3)
+    assert not list(Path(str(settings["output_dir"])).rglob("*.safetensors"))
+
+
+def test_caching_random_crops_is_refused(settings: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(ShiraError, match=r"crop of .*0.png \(20 x 16\) is random: add center_crop"):
+        run(settings, cache_latents=True)
+    square = tmp_path / "square"
+    square.mkdir()
+    Image.effect_noise((20, 20), 90).save(square / "it.png")
+    assert run(settings, cache_latents=True, instance_data_dir=str(square)).nnz
+
+
+def test_other_pipelines_and_sizes_are_refused(settings: dict[str, object], tmp_path: Path) -> None:
+    tiny.sdxl_pipeline().save_pretrained(tmp_path / "xl")
+    with pytest.raises(ShiraError, match="is a StableDiffusionXLPipeline, expected a StableDiffusionPipeline"):
+        run(settings, pretrained_model_name_or_path=str(tmp_path / "xl"))
+    with pytest.raises(ShiraError, match="resolution must be a multiple of 2, got 17"):
+        run(settings, resolution=17)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        pytest.param({"report_to": "clearml"}, "report_to 'clearml' is not installed", id="tracker"),
+        pytest.param({"use_8bit_adam": True}, "pip install bitsandbytes", id="bitsandbytes"),
+        pytest.param({"instance_data_dir": "/nowhere"}, "no folder of pictures at '/nowhere'", id="pictures"),
+        pytest.param({"target_modules": ("to_nothing",)}, "match none of the", id="targets"),
+    ],
+)
+def test_what_is_missing_is_named(settings: dict[str, object], option: dict[str, object], message: str) -> None:
+    with pytest.raises(ShiraError, match=message):
+        run(settings, **option)
