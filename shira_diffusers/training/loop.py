@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shira_diffusers._version import __version__
-from shira_diffusers.errors import ShiraError
+from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.files import load_adapter, save_adapter
 from shira_diffusers.masks import build_masks
 from shira_diffusers.training.base import adapted_models, load_base
@@ -54,6 +54,8 @@ def train(config: TrainingConfig) -> Path:
         groups.append(class_pictures(pipe, config, seed))
     examples, objective = prepare_examples(pipe, config, groups, seed)
     models = adapted_models(pipe, config)
+    if checkpoint:
+        require_same_choice(config, checkpoint)
     masks = checkpoint["tuner"]["masks"] if checkpoint else choose_masks(models, config, examples, objective, seed)
 
     with SparseTuner(models, masks) as tuner:
@@ -65,11 +67,12 @@ def train(config: TrainingConfig) -> Path:
         logger.info("training %d entries of %d weights for %d steps", tuner.deltas.numel(), len(masks), run.last)
         for step in run.steps(objective):
             if step % config.checkpointing_steps == 0:
-                state, adapter = run.state_dict(), tuner.adapter(run.metadata(step))
-                logger.info("saved %s", save_checkpoint(output, step, state, adapter, config.checkpoints_total_limit))
+                adapter = tuner.adapter(run.metadata())
+                saved = save_checkpoint(output, step, run.state_dict(), adapter, config.checkpoints_total_limit)
+                logger.info("saved %s", saved)
             if step == run.last or step % (config.validation_epochs * run.steps_per_epoch) == 0:
                 show(accelerator, validate(pipe, config, step, seed), step)
-        file = save_adapter(tuner.adapter(run.metadata(run.last)), output)
+        file = save_adapter(tuner.adapter(run.metadata()), output)
     accelerator.end_training()
     logger.info("wrote %s", file)
     return file
@@ -88,9 +91,8 @@ class Run:
     def __init__(
         self, accelerator: Accelerator, config: TrainingConfig, tuner: SparseTuner, examples: Examples, seed: int
     ) -> None:
-        self._accelerator, self._config, self._tuner, self._examples, self._seed = (
-            accelerator, config, tuner, examples, seed,
-        )  # fmt: skip
+        self._accelerator, self._config, self._tuner = accelerator, config, tuner
+        self._examples, self._seed = examples, seed
         self._accumulation: int = accelerator.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(batches_in(len(examples), config.train_batch_size) / self._accumulation)
         self.last = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
@@ -144,12 +146,12 @@ class Run:
                 f"the loss is {logs['loss']} at step {self._done}: training diverged, nothing was saved for it; lower "
                 "--learning_rate, or use --mixed_precision bf16 or no"
             )
+        progress.set_postfix(logs, refresh=False)
         progress.update()
-        progress.set_postfix(logs)
         self._accelerator.log(logs, step=self._done)
 
-    def metadata(self, step: int) -> dict[str, str]:
-        """What an adapter of this run tells about itself."""
+    def metadata(self) -> dict[str, str]:
+        """What an adapter made now tells about itself."""
         config = self._config
         return {
             "base_model": config.pretrained_model_name_or_path,
@@ -158,7 +160,7 @@ class Run:
             "mask_seed": str(config.mask_seed),
             "targets": " ".join(config.target_modules),
             "instance_prompt": config.instance_prompt,
-            "steps": str(step),
+            "steps": str(self._done),
             "learning_rate": f"{config.learning_rate:g}",
             "train_batch_size": str(config.train_batch_size),
             "resolution": str(config.resolution),
@@ -171,6 +173,7 @@ class Run:
         scaler = self._accelerator.scaler
         return {
             "seed": self._seed,
+            "choice": _choice(self._config),
             "tuner": self._tuner.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -220,6 +223,24 @@ def _seed(config: TrainingConfig, checkpoint: Mapping[str, Any] | None) -> int:
     if config.seed is not None:
         return config.seed
     return int(checkpoint["seed"]) if checkpoint else secrets.randbelow(2**31)
+
+
+def _choice(config: TrainingConfig) -> dict[str, Any]:
+    """The settings that the masks follow from."""
+    names = ("mask_type", "density", "mask_seed", "target_modules", "train_text_encoder", "avoid_adapters")
+    return {name: getattr(config, name) for name in names}
+
+
+def require_same_choice(config: TrainingConfig, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to resume with other masks than the checkpoint's.
+
+    Raises:
+        ShiraError: names the settings that differ.
+    """
+    then, now = checkpoint["choice"], _choice(config)
+    wrong = [f"{name} was {then[name]!r}, got {now[name]!r}" for name in now if then[name] != now[name]]
+    if wrong:
+        raise ShiraError(f"a run resumes with the masks that it began with; give the same settings:{listing(wrong)}")
 
 
 def choose_masks(

@@ -220,6 +220,14 @@ def test_checkpoints_are_limited_and_the_latest_is_found(settings: dict[str, obj
         run(settings, resume_from_checkpoint="checkpoint-9")
 
 
+def test_resuming_with_other_masks_is_refused(settings: dict[str, object]) -> None:
+    run(settings, checkpointing_steps=2)
+    with pytest.raises(
+        ShiraError, match=r"masks that it began with(.|\n)*density was 0.02, got 0.03(.|\n)*mask_seed was"
+    ):
+        run(settings, resume_from_checkpoint="latest", density=0.03, mask_seed=1)
+
+
 def test_epochs_are_passes_over_the_pictures(settings: dict[str, object]) -> None:
     adapter = run(settings, max_train_steps=None, num_train_epochs=2)
     assert adapter.metadata["steps"] == "6"  # 5 pictures, 2 a batch: 3 batches a pass

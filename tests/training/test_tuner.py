@@ -136,7 +136,7 @@ def test_a_shared_weight_gets_the_gradients_of_both_uses() -> None:
     with SparseTuner(model, {"1.weight": torch.tensor([1, 7, 30])}) as tuner:
         model(x).sum().backward()
         assert torch.equal(tuner.deltas.grad, expected)
-    with pytest.raises(ResidentStateError, match="1.weight is tied to 0.weight"):
+    with pytest.raises(ResidentStateError, match=r"1\.weight is tied to 0\.weight"):
         SparseTuner(model, {"0.weight": torch.tensor([1]), "1.weight": torch.tensor([2])})
 
 
@@ -191,9 +191,9 @@ def test_a_cast_while_training_restores_to_the_cast_base() -> None:
 
 
 def test_one_dense_gradient_is_alive_at_a_time_and_none_after() -> None:
-    parts = models()
+    parts: dict[str, nn.Module] = {"unet": tiny.unet(), "text_encoder": tiny.text_encoder()}  # nothing is frozen
     masks = small_masks(parts)
-    adapted = [parameters_of(parts)[name].requires_grad_() for name in masks]
+    adapted = [parameters_of(parts)[name] for name in masks]
     alive: list[int] = []
     for parameter in adapted:  # registered first, so it looks before the tuner frees
         parameter.register_post_accumulate_grad_hook(lambda _: alive.append(sum(p.grad is not None for p in adapted)))
