@@ -31,7 +31,8 @@ def gradient_magnitudes(
     if isinstance(calibration, Mapping):
         sums = {name: gradient.detach().float().abs() for name, gradient in calibration.items()}
     else:
-        sums = _accumulate(_parameters(model, weights), calibration)
+        parameters = _parameters(model)
+        sums = _accumulate({name: parameters[name] for name in weights}, parameters.values(), calibration)
     wrong = [f"{name}: no gradient" for name in weights if name not in sums]
     wrong += [
         f"{name}: gradient of shape {tuple(sums[name].shape)}, expected {tuple(weight.shape)}"
@@ -44,17 +45,18 @@ def gradient_magnitudes(
     return sums
 
 
-def _parameters(model: nn.Module | Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+def _parameters(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     parts = {"": model} if isinstance(model, nn.Module) else {f"{part}.": m for part, m in model.items()}
-    named = {prefix + canonical_name(n): p for prefix, m in parts.items() for n, p in m.named_parameters()}
-    return {name: named[name] for name in weights}
+    return {prefix + canonical_name(n): p for prefix, m in parts.items() for n, p in m.named_parameters()}
 
 
 def _accumulate(
-    parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor | Callable[[], Tensor]]
+    targets: Mapping[str, nn.Parameter],
+    everything: Iterable[nn.Parameter],
+    losses: Iterable[Tensor | Callable[[], Tensor]],
 ) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
-    kept = {name: (p.requires_grad, p.grad) for name, p in parameters.items()}
+    kept = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
     hooks = []
 
     def collect(name: str) -> Callable[[Tensor], None]:
@@ -67,8 +69,10 @@ def _accumulate(
         return hook
 
     try:
-        for name, parameter in parameters.items():
+        for parameter, _, _ in kept:
             parameter.grad = None
+            parameter.requires_grad_(False)
+        for name, parameter in targets.items():
             parameter.requires_grad_(True)
             hooks.append(parameter.register_post_accumulate_grad_hook(collect(name)))
         for loss in losses:
@@ -76,7 +80,7 @@ def _accumulate(
     finally:
         for handle in hooks:
             handle.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(kept[name][0])
-            parameter.grad = kept[name][1]
+        for parameter, required, gradient in kept:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
     return sums
