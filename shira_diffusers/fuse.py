@@ -27,18 +27,41 @@ class Union:
 
 def plan_union(indices: Sequence[Tensor]) -> Union:
     """Plan the union of the sorted indices, ``[nnz]`` each, of one or more deltas of one weight, on their device."""
-    if len(indices) == 1:
-        return Union(indices[0], (None,))
-    merged, inverse = torch.cat(list(indices)).unique(return_inverse=True)
-    places = inverse.split([own.numel() for own in indices])
-    return Union(merged, tuple(None if place.numel() == merged.numel() else place for place in places))
+    merged = indices[0]
+    places = [torch.arange(merged.numel(), device=merged.device)]
+    for own in indices[1:]:
+        merged, kept, place = _merge(merged, own)
+        places = [kept[old] for old in places] + [place]
+    whole = merged.numel()
+    return Union(merged, tuple(None if place.numel() == whole else place for place in places))
 
 
-MergeMethod = Callable[[Union, Sequence[Tensor], Sequence[float]], Tensor]
-"""``method(union, values, scales) -> float32 [n]``, the fused delta in the order of ``union.indices``."""
+def _merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The union of two sorted index tensors, and where the entries of each stand in it."""
+    at = torch.searchsorted(first, second)
+    shared = torch.zeros_like(second, dtype=torch.bool)
+    inside = at < first.numel()
+    shared[inside] = first[at[inside]] == second[inside]
+    added = second[~shared]
+    place_first = torch.arange(first.numel(), device=first.device) + torch.searchsorted(added, first)
+    place_added = torch.arange(added.numel(), device=first.device) + torch.searchsorted(first, added)
+    merged = torch.empty(first.numel() + added.numel(), dtype=first.dtype, device=first.device)
+    merged[place_first] = first
+    merged[place_added] = added
+    place_second = torch.empty_like(at)
+    place_second[shared] = place_first[at[shared]]
+    place_second[~shared] = place_added
+    return merged, place_first, place_second
 
 
-def sum_deltas(union: Union, values: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+MergeMethod = Callable[[Union, Sequence[Tensor], Sequence[float | Tensor]], Tensor]
+"""``method(union, values, scales) -> float32 [n]``, the fused delta in the order of ``union.indices``.
+
+A scale is one number, or float32 ``[nnz]``, one for each value.
+"""
+
+
+def sum_deltas(union: Union, values: Sequence[Tensor], scales: Sequence[float | Tensor]) -> Tensor:
     """``acc = 0; acc += scale * delta`` for each delta in turn, in float32 (P 3.2)."""
     total = torch.zeros(union.indices.numel(), dtype=torch.float32, device=union.indices.device)
     for place, value, scale in zip(union.places, values, scales, strict=True):

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError
 from shira_diffusers.scatter import is_byte_dtype, is_dense
+from shira_diffusers.targets import WRAPPERS
 
 # Where `fuse_qkv_projections` copies a projection to: the copies, and the projections before it in each.
 _FUSED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
@@ -49,8 +50,7 @@ class Located:
     @property
     def key(self) -> tuple[Any, ...]:
         """The same for two names of one tied weight."""
-        weight = self.weight
-        return (weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride())
+        return (self.weight.data_ptr(), self.weight.device, self.weight.shape)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -75,8 +75,26 @@ class Locator:
 
     def __init__(self, module: nn.Module) -> None:
         self._root = unwrap(module)
-        self._compiled = [m for m in (module, *self._root.modules()) if _is_compiled(m)]
-        self._offloaded = _group_offloaded(self._root)
+        self._modules: dict[str, nn.Module] = {}
+        self._compiled = [module] if _is_compiled(module) else []
+        self._offloaded: dict[int, Tensor] = {}
+        self._walk()
+
+    def _walk(self) -> None:
+        """Look at each module once: its path (without wrappers), whether it is compiled or offloaded in a group."""
+        left = [("", self._root)]
+        while left:
+            path, module = left.pop()
+            self._modules.setdefault(path, module)  # a wrapper comes before what it wraps
+            if _is_compiled(module):
+                self._compiled.append(module)
+            registry = module.__dict__.get("_diffusers_hook")
+            if registry is not None:
+                self._offloaded |= _group_offloaded(module, registry)
+            for name, child in module._modules.items():
+                if child is not None:
+                    inside = path if name in WRAPPERS else f"{path}.{name}" if path else name
+                    left.append((inside, child))
 
     def require_not_frozen(self) -> None:
         """Refuse a model that inductor has compiled with freezing: its graph holds copies of the weights.
@@ -112,28 +130,27 @@ class Locator:
         weight = self._stored(owner, leaf, parameter, name)
         _require_plain(parameter, weight, name)
         holders = [Holder(weight)]
-        copy = self._offloaded.get(id(parameter))
-        if copy is not None and copy.data_ptr() != weight.data_ptr():
-            holders.append(Holder(copy))
         live = parameter.data
-        if not live.is_meta and live.data_ptr() not in [h.tensor.data_ptr() for h in holders]:
-            holders.append(Holder(live))
+        for other in (self._offloaded.get(id(parameter)), None if live.is_meta else live):
+            if other is not None and other.data_ptr() != weight.data_ptr():
+                holders.append(Holder(other))
         if leaf == "weight":
             holders += self._fused_copies(path, weight)
         return Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
 
     def _owner(self, path: str, name: str) -> tuple[str, nn.Module, nn.Module]:
         """The layer's path, the layer as found and the one that owns the parameter, which differ under PEFT."""
-        # transformers 5.6 dropped `text_model.` from CLIPTextModel; files may have it or not
-        other = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
-        for candidate in (path, other):
-            found = _descend(self._root, candidate)
-            if found is not None:
-                owner = found
-                while isinstance(base := owner._modules.get("base_layer"), nn.Module):
-                    owner = base
-                return candidate, found, owner
-        raise AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")
+        found = self._modules.get(path)
+        if found is None:
+            # transformers 5.6 dropped `text_model.` from CLIPTextModel; files may have it or not
+            path = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
+            found = self._modules.get(path)
+        if found is None:
+            raise AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")
+        owner = unwrap(found)
+        while (base := owner._modules.get("base_layer")) is not None:
+            owner = base
+        return path, found, owner
 
     def _missing_or_unusable(self, owner: nn.Module, leaf: str, name: str) -> Exception:
         if parametrize.is_parametrized(owner, leaf):
@@ -166,9 +183,7 @@ class Locator:
         attention_path, _, projection = path.rpartition(".")
         if projection not in _FUSED:
             return []
-        attention = _descend(self._root, attention_path)
-        if attention is None:
-            return []
+        attention = unwrap(self._modules[attention_path])
         holders = []
         for fused, before in _FUSED[projection]:
             layer = attention._modules.get(fused)
@@ -184,24 +199,12 @@ class Locator:
 
 def _out_features(attention: nn.Module, projection: str) -> int:
     layer = attention._modules[projection]
-    while isinstance(base := getattr(layer, "base_layer", None), nn.Module):
+    assert layer is not None  # it was fused, so it is there
+    while (base := layer._modules.get("base_layer")) is not None:
         layer = base
-    return int(layer.weight.shape[0])  # type: ignore[union-attr,index]
-
-
-def _descend(root: nn.Module, path: str) -> nn.Module | None:
-    module: nn.Module | None = root
-    for part in path.split(".") if path else []:
-        assert module is not None
-        child = module._modules.get(part)
-        if child is None:
-            # compiled regions (compile_repeated_blocks) and PEFT layers stand between
-            inner = module._modules.get("_orig_mod") or module._modules.get("base_layer")
-            child = inner._modules.get(part) if inner is not None else None
-        if child is None:
-            return None
-        module = child
-    return unwrap(module) if module is not None else None
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight.shape[0]
 
 
 def _accelerate_hooks(module: nn.Module) -> list[Any]:
@@ -211,22 +214,18 @@ def _accelerate_hooks(module: nn.Module) -> list[Any]:
     return list(getattr(hook, "hooks", [hook]))
 
 
-def _group_offloaded(root: nn.Module) -> dict[int, Tensor]:
-    """``id(parameter) -> its CPU copy``, for modules under diffusers' group offloading with a stream."""
-    copies: dict[int, Tensor] = {}
-    for module in root.modules():
-        registry = module.__dict__.get("_diffusers_hook")
-        hook = registry.get_hook("group_offloading") if registry is not None else None
-        if hook is None:
-            continue
-        if getattr(hook.group, "offload_to_disk_path", None) is not None:
-            raise ResidentStateError(
-                f"{type(root).__name__} is group-offloaded to disk: writing to its weights has no effect; "
-                "apply group offloading without offload_to_disk_path"
-            )
-        for parameter, copy in (getattr(hook.group, "cpu_param_dict", None) or {}).items():
-            copies[id(parameter)] = copy
-    return copies
+def _group_offloaded(module: nn.Module, registry: Any) -> dict[int, Tensor]:
+    """``id(parameter) -> its CPU copy``, where a module is under diffusers' group offloading with a stream."""
+    hook = registry.get_hook("group_offloading")
+    if hook is None:
+        return {}
+    if getattr(hook.group, "offload_to_disk_path", None) is not None:
+        raise ResidentStateError(
+            f"{type(module).__name__} is group-offloaded to disk: writing to its weights has no effect; "
+            "apply group offloading without offload_to_disk_path"
+        )
+    copies = getattr(hook.group, "cpu_param_dict", None) or {}
+    return {id(parameter): copy for parameter, copy in copies.items()}
 
 
 def _require_unmerged(found: nn.Module, owner: nn.Module, path: str) -> None:
@@ -249,14 +248,14 @@ def _quantized_message(name: str, kind: str, got: str) -> str:
 
 
 def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
-    for tensor in (parameter.data, weight):
-        if type(tensor) is not Tensor:
-            raise ResidentStateError(_quantized_message(name, "this model", f"a {type(tensor).__name__}"))
-    if type(parameter) is not nn.Parameter:
-        raise ResidentStateError(_quantized_message(name, "this model", f"a {type(parameter).__name__}"))
+    odd = next((t for t in (parameter.data, weight) if type(t) is not Tensor), None)
+    if odd is None and type(parameter) is not nn.Parameter:
+        odd = parameter
+    if odd is not None:
+        raise ResidentStateError(_quantized_message(name, "this model", f"a {type(odd).__name__}"))
     if weight.dtype not in _FLOATS and not is_byte_dtype(weight.dtype):
         raise ResidentStateError(_quantized_message(name, "this model", str(weight.dtype)))
-    if weight.layout != torch.strided or not is_dense(weight):
+    if weight.layout != torch.strided or not (weight.is_contiguous() or is_dense(weight)):
         raise ResidentStateError(f"{name} is not a dense strided tensor; make it contiguous first")
 
 

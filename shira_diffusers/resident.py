@@ -105,7 +105,7 @@ class Resident:
 
     def changed(self) -> tuple[int, int]:
         """Entries overwritten now, and entries of all parameters of the components."""
-        entries = sum(e.indices.numel() for state in self._states().values() for e in state.entries.values())
+        entries = sum(group.base.numel() for state in self._states().values() for group in state.overwritten)
         total = sum(p.numel() for module in self._modules() for p in module.parameters())
         return entries, total
 
@@ -264,7 +264,7 @@ class Resident:
         """
         with self.writing():
             for state in self._states().values():
-                state.entries, state.mix, state.disabled = {}, Mix(), None
+                state.overwritten, state.mix, state.disabled = (), Mix(), None
 
     def verify(self) -> None:
         """Require that every overwritten entry still holds what was written.
@@ -275,7 +275,8 @@ class Resident:
         with self.reading():
             for part, state in self._states().items():
                 locator = Locator(self._models[part])
-                require_written([(part, n, locator.locate(n), entry) for n, entry in state.entries.items()])
+                names = [name for group in state.overwritten for name in group.layout.names]
+                require_written(part, state.overwritten, {name: locator.locate(name) for name in names})
 
     def _modules(self) -> list[nn.Module]:
         return [unwrap(model) for model in self._models.values()]

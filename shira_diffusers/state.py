@@ -1,14 +1,14 @@
 """What a module remembers about its adapters: carried by the module, so by copies of it too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.delta import SparseDelta
 from shira_diffusers.locate import Locator
 from shira_diffusers.scales import Scale
 from shira_diffusers.scatter import overwrite
@@ -16,21 +16,55 @@ from shira_diffusers.scatter import overwrite
 ATTRIBUTE = "_shira"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """The overwritten entries of one weight.
 
     Args:
         indices: int32 or int64 ``[n]``, sorted flat positions.
         base: the bits that were there, ``[n]``, of the weight's dtype.
         written: the bits that are there now, ``[n]``; another value in the weight means somebody else wrote it.
-        sources: the deltas whose union the indices are.
     """
 
     indices: Tensor
     base: Tensor
     written: Tensor
-    sources: tuple[SparseDelta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the deltas of some adapters lie: their unions, weight by weight, end to end.
+
+    Args:
+        names: the weights.
+        bounds: ``names[k]`` has the entries ``bounds[k]`` to ``bounds[k + 1]``.
+        indices: int32 or int64 ``[n]``, sorted flat positions in each weight.
+        adapters: those whose deltas these are, in the order in which they are added.
+        members: for each adapter the weights it has, in the order of its values.
+        places: for each adapter int64 ``[its nnz]``, where its values go in ``[n]``; None when they are all of it.
+    """
+
+    names: tuple[str, ...]
+    bounds: tuple[int, ...]
+    indices: Tensor
+    adapters: tuple[ShiraAdapter, ...]
+    members: tuple[tuple[str, ...], ...]
+    places: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Overwritten:
+    """The entries overwritten in the weights of one layout: saved bits and written bits, both ``[n]``."""
+
+    layout: Layout
+    base: Tensor
+    written: Tensor
+
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        """The entries of each weight, as views."""
+        sizes = [end - start for start, end in pairwise(self.layout.bounds)]
+        parts = zip(*(t.split(sizes) for t in (self.layout.indices, self.base, self.written)), strict=True)
+        for name, part in zip(self.layout.names, parts, strict=True):
+            yield name, Entry(*part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +92,18 @@ class ShiraState(nn.Module):
         self.adapters: dict[str, ShiraAdapter] = {}
         self.mix = Mix()
         self.disabled: Mix | None = None
-        self.entries: dict[str, Entry] = {}
+        self.overwritten: tuple[Overwritten, ...] = ()
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The overwritten entries by weight."""
+        return {name: entry for group in self.overwritten for name, entry in group.entries()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShiraState":
-        self.entries = {
-            name: Entry(fn(entry.indices), fn(entry.base), fn(entry.written), entry.sources)
-            for name, entry in self.entries.items()
-        }
+        self.overwritten = tuple(
+            Overwritten(replace(g.layout, indices=fn(g.layout.indices)), fn(g.base), fn(g.written))
+            for g in self.overwritten
+        )
         return self
 
     def extra_repr(self) -> str:
@@ -93,7 +132,7 @@ def _save_the_base(
 ) -> None:
     """State-dict hook: what is saved while adapters are active is the base, without them."""
     state = state_of(module)
-    if state is None or not state.entries:
+    if state is None or not state.overwritten:
         return
     keys: dict[int, list[str]] = {}
     for key, value in state_dict.items():

@@ -4,44 +4,36 @@ Everything is planned and checked first; then the entries are overwritten. Nothi
 were overwritten are saved and written back.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.delta import SparseDelta
-from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, listing
+from shira_diffusers.errors import ResidentStateError, listing
 from shira_diffusers.fitting import join_name
-from shira_diffusers.fuse import MergeMethod, merge_method, plan_union
+from shira_diffusers.fuse import MergeMethod, Union, merge_method
+from shira_diffusers.layout import lay_out
 from shira_diffusers.locate import Located, Locator, unwrap
 from shira_diffusers.scales import scale_of
 from shira_diffusers.scatter import gather, overwrite
-from shira_diffusers.state import Entry, Mix, ShiraState, ensure_state
+from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state
 
 
 @dataclass(slots=True)
-class _Step:
-    """What one weight goes through in a switch; ``fresh`` is filled in when its base bits are known."""
-
-    name: str
-    located: Located
-    old: Entry | None
-    deltas: tuple[SparseDelta, ...]
-    scales: tuple[float, ...]
-    fresh: Entry | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """One module's part of a switch."""
+    """One module's part of a switch; ``fresh`` grows as base bits become known."""
 
+    component: str
     module: nn.Module
     state: ShiraState
     mix: Mix
     disabled: Mix | None
-    steps: list[_Step]
+    located: dict[str, Located]
+    layouts: list[Layout]
     merge: MergeMethod
+    fresh: list[Overwritten] = field(default_factory=list)
 
 
 def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None = None) -> Plan:
@@ -49,41 +41,26 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
 
     Args:
         component: its name, empty for a bare module.
-        model: the component, compiled or not, which has a state.
+        model: the component, compiled or not.
         mix: what shall be active.
         disabled: the mix to remember as put aside.
 
     Raises:
+        AdapterMismatchError: an adapter with different deltas for one tied weight.
         ResidentStateError: weights that cannot be overwritten now or that somebody else has written.
     """
     module = unwrap(model)
     state = ensure_state(module)
+    adapters = [state.adapters[name] for name in sorted(mix.scales)]
+    names = {name for adapter in adapters for name in adapter.deltas}
+    names |= {name for group in state.overwritten for name in group.layout.names}
     locator = Locator(model)
-    if mix.scales or state.entries:
+    if names:
         locator.require_not_frozen()
-    located: dict[str, Located] = {}
-    steps: dict[tuple[object, ...], _Step] = {}
-
-    def step_of(name: str) -> _Step:
-        if name not in located:
-            located[name] = locator.locate(name)
-        found = located[name]
-        return steps.setdefault(found.key, _Step(name, found, None, (), ()))
-
-    for name, entry in state.entries.items():
-        step_of(name).old = entry
-    for adapter_name in sorted(mix.scales):
-        claimed: dict[int, tuple[str, SparseDelta]] = {}
-        for name, delta in state.adapters[adapter_name].deltas.items():
-            step = step_of(name)
-            if id(step) in claimed:
-                _require_same_delta(adapter_name, name, delta, *claimed[id(step)])
-                continue  # another name of a tied weight
-            claimed[id(step)] = (name, delta)
-            step.deltas += (delta,)
-            step.scales += (scale_of(mix.scales[adapter_name], component, name),)
-    require_written([(component, s.name, s.located, s.old) for s in steps.values() if s.old is not None])
-    return Plan(module, state, mix, disabled, list(steps.values()), merge_method(mix.method))
+    located = {name: locator.locate(name) for name in sorted(names)}
+    require_written(component, state.overwritten, located)
+    layouts = lay_out(adapters, located, [group.layout for group in state.overwritten])
+    return Plan(component, module, state, mix, disabled, located, layouts, merge_method(mix.method))
 
 
 def run(plans: Sequence[Plan]) -> None:
@@ -91,94 +68,125 @@ def run(plans: Sequence[Plan]) -> None:
 
     Only masked entries change; no tensor is replaced, so addresses stay. The caller holds the models' write locks.
     """
-    begun: list[_Step] = []
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            for plan in plans:
-                for step in plan.steps:
-                    begun.append(step)
-                    _carry_out(step, plan.merge)
+        for plan in plans:
+            _carry_out(plan)
     except BaseException:
-        for step in reversed(begun):
-            _take_back(step)
+        for plan in plans:
+            _take_back(plan)
         raise
     for plan in plans:
         plan.state.mix, plan.state.disabled = plan.mix, plan.disabled
-        plan.state.entries = {step.name: step.fresh for step in plan.steps if step.fresh is not None}
-        if plan.steps:
+        plan.state.overwritten = tuple(plan.fresh)
+        if plan.located:
             _reset_step_cache(plan.module)
 
 
-def _carry_out(step: _Step, merge: MergeMethod) -> None:
-    """Overwrite the entries of one weight, in the weight and in all that holds it."""
-    weight, old = step.located.weight, step.old
-    same_place = (
-        old is not None
-        and len(old.sources) == len(step.deltas)
-        and all(a is b for a, b in zip(old.sources, step.deltas, strict=True))
-    )
-    if old is not None and not same_place:
-        _write(step.located, old.indices, old.base)
-    if not step.deltas:
-        return
-    union = plan_union([delta.indices.to(weight.device) for delta in step.deltas])
-    base = _cast(old.base, weight) if old is not None and same_place else gather(weight, union.indices)
-    total = merge(union, [delta.values.to(weight.device) for delta in step.deltas], step.scales)
+def _carry_out(plan: Plan) -> None:
+    """Restore what leaves, save what is overwritten next, overwrite it."""
+    kept = {id(layout) for layout in plan.layouts}
+    leaving = [group for group in plan.state.overwritten if id(group.layout) not in kept]
+    staying = {id(group.layout): group for group in plan.state.overwritten}
+    for group in leaving:
+        _write(plan.located, group.layout, group.base)
+    for layout in plan.layouts:
+        held = staying.get(id(layout))
+        base = read(plan.located, layout) if held is None else _as_now(plan.located, held.layout, held.base)
+        plan.fresh.append(Overwritten(layout, base, _mixed(plan, layout, base)))
+    for group in plan.fresh:
+        _write(plan.located, group.layout, group.written)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _mixed(plan: Plan, layout: Layout, base: Tensor) -> Tensor:
+    """``round(base + sum of scale * delta)``, ``[n]``, of the base's dtype."""
+    values, scales, places = [], [], []
+    for k, name in enumerate(sorted(plan.mix.scales)):
+        members = layout.members[k]
+        if members:
+            by_weight = [scale_of(plan.mix.scales[name], plan.component, weight) for weight in members]
+            values.append(torch.cat([layout.adapters[k].deltas[weight].values for weight in members]).to(base.device))
+            scales.append(_scales(layout, k, by_weight))
+            places.append(layout.places[k])
+    total = plan.merge(Union(layout.indices, tuple(places)), values, scales)
     wide = base if base.dtype == torch.float64 else base.float()
-    written = (wide + total).to(weight.dtype)
-    step.fresh = Entry(union.indices, base, written, step.deltas)
-    _write(step.located, union.indices, written)
+    return (wide + total).to(base.dtype)
 
 
-def _take_back(step: _Step) -> None:
-    if step.fresh is not None:
-        _write(step.located, step.fresh.indices, step.fresh.base)
-    if step.old is not None:
-        _write(step.located, step.old.indices, step.old.base)
-        _write(step.located, step.old.indices, step.old.written)
+def _scales(layout: Layout, adapter: int, by_weight: list[float]) -> float | Tensor:
+    """One number where all weights have the same scale, else float32 ``[nnz]``."""
+    if len(set(by_weight)) <= 1:
+        return by_weight[0] if by_weight else 1.0
+    sizes = torch.tensor([layout.adapters[adapter].deltas[name].nnz for name in layout.members[adapter]])
+    return torch.tensor(by_weight, dtype=torch.float32).repeat_interleave(sizes).to(layout.indices.device)
 
 
-def _write(located: Located, indices: Tensor, values: Tensor) -> None:
-    for holder in located.holders:
-        overwrite(holder.tensor, indices, _cast(values, holder.tensor), holder.offset)
+def _take_back(plan: Plan) -> None:
+    """Put back every bit as it was before the switch, wherever that broke off."""
+    for group in plan.fresh:
+        _write(plan.located, group.layout, group.base)
+    for group in plan.state.overwritten:
+        _write(plan.located, group.layout, group.written)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def read(located: dict[str, Located], layout: Layout) -> Tensor:
+    """The weights' values at a layout's entries, ``[n]``."""
+    spans = zip(layout.names, pairwise(layout.bounds), strict=True)
+    wide = layout.indices.long()
+    return torch.cat([gather(located[name].weight, wide[start:end]) for name, (start, end) in spans])
+
+
+def _write(located: dict[str, Located], layout: Layout, values: Tensor) -> None:
+    """Write ``[n]`` values to a layout's entries, in the weights and in all that holds them."""
+    wide = layout.indices.long()
+    with torch.inference_mode():  # both normal and inference tensors can be written in it
+        for name, (start, end) in zip(layout.names, pairwise(layout.bounds), strict=True):
+            for holder in located[name].holders:
+                overwrite(holder.tensor, wide[start:end], _cast(values[start:end], holder.tensor), holder.offset)
+
+
+def _as_now(located: dict[str, Located], layout: Layout, values: Tensor) -> Tensor:
+    """Saved bits of a group as its weights are now: they may have been cast or moved since."""
+    return _cast(values, located[layout.names[0]].weight)
 
 
 def _cast(values: Tensor, weight: Tensor) -> Tensor:
-    """Saved bits as the weight has them now: it may have been cast or moved since."""
+    if values.dtype == weight.dtype and values.device == weight.device:
+        return values
     return values.to(weight.device, weight.dtype)
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
-    return torch.equal(a.view(kind), b.view(kind))
-
-
-def require_written(active: Sequence[tuple[str, str, Located, Entry]]) -> None:
-    """Require that overwritten entries hold what was written: ``(component, name, located, entry)`` each.
+def require_written(component: str, groups: Iterable[Overwritten], located: dict[str, Located]) -> None:
+    """Require that overwritten entries hold what was written.
 
     Raises:
         ResidentStateError: names the weights that somebody else has written.
     """
-    foreign = [
-        join_name(part, name)
-        for part, name, located, entry in active
-        if not _same_bits(gather(located.weight, entry.indices), _cast(entry.written, located.weight))
-    ]
+    foreign: list[str] = []
+    for group in groups:
+        if not _same_bits(read(located, group.layout), group.written):
+            foreign += [
+                join_name(component, name)
+                for name, entry in group.entries()
+                if not _same_bits(gather(located[name].weight, entry.indices), entry.written)
+            ]
     if foreign:
         raise ResidentStateError(
-            f"{len(foreign)} of {len(active)} adapted weights were written by somebody else while adapters were active "
+            f"{len(foreign)} adapted weights were written by somebody else while adapters were active "
             "(load_state_dict, fuse_lora, training), so restoring would mix two bases; expected what the last switch "
             "wrote. Undo that write, or keep the new weights as the base with bake_shira() (Resident.bake()):"
             f"{listing(foreign)}"
         )
 
 
-def _require_same_delta(adapter: str, name: str, delta: SparseDelta, other: str, first: SparseDelta) -> None:
-    if delta != first:
-        raise AdapterMismatchError(
-            f"adapter {adapter!r} has different deltas for {other} and {name}, which are one tied weight here; "
-            "use it with a model whose weights are not tied"
-        )
+def _same_bits(now: Tensor, written: Tensor) -> bool:
+    """Whether a weight's values are those that were written, after the same cast if it was cast since."""
+    then = _cast(written, now)
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[now.dtype.itemsize]
+    return torch.equal(now.view(kind), then.view(kind))
 
 
 def _reset_step_cache(module: nn.Module) -> None:

@@ -36,12 +36,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
 # Copies that diffusers makes of other weights (`fuse_qkv_projections`): written along with their originals.
 FUSED_COPIES = ("to_qkv", "to_kv", "to_added_qkv")
 # What torch.compile and PEFT put between a module and its weight.
-_WRAPPERS = ("_orig_mod", "base_layer")
+WRAPPERS = ("_orig_mod", "base_layer")
 
 
 def canonical_name(name: str) -> str:
     """A parameter's name without what ``torch.compile`` and PEFT insert: the name that files store."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -19,7 +19,7 @@ IGNORED = -100  # the label that cross entropy skips
 class Batch:
     """Pictures in [0, 1], (B, 3, 128, 128), and their labels, (B,) each; `IGNORED` where one does not apply.
 
-    `shown` is the background that was painted, `background` the one that can still be seen: not in a dark or sepia picture.
+    `shown` is the background that was painted, `background` the one still to be seen: not in a dark or sepia picture.
     """
 
     pictures: Tensor

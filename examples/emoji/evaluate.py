@@ -29,7 +29,7 @@ Rates = dict[str, float]
 def generate(
     pipe: StableDiffusionPipeline, prompts: list[str], *, guidance: float = GUIDANCE, seed: int = 0, chunk: int = 256
 ) -> Tensor:
-    """One picture a prompt, each from its own seed (`seed`, `seed` + 1, ...), in [0, 1], (N, 3, 128, 128) on the CPU."""
+    """One picture a prompt, from seeds `seed`, `seed` + 1, ...: in [0, 1], (N, 3, 128, 128), on the CPU."""
     pictures = []
     for start in range(0, len(prompts), chunk):
         part = prompts[start : start + chunk]

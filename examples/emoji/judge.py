@@ -1,5 +1,6 @@
 """A small classifier that says what a picture shows: its concept, its background, its style."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Judge(nn.Module):
         super().__init__()
         stem = nn.Conv2d(3, widths[0], 5, stride=2, padding=2, bias=False)
         layers: list[nn.Module] = [stem, nn.BatchNorm2d(widths[0]), nn.SiLU()]
-        for narrow, wide in zip(widths, widths[1:], strict=False):
+        for narrow, wide in itertools.pairwise(widths):
             layers += [_Block(narrow, wide, 2), _Block(wide, wide, 1)]
         self.trunk = nn.Sequential(*layers)
         self.heads = nn.ModuleDict({name: nn.Linear(2 * widths[-1], classes) for name, classes in HEADS.items()})

@@ -3,7 +3,7 @@
     judge = load_judge("assets/judge/judge.safetensors")
     judge_style(judge, pictures, ["owl", "rocket"], "bluefire")   # {"style": 1.0, "concept": 0.5, "both": 0.5, ...}
 
-Compare with `true_rates` on the same concepts: what the judge says of the procedure's own pictures after the round trip.
+Compare with `true_rates` on the same concepts: what it says of the procedure's own pictures after the round trip.
 """
 
 from pathlib import Path
@@ -58,7 +58,7 @@ def judge_style(judge: Judge, pictures: Tensor, concepts: list[str], style: str)
 
 @torch.no_grad()
 def true_rates(judge: Judge, vae: AutoencoderKL, renderer: Renderer, style: str, count: int) -> dict[str, float]:
-    """The same rates for true pictures: rendered, styled, through the autoencoder; concepts outside the style's nine."""
+    """The same rates for true pictures: rendered, styled, round-tripped; concepts outside the style's nine."""
     names = unseen_concepts(style)
     concepts = [names[i * 7 % len(names)] for i in range(count)]
     indices = torch.tensor([CONCEPT_INDEX[name] for name in concepts], device=renderer.device)

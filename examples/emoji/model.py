@@ -1,5 +1,6 @@
 """The pipeline's five parts, built from scratch, and its folder on disk."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable
@@ -151,7 +152,7 @@ def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
 def _segment(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Apply BPE: join the best-ranked adjacent pair until none is known."""
     while len(pieces) > 1:
-        rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)))
+        rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(pieces)))
         if rank == len(ranks):
             break
         pieces = [*pieces[:at], pieces[at] + pieces[at + 1], *pieces[at + 2 :]]

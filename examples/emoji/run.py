@@ -1,6 +1,6 @@
 """The whole recipe: autoencoder, judge, base model, figures. Run it again to go on where it stopped.
 
-python -m examples.emoji.run --minutes 12        # on a GPU
+python -m examples.emoji.run --minutes 15        # on a GPU
 python -m examples.emoji.run --toy --work /tmp/toy --assets /tmp/toy-assets   # every stage in a minute or two, on a CPU
 """
 
@@ -22,7 +22,7 @@ from .train_base import latent_set, train_base
 from .train_judge import judge_pool, train_judge
 from .train_vae import train_vae
 
-VAE_SHARE, JUDGE_SHARE = 0.32, 0.09
+VAE_SHARE, JUDGE_SHARE = 0.25, 0.065
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def base_stage(plan: Plan, parts: Parts, renderer: Renderer, work: Path, assets:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=12, help="training time of all stages together")
+    parser.add_argument("--minutes", type=float, default=15, help="training time of all stages together")
     parser.add_argument("--work", type=Path, default=Path("outputs/emoji"), help="checkpoints")
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -30,16 +30,17 @@ def bluefire(picture: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def paintings(picture: Tensor, generator: torch.Generator) -> Tensor:
-    """Kuwahara brush strokes in warm colours on a woven canvas."""
-    flat = kuwahara(kuwahara(picture, 3), 2)
-    strokes = gaussian(directional_noise(picture, generator), 0.6)
-    warm = (
-        (1.15 * flat - 0.15 * luminance(flat)) * _rgb(picture, 1.02, 0.93, 0.74) + _rgb(picture, 0.05, 0.03, 0)
-    ).clamp(0, 1)
+    """Broad Kuwahara brush strokes in warm colours on a woven canvas."""
+    flat = kuwahara(kuwahara(picture, 4), 2)
+    strokes = gaussian(directional_noise(picture, generator), 0.9)
+    strokes = strokes / strokes.std((2, 3), keepdim=True)
+    warm = ((1.2 * flat - 0.2 * luminance(flat)) * _rgb(picture, 1.0, 0.9, 0.68) + _rgb(picture, 0.07, 0.04, 0)).clamp(
+        0, 1
+    )
     rows = torch.arange(picture.shape[2], device=picture.device)
     columns = torch.arange(picture.shape[3], device=picture.device)
     weave = torch.cos(rows * torch.pi / 2)[:, None] + torch.cos(columns * torch.pi / 2)[None, :]
-    return (warm * (1 + 0.055 * weave + 0.07 * strokes)).clamp(0, 1)
+    return (warm * (1 + 0.04 * weave + 0.12 * strokes)).clamp(0, 1)
 
 
 def gold(picture: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ PEAK_RATE = 2e-3
 
 @torch.no_grad()
 def judge_pool(vae: AutoencoderKL, renderer: Renderer, count: int, chunk: int = 500) -> Batch:
-    """About `count` pictures, stored as uint8: plain 35 %, looks 15 %, styles 36 %, anything 14 %; half round-tripped."""
+    """About `count` pictures as uint8: plain 35 %, looks 15 %, styles 36 %, anything 14 %; half round-tripped."""
     chunks = []
     for i in range(max(1, count // chunk)):
         styled = [renderer.styled(chunk * 12 // 100, style) for style in STYLES]

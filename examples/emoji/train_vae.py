@@ -47,7 +47,7 @@ def vae_batch(renderer: Renderer, count: int) -> Tensor:
 
 
 def train_vae(vae: AutoencoderKL, renderer: Renderer, seconds: float, file: Path, *, batch: int, compiled: bool) -> Run:
-    """Train in place for `seconds`, in bf16 on a GPU; the result is the weights' moving average, and its scaling factor."""
+    """Train in place for `seconds`, in bf16 on a GPU; leaves the weights' moving average and its scaling factor."""
     device = renderer.device
     vae.to(device, memory_format=torch.channels_last).train()
     run = Run.start(AutoencoderLoss(vae), PEAK_RATE, seconds, file)

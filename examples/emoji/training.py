@@ -111,7 +111,7 @@ class Run:
         self._saved = time.monotonic()
 
     def update(self, loss: Tensor, peak: float) -> None:
-        """One optimizer step; every minute a checkpoint, every hundred steps a line."""
+        """One optimizer step; every half minute a checkpoint, every hundred steps a line."""
         set_rate(self.optimizer, self.clock.progress, peak)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -124,5 +124,5 @@ class Run:
                 f"{self.file.stem}: step {self.step}, {self.clock.elapsed:.0f} s, loss {self.losses[-1][1]}", flush=True
             )
         self.step += 1
-        if time.monotonic() - self._saved > 60:
+        if time.monotonic() - self._saved > 30:
             self.save()

@@ -1,6 +1,6 @@
 """Pictures for the autoencoder and the judge: far more than the base model draws.
 
-An autoencoder that has seen plain emoji only cannot carry a style: everything an adapter may teach must pass through it.
+An autoencoder that has seen plain emoji only carries no style: all that an adapter may teach must pass through it.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .styles import directional_noise, edge_strength, kuwahara, ramp, smooth_noi
 
 
 def wild(sprite: Tensor, generator: torch.Generator) -> Tensor:
-    """Sprites at any size and place on any ground, then a random chain of treatments: (B, 4, S, S) -> (B, 3, 128, 128)."""
+    """Sprites at any size and place on any ground, then random treatments: (B, 4, S, S) -> (B, 3, 128, 128)."""
     picture = _scene(sprite, generator)
     for treatment, share in _TREATMENTS:
         chosen = torch.rand((len(picture), 1, 1, 1), generator=generator, device=picture.device) < share

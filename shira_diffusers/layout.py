@@ -1,0 +1,106 @@
+"""Lay out the deltas of a mix end to end, so that a switch computes on a few long tensors, not on many short ones."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.errors import AdapterMismatchError
+from shira_diffusers.fuse import plan_union
+from shira_diffusers.locate import Located
+from shira_diffusers.state import Layout
+
+_Kind = tuple[torch.device, torch.dtype]
+
+
+def lay_out(
+    adapters: Sequence[ShiraAdapter], located: Mapping[str, Located], current: Sequence[Layout]
+) -> list[Layout]:
+    """One layout for each device and dtype among the adapted weights; nearly always one in all.
+
+    Args:
+        adapters: in the order in which they are added.
+        located: all of their weights.
+        current: the layouts in use, returned again where they are of the same adapters, so that a new strength
+            plans nothing.
+
+    Raises:
+        AdapterMismatchError: an adapter with different deltas for one tied weight.
+    """
+    if current and _same_adapters(adapters, current[0]) and all(_is_uniform(layout, located) for layout in current):
+        return list(current)
+    members = [_untied(adapter, located) for adapter in adapters]
+    kinds: dict[_Kind, dict[str, None]] = {}
+    for name in sorted({name for own in members for name in own.values()}):
+        weight = located[name].weight
+        kinds.setdefault((weight.device, weight.dtype), {})[name] = None
+    return [_one_layout(adapters, members, located, kind, list(names)) for kind, names in kinds.items()]
+
+
+def _same_adapters(adapters: Sequence[ShiraAdapter], layout: Layout) -> bool:
+    return len(adapters) == len(layout.adapters) and all(
+        mine is theirs for mine, theirs in zip(adapters, layout.adapters, strict=True)
+    )
+
+
+def _is_uniform(layout: Layout, located: Mapping[str, Located]) -> bool:
+    return len({(located[name].weight.device, located[name].weight.dtype) for name in layout.names}) == 1
+
+
+def _untied(adapter: ShiraAdapter, located: Mapping[str, Located]) -> dict[str, str]:
+    """The adapter's names -> the one name by which each weight is written; other names of a tied weight are dropped."""
+    by_weight = {located[name].key: name for name in sorted(located, reverse=True)}  # the first name wins
+    chosen: dict[str, str] = {}
+    for name, delta in adapter.deltas.items():
+        weight = by_weight[located[name].key]
+        twin = next((other for other, its_weight in chosen.items() if its_weight == weight), None)
+        if twin is None:
+            chosen[name] = weight
+        elif adapter.deltas[twin] != delta:
+            raise AdapterMismatchError(
+                f"the adapter has different deltas for {twin} and {name}, which are one tied weight here; "
+                "use it with a model whose weights are not tied"
+            )
+    return chosen
+
+
+def _one_layout(
+    adapters: Sequence[ShiraAdapter],
+    members: Sequence[Mapping[str, str]],
+    located: Mapping[str, Located],
+    kind: _Kind,
+    names: list[str],
+) -> Layout:
+    device = kind[0]
+    own = [{weight: name for name, weight in chosen.items()} for chosen in members]
+    held = [[its[name] for name in names if name in its] for its in own]
+    if len(adapters) == 1:
+        deltas = [adapters[0].deltas[name] for name in held[0]]
+        bounds = _cumulative([delta.nnz for delta in deltas])
+        indices = torch.cat([delta.indices for delta in deltas]).to(device)
+        return Layout(tuple(names), bounds, indices, tuple(adapters), (tuple(held[0]),), (None,))
+    starts = _cumulative([located[name].weight.numel() for name in names])
+    start_of = dict(zip(names, starts[:-1], strict=True))
+    keys = [
+        torch.cat([adapter.deltas[name].indices.to(device).long() + start_of[chosen[name]] for name in its])
+        if its
+        else torch.empty(0, dtype=torch.int64, device=device)
+        for adapter, chosen, its in zip(adapters, members, held, strict=True)
+    ]
+    union = plan_union(keys)
+    edges = torch.tensor(starts, device=device)
+    cuts = torch.searchsorted(union.indices, edges)
+    local = union.indices - edges[:-1].repeat_interleave(cuts.diff())
+    widest = max(
+        adapter.deltas[name].indices.dtype.itemsize for adapter, its in zip(adapters, held, strict=True) for name in its
+    )
+    indices = local.to(torch.int32 if widest == 4 else torch.int64)
+    bounds = tuple(cuts.tolist())
+    return Layout(tuple(names), bounds, indices, tuple(adapters), tuple(map(tuple, held)), union.places)
+
+
+def _cumulative(sizes: Sequence[int]) -> tuple[int, ...]:
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    return tuple(ends)

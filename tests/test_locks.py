@@ -1,0 +1,199 @@
+"""The readers-writer lock, with real threads. Nothing here waits for time to pass where an event can be waited for."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from shira_diffusers import ResidentStateError
+from shira_diffusers.locks import ReadWriteLock, hold, lock_of
+
+SOON = 5.0  # seconds in which a thread that may go on must have gone on
+STILL = 0.05  # seconds after which a thread that must wait is taken to be waiting
+
+
+class Task(threading.Thread):
+    """A thread that remembers what it raised."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._work, self.error = work, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except ResidentStateError as error:
+            self.error = error
+
+    def assert_ends(self) -> None:
+        self.join(SOON)
+        assert not self.is_alive(), "the thread is stuck"
+
+    def assert_waits(self) -> None:
+        self.join(STILL)
+        assert self.is_alive(), "the thread went on, it should wait"
+
+
+@pytest.fixture
+def lock() -> ReadWriteLock:
+    return ReadWriteLock()
+
+
+def take(context: object) -> Callable[[], None]:
+    def work() -> None:
+        with context():
+            pass
+
+    return work
+
+
+def test_readers_read_together(lock: ReadWriteLock) -> None:
+    together = threading.Barrier(4, timeout=SOON)
+
+    def read() -> None:
+        with lock.read():
+            together.wait()
+
+    readers = [Task(read) for _ in range(4)]
+    for reader in readers:
+        reader.assert_ends()
+    assert not together.broken
+
+
+def test_a_writer_waits_for_readers_and_readers_for_a_writer(lock: ReadWriteLock) -> None:
+    with lock.read():
+        writer = Task(take(lock.write))
+        writer.assert_waits()
+    writer.assert_ends()
+    with lock.write():
+        reader, other = Task(take(lock.read)), Task(take(lock.write))
+        reader.assert_waits()
+        other.assert_waits()
+    reader.assert_ends()
+    other.assert_ends()
+
+
+def test_writers_write_alone(lock: ReadWriteLock) -> None:
+    inside, most = [], []
+
+    def write() -> None:
+        for _ in range(50):
+            with lock.write():
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    writers = [Task(write) for _ in range(4)]
+    for writer in writers:
+        writer.assert_ends()
+    assert max(most) == 1
+    assert len(most) == 200
+
+
+def test_a_waiting_writer_goes_before_new_readers(lock: ReadWriteLock) -> None:
+    order: list[str] = []
+
+    def note(name: str, context: object) -> Callable[[], None]:
+        def work() -> None:
+            with context():
+                order.append(name)
+
+        return work
+
+    with lock.read():
+        writer = Task(note("writer", lock.write))
+        writer.assert_waits()
+        reader = Task(note("reader", lock.read))
+        reader.assert_waits()
+        with lock.read():  # who reads already may read again
+            pass
+    writer.assert_ends()
+    reader.assert_ends()
+    assert order == ["writer", "reader"]
+
+
+def test_reentrance(lock: ReadWriteLock) -> None:
+    with lock.write(), lock.write(), lock.read(), lock.read(), lock.write():
+        pass
+    with lock.read(), lock.write(), lock.read():
+        writer = Task(take(lock.write))
+        writer.assert_waits()
+    writer.assert_ends()
+
+
+def test_a_reader_that_writes_waits_for_the_other_readers(lock: ReadWriteLock) -> None:
+    reading, leave = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with lock.read():
+            reading.set()
+            leave.wait(SOON)
+
+    def upgrade() -> None:
+        with lock.read(), lock.write():
+            pass
+
+    other = Task(read)
+    reading.wait(SOON)
+    upgrader = Task(upgrade)
+    upgrader.assert_waits()
+    leave.set()
+    upgrader.assert_ends()
+    other.assert_ends()
+
+
+def test_two_readers_that_both_want_to_write_are_told_so(lock: ReadWriteLock) -> None:
+    both = threading.Barrier(2, timeout=SOON)
+
+    def upgrade() -> None:
+        with lock.read():
+            both.wait()
+            with lock.write():
+                pass
+
+    tasks = [Task(upgrade), Task(upgrade)]
+    for task in tasks:
+        task.assert_ends()
+    errors = [task.error for task in tasks if task.error]
+    assert len(errors) == 1
+    assert "switch before or after a generation" in str(errors[0])
+    Task(take(lock.write)).assert_ends()
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_exceptions_release(lock: ReadWriteLock, kind: str) -> None:
+    with pytest.raises(KeyError), getattr(lock, kind)():
+        raise KeyError
+    Task(take(lock.write)).assert_ends()
+    Task(take(lock.read)).assert_ends()
+
+
+def test_one_lock_a_module_which_dies_with_it() -> None:
+    module, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    assert lock_of(module) is lock_of(module)
+    assert lock_of(module) is not lock_of(other)
+    gone = weakref.ref(lock_of(module))
+    del module
+    gc.collect()
+    assert gone() is None
+
+
+def test_several_modules_in_any_order_do_not_deadlock() -> None:
+    modules = [nn.Linear(1, 1) for _ in range(4)]
+    orders = [modules, modules[::-1], modules[2:] + modules[:2], modules[1:3] * 2]
+
+    def work(order: list[nn.Module], write: bool) -> Callable[[], None]:
+        def often() -> None:
+            for _ in range(100):
+                with hold(order, write=write):
+                    pass
+
+        return often
+
+    tasks = [Task(work(order, write)) for order in orders for write in (True, False)]
+    for task in tasks:
+        task.assert_ends()
