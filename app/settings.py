@@ -1,0 +1,71 @@
+"""What a picture is made from, checked before anything is drawn."""
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from shira_diffusers import ShiraError
+
+MAX_STEPS = 100
+MAX_GUIDANCE = 30.0
+MIN_STRENGTH, MAX_STRENGTH = -1.0, 2.0
+MAX_SEED = 2**32 - 1
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE = 3.0
+
+
+class SettingsError(ShiraError):
+    """A setting out of its range; nothing has been drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that a picture depends on, besides the model. Make one with ``checked``."""
+
+    prompt: str
+    mix: Mapping[str, float]
+    seed: int
+    steps: int
+    guidance: float
+
+    @classmethod
+    def checked(cls, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any) -> Self:
+        """Settings from untrusted values.
+
+        Args:
+            prompt: text that is not blank.
+            mix: ``{adapter: strength}``, -1 to 2 each.
+            seed: 0 to 2^32 - 1; None draws one.
+            steps: 1 to 100.
+            guidance: 0 to 30.
+
+        Raises:
+            SettingsError: names the first setting that is wrong, what was expected and what came.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise SettingsError(f"the prompt must say what to draw, got {prompt!r}")
+        if not isinstance(mix, Mapping):
+            raise SettingsError(f"the mix must map each style to its strength, got {mix!r}")
+        return cls(
+            prompt.strip(),
+            {name: _number(f"the strength of {name!r}", mix[name], MIN_STRENGTH, MAX_STRENGTH) for name in sorted(mix)},
+            random.SystemRandom().randint(0, MAX_SEED) if seed is None else _whole("the seed", seed, 0, MAX_SEED),
+            _whole("steps", steps, 1, MAX_STEPS),
+            _number("guidance", guidance, 0, MAX_GUIDANCE),
+        )
+
+
+def _number(what: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise SettingsError(f"{what} must be a number from {low:g} to {high:g}, got {value!r}")
+    if not low <= value <= high:
+        raise SettingsError(f"{what} must be from {low:g} to {high:g}, got {value:g}")
+    return float(value)
+
+
+def _whole(what: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise SettingsError(f"{what} must be a whole number from {low} to {high}, got {value!r}")
+    return value
