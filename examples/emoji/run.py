@@ -1,6 +1,6 @@
 """The whole recipe: autoencoder, judge, base model, figures. Run it again to go on where it stopped.
 
-python -m examples.emoji.run --minutes 15        # on a GPU
+python -m examples.emoji.run --minutes 12        # on a GPU
 python -m examples.emoji.run --toy --work /tmp/toy --assets /tmp/toy-assets   # every stage in a minute or two, on a CPU
 """
 
@@ -20,9 +20,9 @@ from .model import Parts, build_parts, save_pipeline
 from .render import concept_sprites
 from .train_base import latent_set, train_base
 from .train_judge import judge_pool, train_judge
-from .train_vae import train_vae
+from .train_vae import set_scaling_factor, train_vae, vae_pool
 
-VAE_SHARE, JUDGE_SHARE = 0.25, 0.065
+VAE_SHARE, JUDGE_SHARE = 0.4, 0.055
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,17 @@ class Plan:
     """How long and how large; one for a GPU, one for a trial run."""
 
     seconds: float
-    vae_batch: int = 64
+    vae_batch: int = 32
+    vae_pool: int = 120_000
     judge_batch: int = 256
     judge_pool: int = 80_000
-    base_batch: int = 512
+    base_batch: int = 256
     latents: int = 100_000
     rendered: int = 1024  # a figure
     each: int = 6  # generated pictures a concept
-    compiled: bool = True
 
 
-TOY = Plan(
-    15, vae_batch=18, judge_batch=8, judge_pool=100, base_batch=8, latents=50, rendered=8, each=0, compiled=False
-)
+TOY = Plan(15, vae_batch=8, vae_pool=100, judge_batch=8, judge_pool=100, base_batch=8, latents=50, rendered=8, each=0)
 
 
 def run(plan: Plan, work: Path, assets: Path, device: torch.device, until: str) -> None:
@@ -71,8 +69,9 @@ def run(plan: Plan, work: Path, assets: Path, device: torch.device, until: str) 
 def autoencoder_stage(plan: Plan, vae: AutoencoderKL, renderer: Renderer, work: Path) -> AutoencoderKL:
     """Train the autoencoder, or load it."""
     if not (work / "vae").exists():
-        seconds = VAE_SHARE * plan.seconds
-        train_vae(vae, renderer, seconds, work / "vae.pt", batch=plan.vae_batch, compiled=plan.compiled)
+        pool = vae_pool(renderer, plan.vae_pool, chunk=min(500, plan.vae_pool))
+        train_vae(vae, pool, VAE_SHARE * plan.seconds, work / "vae.pt", batch=plan.vae_batch)
+        set_scaling_factor(vae, renderer)
         vae.save_pretrained(work / "vae")
     return AutoencoderKL.from_pretrained(work / "vae").to(renderer.device).eval().requires_grad_(False)
 
@@ -94,14 +93,14 @@ def base_stage(plan: Plan, parts: Parts, renderer: Renderer, work: Path, assets:
     chunk = min(1000, plan.latents)
     data = latent_set(parts.vae, parts.tokenizer, renderer, plan.latents, seed=3, chunk=chunk)
     seconds = (1 - VAE_SHARE - JUDGE_SHARE) * plan.seconds
-    done = train_base(parts, data, seconds, work / "base.pt", batch=plan.base_batch, compiled=plan.compiled)
+    done = train_base(parts, data, seconds, work / "base.pt", batch=plan.base_batch)
     save_pipeline(parts, folder)
     write_metrics(assets / "metrics.json", {"training": {"steps": done.step, "losses": done.losses[::20]}})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15, help="training time of all stages together")
+    parser.add_argument("--minutes", type=float, default=12, help="training time of all stages together")
     parser.add_argument("--work", type=Path, default=Path("outputs/emoji"), help="checkpoints")
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

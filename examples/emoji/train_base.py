@@ -17,7 +17,7 @@ from .model import Parts, build_scheduler
 from .train_vae import encode
 from .training import Run
 
-PEAK_RATE = 1.2e-3
+PEAK_RATE = 1e-3
 CAPTIONS_EACH = 3
 DROPPED_CAPTIONS = 0.1
 
@@ -58,15 +58,14 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 class Denoiser(nn.Module):
     """The text encoder and the UNet as one trainable module."""
 
-    def __init__(self, parts: Parts, compiled: bool) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.text_encoder, self.unet = parts.text_encoder, parts.unet
-        self._predict = [torch.compile(self.unet) if compiled else self.unet]  # in a list: not a second submodule
 
     def forward(self, noisy: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
         """Noisy latents (B, 4, 16, 16), timesteps (B,), token ids (B, 32) -> v, (B, 4, 16, 16)."""
         words = self.text_encoder(tokens).last_hidden_state
-        return self._predict[0](noisy, steps, words).sample
+        return self.unet(noisy, steps, words).sample
 
 
 def denoising_loss(denoiser: Denoiser, data: LatentSet, scheduler: DDIMScheduler, batch: int) -> Tensor:
@@ -85,17 +84,17 @@ def denoising_loss(denoiser: Denoiser, data: LatentSet, scheduler: DDIMScheduler
     return F.mse_loss(output.float(), target)
 
 
-def train_base(parts: Parts, data: LatentSet, seconds: float, file: Path, *, batch: int, compiled: bool) -> Run:
+def train_base(parts: Parts, data: LatentSet, seconds: float, file: Path, *, batch: int) -> Run:
     """Train UNet and text encoder in place for `seconds`; the result is the weights' moving average."""
     device = data.latents.device
     parts.unet.to(device).train()
     parts.text_encoder.to(device).train()
-    denoiser = Denoiser(parts, compiled)
+    denoiser = Denoiser(parts)
     run = Run.start(denoiser, PEAK_RATE, seconds, file, decay=0.9995)
     scheduler = build_scheduler()
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     while run.clock.progress < 1:
-        run.update(denoising_loss(denoiser, data, scheduler, batch), PEAK_RATE)
+        run.update(lambda: denoising_loss(denoiser, data, scheduler, batch), PEAK_RATE, graphed=device.type == "cuda")
     run.save()
     run.average.copy_to(denoiser)
     denoiser.eval().requires_grad_(False)

@@ -42,13 +42,16 @@ def train_judge(judge: Judge, pool: Batch, seconds: float, file: Path, *, batch:
     device = pool.pictures.device
     judge.to(device, memory_format=torch.channels_last).train()
     run = Run.start(judge, PEAK_RATE, seconds, file, decay=0.99)
-    while run.clock.progress < 1:
+
+    def loss_of() -> Tensor:
         chosen = torch.randint(len(pool.pictures), (batch,), device=device)
         labels = Batch(*(getattr(pool, field.name)[chosen] for field in fields(Batch)))
         pictures = _jitter(labels.pictures.float() / 255)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = judge_loss(judge.logits(pictures.contiguous(memory_format=torch.channels_last)), labels)
-        run.update(loss, PEAK_RATE)
+            return judge_loss(judge.logits(pictures.contiguous(memory_format=torch.channels_last)), labels)
+
+    while run.clock.progress < 1:
+        run.update(loss_of, PEAK_RATE)
     run.save()
     run.average.copy_to(judge)
     judge.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)

@@ -10,11 +10,11 @@ from .captions import STYLES
 from .data import Renderer, join
 from .training import Run
 
-PEAK_RATE = 1e-3
+PEAK_RATE = 8e-4
 
 
 class AutoencoderLoss(nn.Module):
-    """Encode, sample, decode, and compare: absolute and squared error, gradients at three scales, a little KL."""
+    """Encode, sample, decode, and compare: squared and absolute error, gradients at three scales, a little KL."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class AutoencoderLoss(nn.Module):
         output = self.vae.decode(posterior.sample()).sample.float()
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         error = output - target
-        return error.abs().mean() + error.square().mean() + gradient_error(error) + 1e-4 * kl
+        return 4 * error.square().mean() + error.abs().mean() + 0.5 * gradient_error(error) + 1e-4 * kl
 
 
 def gradient_error(error: Tensor, scales: int = 3) -> Tensor:
@@ -46,24 +46,35 @@ def vae_batch(renderer: Renderer, count: int) -> Tensor:
     return torch.cat([drawn, renderer.any_pair(count - len(drawn), plain_share=0.6).pictures])
 
 
-def train_vae(vae: AutoencoderKL, renderer: Renderer, seconds: float, file: Path, *, batch: int, compiled: bool) -> Run:
-    """Train in place for `seconds`, in bf16 on a GPU; leaves the weights' moving average and its scaling factor."""
-    device = renderer.device
-    vae.to(device, memory_format=torch.channels_last).train()
+def vae_pool(renderer: Renderer, count: int, chunk: int = 500) -> Tensor:
+    """About `count` pictures as uint8, rendered once: drawing them anew costs more than a training step."""
+    chunks = [vae_batch(renderer, chunk) for _ in range(max(1, count // chunk))]
+    return torch.cat([(pictures * 255).round().to(torch.uint8) for pictures in chunks])
+
+
+def train_vae(vae: AutoencoderKL, pool: Tensor, seconds: float, file: Path, *, batch: int) -> Run:
+    """Train in place for `seconds`, in bf16 on a GPU; leaves the weights' moving average."""
+    device = pool.device
+    vae.to(device).train()
     run = Run.start(AutoencoderLoss(vae), PEAK_RATE, seconds, file)
-    loss_of = torch.compile(run.module) if compiled else run.module
-    while run.clock.progress < 1:
-        pictures = vae_batch(renderer, batch).contiguous(memory_format=torch.channels_last)
+
+    def loss_of() -> Tensor:
+        pictures = pool[torch.randint(len(pool), (batch,), device=device)].float() / 255
         with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of(pictures)
-        run.update(loss, PEAK_RATE)
+            return run.module(pictures)
+
+    while run.clock.progress < 1:
+        run.update(loss_of, PEAK_RATE, graphed=device.type == "cuda")
     run.save()
     run.average.copy_to(run.module)
-    vae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = encode(vae, renderer.base(256).pictures)
-    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+    vae.eval().requires_grad_(False)
     return run
+
+
+def set_scaling_factor(vae: AutoencoderKL, renderer: Renderer) -> None:
+    """Give the latents of the base's pictures unit variance."""
+    latents = encode(vae, renderer.base(256).pictures)
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
-"""What the three training stages share: a time budget, a learning-rate curve, an average of weights, checkpoints."""
+"""What the three training stages share: a time budget, a learning-rate curve, an average, a CUDA graph, checkpoints."""
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,10 @@ def set_rate(optimizer: torch.optim.Optimizer, progress: float, peak: float, war
         progress / warm if progress < warm else 0.01 + 0.495 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
     )
     for group in optimizer.param_groups:
-        group["lr"] = peak * max(rate, 0.01)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(peak * max(rate, 0.01))  # in place: a CUDA graph reads it
+        else:
+            group["lr"] = peak * max(rate, 0.01)
 
 
 class Average:
@@ -73,14 +78,16 @@ class Run:
     step: int = 0
     losses: list[tuple[float, float]] = field(default_factory=list)  # (seconds, loss), one in a hundred steps
     _saved: float = field(default_factory=time.monotonic)
+    _replay: Callable[[], Tensor] | None = None
 
     @classmethod
     def start(cls, module: nn.Module, rate: float, seconds: float, file: Path, decay: float = 0.999) -> "Run":
         """Begin, or go on from the checkpoint at `file`."""
         device = next(module.parameters()).device
-        optimizer = torch.optim.AdamW(
-            module.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
-        )
+        settings: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.99), "weight_decay": 0.01}
+        if device.type == "cuda":
+            settings |= {"lr": torch.tensor(rate, device=device), "fused": True, "capturable": True}
+        optimizer = torch.optim.AdamW(module.parameters(), **settings)
         run = cls(module, optimizer, Average(module, decay), Clock(seconds), file)
         if file.exists():
             run._resume(device)
@@ -110,13 +117,18 @@ class Run:
         partial.replace(self.file)
         self._saved = time.monotonic()
 
-    def update(self, loss: Tensor, peak: float) -> None:
-        """One optimizer step; every half minute a checkpoint, every hundred steps a line."""
+    def update(self, loss_of: Callable[[], Tensor], peak: float, *, graphed: bool = False) -> None:
+        """One optimizer step; every half minute a checkpoint, every hundred steps a line.
+
+        Args:
+            loss_of: the loss of the next batch.
+            graphed: record the step as a CUDA graph and replay it from then on: `loss_of` may then not depend on
+                anything but tensors on the GPU and its default generator. These small models are bound by launches.
+        """
         set_rate(self.optimizer, self.clock.progress, peak)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
+        if graphed and self._replay is None:
+            self._replay = self._record(loss_of)
+        loss = self._replay() if self._replay else self._step(loss_of)
         self.average.update()
         if self.step % 100 == 0:
             self.losses.append((round(self.clock.elapsed, 1), round(float(loss.detach()), 5)))
@@ -126,3 +138,30 @@ class Run:
         self.step += 1
         if time.monotonic() - self._saved > 30:
             self.save()
+
+    def _step(self, loss_of: Callable[[], Tensor]) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        return loss
+
+    def _record(self, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Warm up on a side stream, capture one step, and return its replay."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step(loss_of)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            loss = self._step(loss_of)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay
