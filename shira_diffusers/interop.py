@@ -47,22 +47,40 @@ def load_peft_adapter(folder: str | Path, model: nn.Module) -> ShiraAdapter:
         AdapterFormatError: another PEFT method, or indices missing, duplicate or out of range.
         AdapterMismatchError: layers that the model does not have.
     """
-    folder = Path(folder)
+    tensors, metadata = read_peft_folder(Path(folder))
+    return decode_peft(tensors, model, str(folder), metadata)
+
+
+def read_peft_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a PEFT SHiRA folder, and what its config tells, by our names of metadata.
+
+    Raises:
+        AdapterFormatError: another PEFT method, or a damaged or incomplete folder.
+    """
     try:
-        config = json.loads((folder / PEFT_CONFIG).read_text())
+        config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterFormatError(f"{folder / PEFT_CONFIG} is not JSON ({error}); get an intact copy") from error
-    if config.get("peft_type") != "SHIRA":
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "SHIRA":
         raise AdapterFormatError(
-            f"{folder} is a PEFT adapter of type {config.get('peft_type')!r}, expected 'SHIRA'; "
-            "load a LoRA with load_lora_weights"
+            f"{folder} is a PEFT adapter of type {kind!r}, expected 'SHIRA'; load a LoRA with load_lora_weights"
         )
     if not (folder / PEFT_WEIGHTS).is_file():
         raise AdapterFormatError(f"{folder} has no {PEFT_WEIGHTS}; save it with safe_serialization=True")
     tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
     metadata = {"mask": str(config.get("mask_type", "random")), "source": "peft"}
     base = config.get("base_model_name_or_path")
-    return decode_peft(tensors, model, str(folder), {**metadata, **({"base_model": base} if base else {})})
+    return tensors, {**metadata, **({"base_model": str(base)} if base else {})}
+
+
+def peft_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter name -> values ``[nnz]``, in PEFT's order: all that is known of its adapters without a model."""
+    return {
+        key.removeprefix(_PREFIX).removesuffix(_VALUES) + ".weight": tensor.flatten()
+        for key, tensor in tensors.items()
+        if key.endswith(_VALUES)
+    }
 
 
 def decode_peft(

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "shira_diffusers"
 # From the ground up; a module may import from lower floors only. A folder stands on one floor with all its modules.
 FLOORS = (
-    "_version errors",
+    "_version errors terminal sheet",
     "delta targets scales locks",
     "calibration probes",
     "masks",
-    "adapter",
+    "adapter branch",
     "files fuse interference scatter",
     "locate",
     "state interop",
@@ -28,11 +28,12 @@ FLOORS = (
     "pipeline attention",
     "__init__",
     "training",
-    "demo",
+    "inspection bases",
+    "verification fusing demo",
     "cli",
 )
 TOP = ("app", "benchmarks", "train_dreambooth_shira")  # above the library, beside each other
-KNOWS_PIPELINES = {"pipeline", "training", "demo", "cli"}
+KNOWS_PIPELINES = {"pipeline", "training", "bases"}
 # state hands out copies of weights; training writes while it trains
 WRITES_WEIGHTS = {"switching", "state", "gradients", "training"}
 
