@@ -6,6 +6,11 @@ Source: Sparse High Rank Adapters, https://arxiv.org/abs/2406.13175.
 
 from shira_diffusers._version import __version__
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.attention import (
+    ShiraAttnProcessor,
+    remove_shira_attn_processors,
+    set_shira_attn_processors,
+)
 from shira_diffusers.delta import SparseDelta
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError
 from shira_diffusers.files import load_adapter, save_adapter
@@ -23,6 +28,7 @@ __all__ = [
     "Resident",
     "ResidentStateError",
     "ShiraAdapter",
+    "ShiraAttnProcessor",
     "ShiraError",
     "SparseDelta",
     "__version__",
@@ -30,5 +36,7 @@ __all__ = [
     "fuse",
     "load_adapter",
     "mask_gradients",
+    "remove_shira_attn_processors",
     "save_adapter",
+    "set_shira_attn_processors",
 ]

@@ -138,6 +138,20 @@ class Locator:
             holders += self._fused_copies(path, weight)
         return Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
 
+    def layer(self, name: str) -> tuple[str, nn.Module]:
+        """The path and the layer of a parameter, however it holds its values; under PEFT the layer that is wrapped.
+
+        Raises:
+            AdapterMismatchError: no such layer.
+        """
+        path, _, owner = self._owner(name.rpartition(".")[0], name)
+        return path, owner
+
+    def module(self, path: str) -> nn.Module | None:
+        """The module at a path without wrappers, itself out of its wrappers."""
+        found = self._modules.get(path)
+        return None if found is None else unwrap(found)
+
     def _owner(self, path: str, name: str) -> tuple[str, nn.Module, nn.Module]:
         """The layer's path, the layer as found and the one that owns the parameter, which differ under PEFT."""
         found = self._modules.get(path)
@@ -243,7 +257,8 @@ def _quantized_message(name: str, kind: str, got: str) -> str:
     return (
         f"{name} of {kind} is {got}, expected a plain float32, float16 or bfloat16 parameter; "
         "a quantized base cannot be overwritten: load this component without a quantization_config, "
-        "apply the adapter to the unquantized model and bake it (bake_shira) before you quantize"
+        "apply the adapter to the unquantized model and bake it (bake_shira) before you quantize, "
+        "or run the adapter beside it (shira_diffusers.attention.set_shira_attn_processors)"
     )
 
 
