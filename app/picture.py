@@ -3,11 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
-from PIL.PngImagePlugin import PngInfo
 
 METADATA_KEY = "shira"
 
@@ -19,9 +17,8 @@ class Picture:
     image: Image
     report: Mapping[str, Any]
 
-    def save(self, path: Path) -> Path:
-        """Write a PNG that carries the report as text under ``METADATA_KEY``."""
-        info = PngInfo()
-        info.add_text(METADATA_KEY, json.dumps(dict(self.report)))
-        self.image.save(path, format="PNG", pnginfo=info)
-        return path
+    def signed(self) -> Image:
+        """A copy that carries the report as JSON text under ``METADATA_KEY`` in its ``info``, so in a PNG's text."""
+        image = self.image.copy()
+        image.info[METADATA_KEY] = json.dumps(dict(self.report))
+        return image

@@ -1,15 +1,16 @@
 """A resident pipeline with a shelf of adapters, drawing one picture at a time. No Gradio in here."""
 
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
+from app.loading import Dtype, load_pipeline
 from app.picture import Picture
 from app.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, Settings, SettingsError
 from app.shelf import Card, Shelf, load_shelf, read_suggestions
@@ -17,10 +18,8 @@ from shira_diffusers import ShiraError
 from shira_diffusers.pipeline import resident_of
 
 OnStep = Callable[[int, int], None]
-"""``on_step(done, of)``, called after each denoising step; an exception from it ends the generation."""
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Dtype = Literal["float32", "float16", "bfloat16"]
+"""``on_step(done, of)``, called with 0 when the turn has come and after each denoising step; an exception from it ends
+the generation."""
 
 
 class Session:
@@ -55,19 +54,12 @@ class Session:
             dtype: of the weights.
 
         Raises:
-            ShiraError: there is no such folder, or no pipeline in it.
+            ShiraError: there is no such folder, no pipeline in it, or no such device.
         """
         if not adapters.is_dir():
             raise ShiraError(f"no folder of adapters at {adapters}; name one with --adapters")
-        try:
-            pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=DTYPES[dtype]).to(device)
-        except (OSError, ValueError) as error:
-            raise ShiraError(
-                f"cannot load a pipeline from {base!r}, expected a diffusers folder or a Hub id; "
-                f"name one with --base ({error})"
-            ) from error
-        shelf = load_shelf(pipe, adapters)
-        return cls(pipe, Path(base).name, shelf, read_suggestions(Path(base), adapters))
+        pipe = load_pipeline(base, device, dtype)
+        return cls(pipe, Path(base).name, load_shelf(pipe, adapters), read_suggestions(Path(base), adapters))
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -94,7 +86,7 @@ class Session:
             mix: ``{adapter: strength}``, empty for the base; strengths -1 to 2.
             seed: 0 to 2^32 - 1; None draws one, which the report tells.
             steps, guidance: 1 to 100, and 0 to 30.
-            on_step: told after each step; may raise to end the generation.
+            on_step: told of each step; may raise to end the generation.
 
         Raises:
             SettingsError: a setting out of its range, an unknown adapter, or a prompt longer than the model reads.
@@ -118,13 +110,13 @@ class Session:
         ``on_step`` counts the steps of all pictures together.
         """
         settings = self._checked(prompt, mix, seed, steps, guidance)
-        if not settings.mix:
-            raise SettingsError("nothing to compare with the base: switch a style on first")
+        if not any(settings.mix.values()):
+            raise SettingsError("nothing to compare with the base: switch a style on, at a strength other than 0")
         return self._strip(settings, on_step)
 
     def _strip(self, settings: Settings, on_step: OnStep | None) -> Iterator[tuple[str, Picture]]:
         mixes = strip_of(settings.mix)
-        for drawn, (label, mix) in enumerate(mixes.items()):
+        for drawn, (label, mix) in enumerate(mixes):
             each = Settings(settings.prompt, mix, settings.seed, settings.steps, settings.guidance)
             yield label, self._draw(each, _shifted(on_step, drawn * settings.steps, len(mixes) * settings.steps))
 
@@ -134,11 +126,12 @@ class Session:
         unknown = [name for name in settings.mix if name not in known]
         if unknown:
             raise SettingsError(
-                f"no style named {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, known)) or 'none'}"
+                f"no style named {', '.join(map(reprlib.repr, unknown[:5]))}; "
+                f"there are {', '.join(map(repr, known)) or 'none'}"
             )
-        tokenizer = self._pipe.tokenizer
-        length = len(tokenizer(settings.prompt, truncation=False, verbose=False).input_ids)
-        if length > tokenizer.model_max_length:
+        tokenizer = getattr(self._pipe, "tokenizer", None)
+        length = len(tokenizer(settings.prompt, truncation=False, verbose=False).input_ids) if tokenizer else 0
+        if tokenizer and length > tokenizer.model_max_length:
             raise SettingsError(
                 f"the prompt is too long: the model reads {tokenizer.model_max_length} tokens, got {length}; shorten it"
             )
@@ -146,9 +139,12 @@ class Session:
 
     def _draw(self, settings: Settings, on_step: OnStep | None) -> Picture:
         resident = resident_of(self._pipe)
+        mix = {name: strength for name, strength in settings.mix.items() if strength}  # 0 is the base
         with self._turn:
+            if on_step:
+                on_step(0, settings.steps)
             start = self._now()
-            with self._pipe.shira(list(settings.mix), list(settings.mix.values())):
+            with self._pipe.shira(list(mix), list(mix.values())):
                 switched = self._now()
                 entries, total = resident.changed()
                 image = self._sample(settings, on_step)
@@ -191,13 +187,11 @@ class Session:
         return time.perf_counter()
 
 
-def strip_of(mix: Mapping[str, float]) -> dict[str, Mapping[str, float]]:
-    """Label -> mix: the base, each style alone and, of several, the mix."""
-    strip: dict[str, Mapping[str, float]] = {"base": {}}
-    strip |= {f"{name} {strength:g}": {name: strength} for name, strength in mix.items()}
-    if len(mix) > 1:
-        strip["mix"] = mix
-    return strip
+def strip_of(mix: Mapping[str, float]) -> tuple[tuple[str, Mapping[str, float]], ...]:
+    """Labels and mixes: the base, each style alone and, of several, the mix; styles of strength 0 are left out."""
+    strip: list[tuple[str, Mapping[str, float]]] = [("base", {})]
+    strip += [(name, {name: strength}) for name, strength in mix.items() if strength]
+    return (*strip, ("mix", mix)) if len(strip) > 2 else tuple(strip)
 
 
 def _shifted(on_step: OnStep | None, before: int, of: int) -> OnStep | None:

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Card:
         trigger: the words that it was trained with, if its file tells.
         mask: the mask family, if its file tells.
         note: what loading it warned of, if anything.
+        metadata: all that its file tells.
     """
 
     name: str
@@ -44,10 +46,11 @@ class Card:
     trigger: str
     mask: str
     note: str
+    metadata: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+        """The fields by name, for JSON."""
+        return asdict(self) | {"metadata": dict(self.metadata)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,13 @@ class Shelf:
 def load_shelf(pipe: DiffusionPipeline, folder: Path) -> Shelf:
     """Load all adapters of a folder, none active: ``NAME.safetensors``, or the standard file in a folder ``NAME``.
 
-    One that is damaged or does not fit is refused and the rest goes on.
+    One that is damaged, does not fit or bears a name that is taken is refused and the rest goes on.
     """
     cards: list[Card] = []
     refused: list[tuple[str, str]] = []
-    found = {path.stem: path for path in folder.glob("*.safetensors")}
-    found |= {path.parent.name: path for path in folder.glob(f"*/{WEIGHTS_NAME}")}
-    for name, path in sorted(found.items()):
+    found = [(path.stem, path) for path in folder.glob("*.safetensors")]
+    found += [(path.parent.name, path) for path in folder.glob(f"*/{WEIGHTS_NAME}")]
+    for name, path in sorted(found):
         try:
             cards.append(_load(pipe, name, path))
         except (ShiraError, OSError) as error:
@@ -106,4 +109,5 @@ def _load(pipe: Any, name: str, path: Path) -> Card:
         trigger=adapter.metadata.get("instance_prompt", ""),
         mask=adapter.metadata.get("mask", ""),
         note="; ".join(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)),
+        metadata=adapter.metadata,
     )

@@ -1,0 +1,33 @@
+"""Errors as the user reads them: one sentence, never a stack trace."""
+
+import html
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gradio as gr
+
+from app.shelf import one_sentence
+from shira_diffusers import ShiraError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Turn what goes wrong inside into a ``gr.Error`` of one sentence; the log keeps what is not the user's doing.
+
+    Gradio renders the sentence as HTML, so ``<``, ``>`` and ``&`` are escaped.
+    """
+    try:
+        yield
+    except ShiraError as error:
+        raise gr.Error(_escaped(error), title="Please check", print_exception=False) from error
+    except (RuntimeError, ValueError, OSError, MemoryError) as error:
+        logger.exception("a picture could not be drawn")
+        sentence = f"the picture could not be drawn: {_escaped(error)}; the log of the app tells more"
+        raise gr.Error(sentence, title="Sorry", print_exception=False) from error
+
+
+def _escaped(error: Exception) -> str:
+    return html.escape(one_sentence(error), quote=False)
