@@ -1,6 +1,7 @@
 """Whether an adapter fits a base, tried out: ``shira verify``."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +115,9 @@ def _finding(offenders: list[str], total: int, fine: str) -> str:
 
 
 def _apply(adapter: ShiraAdapter, resident: Resident) -> tuple[bool, str]:
-    resident.add(adapter, NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of another base, which is a verdict of its own
+        resident.add(adapter, NAME)
     start = time.perf_counter()
     resident.set({NAME: 1.0})
     milliseconds = 1000 * (time.perf_counter() - start)
