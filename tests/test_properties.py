@@ -196,6 +196,18 @@ class Sequences(RuleBasedStateMachine):
             raise KeyboardInterrupt
         self.mix, self.aside = self.known(before), None if aside is None else self.known(aside)
 
+    @rule(data=st.data(), meanwhile=st.sampled_from(["delete", "use_for_a_while", "disable"]))
+    def put_aside_and_bring_back(self, data: st.DataObject, meanwhile: str) -> None:
+        self.put_aside("disable")
+        if meanwhile == "delete":
+            self.delete(data)
+        elif meanwhile == "disable":
+            self.put_aside("disable")
+        else:
+            self.use_for_a_while(data, "")
+        self.the_weights_are_those_of_the_oracle()
+        self.put_aside("enable")
+
     def teardown(self) -> None:
         """Both ways back to the base: all parameters, adapted or not, and where they lie."""
         try:
