@@ -51,7 +51,7 @@ class Mixer:
                 self._lay_out_details()
                 with gr.Row(elem_id="actions"):
                     self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
-                    self.compare = gr.Button("Compare styles", size="lg", min_width=140)
+                    self.compare = gr.Button("Compare", size="lg", min_width=120)
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
             with gr.Column(scale=6, min_width=320):
                 self._lay_out_results()
@@ -140,7 +140,8 @@ class Mixer:
         def connect(starts: Any, draw: Any, outputs: list[Any]) -> None:
             pressed = gr.on(starts, lambda: _buttons(busy=True), outputs=buttons, js=SHOW_PICTURE, **QUIET)
             drawn = pressed.then(draw, outputs=outputs, **drawing)
-            drawn.then(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
+            for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
+                ended(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
 
         one = [self.picture, self.facts, self.gallery]
         connect([self.generate.click, self.prompt.submit], self._generate, one)

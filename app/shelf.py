@@ -50,7 +50,7 @@ class Card:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON."""
-        return asdict(self) | {"metadata": dict(self.metadata)}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def load_shelf(pipe: DiffusionPipeline, folder: Path) -> Shelf:
             cards.append(_load(pipe, name, path))
         except (ShiraError, OSError) as error:
             logger.warning("left out %s: %s", path, error)
-            refused.append((name, one_sentence(error)))
+            refused.append((name, one_sentence(error).replace(str(path), path.name)))  # visitors need no folders
     return Shelf(tuple(cards), tuple(refused))
 
 
@@ -109,5 +109,5 @@ def _load(pipe: Any, name: str, path: Path) -> Card:
         trigger=adapter.metadata.get("instance_prompt", ""),
         mask=adapter.metadata.get("mask", ""),
         note="; ".join(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)),
-        metadata=adapter.metadata,
+        metadata=dict(adapter.metadata),
     )

@@ -1,0 +1,67 @@
+"""A tiny pipeline on disk, a shelf of adapters for it, and the app over them, served on a free port."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.session import Session
+from app.ui import build, launch
+from shira_diffusers import save_adapter
+from tests import tiny
+
+SUGGESTION = "a red cat"  # the tiny tokenizer spells: 16 tokens are 14 letters
+
+
+@dataclass(frozen=True)
+class Folders:
+    base: Path
+    adapters: Path
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_core() -> Iterator[None]:
+    """On tiny models, threads of torch that wait for each other cost more than they help."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Two adapters that fit, one of another model, and a file that is none."""
+    root = tmp_path_factory.mktemp("app")
+    folders = Folders(root / "tiny-diffusion", root / "adapters")
+    pipe = tiny.pipeline()
+    pipe.save_pretrained(folders.base)
+    (folders.base / "suggestions.txt").write_text(f"{SUGGESTION}\n\na big dog\n")
+    bluefire = tiny.adapter_for(pipe, 1).with_metadata(instance_prompt="sks fire", mask="rand")
+    save_adapter(bluefire, folders.adapters / "bluefire.safetensors")
+    save_adapter(tiny.adapter_for(pipe, 2, dtype=torch.float16), folders.adapters / "paintings")
+    save_adapter(tiny.adapter_for(tiny.sdxl_pipeline(), 3), folders.adapters / "stranger.safetensors")
+    (folders.adapters / "broken.safetensors").write_bytes(b"no adapter")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def session(folders: Folders) -> Session:
+    return Session.open(str(folders.base), folders.adapters)
+
+
+@pytest.fixture(scope="module")
+def url(session: Session) -> Iterator[str]:
+    """The address of the served app."""
+    blocks = build(session)
+    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True)
+    blocks.close(verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,154 @@
+"""The endpoints, driven with gradio_client against a served app, with good and bad input."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import gradio as gr
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from app.picture import METADATA_KEY
+from app.session import Session
+from app.ui import build
+from tests.app.conftest import SUGGESTION
+
+PLAIN: dict[str, Any] = {"prompt": SUGGESTION, "seed": 3, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    client = Client(url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    yield client
+    client.close()
+
+
+def generate(client: Client, **changed: Any) -> tuple[Image.Image, dict[str, Any]]:
+    file, report = client.predict(**PLAIN | changed, api_name="/generate")
+    assert file.endswith(".png")
+    return Image.open(file), report
+
+
+def test_there_are_two_public_endpoints(client: Client) -> None:
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert endpoints.keys() == {"/adapters", "/generate"}
+    names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
+    assert names == ["prompt", "mix", "seed", "steps", "guidance"]
+    required = [p["parameter_name"] for p in endpoints["/generate"]["parameters"] if not p["parameter_has_default"]]
+    assert required == ["prompt"]
+
+
+def test_adapters_tells_what_is_loaded(client: Client) -> None:
+    answer = client.predict(api_name="/adapters")
+    assert answer["model"] == "tiny-diffusion"
+    assert answer["adapters"].keys() == {"bluefire", "paintings"}
+    bluefire = answer["adapters"]["bluefire"]
+    assert bluefire["trigger"] == "sks fire"
+    assert bluefire["metadata"]["base_model"] == "tiny"
+    assert bluefire["entries"] > 0
+    assert answer["refused"].keys() == {"broken", "stranger"}
+
+
+def test_generate_gives_the_picture_and_its_report(client: Client, session: Session) -> None:
+    picture, report = generate(client, mix={"bluefire": 1.0}, guidance=4.5)
+    alone = session.generate(SUGGESTION, {"bluefire": 1.0}, 3, 2, 4.5)
+    assert picture.tobytes() == alone.image.tobytes()
+    timings = {"switch_ms", "generation_s"}
+    assert {k: v for k, v in report.items() if k not in timings} == {
+        k: v for k, v in alone.report.items() if k not in timings
+    }
+    assert all(report[key] > 0 for key in timings)
+    assert json.loads(picture.info[METADATA_KEY]) == report
+
+
+def test_the_mix_may_be_json_text(client: Client) -> None:
+    as_object, _ = generate(client, mix={"bluefire": 1, "paintings": -0.5})
+    as_text, report = generate(client, mix='{"paintings": -0.5, "bluefire": 1}')
+    assert as_text.tobytes() == as_object.tobytes()
+    assert report["mix"] == {"bluefire": 1.0, "paintings": -0.5}
+
+
+@pytest.mark.parametrize("mix", [None, "", " ", {}, "{}"])
+def test_no_mix_is_the_base(client: Client, mix: Any) -> None:
+    picture, report = generate(client, mix=mix)
+    assert (report["mix"], report["entries_changed"]) == ({}, 0)
+    assert picture.tobytes() == generate(client)[0].tobytes()
+
+
+def test_whole_numbers_may_come_as_floats(client: Client) -> None:
+    _, report = generate(client, seed=3.0, steps=2.0, guidance=3)
+    assert (report["seed"], report["steps"], report["guidance"]) == (3, 2, 3.0)
+
+
+def test_without_a_seed_one_is_drawn_and_told(client: Client) -> None:
+    picture, report = generate(client, seed=None)
+    assert generate(client, seed=report["seed"])[0].tobytes() == picture.tobytes()
+
+
+def test_two_visitors_at_once_get_what_each_gets_alone(client: Client, url: str) -> None:
+    mixes = [{"bluefire": 1.0}, {"paintings": 2.0}, {}]
+    alone = [generate(client, mix=mix)[0].tobytes() for mix in mixes]
+    other = Client(url, verbose=False)
+    clients = [client, other] * 3
+    with ThreadPoolExecutor(6) as pool:
+        drawn = list(pool.map(lambda who, mix: generate(who, mix=mix)[0].tobytes(), clients, mixes * 2))
+    assert drawn == alone * 2
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mix": {"gold": 1.0}}, "no style named 'gold'; there are 'bluefire', 'paintings'"),
+        ({"mix": [1]}, "mix must map each style to its strength"),
+        ({"mix": "[1]"}, "mix must map each style to its strength"),
+        ({"mix": "bluefire"}, "mix must be JSON like"),
+        ({"mix": 3}, "mix must map each style to its strength"),
+        ({"mix": "[" * 100_000}, "mix must be JSON like"),
+        ({"mix": '{"bluefire": NaN}'}, "strength of 'bluefire' must be a number from -1 to 2, got nan"),
+        ({"mix": '{"bluefire": 1e999}'}, "got inf"),
+        ({"mix": {"bluefire": 2.5}}, "from -1 to 2, got 2.5"),
+        ({"mix": {"bluefire": "1"}}, "strength of 'bluefire' must be a number"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, got -1"),
+        ({"seed": 2**32}, "seed must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": "seven"}, "seed must be a whole number"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 100"),
+        ({"steps": 101.0}, "steps must be a whole number"),
+        ({"steps": None}, "steps must be a whole number"),
+        ({"guidance": 31}, "guidance must be a number from 0 to 30"),
+        ({"guidance": "high"}, "guidance must be a number"),
+        ({"prompt": ""}, "prompt must say what to draw"),
+        ({"prompt": None}, "prompt must say what to draw"),
+        ({"prompt": "abcdefghijklmno"}, "prompt is too long: the model reads 16 tokens, got 17"),
+        ({"prompt": "x" * 100_000}, "prompt is too long: 2000 characters at most"),
+        ({"mix": {"<b>": 1.0}}, "no style named '&lt;b&gt;'"),
+    ],
+)
+def test_bad_input_gets_one_readable_sentence(client: Client, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(AppError) as caught:
+        generate(client, **changed)
+    told = str(caught.value)
+    assert message in told
+    assert "Traceback" not in told and "\n" not in told and len(told) < 300
+
+
+def test_after_bad_input_the_app_goes_on(client: Client, session: Session) -> None:
+    with pytest.raises(AppError):
+        generate(client, mix={"gold": 1.0})
+    assert session.active == {}
+    assert generate(client)[0].size == (16, 16)
+
+
+def test_a_fault_inside_is_told_in_one_sentence(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory\n  at a line\n  at another")
+
+    monkeypatch.setattr(session, "generate", out_of_memory)
+    endpoints = {fn.api_name: fn.fn for fn in build(session).fns.values()}
+    with pytest.raises(gr.Error) as caught:
+        endpoints["generate"](SUGGESTION)
+    assert caught.value.message == "the picture could not be drawn: out of memory; the log of the app tells more"

@@ -1,0 +1,153 @@
+"""The page in a real browser: the main path, what goes wrong, and a phone's width."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from app.session import Session
+from tests.app.conftest import SUGGESTION
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = sync_api.expect
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
+]
+WIDE, PHONE = (1280, 900), (390, 844)
+PATIENCE = 60_000  # milliseconds
+Open = Callable[[tuple[int, int]], Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, url: str) -> Iterator[Open]:
+    """Opens the app in a window of a size; at the end, nothing may have gone wrong in it."""
+    contexts, requests, faults = [], [], []
+
+    def open_at(size: tuple[int, int]) -> Any:
+        phone = size == PHONE
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, is_mobile=phone, has_touch=phone, reduced_motion="reduce"
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.goto(url)
+        page.get_by_role("button", name="Generate").wait_for()
+        page.get_by_label("number input for Steps").fill("2")
+        return page
+
+    yield open_at
+    for context in contexts:
+        context.close()
+    assert not faults
+    assert not [request for request in requests if not request.startswith((url, "data:", "blob:"))]
+
+
+def generate(page: Any) -> None:
+    before = page.locator("#gallery .grid-container button").count()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#gallery .grid-container button")).to_have_count(before + 1, timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE)
+
+
+def fact(page: Any, label: str) -> str:
+    return page.locator("#facts div", has_text=label).last.locator("b").inner_text()
+
+
+def test_the_main_path(open_page: Open) -> None:
+    page = open_page(WIDE)
+    expect(page.get_by_label("Prompt")).to_have_value(SUGGESTION)
+    expect(page.get_by_role("checkbox", name="bluefire")).to_be_checked()
+    expect(page.get_by_role("checkbox", name="paintings")).not_to_be_checked()
+    expect(page.get_by_text("trained on “sks fire”")).to_be_visible()
+
+    generate(page)
+    expect(page.locator("#picture img")).to_be_visible()
+    assert page.locator("#picture img").evaluate("image => image.complete && image.naturalWidth") == 16
+    assert re.fullmatch(r"[\d.]+ ms", fact(page, "to switch"))
+    assert re.fullmatch(r"[\d.]+ %", fact(page, "of weights changed"))
+    assert float(fact(page, "of weights changed").split()[0]) > 0
+    assert fact(page, "seed") == "7"
+    expect(page.locator("#gallery .caption-label")).to_have_text(["bluefire"])
+
+    page.get_by_role("checkbox", name="bluefire").uncheck()
+    generate(page)
+    assert fact(page, "of weights changed") == "0.00 %"
+    expect(page.locator("#gallery .caption-label")).to_have_text(["base", "bluefire"])  # the newest first
+
+
+def test_side_by_side(open_page: Open) -> None:
+    page = open_page(WIDE)
+    page.get_by_label("range slider for strength of paintings").press("ArrowLeft")  # whoever moves a style, sees it
+    expect(page.get_by_role("checkbox", name="paintings")).to_be_checked()
+    page.get_by_role("button", name="Compare").click()
+    labels = ["base", "bluefire", "paintings", "mix"]
+    expect(page.locator("#strip .caption-label")).to_have_text(labels, timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#gallery .caption-label").first).to_have_text("bluefire + paintings 0.95")
+
+
+def test_suggestions_dice_and_the_enter_key(open_page: Open) -> None:
+    page = open_page(WIDE)
+    page.get_by_role("button", name="a big dog").click()
+    expect(page.get_by_label("Prompt")).to_have_value("a big dog")
+    page.get_by_role("button", name="🎲").click()
+    expect(page.get_by_label("Seed")).not_to_have_value("7")
+
+
+def test_what_is_left_out_is_shown_with_the_reason(open_page: Open) -> None:
+    left_out = open_page(WIDE).locator("#refused")
+    expect(left_out).to_contain_text("stranger adapter does not fit")
+    expect(left_out).to_contain_text("broken broken.safetensors cannot be read")
+
+
+def test_an_error_is_a_sentence_and_the_page_goes_on(open_page: Open) -> None:
+    page = open_page(WIDE)
+    page.get_by_label("Prompt").fill("abcdefghijklmno")
+    page.get_by_role("button", name="Generate").click()
+    toast = page.get_by_text("the prompt is too long: the model reads 16 tokens, got 17; shorten it")
+    expect(toast).to_be_visible(timeout=PATIENCE)
+    page.get_by_label("Prompt").fill(SUGGESTION)
+    generate(page)
+    expect(page.locator("#picture img")).to_be_visible()
+
+
+def test_stop_ends_a_generation(open_page: Open, session: Session) -> None:
+    page = open_page(WIDE)
+    page.get_by_label("number input for Steps").fill("100")
+    page.get_by_role("checkbox", name="paintings").check()
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE)
+    assert page.locator("#strip .caption-label").count() < 4
+    assert session.active == {}
+    page.get_by_label("number input for Steps").fill("2")
+    generate(page)
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open) -> None:
+    page = open_page(PHONE)
+    width = "document.documentElement.scrollWidth"
+    assert page.evaluate(width) == PHONE[0]
+    generate(page)
+    expect(page.locator("#picture img")).to_be_in_viewport(timeout=PATIENCE)
+    expect(page.locator("#facts")).to_contain_text("to switch")
+    assert page.evaluate(width) == PHONE[0]
+    box = page.get_by_role("button", name="Generate").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0]
