@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shira_diffusers import ShiraError, __version__
-from shira_diffusers.demo import PROMPTS, check_output, find_assets, run_demo
+from shira_diffusers.demo import PROMPTS, find_assets, run_demo
 from shira_diffusers.errors import AdapterMismatchError
 from shira_diffusers.fuse import METHODS
 from shira_diffusers.fusing import DTYPES, fuse_files
@@ -67,7 +67,6 @@ def _fuse(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    check_output(args.output)
     base, adapters = find_assets(args.base, args.adapters)
     prompts = tuple(args.prompt or PROMPTS)
     switches = run_demo(base, adapters, args.output, seed=args.seed, steps=args.steps, prompts=prompts, tell=note)

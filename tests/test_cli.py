@@ -317,7 +317,7 @@ def test_verify_without_base_values(run: Run, files: dict[str, Path], base: Path
 
 def test_verify_other_names_and_shapes(run: Run, files: dict[str, Path], base: Path, tmp_path: Path) -> None:
     result = run("verify", files["wide"], "--base", base)
-    assert_fails(result, "does not fit")
+    assert_fails(result, f"{files['wide']} does not fit {base}; use it")
     assert re.search(
         r"names    ok .*\nshapes   FAILED  \d+ of \d+ parameters are not shaped as in the base:\n", result[1]
     )
@@ -430,6 +430,8 @@ def test_a_failing_fuse_writes_nothing(run: Run, files: dict[str, Path], tmp_pat
     for message, argv in attempts:
         assert_fails(run("fuse", *argv, "-o", target), message)
         assert list(outputs.iterdir()) == [], message
+    several = run("fuse", good, files["wide"], "-o", target)[2]
+    assert several.count("; unet.") > 3 and "  - " not in several
     (tmp_path / "file").write_text("")
     assert_fails(run("fuse", good, "-o", tmp_path / "file" / "c.safetensors"), "file")
     (tmp_path / "d.safetensors").mkdir()
