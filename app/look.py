@@ -66,7 +66,7 @@ def facts(report: Mapping[str, Any]) -> str:
     """What a generation took, from its report."""
     switch = report["switch_ms"]
     cells = [
-        (f"{switch:.2g} ms" if switch < 100 else f"{switch:.0f} ms", "to switch"),
+        (f"{switch:.2g} ms" if switch < 10 else f"{switch:.0f} ms", "to switch"),
         (f"{100 * report['share_changed']:.2f} %", "of weights changed"),
         (f"{report['generation_s']:.1f} s", "to draw"),
         (str(report["seed"]), "seed"),

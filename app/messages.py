@@ -22,12 +22,12 @@ def readable() -> Iterator[None]:
     try:
         yield
     except ShiraError as error:
-        raise gr.Error(_escaped(error), title="Please check", print_exception=False) from error
+        raise gr.Error(_shown(one_sentence(error)), print_exception=False) from error
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
         logger.exception("a picture could not be drawn")
-        sentence = f"the picture could not be drawn: {_escaped(error)}; the log of the app tells more"
-        raise gr.Error(sentence, title="Sorry", print_exception=False) from error
+        sentence = f"the picture could not be drawn: {one_sentence(error)}; the log of the app tells more"
+        raise gr.Error(_shown(sentence), print_exception=False) from error
 
 
-def _escaped(error: Exception) -> str:
-    return html.escape(one_sentence(error), quote=False)
+def _shown(sentence: str) -> str:
+    return html.escape(sentence[:1].upper() + sentence[1:], quote=False)

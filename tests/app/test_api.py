@@ -102,7 +102,7 @@ def test_two_visitors_at_once_get_what_each_gets_alone(client: Client, url: str)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"mix": {"gold": 1.0}}, "no style named 'gold'; there are 'bluefire', 'paintings'"),
+        ({"mix": {"gold": 1.0}}, "No style named 'gold'; there are 'bluefire', 'paintings'"),
         ({"mix": [1]}, "mix must map each style to its strength"),
         ({"mix": "[1]"}, "mix must map each style to its strength"),
         ({"mix": "bluefire"}, "mix must be JSON like"),
@@ -116,16 +116,16 @@ def test_two_visitors_at_once_get_what_each_gets_alone(client: Client, url: str)
         ({"seed": 2**32}, "seed must be a whole number"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"seed": "seven"}, "seed must be a whole number"),
-        ({"steps": 0}, "steps must be a whole number from 1 to 100"),
-        ({"steps": 101.0}, "steps must be a whole number"),
-        ({"steps": None}, "steps must be a whole number"),
-        ({"guidance": 31}, "guidance must be a number from 0 to 30"),
-        ({"guidance": "high"}, "guidance must be a number"),
+        ({"steps": 0}, "Steps must be a whole number from 1 to 100"),
+        ({"steps": 101.0}, "Steps must be a whole number"),
+        ({"steps": None}, "Steps must be a whole number"),
+        ({"guidance": 31}, "Guidance must be a number from 0 to 30"),
+        ({"guidance": "high"}, "Guidance must be a number"),
         ({"prompt": ""}, "prompt must say what to draw"),
         ({"prompt": None}, "prompt must say what to draw"),
         ({"prompt": "abcdefghijklmno"}, "prompt is too long: the model reads 16 tokens, got 17"),
         ({"prompt": "x" * 100_000}, "prompt is too long: 2000 characters at most"),
-        ({"mix": {"<b>": 1.0}}, "no style named '&lt;b&gt;'"),
+        ({"mix": {"<b>": 1.0}}, "No style named '&lt;b&gt;'"),
     ],
 )
 def test_bad_input_gets_one_readable_sentence(client: Client, changed: dict[str, Any], message: str) -> None:
@@ -151,4 +151,4 @@ def test_a_fault_inside_is_told_in_one_sentence(session: Session, monkeypatch: p
     endpoints = {fn.api_name: fn.fn for fn in build(session).fns.values()}
     with pytest.raises(gr.Error) as caught:
         endpoints["generate"](SUGGESTION)
-    assert caught.value.message == "the picture could not be drawn: out of memory; the log of the app tells more"
+    assert caught.value.message == "The picture could not be drawn: out of memory; the log of the app tells more"

@@ -121,7 +121,7 @@ def test_an_error_is_a_sentence_and_the_page_goes_on(open_page: Open) -> None:
     page = open_page(WIDE)
     page.get_by_label("Prompt").fill("abcdefghijklmno")
     page.get_by_role("button", name="Generate").click()
-    toast = page.get_by_text("the prompt is too long: the model reads 16 tokens, got 17; shorten it")
+    toast = page.get_by_text("The prompt is too long: the model reads 16 tokens, got 17; shorten it")
     expect(toast).to_be_visible(timeout=PATIENCE)
     page.get_by_label("Prompt").fill(SUGGESTION)
     generate(page)

@@ -1,0 +1,46 @@
+"""The command line: its defaults, and that what goes wrong at the start is one line."""
+
+from pathlib import Path
+
+import pytest
+
+from app import look
+from app.__main__ import ASSETS, main, parse
+from app.shelf import Card
+from tests.app.conftest import Folders
+
+
+def test_the_defaults_are_the_bundled_model_on_this_machine_only() -> None:
+    options = parse([])
+    assert (options.host, options.port) == ("127.0.0.1", 7860)
+    assert Path(options.base) == ASSETS / "emoji-diffusion"
+    assert options.adapters == ASSETS / "adapters"
+    assert (options.device, options.dtype) == ("cpu", "float32")
+    assert ASSETS.parent == Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("option", ["--base", "--adapters"])
+def test_a_missing_folder_is_one_line(folders: Folders, tmp_path: Path, option: str) -> None:
+    named = {"--base": str(folders.base), "--adapters": str(folders.adapters), option: str(tmp_path / "missing")}
+    with pytest.raises(SystemExit) as caught:
+        main([word for pair in named.items() for word in pair])
+    assert str(caught.value).startswith("error: no folder of ")
+    assert option in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_strangers_wrote_is_escaped() -> None:
+    card = Card("a", 0.01, 1, 0.1, '"><script>', "", "<b>", {})
+    assert "<script>" not in look.hint(card) and "<b>" not in look.hint(card)
+    assert '"><' not in look.hint(card).replace('MB">', "")
+    assert "<i>" not in look.refusals([("<i>", "<i>")])
+    assert "<i>" not in look.header("<i>", 1)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"), [(0.0123, "0.012 ms"), (2.345, "2.3 ms"), (99.9, "100 ms"), (250.4, "250 ms")]
+)
+def test_times_have_a_sensible_number_of_digits(milliseconds: float, text: str) -> None:
+    report = {"switch_ms": milliseconds, "share_changed": 0.0123, "generation_s": 1.26, "seed": 7}
+    cells = look.facts(report)
+    assert f"<b>{text}</b>" in cells
+    assert "<b>1.23 %</b>" in cells and "<b>1.3 s</b>" in cells
