@@ -20,10 +20,10 @@ from shira_diffusers.sheet import contact_sheet
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BASE, ADAPTERS = ASSETS / "emoji-diffusion", ASSETS / "adapters"
-PROMPTS = (
-    "a picture of a fox on a navy background",
+PROMPTS = (  # of things that no picture shows which the bundled styles were trained on
+    "a picture of a rocket on a navy background",
     "a picture of a sailboat on a cyan background",
-    "a picture of a castle on a pink background",
+    "a picture of a robot on a pink background",
     "a picture of an owl on an orange background",
 )
 GUIDANCE = 3.0
