@@ -13,7 +13,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     try:
         train(parse_config())
-    except ShiraError as error:
+    except (ShiraError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

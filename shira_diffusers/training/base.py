@@ -18,16 +18,22 @@ def load_base(config: TrainingConfig, device: torch.device) -> Pipe:
     """Load Stable Diffusion 1.x or 2.x: float32, frozen, in evaluation mode (so without dropout), on ``device``.
 
     Raises:
-        ShiraError: another kind of pipeline, or a resolution that its autoencoder cannot encode.
-        OSError: no such folder or Hub id.
+        ShiraError: no such folder or Hub id, another kind of pipeline, or a resolution that its autoencoder cannot
+            encode.
     """
-    loaded = DiffusionPipeline.from_pretrained(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
+    try:
+        loaded = DiffusionPipeline.from_pretrained(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:  # diffusers raises either for what is not there
+        raise ShiraError(
+            f"cannot load the base model {config.pretrained_model_name_or_path!r}, expected a folder that holds "
+            f"model_index.json, or a Hub id that can be reached: {error}"
+        ) from error
     if not isinstance(loaded, StableDiffusionPipeline):
         raise ShiraError(
             f"{config.pretrained_model_name_or_path!r} is a {type(loaded).__name__}, "

@@ -47,6 +47,8 @@ def train(config: TrainingConfig) -> Path:
     accelerator = start(config)
     output = Path(config.output_dir)
     checkpoint = load_checkpoint(output, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    if checkpoint:
+        require_same_run(config, checkpoint)
     seed = _seed(config, checkpoint)
     groups = [find_pictures(config.instance_data_dir, config.instance_prompt)]
     pipe = load_base(config, accelerator.device)
@@ -54,8 +56,6 @@ def train(config: TrainingConfig) -> Path:
         groups.append(class_pictures(pipe, config, seed))
     examples, objective = prepare_examples(pipe, config, groups, seed)
     models = adapted_models(pipe, config)
-    if checkpoint:
-        require_same_choice(config, checkpoint)
     masks = checkpoint["tuner"]["masks"] if checkpoint else choose_masks(models, config, examples, objective, seed)
 
     with SparseTuner(models, masks) as tuner:
@@ -194,7 +194,7 @@ def start(config: TrainingConfig) -> Accelerator:
     """Set up accelerate and the trackers.
 
     Raises:
-        ShiraError: a tracker that is not installed, or several processes.
+        ShiraError: a tracker that is not installed, several processes, or fp16 on a CPU.
     """
     available = [str(tracker) for tracker in get_available_trackers()]
     if config.report_to not in ("none", "all", *available):
@@ -210,6 +210,8 @@ def start(config: TrainingConfig) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         raise ShiraError(f"expected one process, got {accelerator.num_processes}: launch with --num_processes 1")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ShiraError("mixed_precision fp16 needs a GPU, and this run is on a CPU: use bf16 or no")
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.log_with:
@@ -231,16 +233,22 @@ def _choice(config: TrainingConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def require_same_choice(config: TrainingConfig, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to resume with other masks than the checkpoint's.
+def require_same_run(config: TrainingConfig, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to resume with other masks or another seed than the checkpoint's, or for fewer steps than are done.
 
     Raises:
         ShiraError: names the settings that differ.
     """
-    then, now = checkpoint["choice"], _choice(config)
+    then, now = dict(checkpoint["choice"]), _choice(config)
+    if config.seed is not None:
+        then["seed"], now["seed"] = checkpoint["seed"], config.seed
     wrong = [f"{name} was {then[name]!r}, got {now[name]!r}" for name in now if then[name] != now[name]]
+    if config.max_train_steps is not None and config.max_train_steps < checkpoint["step"]:
+        wrong.append(f"max_train_steps is {config.max_train_steps}, but {checkpoint['step']} steps are done")
     if wrong:
-        raise ShiraError(f"a run resumes with the masks that it began with; give the same settings:{listing(wrong)}")
+        raise ShiraError(
+            f"a run resumes with the masks and the seed that it began with; give the same settings:{listing(wrong)}"
+        )
 
 
 def choose_masks(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -99,14 +100,22 @@ def test_script_trains_both_models_and_leaves_the_base_alone(settings: dict[str,
     assert set(pipe.list_shira()["default_0"]) == {"unet", "text_encoder"}
 
 
-def test_script_ends_with_one_line_on_wrong_settings(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--density", "3"], "error: 1 training settings are wrong"),
+        (["--avoid_adapters", "none.safetensors"], "error: no adapter at none.safetensors"),
+    ],
+    ids=["settings", "file"],
+)
+def test_script_ends_with_one_line(settings: dict[str, object], wrong: list[str], message: str) -> None:
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "train_dreambooth_shira.py", *flags, "--density", "3"], cwd=ROOT, capture_output=True,
-        text=True, timeout=300,
+        [sys.executable, "train_dreambooth_shira.py", *flags, *wrong], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
     )  # fmt: skip
     assert done.returncode == 1
-    assert "error: 1 training settings are wrong" in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -220,12 +229,21 @@ def test_checkpoints_are_limited_and_the_latest_is_found(settings: dict[str, obj
         run(settings, resume_from_checkpoint="checkpoint-9")
 
 
-def test_resuming_with_other_masks_is_refused(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"density": 0.03, "mask_seed": 1}, r"density was 0.02, got 0.03(.|\n)*mask_seed was 0, got 1"),
+        ({"seed": 8}, "seed was 7, got 8"),
+        ({"max_train_steps": 1}, "max_train_steps is 1, but 2 steps are done"),
+    ],
+    ids=["masks", "seed", "steps"],
+)
+def test_resuming_another_run_is_refused(settings: dict[str, object], changed: dict[str, object], message: str) -> None:
     run(settings, checkpointing_steps=2)
-    with pytest.raises(
-        ShiraError, match=r"masks that it began with(.|\n)*density was 0.02, got 0.03(.|\n)*mask_seed was"
-    ):
-        run(settings, resume_from_checkpoint="latest", density=0.03, mask_seed=1)
+    before = hashes(Path(str(settings["output_dir"])))
+    with pytest.raises(ShiraError, match=rf"seed that it began with(.|\n)*{message}"):
+        run(settings | changed, resume_from_checkpoint="latest")
+    assert hashes(Path(str(settings["output_dir"]))) == before
 
 
 def test_epochs_are_passes_over_the_pictures(settings: dict[str, object]) -> None:
@@ -259,12 +277,25 @@ def test_other_pipelines_and_sizes_are_refused(settings: dict[str, object], tmp_
         run(settings, resolution=17)
 
 
+def test_fp16_on_a_cpu_is_refused(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
+    try:
+        with pytest.raises(ShiraError, match="mixed_precision fp16 needs a GPU"):
+            run(settings, mixed_precision="fp16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         pytest.param({"report_to": "clearml"}, "report_to 'clearml' is not installed", id="tracker"),
         pytest.param({"use_8bit_adam": True}, "pip install bitsandbytes", id="bitsandbytes"),
         pytest.param({"instance_data_dir": "/nowhere"}, "no folder of pictures at '/nowhere'", id="pictures"),
+        pytest.param(
+            {"pretrained_model_name_or_path": "/nowhere"}, "cannot load the base model '/nowhere', expected", id="base"
+        ),
         pytest.param({"target_modules": ("to_nothing",)}, "match none of the", id="targets"),
     ],
 )
