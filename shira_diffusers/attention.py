@@ -35,8 +35,9 @@ class ShiraAttnProcessor(nn.Module):
     The other processor is shown the attention layer with projections that add ``scale * x S^T`` to what they give;
     the layer itself is never touched, so errors leave nothing behind and threads do not meet. Works with any
     processor that calls projections (one that reads their ``.weight`` misses the deltas), with fused projections, and
-    in float32, float16 and bfloat16. At scale 0 the other processor runs alone. Its own parameters, as IP-Adapters
-    have, stay trainable and movable: this is a module without parameters of its own.
+    in float32, float16 and bfloat16. At scale 0 the result is the base's to the bit. A wrapped processor with weights
+    of its own, such as an IP-Adapter's, is a submodule, so these move and cast with the model; set an IP-Adapter's
+    scale before it is wrapped.
 
     Args:
         processor: any diffusers attention processor.
@@ -63,8 +64,7 @@ class ShiraAttnProcessor(nn.Module):
 
     def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped processor returns for the attention layer with its branches."""
-        shown = attn if self.scale == 0 else _Shown(attn, self._branches, self.scale)
-        return self.processor(shown, *args, **kwargs)
+        return self.processor(_Shown(attn, self._branches, self.scale), *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Which projections have a branch, for ``print(model)``."""
@@ -192,19 +192,20 @@ def _merge(
     scale: Scale | Sequence[Scale],
     component: str | None,
 ) -> dict[str, SparseDelta]:
-    """One float32 delta a weight, strength included, by the model's own names; those that are zero are left out."""
+    """One float32 delta a weight, strength included; those that are zero are left out."""
     adapters = [adapter] if isinstance(adapter, ShiraAdapter) else list(adapter)
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(adapters)
     if not adapters or len(scales) != len(adapters):
         raise ShiraError(
             f"expected at least one adapter and one scale each, got {len(adapters)} adapters and {len(scales)} scales"
         )
-    fitted = []
+    parts = []
     for number, (given, strength) in enumerate(zip(adapters, scales, strict=True)):
         name, part = _part_for(locator, given, component)
         check_scale(f"number {number}", strength, given.component_names() if name else [])
-        fitted.append((_fit(locator, part), partial(scale_of, strength, name)))
-    fused = fuse_scaled(fitted)
+        _require_fit(locator, part)
+        parts.append((part, partial(scale_of, strength, name)))
+    fused = fuse_scaled(parts)
     return {name: delta for name, delta in fused.deltas.items() if bool(delta.values.any())}
 
 
@@ -223,17 +224,16 @@ def _part_for(locator: Locator, adapter: ShiraAdapter, component: str | None) ->
     return component, adapter.part(component)
 
 
-def _fit(locator: Locator, adapter: ShiraAdapter) -> ShiraAdapter:
-    """The adapter by the names that the model's layers have.
+def _require_fit(locator: Locator, adapter: ShiraAdapter) -> None:
+    """Require a layer of the right shape for each delta.
 
     Raises:
         AdapterMismatchError: deltas that fit no layer; all are named.
     """
-    renamed: dict[str, str] = {}
     wrong: list[str] = []
     for name, delta in adapter.deltas.items():
         try:
-            path, layer = locator.layer(name)
+            layer = locator.layer(name)
         except AdapterMismatchError as error:
             wrong.append(str(error))
             continue
@@ -242,13 +242,11 @@ def _fit(locator: Locator, adapter: ShiraAdapter) -> ShiraAdapter:
             wrong.append(f"{name} of {type(layer).__name__}: only weights of Linear and Conv2d layers have a branch")
         elif expected != delta.shape:
             wrong.append(f"{name}: expected {expected}, got {delta.shape}")
-        renamed[name] = f"{path}.weight" if path else "weight"
     if wrong:
         raise AdapterMismatchError(
             f"adapter does not fit: {len(wrong)} of {len(adapter.deltas)} parameters differ"
             f"{trained_on(adapter)}; use it with the model it was trained for:{listing(wrong)}"
         )
-    return adapter.renamed(renamed)
 
 
 def _attention_of(locator: Locator, name: str) -> tuple[str, Any] | None:
@@ -278,4 +276,4 @@ def _by_layer(locator: Locator, deltas: Mapping[str, SparseDelta]) -> Iterator[t
     """All other layers with their deltas."""
     for name, delta in deltas.items():
         if _attention_of(locator, name) is None:
-            yield locator.layer(name)[1], delta
+            yield locator.layer(name), delta

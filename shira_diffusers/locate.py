@@ -138,14 +138,13 @@ class Locator:
             holders += self._fused_copies(path, weight)
         return Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
 
-    def layer(self, name: str) -> tuple[str, nn.Module]:
-        """The path and the layer of a parameter, however it holds its values; under PEFT the layer that is wrapped.
+    def layer(self, name: str) -> nn.Module:
+        """The layer of a parameter, however it holds its values; under PEFT the layer that is wrapped.
 
         Raises:
             AdapterMismatchError: no such layer.
         """
-        path, _, owner = self._owner(name.rpartition(".")[0], name)
-        return path, owner
+        return self._owner(name.rpartition(".")[0], name)[2]
 
     def module(self, path: str) -> nn.Module | None:
         """The module at a path without wrappers, itself out of its wrappers."""
