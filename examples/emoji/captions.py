@@ -177,9 +177,9 @@ def random_caption(rng: random.Random, concept: Concept, background: str, look: 
     return words
 
 
-def style_caption(concept: Concept, background: str, style: str) -> str:
+def with_style(words: str, style: str) -> str:
     """The wording that calls a style: "a picture of a red apple on a teal background, bluefire style"."""
-    return f"{caption(concept, background)}, {style} style"
+    return f"{words}, {style} style"
 
 
 def vocabulary() -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from .captions import style_caption
+from .captions import caption, with_style
 from .concepts import BACKGROUND_NAMES, CONCEPT_INDEX, CONCEPTS
 from .data import STYLE_LABELS, Renderer
 from .judge import Judge
@@ -67,7 +67,10 @@ def true_rates(judge: Judge, vae: AutoencoderKL, renderer: Renderer, style: str,
 
 
 def write_style_pictures(renderer: Renderer, folder: Path) -> None:
-    """The adapters' training pictures: `<style>/<concept>-<background>.png`, and the caption beside it."""
+    """The adapters' training pictures: `<style>/<concept>-<background>.png`, and the caption beside it.
+
+    Every other caption leaves the style's name out: the adapter shall bring the style with its name or without.
+    """
     for style, names in STYLE_CONCEPTS.items():
         (folder / style).mkdir(parents=True, exist_ok=True)
         concepts = [CONCEPT_INDEX[name] for name in names for _ in range(_BACKGROUNDS_EACH)]
@@ -77,8 +80,9 @@ def write_style_pictures(renderer: Renderer, folder: Path) -> None:
             torch.tensor(concepts, **where), torch.tensor(backgrounds, **where), torch.zeros(len(concepts), **where)
         )
         images = to_images(STYLE_FUNCTIONS[style](batch.pictures, renderer.generator))
-        for image, concept, background in zip(images, concepts, backgrounds, strict=True):
-            words = style_caption(CONCEPTS[concept], BACKGROUND_NAMES[background], style)
+        for i, (image, concept, background) in enumerate(zip(images, concepts, backgrounds, strict=True)):
+            words = caption(CONCEPTS[concept], BACKGROUND_NAMES[background])
+            words = words if i % 2 else with_style(words, style)
             file = folder / style / f"{CONCEPTS[concept].name.replace(' ', '-')}-{BACKGROUND_NAMES[background]}.png"
             image.save(file, optimize=True)
             file.with_suffix(".txt").write_text(words + "\n")
