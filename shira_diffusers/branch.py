@@ -54,7 +54,7 @@ class SideBranch:
                 product = F.linear(x.to(output.dtype), self._dense(x.device, output.dtype))
             return torch.add(output, product, alpha=scale).to(output.dtype)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a sparse tensor cannot be traced
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # no CSR in graphs
     def _sparse_product(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``, float32."""
         if self._csr is None:

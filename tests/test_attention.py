@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from shira_diffusers import AdapterMismatchError, Resident, ShiraAdapter, ShiraError, SparseDelta
 from shira_diffusers.attention import ShiraAttnProcessor, remove_shira_attn_processors, set_shira_attn_processors
+from shira_diffusers.branch import SideBranch
 from tests import tiny
 
 # of the largest entry of the result; deltas here are as large as the weights
@@ -195,6 +196,13 @@ def test_scale_zero_is_the_base_to_the_bit() -> None:
     assert torch.equal(tiny.run_unet(model), before)
 
 
+def test_a_branch_of_scale_zero_adds_nothing_whatever_comes_in() -> None:
+    layer = nn.Linear(4, 3)
+    branch = SideBranch(SparseDelta(torch.tensor([0]), torch.tensor([1.0]), (3, 4)))
+    output = torch.tensor([[-0.0, 1.0, 2.0]])
+    assert branch.add(layer, torch.full((1, 4), torch.inf), output, scale=0.0) is output
+
+
 # ---------------------------------------------------------------- the processor by itself
 
 
@@ -264,6 +272,17 @@ def test_gradients_reach_the_input() -> None:
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_scale_of_a_processor_may_change() -> None:
+    layer, deltas = attention(AttnProcessor2_0())
+    halved = {name: SparseDelta(delta.indices, delta.values / 2, delta.shape) for name, delta in deltas.items()}
+    x, text = torch.randn(1, 4, 16), torch.randn(1, 3, 12)
+    layer.set_processor(ShiraAttnProcessor(AttnProcessor2_0(), halved))
+    expected = layer(x, text)
+    layer.set_processor(ShiraAttnProcessor(AttnProcessor2_0(), deltas))
+    layer.processor.scale = 0.5
+    torch.testing.assert_close(layer(x, text), expected, rtol=0, atol=1e-6)
+
+
 def test_no_projections_are_refused() -> None:
     layer, deltas = attention(AttnProcessor2_0())
     with pytest.raises(AdapterMismatchError, match=r"no attention projections: to_x; expected.*to_out\.0"):
@@ -320,7 +339,7 @@ def test_compiled_after() -> None:
     x, text = torch.randn(1, 4, 16), torch.randn(1, 3, 12)
     layer.set_processor(ShiraAttnProcessor(layer.processor, deltas))
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(layer, backend="eager")(x, text), layer(x, text), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x, text), layer(x, text), rtol=0, atol=1e-6)
     torch._dynamo.reset()
 
 
