@@ -40,7 +40,7 @@ class Session:
         self.shelf = shelf
         self.suggestions = suggestions
         self._pipe = pipe
-        self._turn = threading.Lock()
+        self._turn = threading.Lock()  # shira() would wait too, but then waiting would count as switching
         self._pipe.set_progress_bar_config(disable=True)
 
     @classmethod

@@ -14,6 +14,7 @@ from shira_diffusers import save_adapter
 from tests import tiny
 
 SUGGESTION = "a red cat"  # the tiny tokenizer spells: 16 tokens are 14 letters
+SUGGESTIONS = (SUGGESTION, "a big dog", *(f"a {word} that is too long for a phone's width" for word in ("line", "row")))
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folders = Folders(root / "tiny-diffusion", root / "adapters")
     pipe = tiny.pipeline()
     pipe.save_pretrained(folders.base)
-    (folders.base / "suggestions.txt").write_text(f"{SUGGESTION}\n\na big dog\n")
+    (folders.base / "suggestions.txt").write_text("\n\n".join(SUGGESTIONS))
     bluefire = tiny.adapter_for(pipe, 1).with_metadata(instance_prompt="sks fire", mask="rand")
     save_adapter(bluefire, folders.adapters / "bluefire.safetensors")
     save_adapter(tiny.adapter_for(pipe, 2, dtype=torch.float16), folders.adapters / "paintings")

@@ -143,6 +143,10 @@ def test_after_bad_input_the_app_goes_on(client: Client, session: Session) -> No
     assert generate(client)[0].size == (16, 16)
 
 
+def test_nothing_is_told_to_others(session: Session) -> None:
+    assert not build(session).analytics_enabled
+
+
 def test_a_fault_inside_is_told_in_one_sentence(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory\n  at a line\n  at another")

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from app.session import Session, strip_of
 from app.settings import SettingsError
 from shira_diffusers import ShiraError, load_adapter
 from tests import tiny
-from tests.app.conftest import SUGGESTION, Folders
+from tests.app.conftest import SUGGESTION, SUGGESTIONS, Folders
 
 MIX = {"bluefire": 1.0, "paintings": 0.5}
 
@@ -156,6 +157,21 @@ def test_one_that_fails_does_not_disturb_the_next_in_turn(session: Session) -> N
     assert others == [alone]
 
 
+def test_waiting_for_a_turn_is_not_counted_as_switching(session: Session) -> None:
+    draw(session, {"bluefire": 1.0})
+    reports: list[Any] = []
+    other = threading.Thread(target=lambda: reports.append(draw(session, {"bluefire": 1.0}).report))
+
+    def dawdle(done: int, of: int) -> None:
+        if done == 1:
+            other.start()
+            time.sleep(0.5)
+
+    draw(session, {"paintings": 1.0}, on_step=dawdle)
+    other.join(30)
+    assert reports[0]["switch_ms"] < 400
+
+
 # ---------------------------------------------------------------- the strip
 
 
@@ -238,5 +254,5 @@ def test_opening_tells_what_is_missing(folders: Folders, tmp_path: Path) -> None
 def test_opening_takes_the_dtype(folders: Folders) -> None:
     session = Session.open(str(folders.base), folders.adapters, dtype="bfloat16")
     assert session._pipe.unet.dtype == torch.bfloat16
-    assert session.suggestions == (SUGGESTION, "a big dog")
+    assert session.suggestions == SUGGESTIONS
     assert [card.name for card in session.cards] == ["bluefire", "paintings"]

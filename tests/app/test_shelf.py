@@ -11,7 +11,7 @@ from app.shelf import FALLBACK_SUGGESTIONS, load_shelf, one_sentence, read_sugge
 from shira_diffusers import ShiraAdapter, save_adapter
 from shira_diffusers.probes import probe_base
 from tests import tiny
-from tests.app.conftest import SUGGESTION, Folders
+from tests.app.conftest import SUGGESTIONS, Folders
 
 
 def test_what_fits_is_loaded_and_described(pipe: StableDiffusionPipeline, folders: Folders) -> None:
@@ -76,5 +76,5 @@ def test_an_error_is_told_in_one_sentence(error: Exception, sentence: str) -> No
 
 def test_suggestions_are_read_from_the_first_folder_that_has_some(folders: Folders, tmp_path: Path) -> None:
     (tmp_path / "suggestions.txt").write_text("\n")
-    assert read_suggestions(tmp_path, folders.base) == (SUGGESTION, "a big dog")
+    assert read_suggestions(tmp_path, folders.base) == SUGGESTIONS
     assert read_suggestions(tmp_path) == FALLBACK_SUGGESTIONS
