@@ -11,6 +11,8 @@ from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.delta import SparseDelta
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, listing
 
+_FEW = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Union:
@@ -27,11 +29,15 @@ class Union:
 
 def plan_union(indices: Sequence[Tensor]) -> Union:
     """Plan the union of the sorted indices, ``[nnz]`` each, of one or more deltas of one weight, on their device."""
-    merged = indices[0]
-    places = [torch.arange(merged.numel(), device=merged.device)]
-    for own in indices[1:]:
-        merged, kept, place = _merge(merged, own)
-        places = [kept[old] for old in places] + [place]
+    if len(indices) > _FEW:
+        merged = torch.cat(list(indices)).unique()
+        places = [torch.searchsorted(merged, own) for own in indices]
+    else:
+        merged = indices[0]
+        places = [torch.arange(merged.numel(), device=merged.device)]
+        for own in indices[1:]:  # no slower than sorting for a few, but quadratic in their number
+            merged, kept, place = _merge(merged, own)
+            places = [kept[old] for old in places] + [place]
     whole = merged.numel()
     return Union(merged, tuple(None if place.numel() == whole else place for place in places))
 

@@ -114,7 +114,7 @@ sorted_indices = st.lists(st.integers(0, 40), unique=True, max_size=30).map(sort
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(sorted_indices, min_size=1, max_size=5), st.sampled_from([torch.int32, torch.int64]))
+@given(st.lists(sorted_indices, min_size=1, max_size=8), st.sampled_from([torch.int32, torch.int64]))
 def test_the_union_and_the_places_in_it(parts: list[list[int]], dtype: torch.dtype) -> None:
     union = plan_union([torch.tensor(part, dtype=dtype) for part in parts])
     assert union.indices.tolist() == sorted(set().union(*parts))
