@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations, count
 from pathlib import Path
@@ -138,14 +138,12 @@ def delete_shira(self: DiffusionPipeline, adapter_names: str | Sequence[str]) ->
     """Forget adapters; the rest of the mix stays active without them.
 
     Raises:
-        ShiraError: unknown names; nothing has changed.
+        ShiraError: unknown names.
+        ResidentStateError: see ``Resident.set``.
+
+    On error nothing has changed.
     """
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    resident = resident_of(self)
-    with resident.writing():
-        resident.require_known(names)
-        for name in dict.fromkeys(names):
-            resident.remove(name)
+    resident_of(self).remove(*_name_list(adapter_names))
 
 
 def unload_shira(self: DiffusionPipeline) -> None:
@@ -153,8 +151,7 @@ def unload_shira(self: DiffusionPipeline) -> None:
     resident = resident_of(self)
     with resident.writing():
         resident.clear()
-        for name in resident.names:
-            resident.remove(name)
+        resident.remove(*resident.names)
 
 
 def save_shira(self: DiffusionPipeline, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
@@ -294,13 +291,22 @@ def _auto_name(names: Sequence[str]) -> str:
 
 
 def _mix(names: str | Sequence[str], weights: Weights) -> dict[str, Scale]:
-    chosen = [names] if isinstance(names, str) else list(names)
+    chosen = _name_list(names)
     if len(set(chosen)) != len(chosen):
         raise ShiraError(f"each adapter may be named once, got {chosen}")
+    if getattr(weights, "ndim", 0) == 1:  # of NumPy or torch
+        weights = list(weights)  # type: ignore[arg-type]
     each = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights] * len(chosen)
     if len(each) != len(chosen):
         raise ShiraError(f"expected one weight an adapter, got {len(each)} weights for {len(chosen)} adapters {chosen}")
     return {name: 1.0 if weight is None else weight for name, weight in zip(chosen, each, strict=True)}
+
+
+def _name_list(names: str | Iterable[str]) -> list[str]:
+    chosen: list[object] = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if not all(isinstance(name, str) for name in chosen):
+        raise ShiraError(f"expected the name of an adapter or a list of names, got {names!r}")
+    return [str(name) for name in chosen]
 
 
 def _guard_generation(cls: type[DiffusionPipeline]) -> None:

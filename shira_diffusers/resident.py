@@ -1,5 +1,6 @@
 """Resident: adapters on weights that stay where they are, switched by overwriting a few of their entries."""
 
+import copy
 import json
 import logging
 import warnings
@@ -51,7 +52,8 @@ class Resident:
     @property
     def active(self) -> dict[str, Scale]:
         """The active adapters with their scales as given; empty while disabled."""
-        return {name: scale for state in self._states().values() for name, scale in state.mix.scales.items()}
+        active = {name: scale for state in self._states().values() for name, scale in state.mix.scales.items()}
+        return copy.deepcopy(active)  # what the caller does to it changes no mix
 
     @property
     def method(self) -> str:
@@ -94,7 +96,7 @@ class Resident:
 
             scaled = [(self.adapter(name), self._scale_by_weight(active[name])) for name in sorted(active)]
             mixed = fuse_scaled(scaled, self.method)
-            return mixed.with_metadata(mix=json.dumps(active, default=dict), method=self.method)
+            return mixed.with_metadata(mix=json.dumps(active), method=self.method)
 
     def _scale_by_weight(self, scale: Scale) -> Callable[[str], float]:
         def of(full_name: str) -> float:
@@ -172,22 +174,24 @@ class Resident:
                 stacklevel=4,
             )
 
-    def remove(self, name: str) -> None:
-        """Forget an adapter; if it is active, the others stay active without it.
+    def remove(self, *names: str) -> None:
+        """Forget adapters, in one switch; those of the mix that are left stay active.
 
         Raises:
-            ShiraError: no adapter of that name.
+            ShiraError: no adapter of such a name.
             ResidentStateError: see ``set``.
 
         On error nothing has changed.
         """
         with self.writing():
-            states = {part: self._states()[part] for part in self.components_of(name)}
-            active = [part for part, state in states.items() if name in state.mix.scales]
-            run([plan_switch(p, self._models[p], states[p].mix.without(name), states[p].disabled) for p in active])
+            self.require_known(names)
+            states = self._states()
+            active = [part for part, state in states.items() if not state.mix.scales.keys().isdisjoint(names)]
+            run([plan_switch(p, self._models[p], states[p].mix.without(names), states[p].disabled) for p in active])
             for state in states.values():
-                state.disabled = state.disabled.without(name) if state.disabled else None
-                del state.adapters[name]
+                state.disabled = state.disabled.without(names) if state.disabled else None
+                for name in names:
+                    state.adapters.pop(name, None)
 
     # ---------------------------------------------------------------- switching
 
@@ -209,8 +213,8 @@ class Resident:
         """
         with self.writing():
             self.require_known(scales)
-            for name, scale in scales.items():
-                check_scale(name, scale, [part for part in self._models if part])
+            parts = [part for part in self._models if part]
+            scales = {name: check_scale(name, scale, parts) for name, scale in scales.items()}
             merge_method(method)
             plans = []
             for part, state in self._states().items():

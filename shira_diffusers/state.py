@@ -1,6 +1,6 @@
 """What a module remembers about its adapters: carried by the module, so by copies of it too."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -74,9 +74,9 @@ class Mix:
     scales: dict[str, Scale] = field(default_factory=dict)
     method: str = "sum"
 
-    def without(self, name: str) -> "Mix":
-        """The same mix less one adapter."""
-        return replace(self, scales={n: s for n, s in self.scales.items() if n != name})
+    def without(self, names: Collection[str]) -> "Mix":
+        """The same mix less some adapters."""
+        return replace(self, scales={n: s for n, s in self.scales.items() if n not in names})
 
 
 class ShiraState(nn.Module):
