@@ -40,7 +40,9 @@ def resident_of(pipe: DiffusionPipeline) -> Resident:
 
 
 def _models(pipe: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    # not `components`, which refuses pipelines of the user's own whose __init__ takes other names
+    parts = {name: vars(pipe).get(name) for name in pipe.config if not name.startswith("_")}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def load_shira(
@@ -77,7 +79,7 @@ def load_shira(
             f"adapter name {adapter_name!r} is in use, expected a new one; call delete_shira({adapter_name!r}) first"
         )
     adapter = _read(self, source, hub_kwargs)
-    _guard_generation(type(self))
+    _guard_generations()
     with resident.writing():
         name = adapter_name if adapter_name is not None else _auto_name(resident.names)
         resident.add(adapter, name)
@@ -204,7 +206,7 @@ def shira(
 
     Args and Raises: as ``set_shira``. Holds the pipeline's lock: other threads' generations and switches wait.
     """
-    _guard_generation(type(self))
+    _guard_generations()
     with resident_of(self).using(_mix(adapter_names, adapter_weights), method):
         yield self
 
@@ -309,23 +311,41 @@ def _name_list(names: str | Iterable[str]) -> list[str]:
     return [str(name) for name in chosen]
 
 
-def _guard_generation(cls: type[DiffusionPipeline]) -> None:
-    """Make generations of a pipeline class hold its models' locks for reading, so that no switch tears a picture."""
-    owner = next((base for base in cls.__mro__ if "__call__" in base.__dict__), None)
-    if owner is None:
-        return
+def _guard_generations() -> None:
+    """From the first adapter on, make the generations of all pipelines hold their models' locks for reading.
+
+    So no switch tears a picture; of all pipelines, since any of them may share a model with this one.
+    """
     with _patching:
-        call: Any = owner.__dict__["__call__"]
-        if getattr(call, "_shira_guarded", False):
-            return
+        DiffusionPipeline.__init_subclass__ = _guard_new_class  # type: ignore[method-assign, assignment]
+        for cls in _family(DiffusionPipeline):
+            _guard_call(cls)
 
-        @functools.wraps(call)
-        def guarded(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-            with resident_of(self).reading():
-                return call(self, *args, **kwargs)
 
-        guarded._shira_guarded = True  # type: ignore[attr-defined]
-        owner.__call__ = guarded  # type: ignore[method-assign]
+@classmethod  # type: ignore[misc]
+def _guard_new_class(cls: type[DiffusionPipeline], **options: Any) -> None:
+    super(DiffusionPipeline, cls).__init_subclass__(**options)
+    _guard_call(cls)
+
+
+def _family(cls: type[DiffusionPipeline]) -> Iterator[type[DiffusionPipeline]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _family(child)
+
+
+def _guard_call(cls: type[DiffusionPipeline]) -> None:
+    call: Any = cls.__dict__.get("__call__")
+    if call is None or getattr(call, "_shira_guarded", False):
+        return
+
+    @functools.wraps(call)
+    def guarded(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        with resident_of(self).reading():
+            return call(self, *args, **kwargs)
+
+    guarded._shira_guarded = True  # type: ignore[attr-defined]
+    cls.__call__ = guarded  # type: ignore[method-assign]
 
 
 __all__ = ["install", "resident_of", *(method.__name__ for method in METHODS)]

@@ -592,7 +592,6 @@ def test_no_picture_is_torn_by_a_switch_in_another_thread(pipe: StableDiffusionP
     assert_none_is_torn(make_pictures_while_switching(pipe, pipe), [base, adapted])
 
 
-@pytest.mark.xfail(strict=True, reason="open: reported to the core")
 def test_no_picture_of_a_sharing_pipeline_is_torn(pipe: StableDiffusionPipeline) -> None:
     """A pipeline of another class, on which no adapter was ever loaded, but whose UNet has them."""
 

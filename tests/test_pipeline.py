@@ -114,6 +114,29 @@ def test_the_call_of_a_pipeline_keeps_its_signature(loaded: StableDiffusionPipel
     assert type(loaded).__call__.__doc__
 
 
+def test_a_pipeline_of_the_users_own(pipe: StableDiffusionPipeline, file: Path) -> None:
+    """One that diffusers' ``components`` refuses, since its ``__init__`` takes another name than it registers."""
+
+    class Own(DiffusionPipeline):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.register_modules(unet=model)
+
+        def __call__(self) -> torch.Tensor:
+            return tiny.run_unet(self.unet)
+
+    own = Own(pipe.unet)
+    with pytest.raises(ValueError, match="incorrectly"):
+        _ = own.components
+    before = own()
+    adapter = load_adapter(file).part("unet").prefixed("unet")
+    own.load_shira(encode(adapter)[0], "a")
+    assert own.list_shira() == {"a": ["unet"]}
+    assert not torch.equal(own(), before)
+    own.unload_shira()
+    assert torch.equal(own(), before)
+
+
 def test_sources(pipe: StableDiffusionPipeline, file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     save_adapter(load_adapter(file), folder)
