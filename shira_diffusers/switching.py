@@ -5,7 +5,7 @@ were overwritten are saved and written back.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -23,7 +23,7 @@ from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_s
 
 @dataclass(slots=True)
 class Plan:
-    """One module's part of a switch; ``fresh`` grows as base bits become known."""
+    """One module's part of a switch; ``fresh`` grows as base bits become known, ``current`` is what is there before."""
 
     component: str
     module: nn.Module
@@ -31,6 +31,7 @@ class Plan:
     mix: Mix
     disabled: Mix | None
     located: dict[str, Located]
+    current: list[Overwritten]
     layouts: list[Layout]
     merge: MergeMethod
     fresh: list[Overwritten] = field(default_factory=list)
@@ -58,9 +59,9 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     if names:
         locator.require_not_frozen()
     located = {name: locator.locate(name) for name in sorted(names)}
-    require_written(component, state.overwritten, located)
-    layouts = lay_out(adapters, located, [group.layout for group in state.overwritten])
-    return Plan(component, module, state, mix, disabled, located, layouts, merge_method(mix.method))
+    current = read_current(component, state.overwritten, located)
+    layouts = lay_out(adapters, located, [group.layout for group in current])
+    return Plan(component, module, state, mix, disabled, located, current, layouts, merge_method(mix.method))
 
 
 def run(plans: Sequence[Plan]) -> None:
@@ -85,8 +86,8 @@ def run(plans: Sequence[Plan]) -> None:
 def _carry_out(plan: Plan) -> None:
     """Restore what leaves, save what is overwritten next, overwrite it."""
     kept = {id(layout) for layout in plan.layouts}
-    leaving = [group for group in plan.state.overwritten if id(group.layout) not in kept]
-    staying = {id(group.layout): group for group in plan.state.overwritten}
+    leaving = [group for group in plan.current if id(group.layout) not in kept]
+    staying = {id(group.layout): group for group in plan.current}
     for group in leaving:
         _write(plan.located, group.layout, group.base)
     for layout in plan.layouts:
@@ -126,7 +127,7 @@ def _take_back(plan: Plan) -> None:
     """Put back every bit as it was before the switch, wherever that broke off."""
     for group in plan.fresh:
         _write(plan.located, group.layout, group.base)
-    for group in plan.state.overwritten:
+    for group in plan.current:
         _write(plan.located, group.layout, group.written)
 
 
@@ -159,27 +160,54 @@ def _cast(values: Tensor, weight: Tensor) -> Tensor:
     return values.to(weight.device, weight.dtype)
 
 
+def read_current(component: str, groups: Iterable[Overwritten], located: dict[str, Located]) -> list[Overwritten]:
+    """The overwritten entries with the bits that are there now: what was written, or the base again.
+
+    The base is there where somebody has put back what ``state_dict`` gave, as accelerate does when it offloads.
+
+    Raises:
+        ResidentStateError: names the weights that somebody else has written.
+    """
+    current: list[Overwritten] = []
+    foreign: list[str] = []
+    for group in groups:
+        if _same_bits(now := read(located, group.layout), group.written):
+            current.append(group)
+            continue
+        current.append(replace(group, written=now))
+        foreign += [
+            join_name(component, name)
+            for name, entry in group.entries()
+            if not any(_same_bits(gather(located[name].weight, entry.indices), b) for b in (entry.written, entry.base))
+        ]
+    if foreign:
+        raise _written_by_others(foreign)
+    return current
+
+
 def require_written(component: str, groups: Iterable[Overwritten], located: dict[str, Located]) -> None:
     """Require that overwritten entries hold what was written.
 
     Raises:
         ResidentStateError: names the weights that somebody else has written.
     """
-    foreign: list[str] = []
-    for group in groups:
-        if not _same_bits(read(located, group.layout), group.written):
-            foreign += [
-                join_name(component, name)
-                for name, entry in group.entries()
-                if not _same_bits(gather(located[name].weight, entry.indices), entry.written)
-            ]
+    foreign = [
+        join_name(component, name)
+        for group in groups
+        for name, entry in group.entries()
+        if not _same_bits(gather(located[name].weight, entry.indices), entry.written)
+    ]
     if foreign:
-        raise ResidentStateError(
-            f"{len(foreign)} adapted weights were written by somebody else while adapters were active "
-            "(load_state_dict, fuse_lora, training), so restoring would mix two bases; expected what the last switch "
-            "wrote. Undo that write, or keep the new weights as the base with bake_shira() (Resident.bake()):"
-            f"{listing(foreign)}"
-        )
+        raise _written_by_others(foreign)
+
+
+def _written_by_others(names: Sequence[str]) -> ResidentStateError:
+    return ResidentStateError(
+        f"{len(names)} adapted weights were written by somebody else while adapters were active "
+        "(load_state_dict, fuse_lora, training), so restoring would mix two bases; expected what the last switch "
+        "wrote. Undo that write, or keep the new weights as the base with bake_shira() (Resident.bake()):"
+        f"{listing(names)}"
+    )
 
 
 def _same_bits(now: Tensor, written: Tensor) -> bool:

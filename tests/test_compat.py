@@ -180,7 +180,6 @@ def offload_to_cpu(pipe: DiffusionPipeline, parts: tuple[str, ...]) -> None:
         accelerate.cpu_offload(getattr(pipe, part), CPU)
 
 
-@pytest.mark.xfail(strict=True, reason="open: reported to the core")
 def test_accelerate_cpu_offload_while_active(pipe: StableDiffusionPipeline) -> None:
     """accelerate takes the weights from ``state_dict``, which is the base: the next switch brings the mix back."""
     adapter = tiny.adapter_for(pipe)

@@ -271,6 +271,33 @@ def test_foreign_writes_are_detected_and_left_alone(resident: Resident, model: n
     tiny.assert_same_bits(model, bits)
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_the_base_put_back_by_somebody_else_is_no_harm(
+    resident: Resident, model: nn.Module, adapters: dict, everywhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``state_dict`` gives the base, and whoever loads that again writes it; the next switch goes on from there."""
+    resident.clear()
+    base = tiny.snapshot(model)
+    resident.set({"a": 1.0})
+    kept = model.state_dict() if everywhere else {k: v for k, v in model.state_dict().items() if "mid_block" in k}
+    model.load_state_dict(kept, strict=False)
+    bits = tiny.snapshot(model)
+    with pytest.raises(ResidentStateError, match="written by somebody else"):
+        resident.verify()
+    monkeypatch.setattr(shira_diffusers.switching, "overwrite", WriteFailsAt(4, RuntimeError))
+    with pytest.raises(RuntimeError, match="power cut"):
+        resident.set({"b": 1.0})
+    monkeypatch.undo()
+    tiny.assert_same_bits(model, bits)
+    resident.set({"a": 0.5})
+    expected = reference.apply(base, adapters, {"a": 0.5})
+    assert all(tiny.same_bits(now, expected[name]) for name, now in tiny.snapshot(model).items())
+    resident.verify()
+    model.load_state_dict(kept, strict=False)
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
 def test_a_foreign_write_of_a_free_entry_is_none_of_our_business(resident: Resident, model: nn.Module) -> None:
     resident.set({"c": 1.0})
     with torch.no_grad():
