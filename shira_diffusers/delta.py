@@ -42,6 +42,9 @@ def check_indices(indices: Tensor, numel: int) -> str | None:
 def _problem(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> str | None:
     if any(not isinstance(size, int) or size < 0 for size in shape):
         return f"shape {shape} is not a tuple of sizes"
+    for what, tensor in (("indices", indices), ("values", values)):
+        if tensor.is_meta or tensor.layout != torch.strided:
+            return f"{what} are {tensor.layout} on {tensor.device}, expected dense tensors that hold values"
     wrong = check_indices(indices, math.prod(shape))
     if wrong:
         return wrong

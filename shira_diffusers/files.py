@@ -284,17 +284,45 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the header metadata of a safetensors file, on the CPU.
 
     Raises:
+        OSError: the file cannot be opened.
         AdapterFormatError: the file is truncated, is a pickle, or is otherwise no safetensors file.
     """
+    with open(file, "rb") as raw:  # safetensors calls a file that may not be read a missing one
+        start = raw.read(2)
     try:
         with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             return tensors, dict(opened.metadata() or {})
     except (safetensors.SafetensorError, ValueError, KeyError, AttributeError) as error:
-        with open(file, "rb") as raw:
-            start = raw.read(2)
-        kind = "a pickle, which is never loaded" if start in (b"PK", b"\x80\x02") else "damaged or truncated"
+        kind = "like a pickle, which is never loaded" if _starts_pickle(start) else "damaged or truncated"
         raise AdapterFormatError(
             f"{file} cannot be read: expected a safetensors file, got {file.stat().st_size} bytes that look {kind} "
             f"({error}); get an intact .safetensors file"
         ) from error
+
+
+def _starts_pickle(start: bytes) -> bool:
+    """Whether a file begins as what ``torch.save`` or ``pickle`` write: a zip archive, or protocol 2 to 5."""
+    return start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+
+
+def require_tensors(given: Mapping[Any, Any], source: str) -> None:
+    """Require that a state dict maps names to tensors that hold values.
+
+    Raises:
+        AdapterFormatError: another kind of key or value, or tensors on the meta device; all offenders at once.
+    """
+    wrong = [f"{key!r}: {_kind(value)}" for key, value in given.items() if not _is_named_tensor(key, value)]
+    if wrong:
+        raise AdapterFormatError(f"{source} must map names to dense tensors that hold values, got:{listing(wrong)}")
+
+
+def _is_named_tensor(key: object, value: object) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return isinstance(key, str) and dense
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"a tensor of layout {value.layout} on {value.device}"

@@ -37,9 +37,9 @@ def find_adapter(source: str | os.PathLike[str], options: HubOptions) -> Path:
     """
     weight_name, subfolder = options.get("weight_name"), options.get("subfolder") or ""
     path = Path(source)
-    if path.exists():
+    if os.path.exists(source):  # unlike Path.exists, also for names that no file can have
         return _local(path / subfolder if subfolder else path, weight_name)
-    if path.suffix == ".safetensors" or path.is_absolute() or str(source).startswith((".", "~")):
+    if not str(source) or path.suffix == ".safetensors" or path.is_absolute() or str(source).startswith((".", "~")):
         raise FileNotFoundError(f"no adapter at {path}: expected a .safetensors file, a folder or a Hub id owner/name")
     try:
         return _download(str(source), weight_name, subfolder, options)

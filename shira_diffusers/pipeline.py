@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import AdapterFormatError, ShiraError
-from shira_diffusers.files import decode, read_safetensors, save_adapter
+from shira_diffusers.files import decode, read_safetensors, require_tensors, save_adapter
 from shira_diffusers.hub import HubOptions, find_adapter
 from shira_diffusers.interference import interference
 from shira_diffusers.interop import decode_peft, is_peft_folder, is_peft_state_dict, load_peft_adapter
@@ -257,6 +257,7 @@ def _check_options(options: Mapping[str, object]) -> None:
 def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> ShiraAdapter:
     """Read an adapter, with component names."""
     if isinstance(source, Mapping):
+        require_tensors(source, "the state dict")
         return _decode(pipe, source, None, "the state dict")
     if not isinstance(source, str | os.PathLike):
         raise AdapterFormatError(

@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from shira_diffusers import AdapterFormatError, SparseDelta
 from shira_diffusers.delta import check_indices, index_dtype
@@ -99,3 +101,11 @@ def test_it_is_frozen() -> None:
 def test_rounding_that_overflows_is_refused() -> None:
     with pytest.raises(AdapterFormatError, match="infinite"):
         delta([0], [1e6]).astype(torch.float16)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to("meta"), lambda t: t.to_sparse()], ids=["meta", "sparse"])
+def test_tensors_without_plain_values_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    indices, values = torch.tensor([0, 2]), torch.ones(2)
+    for pair in ((change(indices), values), (indices, change(values))):
+        with pytest.raises(AdapterFormatError, match="expected dense tensors that hold values"):
+            SparseDelta(*pair, (2, 2))

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import pickle
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -270,6 +272,25 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
         torch.save({"x": Bomb()}, path, _use_new_zipfile_serialization=zipped)
         with pytest.raises(AdapterFormatError, match="a pickle, which is never loaded"):
             load_adapter(path)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        path.write_bytes(pickle.dumps({"x": Bomb()}, protocol))
+        with pytest.raises(AdapterFormatError, match="a pickle, which is never loaded"):
+            load_adapter(path)
+
+
+def test_a_file_that_may_not_be_read(adapter: ShiraAdapter) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own lie where only one user may look
+        path = save_adapter(adapter, Path(folder, "a.safetensors"))
+        os.chmod(folder, 0o755)
+        path.chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:  # root may read everything
+                os.seteuid(65534)
+            with pytest.raises(PermissionError, match="Permission denied"):
+                load_adapter(path)
+        finally:
+            os.seteuid(user)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,25 @@ def test_what_is_no_adapter(loaded: StableDiffusionPipeline, tmp_path: Path) -> 
     assert_unchanged(loaded, lambda: loaded.load_shira(tmp_path / "pickle.bin", "x"), AdapterFormatError, "pickle")
 
 
+def test_state_dicts_of_other_things(loaded: StableDiffusionPipeline) -> None:
+    good = encode(tiny.adapter_for(loaded, 3))[0]
+    key = next(key for key in good if key.endswith("values"))
+    for state, message in [
+        ({**good, key: good[key].tolist()}, f"{key}': list"),
+        ({**good, key: good[key].to("meta")}, f"{key}': a tensor of layout torch.strided on meta"),
+        ({**good, key: good[key].to_sparse()}, f"{key}': a tensor of layout torch.sparse_coo"),
+        ({**good, 3: torch.ones(1)}, "3: a tensor"),
+        ({"unet": good}, "'unet': dict"),
+    ]:
+        assert_unchanged(loaded, lambda s=state: loaded.load_shira(s, "x"), AdapterFormatError, message)
+
+
+def test_names_that_no_file_can_have(loaded: StableDiffusionPipeline) -> None:
+    assert_unchanged(loaded, lambda: loaded.load_shira("", "x"), FileNotFoundError, "no adapter at")
+    for source in ("a\0b", "a" * 5000):
+        assert_unchanged(loaded, lambda s=source: loaded.load_shira(s, "x"), OSError, "is no file or folder here")
+
+
 def test_a_lora_is_sent_to_its_own_loader(loaded: StableDiffusionPipeline, tmp_path: Path) -> None:
     model = tiny.unet()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
