@@ -4,9 +4,11 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -20,6 +22,7 @@ from shira_diffusers import AdapterFormatError, ShiraAdapter, SparseDelta, load_
 from shira_diffusers.files import WEIGHTS_NAME, decode, decode_gaps, encode, encode_gaps
 from tests import reference, tiny
 
+ROOT = Path(__file__).parents[1]
 TOPS = {torch.uint8: 255, torch.uint16: 65535, torch.int32: None}
 
 
@@ -67,6 +70,39 @@ def test_golden_bytes(adapter: ShiraAdapter, tmp_path: Path) -> None:
         "unet.b.weight.gaps": ("U8", [1], "05"),
         "unet.b.weight.shape": ("I64", [4], "01000000000000000200000000000000030000000000000001" + "00" * 7),
     }
+
+
+def test_the_document_is_enough_to_write_and_read_files(tmp_path: Path) -> None:
+    """The program in docs/format.md and the library read what the other wrote."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "format.md").read_text(), re.DOTALL)
+    theirs: dict[str, Any] = {}
+    exec(program, theirs)
+    indices = [[0, 2, 259], [], [0, 1, 254, 255 + 255, 1199], [900]]
+    names, shapes = [f"unet.{number}.weight" for number in range(4)], [(4, 65), (3, 3), (30, 40), (10, 11, 3, 3)]
+    deltas = {n: (i, tuple(0.5 - k for k in range(len(i))), s) for n, i, s in zip(names, indices, shapes, strict=True)}
+    theirs["write"](tmp_path / "theirs.safetensors", deltas, base_model="tiny")
+    loaded = load_adapter(tmp_path / "theirs.safetensors")
+    assert loaded.metadata == {"base_model": "tiny"}
+    found = {n: (d.indices.tolist(), tuple(d.values.tolist()), d.shape) for n, d in loaded.deltas.items()}
+    assert found == deltas
+    assert theirs["read"](save_adapter(loaded, tmp_path / "ours.safetensors")) == deltas
+    wide = ShiraAdapter({"unet.a.weight": SparseDelta(torch.tensor([5, 70_000]), torch.ones(2), (300, 300))})
+    for dtype, top in TOPS.items():
+        tensors, header = encode(wide)
+        coded = reference.code_gaps([5, 70_000], top)
+        tensors["unet.a.weight.gaps"] = torch.tensor(coded, dtype=torch.int64).to(dtype)
+        safetensors.torch.save_file(tensors, tmp_path / "gaps.safetensors", header)
+        read = theirs["read"](tmp_path / "gaps.safetensors")
+        assert read == {"unet.a.weight": ([5, 70_000], (1.0, 1.0), (300, 300))}
+
+
+def test_the_example_of_the_document(adapter: ShiraAdapter) -> None:
+    document = (ROOT / "docs" / "format.md").read_text()
+    codes = {torch.float16: "F16", torch.uint8: "U8 ", torch.int64: "I64"}
+    for key, tensor in encode(adapter)[0].items():
+        if key.startswith("unet.a."):
+            content = tensor.contiguous().view(torch.uint8).numpy().tobytes().hex(" ")
+            assert f"    {key:21} {codes[tensor.dtype]} [{len(tensor)}]  {content}\n" in document
 
 
 def test_writing_twice_gives_the_same_content(adapter: ShiraAdapter, tmp_path: Path) -> None:
