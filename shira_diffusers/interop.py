@@ -97,6 +97,8 @@ def decode_peft(
     for key, tensor in tensors.items():
         path, dot, kind = key.removeprefix(_PREFIX).rpartition(".")
         if dot + kind == _INDICES and path:
+            if key.removesuffix(_INDICES) + _VALUES not in tensors:
+                damaged.append(f"{path}: its values are missing, expected {path}{_VALUES}")
             continue
         if dot + kind != _VALUES or not path:
             damaged.append(f"{key}: unknown key, expected <layer>.shira_weight and .shira_indices")
@@ -124,6 +126,8 @@ def _decode_layer(values: Tensor, indices: Tensor | None, shape: tuple[int, ...]
         raise AdapterFormatError("its indices are missing; save with PEFT 0.17 or newer, which stores them")
     if indices.ndim != 2 or indices.shape[0] != 2 or indices.shape[1] != values.numel() or len(shape) != 2:
         raise AdapterFormatError(f"indices {tuple(indices.shape)} for {values.numel()} values of a {shape} weight")
+    if indices.is_floating_point() and not bool((indices == indices.trunc()).all()):  # NaN differs from itself
+        raise AdapterFormatError(f"indices are {indices.dtype} with fractions or NaN, expected whole numbers")
     rows, columns = indices.to(torch.int64)  # float32 when saved on Windows
     inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
     if not bool(inside.all()):
