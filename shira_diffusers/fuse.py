@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]],
         union = plan_union([delta.indices for delta, _ in held])
         total = merge(union, [delta.values for delta, _ in held], [scale for _, scale in held])
         deltas[name] = SparseDelta(union.indices, total, held[0][0].shape)
-    return ShiraAdapter(deltas, _metadata(plain))
+    return ShiraAdapter(deltas, _metadata(plain), _base_probes(plain, deltas))
 
 
 def _constant(scale: float) -> Callable[[str], float]:
@@ -160,6 +161,21 @@ def _require_same_shapes(adapters: Sequence[ShiraAdapter], names: Sequence[str])
             f"adapters of different models cannot be fused; {len(wrong)} of {len(names)} parameters differ in shape:"
             f"{listing(wrong)}"
         )
+
+
+def _base_probes(adapters: Sequence[ShiraAdapter], deltas: Mapping[str, SparseDelta]) -> dict[str, Tensor]:
+    """The base's values at the first entries of the unions, as far as the adapters' own probes tell them."""
+    probes = {}
+    for name in sorted({name for adapter in adapters for name in adapter.base_probes}):
+        known: dict[int, float] = {}
+        for adapter in adapters:
+            probe = adapter.base_probes.get(name)
+            if probe is not None:
+                known |= zip(adapter.deltas[name].indices[: probe.numel()].tolist(), probe.tolist(), strict=True)
+        told = [known[index] for index in takewhile(known.__contains__, deltas[name].indices[: len(known)].tolist())]
+        if told:
+            probes[name] = torch.tensor(told, dtype=torch.float16)
+    return probes
 
 
 def _metadata(adapters: Sequence[ShiraAdapter]) -> dict[str, str]:

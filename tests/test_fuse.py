@@ -124,3 +124,20 @@ def test_the_union_and_the_places_in_it(parts: list[list[int]], dtype: torch.dty
             assert len(part) == union.indices.numel()
         else:
             assert union.indices[place].tolist() == part
+
+
+def test_the_base_is_still_known_after_fusing() -> None:
+    shape, base = (2, 6), torch.arange(12.0)
+
+    def part(indices: list[int], told: int) -> ShiraAdapter:
+        places = torch.tensor(indices)
+        delta = SparseDelta(places, torch.ones(len(indices)), shape)
+        return ShiraAdapter({"w": delta}, {}, {"w": base[places[:told]].half()})
+
+    fused = fuse([part([0, 4, 9], 2), part([2, 4, 11], 3)])
+    assert fused.deltas["w"].indices.tolist() == [0, 2, 4, 9, 11]
+    assert torch.equal(fused.base_probes["w"], torch.tensor([0.0, 2.0, 4.0]).half())  # 9 was not told
+
+
+def test_nothing_is_said_of_the_base_where_no_adapter_does() -> None:
+    assert fuse(list(adapters().values())).base_probes == {}
