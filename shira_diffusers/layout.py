@@ -1,6 +1,6 @@
 """Lay out the deltas of a mix end to end, so that a switch computes on a few long tensors, not on many short ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -14,27 +14,28 @@ _Kind = tuple[torch.device, torch.dtype]
 
 
 def lay_out(
-    adapters: Sequence[ShiraAdapter], located: Mapping[str, Located], current: Sequence[Layout]
-) -> list[Layout]:
+    adapters: Sequence[ShiraAdapter], located: Mapping[str, Located], known: Iterable[tuple[Layout, ...]]
+) -> tuple[Layout, ...]:
     """One layout for each device and dtype among the adapted weights; nearly always one in all.
 
     Args:
         adapters: in the order in which they are added.
         located: all of their weights.
-        current: the layouts in use, returned again where they are of the same adapters, so that a new strength
-            plans nothing.
+        known: layouts made earlier, returned again where they are of the same adapters, so that a new strength, or
+            coming back to a mix, plans nothing.
 
     Raises:
         AdapterMismatchError: an adapter with different deltas for one tied weight.
     """
-    if current and _same_adapters(adapters, current[0]) and all(_is_uniform(layout, located) for layout in current):
-        return list(current)
+    for layouts in known:
+        if layouts and _same_adapters(adapters, layouts[0]) and all(_is_uniform(one, located) for one in layouts):
+            return layouts
     members = [_untied(adapter, located) for adapter in adapters]
     kinds: dict[_Kind, dict[str, None]] = {}
     for name in sorted({name for own in members for name in own.values()}):
         weight = located[name].weight
         kinds.setdefault((weight.device, weight.dtype), {})[name] = None
-    return [_one_layout(adapters, members, located, kind, list(names)) for kind, names in kinds.items()]
+    return tuple(_one_layout(adapters, members, located, kind, list(names)) for kind, names in kinds.items())
 
 
 def _same_adapters(adapters: Sequence[ShiraAdapter], layout: Layout) -> bool:
@@ -44,17 +45,19 @@ def _same_adapters(adapters: Sequence[ShiraAdapter], layout: Layout) -> bool:
 
 
 def _is_uniform(layout: Layout, located: Mapping[str, Located]) -> bool:
-    return len({(located[name].weight.device, located[name].weight.dtype) for name in layout.names}) == 1
+    devices = {located[name].weight.device for name in layout.names}
+    return devices == {layout.indices.device} and len({located[name].weight.dtype for name in layout.names}) == 1
 
 
 def _untied(adapter: ShiraAdapter, located: Mapping[str, Located]) -> dict[str, str]:
     """The adapter's names -> the one name by which each weight is written; other names of a tied weight are dropped."""
     by_weight = {located[name].key: name for name in sorted(located, reverse=True)}  # the first name wins
     chosen: dict[str, str] = {}
+    first: dict[str, str] = {}
     for name, delta in adapter.deltas.items():
         weight = by_weight[located[name].key]
-        twin = next((other for other, its_weight in chosen.items() if its_weight == weight), None)
-        if twin is None:
+        twin = first.setdefault(weight, name)
+        if twin == name:
             chosen[name] = weight
         elif adapter.deltas[twin] != delta:
             raise AdapterMismatchError(

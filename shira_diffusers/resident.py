@@ -190,8 +190,7 @@ class Resident:
             run([plan_switch(p, self._models[p], states[p].mix.without(names), states[p].disabled) for p in active])
             for state in states.values():
                 state.disabled = state.disabled.without(names) if state.disabled else None
-                for name in names:
-                    state.adapters.pop(name, None)
+                state.forget(names)
 
     # ---------------------------------------------------------------- switching
 

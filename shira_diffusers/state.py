@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from shira_diffusers.scales import Scale
 from shira_diffusers.scatter import overwrite
 
 ATTRIBUTE = "_shira"
+_REMEMBERED_BYTES = 2**26
 
 
 class Entry(NamedTuple):
@@ -50,6 +51,16 @@ class Layout:
     members: tuple[tuple[str, ...], ...]
     places: tuple[Tensor | None, ...]
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many entries each weight has."""
+        return [end - start for start, end in pairwise(self.bounds)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.indices.nbytes + sum(place.nbytes for place in self.places if place is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Overwritten:
@@ -61,7 +72,7 @@ class Overwritten:
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
         """The entries of each weight, as views."""
-        sizes = [end - start for start, end in pairwise(self.layout.bounds)]
+        sizes = self.layout.sizes
         parts = zip(*(t.split(sizes) for t in (self.layout.indices, self.base, self.written)), strict=True)
         for name, part in zip(self.layout.names, parts, strict=True):
             yield name, Entry(*part)
@@ -93,6 +104,18 @@ class ShiraState(nn.Module):
         self.mix = Mix()
         self.disabled: Mix | None = None
         self.overwritten: tuple[Overwritten, ...] = ()
+        self.remembered: list[tuple[Layout, ...]] = []
+
+    def remember(self, layouts: tuple[Layout, ...]) -> None:
+        """Keep the layouts of the last few mixes, so that coming back to one plans nothing."""
+        kept = [layouts, *(old for old in self.remembered if old[0] is not layouts[0])] if layouts else self.remembered
+        used = accumulate(sum(layout.nbytes for layout in mix) for mix in kept)
+        self.remembered = [mix for mix, total in zip(kept, used, strict=True) if total <= _REMEMBERED_BYTES]
+
+    def forget(self, names: Collection[str]) -> None:
+        """Drop adapters, and what is remembered of mixes with them."""
+        gone = [self.adapters.pop(name) for name in names if name in self.adapters]
+        self.remembered = [m for m in self.remembered if not any(a is g for a in m[0].adapters for g in gone)]
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -100,6 +123,7 @@ class ShiraState(nn.Module):
         return {name: entry for group in self.overwritten for name, entry in group.entries()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShiraState":
+        self.remembered = []
         self.overwritten = tuple(
             Overwritten(replace(g.layout, indices=fn(g.layout.indices)), fn(g.base), fn(g.written))
             for g in self.overwritten

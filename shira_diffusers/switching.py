@@ -6,7 +6,6 @@ were overwritten are saved and written back.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ class Plan:
     disabled: Mix | None
     located: dict[str, Located]
     current: list[Overwritten]
-    layouts: list[Layout]
+    layouts: tuple[Layout, ...]
     merge: MergeMethod
     fresh: list[Overwritten] = field(default_factory=list)
 
@@ -60,7 +59,8 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
         locator.require_not_frozen()
     located = {name: locator.locate(name) for name in sorted(names)}
     current = read_current(component, state.overwritten, located)
-    layouts = lay_out(adapters, located, [group.layout for group in current])
+    layouts = lay_out(adapters, located, [tuple(group.layout for group in current), *state.remembered])
+    state.remember(layouts)
     return Plan(component, module, state, mix, disabled, located, current, layouts, merge_method(mix.method))
 
 
@@ -135,18 +135,17 @@ def _take_back(plan: Plan) -> None:
 @torch.no_grad()
 def read(located: dict[str, Located], layout: Layout) -> Tensor:
     """The weights' values at a layout's entries, ``[n]``."""
-    spans = zip(layout.names, pairwise(layout.bounds), strict=True)
-    wide = layout.indices.long()
-    return torch.cat([gather(located[name].weight, wide[start:end]) for name, (start, end) in spans])
+    parts = zip(layout.names, layout.indices.long().split(layout.sizes), strict=True)
+    return torch.cat([gather(located[name].weight, indices) for name, indices in parts])
 
 
 def _write(located: dict[str, Located], layout: Layout, values: Tensor) -> None:
     """Write ``[n]`` values to a layout's entries, in the weights and in all that holds them."""
-    wide = layout.indices.long()
+    parts = zip(layout.names, layout.indices.long().split(layout.sizes), values.split(layout.sizes), strict=True)
     with torch.inference_mode():  # both normal and inference tensors can be written in it
-        for name, (start, end) in zip(layout.names, pairwise(layout.bounds), strict=True):
+        for name, indices, bits in parts:
             for holder in located[name].holders:
-                overwrite(holder.tensor, wide[start:end], _cast(values[start:end], holder.tensor), holder.offset)
+                overwrite(holder.tensor, indices, _cast(bits, holder.tensor), holder.offset)
 
 
 def _as_now(located: dict[str, Located], layout: Layout, values: Tensor) -> Tensor:
