@@ -69,8 +69,3 @@ def fingerprints(models: Mapping[str, nn.Module]) -> dict[str, str]:
             raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             found[f"{part}.{name}"] = hashlib.blake2b(raw.data, digest_size=16).hexdigest()
     return found
-
-
-def models_of(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline by component name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from shira_diffusers.bases import fingerprints, models_of, open_pipeline
+from shira_diffusers.bases import fingerprints, open_pipeline
 from shira_diffusers.errors import ResidentStateError, ShiraError
 from shira_diffusers.files import WEIGHTS_NAME, write_atomically
-from shira_diffusers.pipeline import resident_of
+from shira_diffusers.pipeline import models_of, resident_of
 from shira_diffusers.sheet import contact_sheet
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"

@@ -36,10 +36,11 @@ _patching = threading.Lock()
 
 def resident_of(pipe: DiffusionPipeline) -> Resident:
     """The engine over all models of a pipeline, by component name."""
-    return Resident(_models(pipe))
+    return Resident(models_of(pipe))
 
 
-def _models(pipe: Any) -> dict[str, nn.Module]:
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline by component name."""
     # not `components`, which refuses pipelines of the user's own whose __init__ takes other names
     parts = {name: vars(pipe).get(name) for name in pipe.config if not name.startswith("_")}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
@@ -282,7 +283,7 @@ def _decode(
 
 
 def _denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
-    models = _models(pipe)
+    models = models_of(pipe)
     for name in _DENOISERS:
         if name in models:
             return name, models[name]
@@ -349,4 +350,4 @@ def _guard_call(cls: type[DiffusionPipeline]) -> None:
     cls.__call__ = guarded  # type: ignore[method-assign]
 
 
-__all__ = ["install", "resident_of", *(method.__name__ for method in METHODS)]
+__all__ = ["install", "models_of", "resident_of", *(method.__name__ for method in METHODS)]

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.bases import fingerprints, models_of, open_pipeline
+from shira_diffusers.bases import fingerprints, open_pipeline
 from shira_diffusers.errors import AdapterMismatchError, listing
 from shira_diffusers.files import load_adapter
 from shira_diffusers.inspection import Inspection, inspect_adapter
 from shira_diffusers.locate import Locator
-from shira_diffusers.pipeline import resident_of
+from shira_diffusers.pipeline import models_of, resident_of
 from shira_diffusers.resident import Resident
 
 NAME = "adapter"
