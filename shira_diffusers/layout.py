@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import AdapterMismatchError
@@ -77,11 +78,12 @@ def _one_layout(
     device = kind[0]
     own = [{weight: name for name, weight in chosen.items()} for chosen in members]
     held = [[its[name] for name in names if name in its] for its in own]
+    values = [_values(adapter, its).to(device) for adapter, its in zip(adapters, held, strict=True)]
     if len(adapters) == 1:
         deltas = [adapters[0].deltas[name] for name in held[0]]
         bounds = _cumulative([delta.nnz for delta in deltas])
         indices = torch.cat([delta.indices for delta in deltas]).to(device)
-        return Layout(tuple(names), bounds, indices, tuple(adapters), (tuple(held[0]),), (None,))
+        return Layout(tuple(names), bounds, indices, tuple(adapters), (tuple(held[0]),), (values[0],), (None,))
     starts = _cumulative([located[name].weight.numel() for name in names])
     start_of = dict(zip(names, starts[:-1], strict=True))
     keys = [
@@ -99,7 +101,11 @@ def _one_layout(
     )
     indices = local.to(torch.int32 if widest == 4 else torch.int64)
     bounds = tuple(cuts.tolist())
-    return Layout(tuple(names), bounds, indices, tuple(adapters), tuple(map(tuple, held)), union.places)
+    return Layout(tuple(names), bounds, indices, tuple(adapters), tuple(map(tuple, held)), tuple(values), union.places)
+
+
+def _values(adapter: ShiraAdapter, names: Sequence[str]) -> Tensor:
+    return torch.cat([adapter.deltas[name].values for name in names]) if names else torch.empty(0)
 
 
 def _cumulative(sizes: Sequence[int]) -> tuple[int, ...]:

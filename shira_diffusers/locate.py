@@ -4,8 +4,7 @@ This module only looks; what it returns is written by ``resident``. compat notes
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +26,14 @@ _FUSED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """A tensor that holds a weight, row-major from ``offset`` entries on."""
 
     tensor: Tensor
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(NamedTuple):
     """A weight of a module by the module's own name, and every tensor that holds it, first the weight itself."""
 
     name: str
@@ -76,7 +73,7 @@ class Locator:
     def __init__(self, module: nn.Module) -> None:
         self._root = unwrap(module)
         self._modules: dict[str, nn.Module] = {}
-        self._compiled = [module] if _is_compiled(module) else []
+        self._compiled = [module] if _is_compiled(module.__dict__) else []
         self._offloaded: dict[int, Tensor] = {}
         self._walk()
 
@@ -85,13 +82,14 @@ class Locator:
         left = [("", self._root)]
         while left:
             path, module = left.pop()
-            self._modules.setdefault(path, module)  # a wrapper comes before what it wraps
-            if _is_compiled(module):
+            if path not in self._modules:  # a wrapper comes before what it wraps
+                self._modules[path] = module
+            own = module.__dict__  # read past nn.Module.__getattr__, which is slow for what is not there
+            if "_diffusers_hook" in own:
+                self._offloaded |= _group_offloaded(module, own["_diffusers_hook"])
+            if _is_compiled(own):
                 self._compiled.append(module)
-            registry = module.__dict__.get("_diffusers_hook")
-            if registry is not None:
-                self._offloaded |= _group_offloaded(module, registry)
-            for name, child in module._modules.items():
+            for name, child in own["_modules"].items():
                 if child is not None:
                     inside = path if name in WRAPPERS else f"{path}.{name}" if path else name
                     left.append((inside, child))
@@ -126,15 +124,15 @@ class Locator:
         parameter = owner._parameters.get(leaf)
         if parameter is None:
             raise self._missing_or_unusable(owner, leaf, name)
-        _require_unmerged(parent, owner, path)
+        if parent is not owner:
+            _require_unmerged(parent, path)
         weight = self._stored(owner, leaf, parameter, name)
         _require_plain(parameter, weight, name)
         holders = [Holder(weight)]
-        live = parameter.data
-        for other in (self._offloaded.get(id(parameter)), None if live.is_meta else live):
-            if other is not None and other.data_ptr() != weight.data_ptr():
-                holders.append(Holder(other))
-        if leaf == "weight":
+        original = self._offloaded.get(id(parameter))
+        if original is not None and original.data_ptr() != weight.data_ptr():
+            holders.append(Holder(original))
+        if leaf == "weight" and path.rpartition(".")[2] in _FUSED:
             holders += self._fused_copies(path, weight)
         return Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
 
@@ -194,8 +192,6 @@ class Locator:
 
     def _fused_copies(self, path: str, weight: Tensor) -> list[Holder]:
         attention_path, _, projection = path.rpartition(".")
-        if projection not in _FUSED:
-            return []
         attention = unwrap(self._modules[attention_path])
         holders = []
         for fused, before in _FUSED[projection]:
@@ -241,9 +237,7 @@ def _group_offloaded(module: nn.Module, registry: Any) -> dict[int, Tensor]:
     return {id(parameter): copy for parameter, copy in copies.items()}
 
 
-def _require_unmerged(found: nn.Module, owner: nn.Module, path: str) -> None:
-    if found is owner:
-        return
+def _require_unmerged(found: nn.Module, path: str) -> None:
     merged = getattr(found, "merged_adapters", None)
     if getattr(found, "merged", False) or merged:
         raise ResidentStateError(
@@ -262,9 +256,7 @@ def _quantized_message(name: str, kind: str, got: str) -> str:
 
 
 def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
-    odd = next((t for t in (parameter.data, weight) if type(t) is not Tensor), None)
-    if odd is None and type(parameter) is not nn.Parameter:
-        odd = parameter
+    odd = next((t for t in (weight, parameter) if type(t) not in (Tensor, nn.Parameter)), None)
     if odd is not None:
         raise ResidentStateError(_quantized_message(name, "this model", f"a {type(odd).__name__}"))
     if weight.dtype not in _FLOATS and not is_byte_dtype(weight.dtype):
@@ -273,6 +265,6 @@ def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
         raise ResidentStateError(f"{name} is not a dense strided tensor; make it contiguous first")
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    # read past nn.Module.__getattr__, which is slow for what is not there
-    return "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None
+def _is_compiled(own: Mapping[str, Any]) -> bool:
+    """Whether a module, given by its ``__dict__``, is compiled."""
+    return own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]

@@ -19,6 +19,7 @@ from shira_diffusers.probes import BaseMatch
 from shira_diffusers.scales import Scale, check_scale, scale_of
 from shira_diffusers.state import Mix, ShiraState, ensure_state, state_of
 from shira_diffusers.switching import plan_switch, require_written, run
+from shira_diffusers.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ class Resident:
             for part, state in self._states().items():
                 locator = Locator(self._models[part])
                 names = [name for group in state.overwritten for name in group.layout.names]
-                require_written(part, state.overwritten, {name: locator.locate(name) for name in names})
+                require_written(part, state.overwritten, Weights({name: locator.locate(name) for name in names}))
 
     def _modules(self) -> list[nn.Module]:
         return [unwrap(model) for model in self._models.values()]

@@ -84,6 +84,13 @@ def overwrite(weight: Tensor, indices: Tensor, values: Tensor, offset: int = 0) 
         flat.index_copy_(0, at, values)
 
 
+def cast(values: Tensor, like: Tensor) -> Tensor:
+    """Values in the dtype and on the device of a weight; themselves, where they are so already."""
+    if values.dtype == like.dtype and values.device == like.device:
+        return values
+    return values.to(like.device, like.dtype)
+
+
 def is_dense(weight: Tensor) -> bool:
     """Whether no two entries of a strided weight share memory (an expanded tensor's do)."""
     steps = sorted((stride, size) for size, stride in zip(weight.shape, weight.stride(), strict=True) if size > 1)

@@ -12,6 +12,7 @@ from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.locate import Locator
 from shira_diffusers.scales import Scale
 from shira_diffusers.scatter import overwrite
+from shira_diffusers.sites import Key, Positions
 
 ATTRIBUTE = "_shira"
 _REMEMBERED_BYTES = 2**26
@@ -41,7 +42,9 @@ class Layout:
         indices: int32 or int64 ``[n]``, sorted flat positions in each weight.
         adapters: those whose deltas these are, in the order in which they are added.
         members: for each adapter the weights it has, in the order of its values.
+        values: of each adapter ``[its nnz]``, in its own dtype.
         places: for each adapter int64 ``[its nnz]``, where its values go in ``[n]``; None when they are all of it.
+        positions: where the entries lie in memory, remembered until the weights move; see ``sites``.
     """
 
     names: tuple[str, ...]
@@ -49,17 +52,28 @@ class Layout:
     indices: Tensor
     adapters: tuple[ShiraAdapter, ...]
     members: tuple[tuple[str, ...], ...]
+    values: tuple[Tensor, ...]
     places: tuple[Tensor | None, ...]
+    positions: dict[Key, Positions] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def sizes(self) -> list[int]:
         """How many entries each weight has."""
         return [end - start for start, end in pairwise(self.bounds)]
 
+    def moved(self, indices: Tensor) -> "Layout":
+        """The same with ``indices`` on another device, and all that belongs to them."""
+        device = indices.device
+        values = tuple(value.to(device) for value in self.values)
+        places = tuple(None if place is None else place.to(device) for place in self.places)
+        return replace(self, indices=indices, values=values, places=places, positions={})
+
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return self.indices.nbytes + sum(place.nbytes for place in self.places if place is not None)
+        places = (place for place in self.places if place is not None)
+        found = (positions.at for positions in self.positions.values())
+        return sum(tensor.nbytes for tensor in (self.indices, *self.values, *places, *found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +139,7 @@ class ShiraState(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShiraState":
         self.remembered = []
         self.overwritten = tuple(
-            Overwritten(replace(g.layout, indices=fn(g.layout.indices)), fn(g.base), fn(g.written))
-            for g in self.overwritten
+            Overwritten(g.layout.moved(fn(g.layout.indices)), fn(g.base), fn(g.written)) for g in self.overwritten
         )
         return self
 

@@ -29,6 +29,7 @@ from shira_diffusers import (
     save_adapter,
 )
 from shira_diffusers.files import WEIGHTS_NAME, encode
+from shira_diffusers.sites import Span
 from tests import reference, tiny
 
 
@@ -381,25 +382,26 @@ def test_disable_enable_delete(loaded: StableDiffusionPipeline) -> None:
 def test_a_failing_delete_deletes_nothing(loaded: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded.set_shira(["bluefire", "paintings"])
     count = 0
-    overwrite = shira_diffusers.switching.overwrite
+    write = Span.write
 
     def fails_late(*args: object) -> None:
         nonlocal count
         count += 1
         if count == writes:
             raise RuntimeError("power cut")
-        overwrite(*args)
+        write(*args)
 
     writes = 0
-    monkeypatch.setattr(shira_diffusers.switching, "overwrite", fails_late)
+    monkeypatch.setattr(Span, "write", fails_late)
     loaded.delete_shira(["bluefire", "paintings"])
     total = count
     monkeypatch.undo()
+    assert total
     loaded.load_shira(encode(tiny.adapter_for(loaded, 1))[0], "bluefire")
     loaded.load_shira(encode(tiny.adapter_for(loaded, 2))[0], "paintings")
     loaded.set_shira(["bluefire", "paintings"])
     count, writes = 0, total
-    monkeypatch.setattr(shira_diffusers.switching, "overwrite", fails_late)
+    monkeypatch.setattr(Span, "write", fails_late)
     assert_unchanged(loaded, lambda: loaded.delete_shira(["bluefire", "paintings"]), RuntimeError, "power cut")
 
 

@@ -9,14 +9,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-import shira_diffusers.switching
 from shira_diffusers import AdapterMismatchError, Resident, ResidentStateError, ShiraAdapter, ShiraError, SparseDelta
+from shira_diffusers.sites import Span
 from tests import reference, tiny
 
 
 def same_as_oracle(model: nn.Module, base: dict, adapters: dict, scales: dict) -> bool:
     expected = reference.apply(base, adapters, scales)
     return all(tiny.same_bits(parameter, expected[name]) for name, parameter in model.named_parameters())
+
+
+_WRITE = Span.write
 
 
 @pytest.fixture
@@ -193,18 +196,21 @@ def test_unknown_adapters_and_methods_change_nothing(resident: Resident, model: 
 
 
 class WriteFailsAt:
-    """Stands in for ``overwrite`` and raises at one of its calls."""
+    """Stands in for ``Span.write`` and breaks off in the middle of one of its calls."""
 
     def __init__(self, at: int | None, error: type[BaseException]) -> None:
         self.calls, self._at, self._error = 0, at, error
-        self._overwrite: Callable[..., None] = shira_diffusers.switching.overwrite
 
-    def __call__(self, *args: object) -> None:
-        if self.calls == self._at:
-            self.calls += 1
-            raise self._error("power cut")
+    def __get__(self, span: Span, owner: type) -> Callable[[torch.Tensor], None]:
+        return lambda values: self._write(span, values)
+
+    def _write(self, span: Span, values: torch.Tensor) -> None:
         self.calls += 1
-        self._overwrite(*args)
+        if self.calls - 1 != self._at:
+            return _WRITE(span, values)
+        half = len(values) // 2
+        _WRITE(Span(span.weights, span.positions._replace(at=span.positions.at[:half])), values[:half])
+        raise self._error("power cut")
 
 
 def switches() -> Iterator[tuple[dict, dict]]:
@@ -230,13 +236,13 @@ def test_an_exception_at_any_write_restores_everything(
     resident.set(before)
     bits = tiny.snapshot(model)
     counter = WriteFailsAt(None, error)
-    monkeypatch.setattr(shira_diffusers.switching, "overwrite", counter)
+    monkeypatch.setattr(Span, "write", counter)
     resident.set(after)
     writes = counter.calls
     resident.set(before)
-    assert writes > 2
+    assert writes >= 2
     for at in range(writes):
-        monkeypatch.setattr(shira_diffusers.switching, "overwrite", WriteFailsAt(at, error))
+        monkeypatch.setattr(Span, "write", WriteFailsAt(at, error))
         with pytest.raises(error, match="power cut"):
             resident.set(after)
         tiny.assert_same_bits(model, bits)
@@ -284,7 +290,7 @@ def test_the_base_put_back_by_somebody_else_is_no_harm(
     bits = tiny.snapshot(model)
     with pytest.raises(ResidentStateError, match="written by somebody else"):
         resident.verify()
-    monkeypatch.setattr(shira_diffusers.switching, "overwrite", WriteFailsAt(4, RuntimeError))
+    monkeypatch.setattr(Span, "write", WriteFailsAt(1, RuntimeError))
     with pytest.raises(RuntimeError, match="power cut"):
         resident.set({"b": 1.0})
     monkeypatch.undo()
