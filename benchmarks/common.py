@@ -18,6 +18,24 @@ ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "assets"
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 
+UNETS: dict[str, dict[str, Any]] = {
+    "SD 1.5": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "SDXL": {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+"""The architectures of the UNets that people adapt, as ``UNet2DConditionModel`` takes them."""
+
 
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile, in milliseconds, and how many were measured."""

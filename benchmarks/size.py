@@ -6,32 +6,39 @@ python -m benchmarks.size
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from benchmarks.common import write
+from benchmarks.common import UNETS, write
 from shira_diffusers import ShiraAdapter, SparseDelta, build_masks, save_adapter
 from shira_diffusers.targets import select
 
 FAMILIES = ("rand", "struct", "block_rand")  # wm, grad and snip cost what rand costs: their gaps are about as random
 DENSITIES = (0.01, 0.02)
-SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 
 
 def main() -> None:
     torch.manual_seed(0)
+    rows = [
+        figures(name, unet, family, density)
+        for name, unet in ((name, empty_unet(config)) for name, config in UNETS.items())
+        for density in DENSITIES
+        for family in FAMILIES
+    ]
+    print(write("size", {"values": "float16", "weights": "attention and feed-forward", "rows": rows}).read_text())
+
+
+def empty_unet(config: dict[str, Any]) -> nn.Module:
+    """The architecture with whatever is in memory: masks of these families do not look at values."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15)
-    unet.to_empty(device="cpu")  # masks of these families do not look at values
-    rows = [figures(unet, family, density) for density in DENSITIES for family in FAMILIES]
-    print(
-        write("size", {"values": "float16", "weights": "SD 1.5, attention and feed-forward", "rows": rows}).read_text()
-    )
+        unet = UNet2DConditionModel(**config)
+    return unet.to_empty(device="cpu")
 
 
-def figures(unet: nn.Module, family: str, density: float) -> dict[str, object]:
+def figures(model: str, unet: nn.Module, family: str, density: float) -> dict[str, object]:
     """The size of a float16 adapter with masks of a family."""
     weights = select({"unet": unet})
     masks = build_masks({"unet": unet}, family, density)
@@ -43,6 +50,7 @@ def figures(unet: nn.Module, family: str, density: float) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         size = save_adapter(adapter, Path(folder, "a.safetensors")).stat().st_size
     return {
+        "model": model,
         "family": family,
         "density": density,
         "entries": adapter.nnz,

@@ -35,7 +35,10 @@ class TrainingConfig:
     resolution: int = _flag(512, "pictures are resized and cropped to this many pixels a side")
     center_crop: bool = _flag(False, "crop the centre; otherwise crops are random")
     random_flip: bool = _flag(False, "mirror pictures at random")
-    cache_latents: bool = _flag(False, "encode each picture once; needs crops and flips that are not random")
+    caption_dropout_rate: float = _flag(0.0, "how often a prompt is left empty, so that guidance keeps what is learned")
+    cache_latents: bool = _flag(
+        False, "encode each picture once (and mirrored, with --random_flip); needs crops that are not random"
+    )
 
     mask_type: str = _flag("wm", f"which entries are trained: {', '.join(FAMILIES)}")
     density: float = _flag(0.02, "fraction of each adapted weight's entries that is trained, in (0, 1]")
@@ -104,6 +107,7 @@ _AT_LEAST_ONE = (
     "gradient_accumulation_steps", "lr_num_cycles", "num_class_images", "sample_batch_size",
     "num_validation_images", "validation_epochs", "checkpointing_steps", "checkpoints_total_limit",
 )  # fmt: skip
+_SHARES = ("adam_beta1", "adam_beta2", "caption_dropout_rate")
 _NOT_NEGATIVE = (
     "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "prior_loss_weight",
     "dataloader_num_workers",
@@ -117,7 +121,7 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
     ]
     wrong += [f"{n} must not be negative, got {values[n]}" for n in _NOT_NEGATIVE if not values[n] >= 0]
     wrong += [f"{n} must be above 0, got {values[n]}" for n in ("max_grad_norm",) if not values[n] > 0]
-    wrong += [f"{n} must be in [0, 1), got {values[n]}" for n in ("adam_beta1", "adam_beta2") if not 0 <= values[n] < 1]
+    wrong += [f"{n} must be in [0, 1), got {values[n]}" for n in _SHARES if not 0 <= values[n] < 1]
     if not 0 < config.density <= 1:
         wrong.append(f"density must be in (0, 1], got {config.density}; 0.01 to 0.02 is usual")
     if config.snr_gamma is not None and not config.snr_gamma > 0:
@@ -139,8 +143,6 @@ def _at_odds(config: TrainingConfig) -> list[str]:
     else:
         idle = [name for name in ("class_data_dir", "class_prompt") if getattr(config, name)]
         wrong += [f"{name} has no effect without with_prior_preservation: drop it or add that" for name in idle]
-    if config.cache_latents and config.random_flip:
-        wrong.append("cache_latents encodes each picture once, so it excludes random_flip")
     base, output = Path(config.pretrained_model_name_or_path), Path(config.output_dir)
     if base.is_dir() and base.resolve() in (output.resolve(), *output.resolve().parents):
         wrong.append(f"output_dir {config.output_dir!r} is inside the base model's folder, which is never written to")

@@ -130,11 +130,22 @@ class Batch:
 
 
 class Examples(Dataset[list[tuple[Tensor, str]]]):
-    """One picture of each group an example; the smaller group is repeated. Indexed by ``Draw``."""
+    """One picture of each group an example; the smaller group is repeated. Indexed by ``Draw``.
 
-    def __init__(self, groups: Sequence[Sequence[Picture]], reader: Reader) -> None:
+    Args:
+        groups: the instance's pictures and, with prior preservation, those of the class.
+        reader: turns a picture into a tensor.
+        caption_dropout_rate: how often the instance's prompt is left empty, by seed and position in the run.
+        seed: of the run.
+    """
+
+    def __init__(
+        self, groups: Sequence[Sequence[Picture]], reader: Reader, caption_dropout_rate: float = 0.0, seed: int = 0
+    ) -> None:
         self._groups = groups
         self._reader = reader
+        self._caption_dropout_rate = caption_dropout_rate
+        self._seed = seed
 
     def __len__(self) -> int:
         return max(map(len, self._groups))
@@ -142,7 +153,15 @@ class Examples(Dataset[list[tuple[Tensor, str]]]):
     def __getitem__(self, draw: Draw) -> list[tuple[Tensor, str]]:
         position, index = draw
         chosen = [group[index % len(group)] for group in self._groups]
-        return [(self._reader(picture, position), picture.prompt) for picture in chosen]
+        prompts = [picture.prompt for picture in chosen]
+        if self._drops_caption(position):
+            prompts[0] = ""
+        return [(self._reader(picture, position), prompt) for picture, prompt in zip(chosen, prompts, strict=True)]
+
+    def _drops_caption(self, position: int) -> bool:
+        if not self._caption_dropout_rate:
+            return False
+        return float(torch.rand((), generator=seeded(self._seed, f"caption:{position}"))) < self._caption_dropout_rate
 
 
 def collate(examples: Sequence[list[tuple[Tensor, str]]]) -> Batch:

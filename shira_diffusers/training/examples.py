@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shira_diffusers.errors import ShiraError
+from shira_diffusers.masks import seeded
 from shira_diffusers.training.base import Pipe
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import (
@@ -39,9 +40,10 @@ def prepare_examples(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: i
     if config.cache_latents:
         if not config.center_crop:
             _require_square(groups)
-        reader = _encode_all(pipe, groups, reader)
+        reader = _encode_all(pipe, config, groups, seed)
     embeddings = None if config.train_text_encoder else _embed_all(pipe, groups)
-    return Examples(groups, reader), Objective(pipe, config, embeddings, config.cache_latents)
+    data = Examples(groups, reader, config.caption_dropout_rate, seed)
+    return data, Objective(pipe, config, embeddings, config.cache_latents)
 
 
 def load_batches(examples: Examples, config: TrainingConfig, seed: int, first: int, last: int) -> Iterable[Batch]:
@@ -62,22 +64,37 @@ def _require_square(groups: Groups) -> None:
 
 
 class _MomentReader:
-    """Looks up the moments of latents that were encoded in advance, float32 ``(2c, h, w)``, on the CPU."""
+    """Looks up the moments of latents that were encoded in advance, float32 ``(2c, h, w)``, on the CPU.
 
-    def __init__(self, moments: dict[Picture, Tensor]) -> None:
+    Args:
+        moments: of each picture ``(1 or 2, 2c, h, w)``: as it is and, with random flips, mirrored.
+        seed: with the position in the run it tells which of the two.
+    """
+
+    def __init__(self, moments: dict[Picture, Tensor], seed: int) -> None:
         self._moments = moments
+        self._seed = seed
 
     def __call__(self, picture: Picture, position: int) -> Tensor:
-        return self._moments[picture]
+        either = self._moments[picture]
+        generator = seeded(self._seed, f"framing:{position}:{picture.path.name}")
+        return either[int(torch.randint(len(either), (), generator=generator))]
 
 
-def _encode_all(pipe: Pipe, groups: Groups, reader: Reader) -> _MomentReader:
+def _encode_all(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: int) -> _MomentReader:
+    framing = Framing(config.resolution, config.center_crop, random_flip=False)
     pictures = dict.fromkeys(picture for group in groups for picture in group)
-    return _MomentReader({p: encode(pipe, reader(p, 0).unsqueeze(0)).squeeze(0).cpu() for p in pictures})
+
+    def moments(picture: Picture) -> Tensor:
+        pixels = PixelReader(framing, seed)(picture, 0).unsqueeze(0)
+        both = [pixels, pixels.flip(-1)] if config.random_flip else [pixels]
+        return torch.cat([encode(pipe, part).cpu() for part in both])
+
+    return _MomentReader({picture: moments(picture) for picture in pictures}, seed)
 
 
 @torch.no_grad()
 def _embed_all(pipe: Pipe, groups: Groups) -> dict[str, Tensor]:
     """``prompt -> (tokens, width)``, on the base's device."""
-    prompts = dict.fromkeys(picture.prompt for group in groups for picture in group)
+    prompts = dict.fromkeys(["", *(picture.prompt for group in groups for picture in group)])  # "": dropped captions
     return {prompt: embed(pipe, [prompt]).squeeze(0) for prompt in prompts}

@@ -30,8 +30,6 @@ def test_every_setting_is_a_flag_of_its_type() -> None:
         value = CHANGED.get(setting.name, 3)
         expected[setting.name] = value
         flags += [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
-    flags.remove("--random_flip")  # at odds with cache_latents
-    expected["random_flip"] = False
     config = parse_config([*NEEDED_FLAGS, *flags])
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -42,14 +40,14 @@ CHANGED = {
     "learning_rate": 0.1, "lr_scheduler": "cosine", "lr_power": 2.0, "adam_beta1": 0.1, "adam_beta2": 0.2,
     "adam_weight_decay": 0.0, "adam_epsilon": 1e-3, "max_grad_norm": 2.0, "snr_gamma": 5.0,
     "prior_loss_weight": 0.5, "class_data_dir": "class", "class_prompt": "a cat", "validation_prompt": "a sks cat",
-    "resume_from_checkpoint": "latest", "report_to": "none", "logging_dir": "tracks",
+    "resume_from_checkpoint": "latest", "report_to": "none", "logging_dir": "tracks", "caption_dropout_rate": 0.25,
 }  # fmt: skip
 
 
 def test_all_wrong_settings_are_in_one_error() -> None:
     wrong = {
         "density": 0.0, "resolution": 0, "learning_rate": -1.0, "adam_beta1": 1.0, "mask_type": "best",
-        "with_prior_preservation": True, "class_prompt": "a cat", "cache_latents": True, "random_flip": True,
+        "with_prior_preservation": True, "class_prompt": "a cat", "caption_dropout_rate": 1.0,
         "snr_gamma": 0.0, "max_grad_norm": 0.0, "target_modules": ("attention", "conv1"), "max_train_steps": 0,
     }  # fmt: skip
     with pytest.raises(ShiraError) as caught:
@@ -57,7 +55,7 @@ def test_all_wrong_settings_are_in_one_error() -> None:
     message = str(caught.value)
     assert message.startswith("11 training settings are wrong")
     for name in (
-        "density", "resolution", "learning_rate", "adam_beta1", "mask_type", "class_data_dir", "cache_latents",
+        "density", "resolution", "learning_rate", "adam_beta1", "mask_type", "class_data_dir", "caption_dropout_rate",
         "snr_gamma", "max_grad_norm", "mixes the preset attention", "max_train_steps",
     ):  # fmt: skip
         assert name in message

@@ -167,3 +167,18 @@ def test_class_pictures_come_after_the_instances_and_repeat() -> None:
     batch = collate([examples[(7, 2)], examples[(8, 0)]])
     assert batch.prompts == ["instance 2", "instance 0", "class", "class"]
     assert batch.tensors.tolist() == [[7], [8], [7], [8]]
+
+
+def test_dropped_captions_depend_on_the_position_alone_and_spare_the_class() -> None:
+    groups = [[Picture(Path("i"), "instance")], [Picture(Path("c"), "class")]]
+
+    def prompts(rate: float, seed: int = 0) -> list[tuple[str, ...]]:
+        examples = Examples(groups, lambda picture, position: torch.tensor([position]), rate, seed)
+        return [tuple(prompt for _, prompt in examples[(position, 0)]) for position in range(400)]
+
+    assert set(prompts(0.0)) == {("instance", "class")}
+    dropped = prompts(0.25)
+    assert set(dropped) == {("instance", "class"), ("", "class")}
+    assert 70 < dropped.count(("", "class")) < 130
+    assert dropped == prompts(0.25)
+    assert dropped != prompts(0.25, seed=1)

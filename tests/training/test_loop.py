@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import collate, find_pictures
 from shira_diffusers.training.examples import prepare_examples
 from shira_diffusers.training.loop import train
+from shira_diffusers.training.objective import encode
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -267,6 +269,25 @@ def test_caching_random_crops_is_refused(settings: dict[str, object], tmp_path: 
     square.mkdir()
     Image.effect_noise((20, 20), 90).save(square / "it.png")
     assert run(settings, cache_latents=True, instance_data_dir=str(square)).nnz
+
+
+def test_cached_latents_are_those_of_the_pictures_mirrored_or_not(settings: dict[str, object]) -> None:
+    config = TrainingConfig(**settings, center_crop=True, random_flip=True)
+    pipe = load_base(config, torch.device("cpu"))
+    pictures = find_pictures(config.instance_data_dir, "x")
+    plain, _ = prepare_examples(pipe, config, [pictures], seed=3)
+    cached, _ = prepare_examples(pipe, replace(config, cache_latents=True), [pictures], seed=3)
+    variants = set()
+    for position in range(12):
+        pixels, moments = plain[(position, 0)][0][0], cached[(position, 0)][0][0]
+        torch.testing.assert_close(encode(pipe, pixels.unsqueeze(0)).squeeze(0), moments)
+        variants.add(moments.sum((0, 1)).numpy().tobytes())
+    assert len(variants) == 2
+
+
+def test_a_run_with_dropped_captions_learns_something_else(settings: dict[str, object]) -> None:
+    told, untold = (run(settings, caption_dropout_rate=rate) for rate in (0.0, 0.5))
+    assert any(told.deltas[name] != untold.deltas[name] for name in told.deltas)
 
 
 def test_other_pipelines_and_sizes_are_refused(settings: dict[str, object], tmp_path: Path) -> None:
