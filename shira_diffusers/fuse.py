@@ -182,6 +182,7 @@ def _metadata(adapters: Sequence[ShiraAdapter]) -> dict[str, str]:
     """What all adapters agree on, and their prompts."""
     first, *rest = adapters
     shared = {k: v for k, v in first.metadata.items() if all(a.metadata.get(k) == v for a in rest)}
-    shared.pop("density", None)
+    if rest:
+        shared.pop("density", None)  # that of the union is another
     prompts = list(dict.fromkeys(a.metadata["instance_prompt"] for a in adapters if "instance_prompt" in a.metadata))
     return {**shared, **({"instance_prompt": ", ".join(prompts)} if prompts else {})}
