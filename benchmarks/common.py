@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,10 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def write(name: str, figures: dict[str, Any]) -> Path:
-    """Write figures with machine, versions and commit to ``results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
+    """Write figures with machine, versions and commit to ``results/<name>.json``, or to another file."""
+    path = path or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"origin": origin(), **figures}, indent=2) + "\n")
     return path
 
@@ -82,8 +82,15 @@ def origin() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in _PACKAGES},
+        **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
