@@ -1,66 +1,127 @@
 """The base model of a run: loaded once in float32, never written to."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import nn
 
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.training.config import TrainingConfig
+from shira_diffusers.training.families import Family, Pipe, family_of, find_family
 
-# a StableDiffusionPipeline and a DDPMScheduler: diffusers' classes are typed in part only
-Pipe = Any
+# a DDPMScheduler: diffusers' classes are typed in part only
 Schedule = Any
 
 
-def load_base(config: TrainingConfig, device: torch.device) -> Pipe:
-    """Load Stable Diffusion 1.x or 2.x: float32, frozen, in evaluation mode (so without dropout), on ``device``.
+def family_of_base(config: TrainingConfig) -> Family:
+    """The family of the base that a run names, from its ``model_index.json`` alone.
 
     Raises:
-        ShiraError: no such folder or Hub id, another kind of pipeline, or a resolution that its autoencoder cannot
-            encode.
+        ShiraError: no such folder or Hub id, another kind of pipeline, or one that lacks components.
     """
+    name, index = config.pretrained_model_name_or_path, _read_index(config)
+    family = find_family(str(index.get("_class_name")), name)
+    missing = [part for part in family.needed if (index.get(part) or [None])[0] is None]
+    if missing:
+        raise ShiraError(f"the base {name!r} has no {', '.join(missing)}; expected a whole pipeline, take another base")
+    return family
+
+
+def _read_index(config: TrainingConfig) -> dict[str, Any]:
+    """The ``model_index.json``: the pipeline's class, and library and class of each component."""
+    name = config.pretrained_model_name_or_path
     try:
-        loaded = DiffusionPipeline.from_pretrained(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        index: dict[str, Any] = DiffusionPipeline.load_config(name, revision=config.revision)
     except (OSError, ValueError) as error:  # diffusers raises either for what is not there
-        raise ShiraError(
-            f"cannot load the base model {config.pretrained_model_name_or_path!r}, expected a folder that holds "
-            f"model_index.json, or a Hub id that can be reached: {error}"
-        ) from error
-    if not isinstance(loaded, StableDiffusionPipeline):
-        raise ShiraError(
-            f"{config.pretrained_model_name_or_path!r} is a {type(loaded).__name__}, "
-            "expected a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x, text to image)"
-        )
-    pipe: Pipe = loaded
+        raise _not_found("base model", name, "model_index.json", error) from error
+    return index
+
+
+def complete(config: TrainingConfig) -> TrainingConfig:
+    """The settings with the defaults of the base's family where none is given. Twice is once.
+
+    Raises:
+        ShiraError: as ``family_of_base``.
+    """
+    defaults = family_of_base(config).defaults
+    return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def load_base(config: TrainingConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Pipe:
+    """Load the base: frozen, in evaluation mode (so without dropout), on ``device``.
+
+    Args:
+        config: names the base, its autoencoder where that is another one, and the resolution.
+        dtype: of all components but the autoencoder, which is always in float32: SDXL's overflows in float16.
+
+    Raises:
+        ShiraError: as ``family_of_base``, no such autoencoder, or a resolution that it cannot encode.
+    """
+    config = complete(config)
+    name = config.pretrained_model_name_or_path
+    options: dict[str, Any] = {"revision": config.revision, "variant": config.variant}
+    if config.pretrained_vae_model_name_or_path:
+        options["vae"] = _load_autoencoder(config.pretrained_vae_model_name_or_path)
+    if "safety_checker" in _read_index(config):
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipe: Pipe = DiffusionPipeline.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise _not_found("base model", name, "model_index.json", error) from error
     if config.resolution % pipe.vae_scale_factor:
         raise ShiraError(f"resolution must be a multiple of {pipe.vae_scale_factor}, got {config.resolution}")
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+    for part in _modules(pipe).values():
         part.requires_grad_(False).eval()
-        if part.dtype != torch.float32:
-            part.to(torch.float32)
+    cast(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _load_autoencoder(name: str) -> nn.Module:
+    """A folder or Hub id with an autoencoder, or with a pipeline that has one in ``vae``."""
+    failures = []
+    for place in ({}, {"subfolder": "vae"}):
+        try:
+            autoencoder: nn.Module = AutoencoderKL.from_pretrained(name, **place)
+            return autoencoder
+        except (OSError, ValueError) as error:
+            failures.append(error)
+    raise _not_found("autoencoder", name, "the config.json of an AutoencoderKL", failures[0]) from failures[0]
+
+
+def _not_found(what: str, name: str, file: str, error: Exception) -> ShiraError:
+    return ShiraError(
+        f"cannot load the {what} {name!r}, expected a folder that holds {file}, or a Hub id that can be reached: "
+        f"{error}"
+    )
+
+
+def _modules(pipe: Pipe) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def cast(pipe: Pipe, dtype: torch.dtype) -> None:
+    """Cast all components to ``dtype``, but keep the autoencoder in float32."""
+    for name, part in _modules(pipe).items():
+        wanted = torch.float32 if name == "vae" else dtype
+        if any(p.dtype != wanted for p in part.parameters()):
+            part.to(dtype=wanted)
 
 
 def adapted_models(pipe: Pipe, config: TrainingConfig) -> dict[str, nn.Module]:
     """The components that are trained, by name, with gradient checkpointing where it is wanted."""
     models: dict[str, nn.Module] = {"unet": pipe.unet}
     if config.train_text_encoder:
-        models["text_encoder"] = pipe.text_encoder
+        models |= {name: getattr(pipe, name) for name in family_of(pipe).text_encoders}
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if config.gradient_checkpointing and config.train_text_encoder:
-        encoder = pipe.text_encoder.train()  # transformers checkpoints in training mode only
-        enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
-        enable()
+        for name in family_of(pipe).text_encoders:
+            encoder = getattr(pipe, name).train()  # transformers checkpoints in training mode only
+            enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+            enable()
     return models
 
 
@@ -68,8 +129,13 @@ def training_schedule(pipe: Pipe) -> Schedule:
     """The noise schedule that the base was trained with, from its own scheduler's configuration.
 
     Raises:
-        ShiraError: a prediction type other than epsilon and v_prediction.
+        ShiraError: a prediction type other than epsilon and v_prediction, or a schedule of EDM's noise levels.
     """
+    if "sigma_data" in pipe.scheduler.config:
+        raise ShiraError(
+            f"the base's scheduler is a {type(pipe.scheduler).__name__}, expected one of diffusion timesteps; bases "
+            "of the EDM formulation cannot be trained here"
+        )
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ShiraError(

@@ -13,6 +13,11 @@ def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _of_base(help: str) -> Any:
+    """Not given: None until the base is known, whose family has a default (``training.base.complete``)."""
+    return field(default=None, metadata={"help": help})
+
+
 def _required(help: str) -> Any:
     return field(metadata={"help": help})
 
@@ -25,14 +30,15 @@ class TrainingConfig:
         ShiraError: settings out of range or at odds with each other; all of them in one message.
     """
 
-    pretrained_model_name_or_path: str = _required("Stable Diffusion 1.x or 2.x: a diffusers folder or a Hub id")
+    pretrained_model_name_or_path: str = _required("Stable Diffusion 1.x, 2.x or XL: a diffusers folder or a Hub id")
+    pretrained_vae_model_name_or_path: str | None = _flag(None, "another autoencoder: a diffusers folder or a Hub id")
     instance_data_dir: str = _required("folder of training pictures; a .txt beside a picture is its caption")
     instance_prompt: str = _required("prompt of the pictures that have no caption of their own")
     revision: str | None = _flag(None, "branch, tag or commit of the Hub repository")
     variant: str | None = _flag(None, "variant of the model files, such as fp16")
     output_dir: str = _flag("shira-dreambooth-model", "where the adapter, checkpoints and pictures are written")
     seed: int | None = _flag(None, "the same seed gives the same adapter (bit for bit on CPU); drawn if not given")
-    resolution: int = _flag(512, "pictures are resized and cropped to this many pixels a side")
+    resolution: int = _of_base("pictures are resized and cropped to this many pixels a side; 512, or 1024 for SDXL")
     center_crop: bool = _flag(False, "crop the centre; otherwise crops are random")
     random_flip: bool = _flag(False, "mirror pictures at random")
     caption_dropout_rate: float = _flag(0.0, "how often a prompt is left empty, so that guidance keeps what is learned")
@@ -48,7 +54,7 @@ class TrainingConfig:
     )
     calibration_steps: int = _flag(8, "batches whose gradients choose the entries of grad and snip masks")
     avoid_adapters: tuple[str, ...] = _flag((), "adapter files whose entries must not be used again")
-    train_text_encoder: bool = _flag(False, "adapt the text encoder too")
+    train_text_encoder: bool = _flag(False, "adapt the text encoder too; of SDXL both")
 
     train_batch_size: int = _flag(4, "pictures a batch")
     num_train_epochs: int = _flag(1, "passes over the pictures, unless --max_train_steps is given")
@@ -59,7 +65,8 @@ class TrainingConfig:
     allow_tf32: bool = _flag(False, "use TF32 matrix products on Ampere GPUs and later")
     dataloader_num_workers: int = _flag(0, "processes that load pictures; 0 loads in the main one")
 
-    learning_rate: float = _flag(5e-4, "learning rate after warmup")
+    learning_rate: float = _of_base("learning rate after warmup; 5e-4, or 1e-4 for SDXL")
+    text_encoder_lr: float | None = _of_base("learning rate of text encoders; --learning_rate, or 5e-6 for SDXL")
     scale_lr: bool = _flag(False, "multiply the learning rate by processes, batch size and accumulation steps")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -70,9 +77,13 @@ class TrainingConfig:
     use_8bit_adam: bool = _flag(False, "AdamW of bitsandbytes, which must be installed")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
-    adam_weight_decay: float = _flag(1e-2, "pulls deltas to zero, so weights to the base")
+    adam_weight_decay: float = _of_base("pulls deltas to zero, so weights to the base; 1e-2, or 1e-4 for SDXL")
+    adam_weight_decay_text_encoder: float | None = _of_base("that of text encoders; the same, or 1e-3 for SDXL")
     adam_epsilon: float = _flag(1e-8, "epsilon of Adam")
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
+    noise_offset: float = _flag(
+        0.0, "adds noise that is the same for all pixels of a channel, for dark and light pictures"
+    )
     snr_gamma: float | None = _flag(None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is recommended there")
 
     with_prior_preservation: bool = _flag(False, "train on pictures of the class as well, to keep it")
@@ -110,7 +121,7 @@ _AT_LEAST_ONE = (
 _SHARES = ("adam_beta1", "adam_beta2", "caption_dropout_rate")
 _NOT_NEGATIVE = (
     "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "prior_loss_weight",
-    "dataloader_num_workers",
+    "dataloader_num_workers", "noise_offset", "text_encoder_lr", "adam_weight_decay_text_encoder",
 )  # fmt: skip
 
 
@@ -119,7 +130,8 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
     wrong = [
         f"{n} must be at least 1, got {values[n]}" for n in _AT_LEAST_ONE if values[n] is not None and values[n] < 1
     ]
-    wrong += [f"{n} must not be negative, got {values[n]}" for n in _NOT_NEGATIVE if not values[n] >= 0]
+    given = {n: value for n, value in values.items() if value is not None}
+    wrong += [f"{n} must not be negative, got {given[n]}" for n in _NOT_NEGATIVE if n in given and not given[n] >= 0]
     wrong += [f"{n} must be above 0, got {values[n]}" for n in ("max_grad_norm",) if not values[n] > 0]
     wrong += [f"{n} must be in [0, 1), got {values[n]}" for n in _SHARES if not 0 <= values[n] < 1]
     if not 0 < config.density <= 1:

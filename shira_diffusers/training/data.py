@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -78,6 +79,19 @@ def _to_8_bit(values: NDArray[np.float32], mode: str) -> NDArray[np.uint8]:
     return np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)
 
 
+class View(NamedTuple):
+    """A picture as a model sees it.
+
+    Args:
+        tensor: float32, pixels ``(3, h, w)`` in [-1, 1], or moments of latents.
+        time_ids: what SDXL is told, float32 ``(6,)`` in pixels: height and width of the file's picture, top and left
+            of the crop in the resized picture, height and width of the crop.
+    """
+
+    tensor: Tensor
+    time_ids: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Framing:
     """How a picture becomes a tensor: the shorter side resized to ``resolution``, cropped, perhaps mirrored."""
@@ -86,9 +100,10 @@ class Framing:
     center_crop: bool
     random_flip: bool
 
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
-        """An RGB picture as float32 ``(3, resolution, resolution)`` in [-1, 1]."""
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> View:
+        """An RGB picture as float32 ``(3, resolution, resolution)`` in [-1, 1], and how it was framed."""
         side = self.resolution
+        original = image.size
         scale = side / min(image.size)
         width, height = (max(side, round(length * scale)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -97,16 +112,18 @@ class Framing:
         image = image.crop((left, top, left + side, top + side))
         if self.random_flip and _below(2, generator):
             image = ImageOps.mirror(image)
+            left = spare[0] - left  # as if it had been mirrored first
+        time_ids = torch.tensor([original[1], original[0], top, left, side, side], dtype=torch.float32)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
-        return pixels.float() / 127.5 - 1.0
+        return View(pixels.float() / 127.5 - 1.0, time_ids)
 
 
 def _below(limit: int, generator: torch.Generator) -> int:
     return int(torch.randint(limit, (), generator=generator))
 
 
-Reader = Callable[[Picture, int], Tensor]
-"""``reader(picture, position in the run) -> tensor``: pixels, or moments of latents."""
+Reader = Callable[[Picture, int], View]
+"""``reader(picture, position in the run) -> view``: pixels, or moments of latents, and the framing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +133,29 @@ class PixelReader:
     framing: Framing
     seed: int
 
-    def __call__(self, picture: Picture, position: int) -> Tensor:
-        """float32 ``(3, resolution, resolution)`` in [-1, 1]."""
+    def __call__(self, picture: Picture, position: int) -> View:
+        """float32 ``(3, resolution, resolution)`` in [-1, 1], and how it was framed."""
         return self.framing(read_picture(picture.path), seeded(self.seed, f"framing:{position}:{picture.path.name}"))
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tensors ``[groups * n, ...]`` and as many prompts: all instances first, then, if any, all class pictures."""
+    """Tensors ``[groups * n, ...]``, as many prompts, and time ids ``[groups * n, 6]`` as in ``View``: all instances
+    first, then, if any, all class pictures."""
 
     tensors: Tensor
     prompts: list[str]
+    time_ids: Tensor
 
 
-class Examples(Dataset[list[tuple[Tensor, str]]]):
+class Example(NamedTuple):
+    """A picture as a model sees it, and its prompt."""
+
+    view: View
+    prompt: str
+
+
+class Examples(Dataset[list[Example]]):
     """One picture of each group an example; the smaller group is repeated. Indexed by ``Draw``.
 
     Args:
@@ -150,13 +176,15 @@ class Examples(Dataset[list[tuple[Tensor, str]]]):
     def __len__(self) -> int:
         return max(map(len, self._groups))
 
-    def __getitem__(self, draw: Draw) -> list[tuple[Tensor, str]]:
+    def __getitem__(self, draw: Draw) -> list[Example]:
         position, index = draw
         chosen = [group[index % len(group)] for group in self._groups]
         prompts = [picture.prompt for picture in chosen]
         if self._drops_caption(position):
             prompts[0] = ""
-        return [(self._reader(picture, position), prompt) for picture, prompt in zip(chosen, prompts, strict=True)]
+        return [
+            Example(self._reader(picture, position), prompt) for picture, prompt in zip(chosen, prompts, strict=True)
+        ]
 
     def _drops_caption(self, position: int) -> bool:
         if not self._caption_dropout_rate:
@@ -164,10 +192,11 @@ class Examples(Dataset[list[tuple[Tensor, str]]]):
         return float(torch.rand((), generator=seeded(self._seed, f"caption:{position}"))) < self._caption_dropout_rate
 
 
-def collate(examples: Sequence[list[tuple[Tensor, str]]]) -> Batch:
+def collate(examples: Sequence[list[Example]]) -> Batch:
     """Put examples together, group by group."""
-    pairs = [pair for group in zip(*examples, strict=True) for pair in group]
-    return Batch(torch.stack([tensor for tensor, _ in pairs]), [prompt for _, prompt in pairs])
+    grouped = [example for group in zip(*examples, strict=True) for example in group]
+    tensors, time_ids = (torch.stack(parts) for parts in zip(*(view for view, _ in grouped), strict=True))
+    return Batch(tensors, [prompt for _, prompt in grouped], time_ids)
 
 
 class Batches(Sampler[list[Draw]]):

@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.masks import seeded
-from shira_diffusers.training.base import Pipe
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import (
     Batch,
@@ -18,10 +16,12 @@ from shira_diffusers.training.data import (
     Picture,
     PixelReader,
     Reader,
+    View,
     collate,
     read_picture,
 )
-from shira_diffusers.training.objective import Objective, embed, encode
+from shira_diffusers.training.families import Conditions, Pipe, embed
+from shira_diffusers.training.objective import Objective, encode
 
 Groups = Sequence[Sequence[Picture]]
 
@@ -67,16 +67,16 @@ class _MomentReader:
     """Looks up the moments of latents that were encoded in advance, float32 ``(2c, h, w)``, on the CPU.
 
     Args:
-        moments: of each picture ``(1 or 2, 2c, h, w)``: as it is and, with random flips, mirrored.
+        views: of each picture, with moments: as it is and, with random flips, mirrored.
         seed: with the position in the run it tells which of the two.
     """
 
-    def __init__(self, moments: dict[Picture, Tensor], seed: int) -> None:
-        self._moments = moments
+    def __init__(self, views: dict[Picture, list[View]], seed: int) -> None:
+        self._views = views
         self._seed = seed
 
-    def __call__(self, picture: Picture, position: int) -> Tensor:
-        either = self._moments[picture]
+    def __call__(self, picture: Picture, position: int) -> View:
+        either = self._views[picture]
         generator = seeded(self._seed, f"framing:{position}:{picture.path.name}")
         return either[int(torch.randint(len(either), (), generator=generator))]
 
@@ -85,16 +85,16 @@ def _encode_all(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: int) -
     framing = Framing(config.resolution, config.center_crop, random_flip=False)
     pictures = dict.fromkeys(picture for group in groups for picture in group)
 
-    def moments(picture: Picture) -> Tensor:
-        pixels = PixelReader(framing, seed)(picture, 0).unsqueeze(0)
+    def views(picture: Picture) -> list[View]:
+        pixels, time_ids = PixelReader(framing, seed)(picture, 0)  # centred crops: the same when mirrored
         both = [pixels, pixels.flip(-1)] if config.random_flip else [pixels]
-        return torch.cat([encode(pipe, part).cpu() for part in both])
+        return [View(encode(pipe, part.unsqueeze(0)).squeeze(0).cpu(), time_ids) for part in both]
 
-    return _MomentReader({picture: moments(picture) for picture in pictures}, seed)
+    return _MomentReader({picture: views(picture) for picture in pictures}, seed)
 
 
 @torch.no_grad()
-def _embed_all(pipe: Pipe, groups: Groups) -> dict[str, Tensor]:
-    """``prompt -> (tokens, width)``, on the base's device."""
+def _embed_all(pipe: Pipe, groups: Groups) -> dict[str, Conditions]:
+    """What the denoiser is given for each prompt, without the first dimension, on the base's device."""
     prompts = dict.fromkeys(["", *(picture.prompt for group in groups for picture in group)])  # "": dropped captions
-    return {prompt: embed(pipe, [prompt]).squeeze(0) for prompt in prompts}
+    return {prompt: {n: t.squeeze(0) for n, t in embed(pipe, [prompt]).items()} for prompt in prompts}

@@ -20,7 +20,7 @@ from shira_diffusers._version import __version__
 from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.files import load_adapter, save_adapter
 from shira_diffusers.masks import build_masks
-from shira_diffusers.training.base import adapted_models, load_base
+from shira_diffusers.training.base import adapted_models, cast, complete, load_base
 from shira_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import Batch, Examples, batches_in, find_pictures, step_seed
@@ -44,6 +44,7 @@ def train(config: TrainingConfig) -> Path:
         ShiraError: settings, pictures or a base that cannot be used, or a loss that is not finite.
         OSError: files that cannot be read or written.
     """
+    config = complete(config)
     accelerator = start(config)
     output = Path(config.output_dir)
     checkpoint = load_checkpoint(output, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
@@ -63,7 +64,7 @@ def train(config: TrainingConfig) -> Path:
         if checkpoint:
             run.load_state_dict(checkpoint)
         if accelerator.mixed_precision in _HALVES:
-            pipe.to(dtype=_HALVES[accelerator.mixed_precision])
+            cast(pipe, _HALVES[accelerator.mixed_precision])
         logger.info("training %d entries of %d weights for %d steps", tuner.deltas.numel(), len(masks), run.last)
         for step in run.steps(objective):
             if step % config.checkpointing_steps == 0:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from shira_diffusers.errors import ShiraError
-from shira_diffusers.training.base import Pipe
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import Picture, find_pictures, step_seed
+from shira_diffusers.training.families import Pipe
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +25,24 @@ def sample(pipe: Pipe, prompt: str, numbers: range, seed: int, config: TrainingC
     left = iter(numbers)
     while batch := list(islice(left, config.sample_batch_size)):
         generators = [torch.Generator().manual_seed(step_seed(seed, prompt, number)) for number in batch]
-        yield from pipe(
+        latents = pipe(
             [prompt] * len(batch),
             height=config.resolution,
             width=config.resolution,
             num_inference_steps=_STEPS,
             generator=generators,
+            output_type="latent",
         ).images
+        yield from decode(pipe, latents)
+
+
+@torch.no_grad()
+def decode(pipe: Pipe, latents: Tensor) -> list[Image.Image]:
+    """Latents ``(n, c, h, w)`` as pictures, by the autoencoder in its own dtype, which may be another than theirs."""
+    vae = pipe.vae
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    images: list[Image.Image] = pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])
+    return images
 
 
 def class_pictures(pipe: Pipe, config: TrainingConfig, seed: int) -> list[Picture]:

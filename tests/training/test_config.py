@@ -35,6 +35,7 @@ def test_every_setting_is_a_flag_of_its_type() -> None:
 
 
 CHANGED = {
+    "pretrained_vae_model_name_or_path": "vae",
     "revision": "main", "variant": "fp16", "output_dir": "out", "mask_type": "snip", "density": 0.5,
     "target_modules": ("to_q", "*attn2.to_*"), "avoid_adapters": ("a", "b"), "mixed_precision": "bf16",
     "learning_rate": 0.1, "lr_scheduler": "cosine", "lr_power": 2.0, "adam_beta1": 0.1, "adam_beta2": 0.2,

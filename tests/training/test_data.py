@@ -14,6 +14,7 @@ from shira_diffusers.training.data import (
     Framing,
     Picture,
     PixelReader,
+    View,
     collate,
     find_pictures,
     read_picture,
@@ -102,13 +103,17 @@ def columns(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.tile(np.arange(width, dtype=np.uint8), (height, 1))).convert("RGB")
 
 
+def fake_view(picture: Picture, position: int) -> View:
+    return View(torch.tensor([position]), torch.tensor([position]))
+
+
 def levels(pixels: torch.Tensor) -> list[int]:
     return ((pixels[0, 0] + 1) * 127.5).round().int().tolist()
 
 
 def test_pixels_are_in_minus_one_to_one() -> None:
     image = Image.new("RGB", (4, 4), (255, 0, 51))
-    pixels = Framing(4, center_crop=True, random_flip=False)(image, generator())
+    pixels = Framing(4, center_crop=True, random_flip=False)(image, generator()).tensor
     assert pixels.shape == (3, 4, 4)
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
@@ -116,21 +121,38 @@ def test_pixels_are_in_minus_one_to_one() -> None:
 
 def test_center_crop_takes_the_middle_and_random_crops_move() -> None:
     image = columns(12, 4)
-    assert levels(Framing(4, True, False)(image, generator())) == [4, 5, 6, 7]
-    lefts = {levels(Framing(4, False, False)(image, generator(seed)))[0] for seed in range(60)}
+    assert levels(Framing(4, True, False)(image, generator()).tensor) == [4, 5, 6, 7]
+    lefts = {levels(Framing(4, False, False)(image, generator(seed)).tensor)[0] for seed in range(60)}
     assert lefts == set(range(9))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_time_ids_tell_where_the_crop_lies_in_the_resized_picture(flip: bool) -> None:
+    image = columns(12, 8)  # 6 x 4 when resized
+    told = set()
+    for seed in range(60):
+        pixels, time_ids = Framing(4, False, flip)(image.resize((24, 16), Image.Resampling.NEAREST), generator(seed))
+        resized = image.resize((6, 4), Image.Resampling.BOX)
+        mirrored = levels(pixels)[0] > levels(pixels)[-1]
+        assert flip or not mirrored
+        row = np.asarray(resized)[0, :, 0]
+        left = int(time_ids[3])
+        expected = (row[::-1] if mirrored else row)[left : left + 4]  # mirrored first, then cropped
+        np.testing.assert_allclose(levels(pixels), expected, atol=1)
+        told.add(tuple(time_ids.int().tolist()))
+    assert told == {(16, 24, 0, left, 4, 4) for left in range(3)}
 
 
 def test_flips_mirror_half_of_the_pictures() -> None:
     image = columns(4, 4)
-    seen = [levels(Framing(4, True, True)(image, generator(seed))) for seed in range(40)]
+    seen = [levels(Framing(4, True, True)(image, generator(seed)).tensor) for seed in range(40)]
     assert 8 < seen.count([3, 2, 1, 0]) < 32
     assert seen.count([3, 2, 1, 0]) + seen.count([0, 1, 2, 3]) == 40
 
 
 def test_the_shorter_side_is_resized_whatever_the_shape() -> None:
     for size in [(300, 40), (40, 300), (3, 2), (33, 32), (1, 1)]:
-        assert Framing(16, False, False)(Image.new("RGB", size), generator()).shape == (3, 16, 16)
+        assert Framing(16, False, False)(Image.new("RGB", size), generator()).tensor.shape == (3, 16, 16)
 
 
 def test_each_pass_sees_each_example_once_in_a_new_order() -> None:
@@ -153,8 +175,8 @@ def test_random_framing_depends_on_position_and_picture_alone(tmp_path: Path) ->
         columns(40, 4).save(tmp_path / name)
     pictures = find_pictures(tmp_path, "x")
     reader = PixelReader(Framing(4, False, False), seed=1)
-    lefts = [[levels(reader(picture, position))[0] for position in range(12)] for picture in pictures]
-    assert lefts == [[levels(reader(picture, position))[0] for position in range(12)] for picture in pictures]
+    lefts = [[levels(reader(picture, position).tensor)[0] for position in range(12)] for picture in pictures]
+    assert lefts == [[levels(reader(picture, position).tensor)[0] for position in range(12)] for picture in pictures]
     assert len(set(lefts[0])) > 3
     assert lefts[0] != lefts[1]
 
@@ -162,18 +184,19 @@ def test_random_framing_depends_on_position_and_picture_alone(tmp_path: Path) ->
 def test_class_pictures_come_after_the_instances_and_repeat() -> None:
     instances = [Picture(Path(f"i{k}"), f"instance {k}") for k in range(3)]
     classes = [Picture(Path("c"), "class")]
-    examples = Examples([instances, classes], lambda picture, position: torch.tensor([position]))
+    examples = Examples([instances, classes], fake_view)
     assert len(examples) == 3
     batch = collate([examples[(7, 2)], examples[(8, 0)]])
     assert batch.prompts == ["instance 2", "instance 0", "class", "class"]
     assert batch.tensors.tolist() == [[7], [8], [7], [8]]
+    assert batch.time_ids.tolist() == [[7], [8], [7], [8]]
 
 
 def test_dropped_captions_depend_on_the_position_alone_and_spare_the_class() -> None:
     groups = [[Picture(Path("i"), "instance")], [Picture(Path("c"), "class")]]
 
     def prompts(rate: float, seed: int = 0) -> list[tuple[str, ...]]:
-        examples = Examples(groups, lambda picture, position: torch.tensor([position]), rate, seed)
+        examples = Examples(groups, fake_view, rate, seed)
         return [tuple(prompt for _, prompt in examples[(position, 0)]) for position in range(400)]
 
     assert set(prompts(0.0)) == {("instance", "class")}

@@ -279,7 +279,7 @@ def test_cached_latents_are_those_of_the_pictures_mirrored_or_not(settings: dict
     cached, _ = prepare_examples(pipe, replace(config, cache_latents=True), [pictures], seed=3)
     variants = set()
     for position in range(12):
-        pixels, moments = plain[(position, 0)][0][0], cached[(position, 0)][0][0]
+        pixels, moments = (examples[(position, 0)][0].view.tensor for examples in (plain, cached))
         torch.testing.assert_close(encode(pipe, pixels.unsqueeze(0)).squeeze(0), moments)
         variants.add(moments.sum((0, 1)).numpy().tobytes())
     assert len(variants) == 2
@@ -291,9 +291,11 @@ def test_a_run_with_dropped_captions_learns_something_else(settings: dict[str, o
 
 
 def test_other_pipelines_and_sizes_are_refused(settings: dict[str, object], tmp_path: Path) -> None:
-    tiny.sdxl_pipeline().save_pretrained(tmp_path / "xl")
-    with pytest.raises(ShiraError, match="is a StableDiffusionXLPipeline, expected a StableDiffusionPipeline"):
-        run(settings, pretrained_model_name_or_path=str(tmp_path / "xl"))
+    tiny.sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    with pytest.raises(
+        ShiraError, match="is a StableDiffusion3Pipeline, expected a StableDiffusionPipeline or a Stable"
+    ):
+        run(settings, pretrained_model_name_or_path=str(tmp_path / "sd3"))
     with pytest.raises(ShiraError, match="resolution must be a multiple of 2, got 17"):
         run(settings, resolution=17)
 

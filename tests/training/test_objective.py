@@ -8,7 +8,8 @@ from shira_diffusers import ShiraError
 from shira_diffusers.training.base import training_schedule
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import Batch
-from shira_diffusers.training.objective import Objective, embed, encode, snr_weights
+from shira_diffusers.training.families import embed
+from shira_diffusers.training.objective import Objective, encode, snr_weights
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -20,7 +21,7 @@ def config(**settings: object) -> TrainingConfig:
 
 def batch(prompts: list[str]) -> Batch:
     pixels = torch.rand(len(prompts), 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    return Batch(pixels, prompts)
+    return Batch(pixels, prompts, torch.tensor([[20.0, 30.0, 1.0, 2.0, 16.0, 16.0]]).repeat(len(prompts), 1))
 
 
 @torch.no_grad()
@@ -52,8 +53,8 @@ def test_loss_is_the_mean_squared_error(pipe: StableDiffusionPipeline, options: 
 
 def test_encoding_in_advance_changes_nothing(pipe: StableDiffusionPipeline) -> None:
     given = batch(["a cat", "a red dog"])
-    known = {prompt: embed(pipe, [prompt])[0] for prompt in given.prompts}
-    cached = Batch(encode(pipe, given.tensors), given.prompts)
+    known = {p: {name: t[0] for name, t in embed(pipe, [p]).items()} for p in given.prompts}
+    cached = Batch(encode(pipe, given.tensors), given.prompts, given.time_ids)
     losses = [
         Objective(pipe, config(), embeddings, cached=is_cached).loss(data, torch.Generator().manual_seed(5))
         for embeddings, data, is_cached in ((None, given, False), (known, cached, True))

@@ -1,0 +1,56 @@
+"""Data parallelism: each process computes a share of every batch, and what is exchanged is the sparse gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which examples of a batch a process computes: numbers ``start`` to ``end`` (excluded) of ``total``.
+
+    Args:
+        weight: of the share's mean loss; the weighted losses of all processes add up to the loss of the batch.
+        total: None where the share is the batch.
+    """
+
+    start: int = 0
+    end: int | None = None
+    total: int | None = None
+    weight: float = 1.0
+
+    def whole(self, count: int, groups: int) -> int:
+        """Rows of the whole batch, where this share has ``count``; both of ``groups`` groups, one after the other."""
+        return count if self.total is None else self.total * groups
+
+    def of(self, rows: Tensor, groups: int) -> Tensor:
+        """This share's rows of the whole batch's ``[groups * total, ...]``."""
+        if self.total is None:
+            return rows
+        return rows.unflatten(0, (groups, self.total))[:, self.start : self.end].flatten(0, 1)
+
+
+WHOLE = Share()
+
+
+def share_of(total: int, size: int, process: int, processes: int) -> Share:
+    """The share of one process of a batch of ``total`` examples, at most ``size`` for each process.
+
+    A process that is left without examples, as the last batch of a pass may be small, computes the batch's first one
+    with weight 0: it has to take part in the exchange.
+    """
+    if processes == 1:
+        return WHOLE
+    start, end = process * size, min((process + 1) * size, total)
+    if start >= total:
+        return Share(0, 1, total, weight=0.0)
+    return Share(start, end, total, weight=(end - start) / total)
+
+
+def part_of(examples: Sequence[T], share: Share) -> Sequence[T]:
+    """The share's part of a list of examples."""
+    return examples[share.start : share.end]
