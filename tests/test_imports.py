@@ -34,8 +34,8 @@ FLOORS = (
 )
 TOP = ("app", "benchmarks", "train_dreambooth_shira")  # above the library, beside each other
 KNOWS_PIPELINES = {"pipeline", "training", "bases"}
-# state hands out copies of weights; training writes while it trains
-WRITES_WEIGHTS = {"sites", "weights", "state", "gradients", "training"}
+# state hands out copies of weights; training writes through sites
+WRITES_WEIGHTS = {"sites", "weights", "state", "gradients"}
 
 Sources = dict[str, str]  # dotted module -> its text
 

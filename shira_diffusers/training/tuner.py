@@ -4,6 +4,7 @@ Source: arXiv 2406.13175, section 3.3 and appendix D.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -16,11 +17,12 @@ from shira_diffusers.delta import SparseDelta, index_dtype
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, listing
 from shira_diffusers.gradients import components_of, let_gradients_in, masked_parameters
 from shira_diffusers.probes import probe_base
-from shira_diffusers.scatter import gather, overwrite
+from shira_diffusers.training.arrivals import Arrivals
+from shira_diffusers.training.entries import Entries
 
 
 class _Adapted(NamedTuple):
-    """One adapted weight: its entries are ``start`` to ``end`` of the flat tensors, ``indices`` ``[end - start]``."""
+    """One adapted weight: its entries are ``start`` to ``end`` of the flat tensors; ``indices`` are those, a view."""
 
     parameter: nn.Parameter
     indices: Tensor
@@ -56,18 +58,21 @@ class SparseTuner:
         parameters = masked_parameters(modules, masks)
         device = _only_device(parameters)
         parts = components_of(modules).values()
-        bounds = pairwise(accumulate((masks[name].numel() for name in parameters), initial=0))
+        sizes = [masks[name].numel() for name in parameters]
+        self._indices = torch.cat([masks[name].to(device, index_dtype(p.numel())) for name, p in parameters.items()])
+        bounds = pairwise(accumulate(sizes, initial=0))
         self._adapted = {
-            name: _Adapted(p, masks[name].to(device, index_dtype(p.numel())), start, end)
+            name: _Adapted(p, self._indices[start:end], start, end)
             for (name, p), (start, end) in zip(parameters.items(), bounds, strict=True)
         }
-        # exact for the three dtypes, and it follows casts of the model as the weights themselves do
-        self._base = torch.cat([gather(a.parameter, a.indices).float() for a in self._adapted.values()])
+        self._entries = Entries(list(parameters.values()), sizes, self._indices)
+        self._base = self._entries.read()  # it follows casts of the model as the weights themselves do
         self._probes = probe_base(self._sparse(torch.zeros_like(self._base), torch.float32), parameters)
         self._flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
         self.deltas = nn.Parameter(torch.zeros_like(self._base))
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
+        self._arrivals = Arrivals(self.deltas)
         self._hooks: list[Any] = [self._train(adapted) for adapted in self._adapted.values()]
         self._hooks += [hook for part in parts for hook in let_gradients_in(part)]
 
@@ -85,7 +90,7 @@ class SparseTuner:
         """
         if not self._hooks:
             raise ResidentStateError("this tuner was restored: its model holds the base again; make a new tuner")
-        self._write(self._base + self.deltas)
+        self._entries.write(self._base + self.deltas)
 
     def restore(self) -> None:
         """Give the weights the base's bits and all parameters their ``requires_grad``. Twice is once."""
@@ -94,7 +99,7 @@ class SparseTuner:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._write(self._base)
+        self._entries.write(self._base)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 
@@ -142,26 +147,10 @@ class SparseTuner:
 
     def _train(self, adapted: _Adapted) -> Any:
         """Let gradients of one weight arrive in the flat parameter."""
-        indices, start, end = adapted.indices, adapted.start, adapted.end
-
-        def collect(weight: Tensor) -> None:
-            if weight.grad is None:
-                return
-            dense, weight.grad = weight.grad, None
-            if self.deltas.grad is None:
-                self.deltas.grad = torch.zeros_like(self.deltas)
-            self.deltas.grad[start:end] += gather(dense, indices)
-
         adapted.parameter.requires_grad_(True)
-        return adapted.parameter.register_post_accumulate_grad_hook(collect)
-
-    def _write(self, values: Tensor) -> None:
-        """Write float32 ``[nnz]``, rounded to each weight's dtype; one cast for all weights of a dtype."""
-        dtypes = {adapted.parameter.dtype for adapted in self._adapted.values()}
-        rounded = {dtype: values.detach().to(dtype) for dtype in dtypes}
-        for parameter, indices, start, end in self._adapted.values():
-            overwrite(parameter, indices, rounded[parameter.dtype][start:end])
-        torch.clear_autocast_cache()  # an enclosing autocast region keeps casts of the weights as they were
+        return adapted.parameter.register_post_accumulate_grad_hook(
+            partial(_collect, self._arrivals, adapted.indices, adapted.start)
+        )
 
     def _sparse(self, values: Tensor, dtype: torch.dtype) -> dict[str, SparseDelta]:
         host = values.to(dtype).cpu()
@@ -174,6 +163,13 @@ class SparseTuner:
             name: SparseDelta(a.indices.cpu(), host[a.start : a.end].clone(), tuple(a.parameter.shape))
             for name, a in self._adapted.items()
         }
+
+
+def _collect(arrivals: Arrivals, indices: Tensor, start: int, weight: Tensor) -> None:
+    """Take the dense gradient of a weight as soon as it is there, so that it is freed before the next one comes."""
+    dense, weight.grad = weight.grad, None
+    if dense is not None:
+        arrivals.take(dense, indices, start)
 
 
 def _only_device(parameters: Mapping[str, nn.Parameter]) -> torch.device:
