@@ -18,6 +18,10 @@ def _of_base(help: str) -> Any:
     return field(default=None, metadata={"help": help})
 
 
+def _secret(help: str) -> Any:
+    return field(default=None, repr=False, metadata={"help": help, "secret": True})
+
+
 def _required(help: str) -> Any:
     return field(metadata={"help": help})
 
@@ -101,6 +105,9 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = _flag(None, 'a folder made by --checkpointing_steps, or "latest"')
     report_to: str = _flag("tensorboard", "tracker: tensorboard, wandb, ..., all or none")
     logging_dir: str = _flag("logs", "folder of the trackers, inside --output_dir")
+    push_to_hub: bool = _flag(False, "upload adapter, model card and validation pictures to the Hugging Face Hub")
+    hub_model_id: str | None = _flag(None, "repository to upload to; default: the name of --output_dir")
+    hub_token: str | None = _secret("token to upload with; default: that of `hf auth login`")
 
     def __post_init__(self) -> None:
         wrong = [*_out_of_range(self), *_at_odds(self)]
@@ -155,6 +162,8 @@ def _at_odds(config: TrainingConfig) -> list[str]:
     else:
         idle = [name for name in ("class_data_dir", "class_prompt") if getattr(config, name)]
         wrong += [f"{name} has no effect without with_prior_preservation: drop it or add that" for name in idle]
+    if config.report_to == "wandb" and config.hub_token is not None:
+        wrong.append("hub_token with report_to wandb could expose the token: log in with `hf auth login` instead")
     base, output = Path(config.pretrained_model_name_or_path), Path(config.output_dir)
     if base.is_dir() and base.resolve() in (output.resolve(), *output.resolve().parents):
         wrong.append(f"output_dir {config.output_dir!r} is inside the base model's folder, which is never written to")

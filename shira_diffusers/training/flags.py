@@ -31,6 +31,25 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     return TrainingConfig(**settings)
 
 
+def command_line(config: TrainingConfig) -> list[list[str]]:
+    """The flags that give these settings, each with its values: what is default, and what is secret, is left out."""
+    changed = [
+        (setting.name, getattr(config, setting.name))
+        for setting in fields(TrainingConfig)
+        if getattr(config, setting.name) != setting.default and not setting.metadata.get("secret")
+    ]
+    return [_flag(name, value) for name, value in changed]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{name}"]
+    values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+    if values[0].startswith("-"):  # which argparse would take for a flag
+        return [f"--{name}={values[0]}", *values[1:]]
+    return [f"--{name}", *values]
+
+
 def _options(setting: Field[Any], hint: Any) -> dict[str, Any]:
     help = setting.metadata["help"].replace("%", "%%")
     if hint is bool:

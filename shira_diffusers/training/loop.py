@@ -4,6 +4,7 @@ import logging
 import math
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.files import load_adapter, save_adapter
 from shira_diffusers.masks import build_masks
 from shira_diffusers.training.base import adapted_models, cast, complete, load_base
+from shira_diffusers.training.card import write_card
 from shira_diffusers.training.checkpoints import load_checkpoint, save_checkpoint
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import Batch, Examples, batches_in, find_pictures, step_seed
 from shira_diffusers.training.examples import load_batches, prepare_examples
 from shira_diffusers.training.objective import Objective
-from shira_diffusers.training.sampling import class_pictures, validate
+from shira_diffusers.training.publish import create_repository, upload
+from shira_diffusers.training.sampling import class_pictures, validate, validation_files
 from shira_diffusers.training.tuner import SparseTuner
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ def train(config: TrainingConfig) -> Path:
         groups.append(class_pictures(pipe, config, seed))
     examples, objective = prepare_examples(pipe, config, groups, seed)
     models = adapted_models(pipe, config)
+    repository = create_repository(config) if config.push_to_hub else None
     masks = checkpoint["tuner"]["masks"] if checkpoint else choose_masks(models, config, examples, objective, seed)
 
     with SparseTuner(models, masks) as tuner:
@@ -73,9 +77,14 @@ def train(config: TrainingConfig) -> Path:
                 logger.info("saved %s", saved)
             if step == run.last or step % (config.validation_epochs * run.steps_per_epoch) == 0:
                 show(accelerator, validate(pipe, config, step, seed), step)
-        file = save_adapter(tuner.adapter(run.metadata()), output)
-    accelerator.end_training()
+        adapter = tuner.adapter(run.metadata())
+        file = save_adapter(adapter, output)
     logger.info("wrote %s", file)
+    pictures = validation_files(config, run.last)
+    write_card(replace(config, seed=seed), adapter, pictures, repository)
+    if repository:
+        logger.info("uploaded %s", upload(config, repository, pictures))
+    accelerator.end_training()
     return file
 
 
@@ -217,6 +226,7 @@ def start(config: TrainingConfig) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.log_with:
         settings = {n: v if isinstance(v, int | float | str) else str(v) for n, v in vars(config).items()}
+        settings.pop("hub_token")
         accelerator.init_trackers("dreambooth-shira", config=settings)
     return accelerator
 

@@ -72,9 +72,20 @@ def validate(pipe: Pipe, config: TrainingConfig, step: int, seed: int) -> list[I
     """Make the validation pictures with the model as it is now and save them in ``output_dir/validation``."""
     if config.validation_prompt is None:
         return []
-    folder = Path(config.output_dir, "validation")
-    folder.mkdir(parents=True, exist_ok=True)
     images = list(sample(pipe, config.validation_prompt, range(config.num_validation_images), seed, config))
-    for number, image in enumerate(images):
-        image.save(folder / f"step-{step:06d}-{number}.png")
+    for path, image in zip(_validation_paths(config, step), images, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
     return images
+
+
+def validation_files(config: TrainingConfig, step: int) -> list[Path]:
+    """The validation pictures that were made at a step."""
+    if config.validation_prompt is None:
+        return []
+    return [path for path in _validation_paths(config, step) if path.is_file()]
+
+
+def _validation_paths(config: TrainingConfig, step: int) -> list[Path]:
+    folder = Path(config.output_dir, "validation")
+    return [folder / f"step-{step:06d}-{number}.png" for number in range(config.num_validation_images)]

@@ -41,6 +41,7 @@ CHANGED = {
     "learning_rate": 0.1, "lr_scheduler": "cosine", "lr_power": 2.0, "adam_beta1": 0.1, "adam_beta2": 0.2,
     "adam_weight_decay": 0.0, "adam_epsilon": 1e-3, "max_grad_norm": 2.0, "snr_gamma": 5.0,
     "prior_loss_weight": 0.5, "class_data_dir": "class", "class_prompt": "a cat", "validation_prompt": "a sks cat",
+    "hub_model_id": "me/cat", "hub_token": "hf_x",
     "resume_from_checkpoint": "latest", "report_to": "none", "logging_dir": "tracks", "caption_dropout_rate": 0.25,
 }  # fmt: skip
 
