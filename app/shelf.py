@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from shira_diffusers import ShiraError
-from shira_diffusers.files import WEIGHTS_NAME
+from shira_diffusers.files import adapter_files
 from shira_diffusers.pipeline import resident_of
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ FALLBACK_SUGGESTIONS = (
     "a picture of a rocket on a black background",
     "a picture of a castle on a pink background",
     "a picture of an owl on an orange background",
-    "a picture of a sailboat on a cyan background",
+    "a picture of a sks alien on a cyan background",
 )
 
 
@@ -68,9 +68,7 @@ def load_shelf(pipe: DiffusionPipeline, folder: Path) -> Shelf:
     """
     cards: list[Card] = []
     refused: list[tuple[str, str]] = []
-    found = [(path.stem, path) for path in folder.glob("*.safetensors")]
-    found += [(path.parent.name, path) for path in folder.glob(f"*/{WEIGHTS_NAME}")]
-    for name, path in sorted(found):
+    for name, path in adapter_files(folder):
         try:
             cards.append(_load(pipe, name, path))
         except (ShiraError, OSError) as error:

@@ -1,6 +1,7 @@
 """Open a base pipeline for the command line, and take the fingerprints of its weights."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,21 +21,25 @@ _LOADING = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportErro
 _DAMAGED = (safetensors.SafetensorError,)
 
 
-def open_pipeline(base: str) -> Any:
-    """Load a pipeline in float32, without progress bars.
+def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a pipeline, without progress bars.
 
     Args:
         base: a diffusers folder, or a Hub id ``owner/name``.
+        dtype: of the weights.
 
     Raises:
         ShiraError: there is none, or it cannot be loaded.
     """
     path = Path(base)
     if not path.exists() and (path.is_absolute() or base.startswith(".") or base.count("/") != 1):
-        raise ShiraError(f"no base pipeline at {base}: expected a diffusers folder or a Hub id owner/name")
+        raise ShiraError(
+            f"no base pipeline at {base}: expected a diffusers folder or a Hub id owner/name; name one with --base"
+        )
     try:
-        with _quiet():
-            pipe = DiffusionPipeline.from_pretrained(base)
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype, older ones do not know that
+            pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype)
     except (*_LOADING, *_DAMAGED) as error:
         raise ShiraError(
             f"cannot load a pipeline from {base!r}, expected a diffusers folder or a Hub id owner/name "

@@ -14,17 +14,17 @@ from PIL.Image import Image
 
 from shira_diffusers.bases import fingerprints, open_pipeline
 from shira_diffusers.errors import ResidentStateError, ShiraError
-from shira_diffusers.files import WEIGHTS_NAME, write_atomically
+from shira_diffusers.files import WEIGHTS_NAME, adapter_files, write_atomically
 from shira_diffusers.pipeline import models_of, resident_of
 from shira_diffusers.sheet import contact_sheet
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BASE, ADAPTERS = ASSETS / "emoji-diffusion", ASSETS / "adapters"
-PROMPTS = (  # of things that no picture shows which the bundled styles were trained on
-    "a picture of a rocket on a navy background",
-    "a picture of a sailboat on a cyan background",
-    "a picture of a robot on a pink background",
+PROMPTS = (  # of what no picture shows that the bundled styles were trained on; the last one calls the bundled subject
     "a picture of an owl on an orange background",
+    "a picture of a teapot on a cyan background",
+    "a picture of a dragon on a navy background",
+    "a picture of a sks alien on a pink background",
 )
 GUIDANCE = 3.0
 ROUNDS = 9
@@ -129,11 +129,10 @@ def run_demo(
 def _adapter_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ShiraError(f"no folder of adapters at {folder}; name one with --adapters")
-    found = {path.stem: path for path in folder.glob("*.safetensors")}
-    found |= {path.parent.name: path for path in folder.glob(f"*/{WEIGHTS_NAME}")}
+    found = dict(adapter_files(folder))
     if not found:
         raise ShiraError(f"folder {folder} holds no adapters, expected NAME.safetensors or NAME/{WEIGHTS_NAME}")
-    return dict(sorted(found.items()))
+    return found
 
 
 def _load(pipe: Any, files: Mapping[str, Path], tell: Callable[[str], None]) -> None:

@@ -243,6 +243,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def adapter_files(folder: Path) -> list[tuple[str, Path]]:
+    """Adapters in a folder by name, sorted: files ``NAME.safetensors``, and folders ``NAME`` with the standard file.
+
+    A name may come twice, once for each kind.
+    """
+    found = [(path.stem, path) for path in folder.glob("*.safetensors")]
+    found += [(path.parent.name, path) for path in folder.glob(f"*/{WEIGHTS_NAME}")]
+    return sorted(found)
+
+
 def load_adapter(path: str | os.PathLike[str]) -> ShiraAdapter:
     """Read an adapter from a file, or from a folder that holds one.
 

@@ -243,7 +243,7 @@ def test_opening_tells_what_is_missing(folders: Folders, tmp_path: Path) -> None
     base, missing = str(folders.base), str(tmp_path / "missing")
     with pytest.raises(ShiraError, match=r"no folder of adapters at .*missing; name one with --adapters"):
         Session.open(base, Path(missing))
-    with pytest.raises(ShiraError, match=r"no folder of a pipeline at .*missing; name one with --base"):
+    with pytest.raises(ShiraError, match=r"no base pipeline at .*missing: .*; name one with --base"):
         Session.open(missing, folders.adapters)
     with pytest.raises(ShiraError, match="cannot load a pipeline from"):
         Session.open(str(folders.adapters), folders.adapters)
