@@ -3,14 +3,16 @@
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.errors import ShiraError
+from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.files import save_adapter
+from shira_diffusers.training.config import TrainingConfig
 
 _STATE = "state.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -64,3 +66,28 @@ def load_checkpoint(output: Path, wanted: str) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     return state
+
+
+def choices(config: TrainingConfig) -> dict[str, Any]:
+    """The settings that a checkpoint holds to: those that the masks follow from, and which optimizer it is."""
+    names = ("mask_type", "density", "mask_seed", "target_modules", "train_text_encoder", "avoid_adapters")
+    return {**{name: getattr(config, name) for name in names}, "optimizer": config.optimizer.lower()}
+
+
+def require_same_run(config: TrainingConfig, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to resume with other masks, another optimizer or seed, or for fewer steps than are done.
+
+    Raises:
+        ShiraError: names the settings that differ.
+    """
+    then, now = dict(checkpoint["choice"]), choices(config)
+    if config.seed is not None:
+        then["seed"], now["seed"] = checkpoint["seed"], config.seed
+    wrong = [f"{name} was {then[name]!r}, got {now[name]!r}" for name in now if then[name] != now[name]]
+    if config.max_train_steps is not None and config.max_train_steps < checkpoint["step"]:
+        wrong.append(f"max_train_steps is {config.max_train_steps}, but {checkpoint['step']} steps are done")
+    if wrong:
+        raise ShiraError(
+            "a run resumes with the masks, the optimizer and the seed that it began with; give the same settings:"
+            f"{listing(wrong)}"
+        )

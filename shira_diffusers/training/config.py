@@ -72,6 +72,7 @@ class TrainingConfig:
     learning_rate: float = _of_base("learning rate after warmup; 5e-4, or 1e-4 for SDXL")
     text_encoder_lr: float | None = _of_base("learning rate of text encoders; --learning_rate, or 5e-6 for SDXL")
     scale_lr: bool = _flag(False, "multiply the learning rate by processes, batch size and accumulation steps")
+    optimizer: str = _flag("AdamW", "AdamW or prodigy, which must be installed (prodigyopt) and finds its step size")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = _flag("constant", "how the learning rate changes")
@@ -84,6 +85,10 @@ class TrainingConfig:
     adam_weight_decay: float = _of_base("pulls deltas to zero, so weights to the base; 1e-2, or 1e-4 for SDXL")
     adam_weight_decay_text_encoder: float | None = _of_base("that of text encoders; the same, or 1e-3 for SDXL")
     adam_epsilon: float = _flag(1e-8, "epsilon of Adam")
+    prodigy_beta3: float | None = _flag(None, "decay of Prodigy's step size statistics; the root of --adam_beta2")
+    prodigy_decouple: bool = _flag(True, "weight decay apart from the gradient, as in AdamW")
+    prodigy_use_bias_correction: bool = _flag(True, "Adam's bias correction in Prodigy")
+    prodigy_safeguard_warmup: bool = _flag(True, "keep the learning rate out of Prodigy's statistics during warmup")
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
     noise_offset: float = _flag(
         0.0, "adds noise that is the same for all pixels of a channel, for dark and light pictures"
@@ -95,11 +100,15 @@ class TrainingConfig:
     class_data_dir: str | None = _flag(None, "folder of class pictures; what lacks is generated into it")
     class_prompt: str | None = _flag(None, "prompt of the class pictures")
     num_class_images: int = _flag(100, "class pictures to have")
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = _flag(
+        None, "precision in which class pictures are generated; fp16 on a GPU, else fp32"
+    )
     sample_batch_size: int = _flag(4, "pictures a batch when class pictures are generated")
 
     validation_prompt: str | None = _flag(None, "prompt of pictures made while and after training")
     num_validation_images: int = _flag(4, "validation pictures at a time")
     validation_epochs: int = _flag(50, "epochs between validations")
+    validation_steps: int | None = _flag(None, "steps between validations, beside --validation_epochs")
     checkpointing_steps: int = _flag(500, "steps between checkpoints")
     checkpoints_total_limit: int | None = _flag(None, "checkpoints to keep, the newest ones")
     resume_from_checkpoint: str | None = _flag(None, 'a folder made by --checkpointing_steps, or "latest"')
@@ -119,11 +128,16 @@ class TrainingConfig:
         """``target_modules`` as ``build_masks`` takes them."""
         return self.target_modules[0] if len(self.target_modules) == 1 else self.target_modules
 
+    @property
+    def uses_prodigy(self) -> bool:
+        """``optimizer`` is Prodigy, however it is spelled."""
+        return self.optimizer.lower() == "prodigy"
+
 
 _AT_LEAST_ONE = (
     "resolution", "calibration_steps", "train_batch_size", "num_train_epochs", "max_train_steps",
     "gradient_accumulation_steps", "lr_num_cycles", "num_class_images", "sample_batch_size",
-    "num_validation_images", "validation_epochs", "checkpointing_steps", "checkpoints_total_limit",
+    "num_validation_images", "validation_epochs", "validation_steps", "checkpointing_steps", "checkpoints_total_limit",
 )  # fmt: skip
 _SHARES = ("adam_beta1", "adam_beta2", "caption_dropout_rate")
 _NOT_NEGATIVE = (
@@ -145,6 +159,10 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
         wrong.append(f"density must be in (0, 1], got {config.density}; 0.01 to 0.02 is usual")
     if config.snr_gamma is not None and not config.snr_gamma > 0:
         wrong.append(f"snr_gamma must be above 0, got {config.snr_gamma}; 5.0 is usual")
+    if config.optimizer.lower() not in ("adamw", "prodigy"):
+        wrong.append(f"optimizer must be AdamW or prodigy, got {config.optimizer!r}")
+    if config.uses_prodigy and config.learning_rate == 0:
+        wrong.append("learning_rate must be above 0 for Prodigy, got 0; 1.0 is usual")
     if config.mask_type not in FAMILIES:
         wrong.append(f"mask_type must be one of {', '.join(FAMILIES)}, got {config.mask_type!r}")
     if not config.target_modules:

@@ -1,6 +1,6 @@
 """Get the data of a run ready: which pictures, read how, with what encoded in advance."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,6 +22,7 @@ from shira_diffusers.training.data import (
 )
 from shira_diffusers.training.families import Conditions, Pipe, embed
 from shira_diffusers.training.objective import Objective, encode
+from shira_diffusers.training.parallel import Parts, Share, share_of
 
 Groups = Sequence[Sequence[Picture]]
 
@@ -51,6 +52,21 @@ def load_batches(examples: Examples, config: TrainingConfig, seed: int, first: i
     batches = Batches(len(examples), config.train_batch_size, seed, first, last)
     workers = config.dataloader_num_workers
     return DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+
+
+def load_shares(
+    examples: Examples, config: TrainingConfig, seed: int, first: int, last: int, process: int, processes: int
+) -> Iterator[tuple[Batch, Share]]:
+    """One process's shares of batches number ``first`` to ``last`` (excluded), which are ``processes`` times as large.
+
+    Together the processes see what one process would see with that batch size.
+    """
+    size = config.train_batch_size
+    batches = Batches(len(examples), size * processes, seed, first, last)
+    parts = Parts(batches, size, process, processes)
+    loader = DataLoader(examples, batch_sampler=parts, collate_fn=collate, num_workers=config.dataloader_num_workers)
+    for draws, batch in zip(batches, loader, strict=True):
+        yield batch, share_of(len(draws), size, process, processes)
 
 
 def _require_square(groups: Groups) -> None:

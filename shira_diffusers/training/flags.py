@@ -52,8 +52,10 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _options(setting: Field[Any], hint: Any) -> dict[str, Any]:
     help = setting.metadata["help"].replace("%", "%%")
-    if hint is bool:
+    if hint is bool and not setting.default:
         return {"action": "store_true", "help": help}
+    if hint is bool:
+        return {"type": _truth, "default": True, "metavar": "true|false", "help": help}
     options: dict[str, Any] = {"help": help}
     options |= {"required": True} if setting.default is MISSING else {"default": setting.default}
     if get_origin(hint) is UnionType or NoneType in get_args(hint):
@@ -63,3 +65,9 @@ def _options(setting: Field[Any], hint: Any) -> dict[str, Any]:
     if get_origin(hint) is tuple:
         return {**options, "nargs": "+", "type": str}
     return {**options, "type": hint}
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "1")

@@ -1,10 +1,12 @@
 """Data parallelism: each process computes a share of every batch, and what is exchanged is the sparse gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 T = TypeVar("T")
 
@@ -51,6 +53,29 @@ def share_of(total: int, size: int, process: int, processes: int) -> Share:
     return Share(start, end, total, weight=(end - start) / total)
 
 
-def part_of(examples: Sequence[T], share: Share) -> Sequence[T]:
-    """The share's part of a list of examples."""
-    return examples[share.start : share.end]
+class Parts(Sampler[list[T]]):
+    """One process's shares of batches, as a batch sampler.
+
+    Args:
+        batches: the whole ones, each a list of at most ``size`` examples for each process.
+    """
+
+    def __init__(self, batches: Iterable[Sequence[T]], size: int, process: int, processes: int) -> None:
+        self._batches, self._size = batches, size
+        self._process, self._processes = process, processes
+
+    def __iter__(self) -> Iterator[list[T]]:
+        for batch in self._batches:
+            share = share_of(len(batch), self._size, self._process, self._processes)
+            yield list(batch[share.start : share.end])
+
+
+def add_up(deltas: nn.Parameter, loss: Tensor) -> None:
+    """Add up, in place, the gradients and the weighted losses of all processes; each then has the same bits.
+
+    All that is exchanged in a step: float32 ``[nnz]``, and the loss for the progress bar.
+    """
+    if deltas.grad is None:
+        deltas.grad = torch.zeros_like(deltas)
+    torch.distributed.all_reduce(deltas.grad)
+    torch.distributed.all_reduce(loss)

@@ -27,7 +27,7 @@ def test_every_setting_is_a_flag_of_its_type() -> None:
         if setting.default is False:
             expected[setting.name] = True
             continue
-        value = CHANGED.get(setting.name, 3)
+        value = False if setting.default is True else CHANGED.get(setting.name, 3)
         expected[setting.name] = value
         flags += [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
     config = parse_config([*NEEDED_FLAGS, *flags])
@@ -35,6 +35,7 @@ def test_every_setting_is_a_flag_of_its_type() -> None:
 
 
 CHANGED = {
+    "optimizer": "Prodigy", "prior_generation_precision": "bf16",
     "pretrained_vae_model_name_or_path": "vae",
     "revision": "main", "variant": "fp16", "output_dir": "out", "mask_type": "snip", "density": 0.5,
     "target_modules": ("to_q", "*attn2.to_*"), "avoid_adapters": ("a", "b"), "mixed_precision": "bf16",

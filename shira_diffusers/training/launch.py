@@ -1,0 +1,66 @@
+"""Setting up a run: accelerate, trackers, and what all processes must agree on."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+
+from shira_diffusers.errors import ShiraError
+from shira_diffusers.training.config import TrainingConfig
+
+T = TypeVar("T")
+
+# how long processes wait for the main one, which generates class pictures and validates
+_PATIENCE = timedelta(hours=6)
+
+
+def start(config: TrainingConfig) -> Accelerator:
+    """Set up accelerate and the trackers.
+
+    Raises:
+        ShiraError: a tracker that is not installed, or fp16 on a CPU.
+    """
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if config.report_to not in ("none", "all", *available):
+        raise ShiraError(
+            f"report_to {config.report_to!r} is not installed, there is {', '.join(available) or 'none'}; "
+            f"pip install {config.report_to}, or choose --report_to none"
+        )
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(config.output_dir, str(Path(config.output_dir, config.logging_dir))),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ShiraError("mixed_precision fp16 needs a GPU, and this run is on a CPU: use bf16 or no")
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if accelerator.log_with:
+        settings = {n: v if isinstance(v, int | float | str) else str(v) for n, v in vars(config).items()}
+        settings.pop("hub_token", None)
+        accelerator.init_trackers("dreambooth-shira", config=settings)
+    return accelerator
+
+
+def from_main(accelerator: Accelerator, compute: Callable[[], T]) -> T:
+    """What the main process computes, on all processes; tensors should be on the CPU."""
+    box = [compute() if accelerator.is_main_process else None]
+    broadcast_object_list(box)
+    value: Any = box[0]
+    result: T = value
+    return result
+
+
+def choose_seed(accelerator: Accelerator, config: TrainingConfig, checkpoint: Mapping[str, Any] | None) -> int:
+    """The run's seed: as given, or that of the run that resumes, or a fresh one, the same on all processes."""
+    if config.seed is not None:
+        return config.seed
+    return int(checkpoint["seed"]) if checkpoint else from_main(accelerator, lambda: secrets.randbelow(2**31))
