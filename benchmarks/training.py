@@ -7,7 +7,8 @@ forward, backward, clipping, the optimizer and, for SHiRA, writing the weights. 
 
 * frozen: the floor. Forward and backward with all weights frozen; only the noisy latents require a gradient, so
   activations' gradients flow through every layer down to the input, and there are no weight gradients, no optimizer.
-* shira rand, shira struct: ``SparseTuner`` on the targets at a density; deltas and AdamW in float32.
+* shira rand, shira struct: ``SparseTuner`` on the targets at a density; deltas and AdamW in float32; "recompute":
+  with its option of that name.
 * lora: PEFT LoRA on the same targets (``unet.add_adapter``), its weights and AdamW in float32.
 * peft shira: PEFT's own SHiRA on the same targets with as many entries as its integer rank allows, in float32.
 * full: all weights, in float32 under autocast, as in diffusers' ``train_text_to_image.py``.
@@ -218,7 +219,7 @@ def frozen(unet: Any, density: float) -> Iterator[Trained]:
     yield Trained(check=lambda: must(hashes(unet.named_parameters()) == before), latents_require_grad=True)
 
 
-def shira(family: str) -> Callable[[Any, float], Any]:
+def shira(family: str, *, recompute: bool = False) -> Callable[[Any, float], Any]:
     @contextmanager
     def method(unet: Any, density: float) -> Iterator[Trained]:
         if family not in MASKS:  # kept on the CPU, so that the tuner's own are all that the device holds
@@ -233,7 +234,7 @@ def shira(family: str) -> Callable[[Any, float], Any]:
             moved = sum(int((gather(parameters[n], masks[n]).cpu() != base).sum()) for n, base in inside.items())
             must(moved > 0.9 * tuner.deltas.numel())
 
-        with SparseTuner(unet, masks) as tuner:
+        with SparseTuner(unet, masks, recompute=recompute) as tuner:
             yield Trained([tuner.deltas], tuner.apply, check)
         must(all(torch.equal(gather(parameters[n], masks[n]).cpu(), base) for n, base in inside.items()))
 
@@ -310,6 +311,7 @@ def full(unet: Any, density: float) -> Iterator[Trained]:
 METHODS: dict[str, Callable[[Any, float], Any]] = {
     "frozen": frozen,
     "shira rand": shira("rand"),
+    "shira rand recompute": shira("rand", recompute=True),
     "shira struct": shira("struct"),
     "lora": lora,
     "peft shira": peft_shira,

@@ -3,7 +3,7 @@
 Source: arXiv 2406.13175, section 3.3 and appendix D.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate, pairwise
 from types import TracebackType
@@ -18,7 +18,10 @@ from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, Res
 from shira_diffusers.gradients import components_of, let_gradients_in, masked_parameters
 from shira_diffusers.probes import probe_base
 from shira_diffusers.training.arrivals import Arrivals
+from shira_diffusers.training.columns import find_columns
 from shira_diffusers.training.entries import Entries
+from shira_diffusers.training.inputs import Inputs
+from shira_diffusers.training.taps import Tap, tappable
 
 
 class _Adapted(NamedTuple):
@@ -36,7 +39,8 @@ class SparseTuner:
     One flat float32 parameter, ``deltas``, holds all deltas, zero at the start. Give it, alone, to any optimizer;
     call ``apply`` after each of its steps. In between the model is used as it is: its weights hold
     ``round(base + delta)`` in their own dtype. Backward produces the dense gradient of one weight at a time, which
-    is gathered at the mask into ``deltas.grad`` and freed. Weight decay pulls deltas to zero, so weights to the base.
+    is gathered at the mask and freed; for whole columns and a diagonal (``struct``) of a Linear there is none at all.
+    Weight decay pulls deltas to zero, so weights to the base.
 
     Gradient accumulation, clipping, GradScaler, autocast and both kinds of gradient checkpointing work; all
     parameters without a mask are frozen. Leaving the ``with`` block (or ``restore``) gives every weight its bits
@@ -45,6 +49,9 @@ class SparseTuner:
     Args:
         modules: a module, or ``{component: module}``; then names begin with the component.
         masks: ``{name: sorted flat indices}``, as ``build_masks`` gives them for these modules.
+        recompute: keep no inputs of adapted Linears for backward where they can be had again from what autograd
+            keeps anyway (layer norms, gated activations), bit for bit; saves activation memory where there is no
+            gradient checkpointing, and costs a little time. Always so for ``struct`` masks.
 
     Raises:
         AdapterMismatchError: masks that fit no parameter; all are named.
@@ -54,7 +61,9 @@ class SparseTuner:
     On error nothing has changed.
     """
 
-    def __init__(self, modules: nn.Module | Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, modules: nn.Module | Mapping[str, nn.Module], masks: Mapping[str, Tensor], *, recompute: bool = False
+    ) -> None:
         parameters = masked_parameters(modules, masks)
         device = _only_device(parameters)
         parts = components_of(modules).values()
@@ -73,7 +82,7 @@ class SparseTuner:
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
         self._arrivals = Arrivals(self.deltas)
-        self._hooks: list[Any] = [self._train(adapted) for adapted in self._adapted.values()]
+        self._hooks = self._train(parts, recompute)
         self._hooks += [hook for part in parts for hook in let_gradients_in(part)]
 
     @property
@@ -145,12 +154,22 @@ class SparseTuner:
             self.deltas.copy_(state["deltas"])
         self.apply()
 
-    def _train(self, adapted: _Adapted) -> Any:
-        """Let gradients of one weight arrive in the flat parameter."""
-        adapted.parameter.requires_grad_(True)
-        return adapted.parameter.register_post_accumulate_grad_hook(
-            partial(_collect, self._arrivals, adapted.indices, adapted.start)
-        )
+    def _train(self, parts: Iterable[nn.Module], recompute: bool) -> list[Any]:
+        """Let gradients arrive in the flat parameter; the handles of the hooks that do so."""
+        inputs = Inputs()
+        hooks: list[Any] = []
+        layers = tappable(parts)
+        for parameter, indices, start, _ in self._adapted.values():
+            layer = layers.get(id(parameter))
+            columns = find_columns(indices, layer.weight.shape) if layer else None
+            if layer and (columns or recompute):
+                tap = Tap(self._arrivals, inputs, start, indices, columns)
+                hooks.append(layer.register_forward_hook(tap.hook, with_kwargs=True))
+            else:
+                parameter.requires_grad_(True)
+                collect = partial(_collect, self._arrivals, indices, start)
+                hooks.append(parameter.register_post_accumulate_grad_hook(collect))
+        return [*hooks, *(hook for part in parts for hook in inputs.watch(part))]
 
     def _sparse(self, values: Tensor, dtype: torch.dtype) -> dict[str, SparseDelta]:
         host = values.to(dtype).cpu()
