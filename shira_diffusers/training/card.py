@@ -50,9 +50,10 @@ def _read_data(path: Path) -> dict[str, Any]:
 
 
 def _data(config: TrainingConfig, images: Sequence[str], licence: dict[str, Any]) -> ModelCardData:
-    base = config.pretrained_model_name_or_path
+    base, dataset = config.pretrained_model_name_or_path, config.dataset_name
     return ModelCardData(
         base_model=None if Path(base).exists() else base,  # the Hub takes ids only
+        datasets=None if dataset is None or Path(dataset).exists() else [dataset],
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[_TAG, "diffusers", "text-to-image", "stable-diffusion"],

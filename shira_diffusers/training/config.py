@@ -36,7 +36,14 @@ class TrainingConfig:
 
     pretrained_model_name_or_path: str = _required("Stable Diffusion 1.x, 2.x or XL: a diffusers folder or a Hub id")
     pretrained_vae_model_name_or_path: str | None = _flag(None, "another autoencoder: a diffusers folder or a Hub id")
-    instance_data_dir: str = _required("folder of training pictures; a .txt beside a picture is its caption")
+    instance_data_dir: str | None = _flag(None, "folder of training pictures; a .txt beside a picture is its caption")
+    dataset_name: str | None = _flag(
+        None, "in place of --instance_data_dir: a data set of the Hub, or a folder that `datasets` can load"
+    )
+    dataset_config_name: str | None = _flag(None, "configuration of the data set, where it has several")
+    image_column: str = _flag("image", "column of the data set that holds the pictures")
+    caption_column: str | None = _flag(None, "column of the data set that holds the captions; without, there are none")
+    cache_dir: str | None = _flag(None, "where `datasets` keeps what it downloads and prepares")
     instance_prompt: str = _required("prompt of the pictures that have no caption of their own")
     revision: str | None = _flag(None, "branch, tag or commit of the Hub repository")
     variant: str | None = _flag(None, "variant of the model files, such as fp16")
@@ -45,6 +52,19 @@ class TrainingConfig:
     resolution: int = _of_base("pictures are resized and cropped to this many pixels a side; 512, or 1024 for SDXL")
     center_crop: bool = _flag(False, "crop the centre; otherwise crops are random")
     random_flip: bool = _flag(False, "mirror pictures at random")
+    repeats: int = _flag(1, "how often each training picture counts in a pass over the data")
+    image_interpolation_mode: Literal[
+        "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
+    ] = _flag("lanczos", "how pictures are resized")
+    on_bad_image: Literal["error", "skip"] = _flag(
+        "error", "pictures that cannot be read: refuse to start, or skip them"
+    )
+    enable_bucket: bool = _flag(
+        False, "keep aspect ratios: frames of about resolution x resolution pixels, one for all pictures of a batch"
+    )
+    min_bucket_reso: int = _flag(256, "shortest side of a frame, with --enable_bucket")
+    max_bucket_reso: int = _flag(1024, "longest side of a frame, with --enable_bucket")
+    bucket_reso_steps: int = _flag(64, "sides of frames are multiples of this, with --enable_bucket")
     caption_dropout_rate: float = _flag(0.0, "how often a prompt is left empty, so that guidance keeps what is learned")
     cache_latents: bool = _flag(
         False, "encode each picture once (and mirrored, with --random_flip); needs crops that are not random"
@@ -135,6 +155,7 @@ class TrainingConfig:
 
 
 _AT_LEAST_ONE = (
+    "repeats", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
     "resolution", "calibration_steps", "train_batch_size", "num_train_epochs", "max_train_steps",
     "gradient_accumulation_steps", "lr_num_cycles", "num_class_images", "sample_batch_size",
     "num_validation_images", "validation_epochs", "validation_steps", "checkpointing_steps", "checkpoints_total_limit",
@@ -180,9 +201,36 @@ def _at_odds(config: TrainingConfig) -> list[str]:
     else:
         idle = [name for name in ("class_data_dir", "class_prompt") if getattr(config, name)]
         wrong += [f"{name} has no effect without with_prior_preservation: drop it or add that" for name in idle]
+    wrong += [*_data_at_odds(config), *_buckets_at_odds(config)]
     if config.report_to == "wandb" and config.hub_token is not None:
         wrong.append("hub_token with report_to wandb could expose the token: log in with `hf auth login` instead")
     base, output = Path(config.pretrained_model_name_or_path), Path(config.output_dir)
     if base.is_dir() and base.resolve() in (output.resolve(), *output.resolve().parents):
         wrong.append(f"output_dir {config.output_dir!r} is inside the base model's folder, which is never written to")
+    return wrong
+
+
+def _data_at_odds(config: TrainingConfig) -> list[str]:
+    wrong = []
+    if config.instance_data_dir is None and config.dataset_name is None:
+        wrong.append("no training pictures: give instance_data_dir or dataset_name")
+    if config.instance_data_dir is not None and config.dataset_name is not None:
+        wrong.append("instance_data_dir and dataset_name are both given: training pictures come from one of them")
+    if config.dataset_name is None:
+        idle = [name for name in ("dataset_config_name", "caption_column") if getattr(config, name) is not None]
+        wrong += [f"{name} has no effect without dataset_name" for name in idle]
+    return wrong
+
+
+def _buckets_at_odds(config: TrainingConfig) -> list[str]:
+    if not config.enable_bucket:
+        return []
+    wrong = []
+    if not config.min_bucket_reso <= config.resolution <= config.max_bucket_reso:
+        wrong.append(
+            f"enable_bucket needs min_bucket_reso <= resolution <= max_bucket_reso, got {config.min_bucket_reso}, "
+            f"{config.resolution}, {config.max_bucket_reso}"
+        )
+    if config.bucket_reso_steps > config.resolution:
+        wrong.append(f"bucket_reso_steps {config.bucket_reso_steps} is above resolution {config.resolution}")
     return wrong

@@ -1,82 +1,35 @@
 """Pictures and prompts for DreamBooth; what is random depends on the seed and the position in the run alone."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.masks import seeded
+from shira_diffusers.training.buckets import nearest_frame
+from shira_diffusers.training.pictures import Picture, Size
 
 Draw = tuple[int, int]
 """The how-manieth example of the run, from 0, and which one of the data."""
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A training picture and its prompt."""
-
-    path: Path
-    prompt: str
-
-
-def find_pictures(folder: str | Path, prompt: str) -> list[Picture]:
-    """The pictures of a folder by name, each with the caption in the ``.txt`` of its name, or else ``prompt``.
-
-    Raises:
-        ShiraError: no such folder, no pictures in it, or pictures that cannot be opened; all are named.
-    """
-    place = Path(folder)
-    if not place.is_dir():
-        raise ShiraError(f"no folder of pictures at {str(folder)!r}; expected a folder, check the path")
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = sorted(p for p in place.iterdir() if p.suffix.lower() in kinds and not p.name.startswith("."))
-    if not paths:
-        raise ShiraError(f"no pictures in {str(folder)!r}; expected files such as .png, .jpg or .webp")
-    broken = [f"{path}: {problem}" for path in paths if (problem := _problem(path))]
-    if broken:
-        raise ShiraError(f"{len(broken)} of {len(paths)} pictures cannot be opened; mend or remove:{listing(broken)}")
-    return [Picture(path, _caption(path) or prompt) for path in paths]
-
-
-def _problem(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
-    return None
-
-
-def _caption(path: Path) -> str:
-    file = path.with_suffix(".txt")
-    return " ".join(file.read_text(encoding="utf-8").split()) if file.is_file() else ""
-
-
-def read_picture(path: Path) -> Image.Image:
-    """Open a picture of any mode as RGB, upright by its EXIF orientation, transparent parts white."""
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith(("I", "F")):
-            image = Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.float32), image.mode))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-def _to_8_bit(values: NDArray[np.float32], mode: str) -> NDArray[np.uint8]:
-    """Pillow would clip wide grey levels at 255: scale them, 16-bit ones by their range, floats of 0 to 1 by theirs."""
-    top = 65535.0 if mode.startswith("I") else 1.0 if values.max(initial=0) <= 1 else 255.0
-    return np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "nearest_exact": Image.Resampling.NEAREST,  # which is exact in Pillow
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 class View(NamedTuple):
@@ -92,38 +45,47 @@ class View(NamedTuple):
     time_ids: Tensor
 
 
+def covering(size: Size, frame: Size) -> Size:
+    """What a picture of ``size`` is resized to, so that it just covers a frame."""
+    scale = max(side / length for side, length in zip(frame, size, strict=True))
+    width, height = (max(side, round(length * scale)) for side, length in zip(frame, size, strict=True))
+    return width, height
+
+
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How a picture becomes a tensor: the shorter side resized to ``resolution``, cropped, perhaps mirrored."""
+    """How a picture becomes a tensor: resized to just cover a frame, cropped to it, perhaps mirrored."""
 
-    resolution: int
     center_crop: bool
     random_flip: bool
+    interpolation: Image.Resampling = Image.Resampling.LANCZOS
 
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> View:
-        """An RGB picture as float32 ``(3, resolution, resolution)`` in [-1, 1], and how it was framed."""
-        side = self.resolution
-        original = image.size
-        scale = side / min(image.size)
-        width, height = (max(side, round(length * scale)) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        spare = ((width - side), (height - side))
+    def __call__(self, image: Image.Image, frame: Size, generator: torch.Generator) -> View:
+        """An RGB picture as float32 ``(3, height, width)`` of the frame, in [-1, 1], and how it was framed."""
+        original, resized = image.size, covering(image.size, frame)
+        image = image.resize(resized, self.interpolation)
+        spare = [length - side for length, side in zip(resized, frame, strict=True)]
         left, top = (s // 2 if self.center_crop else _below(s + 1, generator) for s in spare)
-        image = image.crop((left, top, left + side, top + side))
-        if self.random_flip and _below(2, generator):
-            image = ImageOps.mirror(image)
-            left = spare[0] - left  # as if it had been mirrored first
-        time_ids = torch.tensor([original[1], original[0], top, left, side, side], dtype=torch.float32)
+        image = image.crop((left, top, left + frame[0], top + frame[1]))
+        time_ids = torch.tensor([original[1], original[0], top, left, frame[1], frame[0]], dtype=torch.float32)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
-        return View(pixels.float() / 127.5 - 1.0, time_ids)
+        view = View(pixels.float() / 127.5 - 1.0, time_ids)
+        return mirror(view, original, frame) if self.random_flip and _below(2, generator) else view
+
+
+def mirror(view: View, size: Size, frame: Size) -> View:
+    """The view of a picture of ``size`` as if it had been mirrored before it was cropped."""
+    time_ids = view.time_ids.clone()
+    time_ids[3] = covering(size, frame)[0] - frame[0] - time_ids[3]
+    return View(view.tensor.flip(-1), time_ids)
 
 
 def _below(limit: int, generator: torch.Generator) -> int:
     return int(torch.randint(limit, (), generator=generator))
 
 
-Reader = Callable[[Picture, int], View]
-"""``reader(picture, position in the run) -> view``: pixels, or moments of latents, and the framing."""
+Reader = Callable[[Picture, Size, int], View]
+"""``reader(picture, frame, position in the run) -> view``: pixels, or moments of latents, and the framing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +95,9 @@ class PixelReader:
     framing: Framing
     seed: int
 
-    def __call__(self, picture: Picture, position: int) -> View:
-        """float32 ``(3, resolution, resolution)`` in [-1, 1], and how it was framed."""
-        return self.framing(read_picture(picture.path), seeded(self.seed, f"framing:{position}:{picture.path.name}"))
+    def __call__(self, picture: Picture, frame: Size, position: int) -> View:
+        """float32 ``(3, height, width)`` of the frame, in [-1, 1], and how it was framed."""
+        return self.framing(picture.read(), frame, seeded(self.seed, f"framing:{position}:{picture.path.name}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,36 +117,59 @@ class Example(NamedTuple):
     prompt: str
 
 
-class Examples(Dataset[list[Example]]):
-    """One picture of each group an example; the smaller group is repeated. Indexed by ``Draw``.
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """One picture of each group, and the frame that all of them get."""
+
+    pictures: tuple[Picture, ...]
+    frame: Size
+
+
+def pair_up(groups: Sequence[Sequence[Picture]], frames: Sequence[Size]) -> list[Pairing]:
+    """Pair the pictures of the groups; the smaller group is repeated. The first group's picture decides on the frame.
 
     Args:
         groups: the instance's pictures and, with prior preservation, those of the class.
+        frames: to choose from.
+    """
+    chosen = [tuple(group[index % len(group)] for group in groups) for index in range(max(map(len, groups)))]
+    return [Pairing(pictures, nearest_frame(frames, pictures[0].size)) for pictures in chosen]
+
+
+class Examples(Dataset[list[Example]]):
+    """Pairings with their pictures read. Indexed by ``Draw``.
+
+    Args:
+        pairings: the data.
         reader: turns a picture into a tensor.
         caption_dropout_rate: how often the instance's prompt is left empty, by seed and position in the run.
         seed: of the run.
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[Picture]], reader: Reader, caption_dropout_rate: float = 0.0, seed: int = 0
+        self, pairings: Sequence[Pairing], reader: Reader, caption_dropout_rate: float = 0.0, seed: int = 0
     ) -> None:
-        self._groups = groups
+        self._pairings = pairings
         self._reader = reader
         self._caption_dropout_rate = caption_dropout_rate
         self._seed = seed
 
     def __len__(self) -> int:
-        return max(map(len, self._groups))
+        return len(self._pairings)
+
+    @property
+    def frames(self) -> list[Size]:
+        """The frame of each example; all examples of a batch have the same."""
+        return [pairing.frame for pairing in self._pairings]
 
     def __getitem__(self, draw: Draw) -> list[Example]:
         position, index = draw
-        chosen = [group[index % len(group)] for group in self._groups]
-        prompts = [picture.prompt for picture in chosen]
+        pairing = self._pairings[index]
+        prompts = [picture.prompt for picture in pairing.pictures]
         if self._drops_caption(position):
             prompts[0] = ""
-        return [
-            Example(self._reader(picture, position), prompt) for picture, prompt in zip(chosen, prompts, strict=True)
-        ]
+        views = [self._reader(picture, pairing.frame, position) for picture in pairing.pictures]
+        return [Example(view, prompt) for view, prompt in zip(views, prompts, strict=True)]
 
     def _drops_caption(self, position: int) -> bool:
         if not self._caption_dropout_rate:
@@ -203,33 +188,44 @@ class Batches(Sampler[list[Draw]]):
     """Batches number ``first`` to ``last`` (excluded) of a run: shuffled passes over the data, one after the other.
 
     Args:
-        size: examples in the data.
-        batch_size: the last batch of a pass may be smaller.
+        frames: of the examples in the data; a batch has one frame.
+        batch_size: the last batch of each frame in a pass may be smaller.
         seed: with the pass it fixes the order; so a run that resumes sees what it would have seen.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, first: int, last: int) -> None:
-        self._size, self._batch_size, self._seed = size, batch_size, seed
+    def __init__(self, frames: Sequence[Size], batch_size: int, seed: int, first: int, last: int) -> None:
+        self._frames, self._batch_size, self._seed = frames, batch_size, seed
         self._range = range(first, last)
 
     def __len__(self) -> int:
         return len(self._range)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order: list[int] = []
-        ordered = -1
+        batches: list[list[Draw]] = []
+        prepared = -1
         for number in self._range:
-            turn, place = divmod(number, batches_in(self._size, self._batch_size))
-            if turn != ordered:
-                order = torch.randperm(self._size, generator=seeded(self._seed, f"order:{turn}")).tolist()
-                ordered = turn
-            start = place * self._batch_size
-            yield [(turn * self._size + start + k, i) for k, i in enumerate(order[start : start + self._batch_size])]
+            turn, place = divmod(number, batches_in(self._frames, self._batch_size))
+            if turn != prepared:
+                batches, prepared = self._batches_of(turn), turn
+            yield batches[place]
+
+    def _batches_of(self, turn: int) -> list[list[Draw]]:
+        """A pass: batches in the order in which they fill up, then those that stay smaller."""
+        order = torch.randperm(len(self._frames), generator=seeded(self._seed, f"order:{turn}")).tolist()
+        full: list[list[int]] = []
+        open_ones: dict[Size, list[int]] = {}
+        for index in order:
+            batch = open_ones.setdefault(self._frames[index], [])
+            batch.append(index)
+            if len(batch) == self._batch_size:
+                full.append(open_ones.pop(self._frames[index]))
+        positions = count(turn * len(self._frames))
+        return [[(next(positions), index) for index in batch] for batch in (*full, *open_ones.values())]
 
 
-def batches_in(size: int, batch_size: int) -> int:
-    """Batches in one pass over ``size`` examples."""
-    return -(-size // batch_size)
+def batches_in(frames: Sequence[Size], batch_size: int) -> int:
+    """Batches in one pass over examples of these frames."""
+    return sum(-(-examples // batch_size) for examples in Counter(frames).values())
 
 
 def step_seed(seed: int, purpose: str, number: int) -> int:

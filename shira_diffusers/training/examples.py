@@ -1,30 +1,39 @@
 """Get the data of a run ready: which pictures, read how, with what encoded in advance."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
 
-from shira_diffusers.errors import ShiraError
+from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.masks import seeded
+from shira_diffusers.training.buckets import frames_of
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import (
+    INTERPOLATIONS,
     Batch,
     Batches,
     Examples,
     Framing,
-    Picture,
+    Pairing,
     PixelReader,
     Reader,
     View,
     collate,
-    read_picture,
+    covering,
+    mirror,
+    pair_up,
 )
 from shira_diffusers.training.families import Conditions, Pipe, embed
 from shira_diffusers.training.objective import Objective, encode
 from shira_diffusers.training.parallel import Parts, Share, share_of
+from shira_diffusers.training.pictures import Picture, Size
 
 Groups = Sequence[Sequence[Picture]]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_examples(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: int) -> tuple[Examples, Objective]:
@@ -37,19 +46,25 @@ def prepare_examples(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: i
     Raises:
         ShiraError: latents are to be cached, but crops are random.
     """
-    reader: Reader = PixelReader(Framing(config.resolution, config.center_crop, config.random_flip), seed)
+    frames = frames_of(config)
+    if config.enable_bucket:
+        _require_whole_latents(pipe, frames)
+    pairings = pair_up(groups, frames)
+    _tell_what_may_surprise(pairings, config)
+    interpolation = INTERPOLATIONS[config.image_interpolation_mode]
+    reader: Reader = PixelReader(Framing(config.center_crop, config.random_flip, interpolation), seed)
     if config.cache_latents:
         if not config.center_crop:
-            _require_square(groups)
-        reader = _encode_all(pipe, config, groups, seed)
+            _require_fixed_crops(pairings)
+        reader = _encode_all(pipe, config, pairings, seed)
     embeddings = None if config.train_text_encoder else _embed_all(pipe, groups)
-    data = Examples(groups, reader, config.caption_dropout_rate, seed)
+    data = Examples(pairings, reader, config.caption_dropout_rate, seed)
     return data, Objective(pipe, config, embeddings, config.cache_latents)
 
 
 def load_batches(examples: Examples, config: TrainingConfig, seed: int, first: int, last: int) -> Iterable[Batch]:
     """Batches number ``first`` to ``last`` (excluded) of a run."""
-    batches = Batches(len(examples), config.train_batch_size, seed, first, last)
+    batches = Batches(examples.frames, config.train_batch_size, seed, first, last)
     workers = config.dataloader_num_workers
     return DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
@@ -62,51 +77,76 @@ def load_shares(
     Together the processes see what one process would see with that batch size.
     """
     size = config.train_batch_size
-    batches = Batches(len(examples), size * processes, seed, first, last)
+    batches = Batches(examples.frames, size * processes, seed, first, last)
     parts = Parts(batches, size, process, processes)
     loader = DataLoader(examples, batch_sampler=parts, collate_fn=collate, num_workers=config.dataloader_num_workers)
     for draws, batch in zip(batches, loader, strict=True):
         yield batch, share_of(len(draws), size, process, processes)
 
 
-def _require_square(groups: Groups) -> None:
-    for picture in (picture for group in groups for picture in group):
-        width, height = read_picture(picture.path).size
-        if width != height:
-            raise ShiraError(
-                f"cache_latents encodes each picture once, but the crop of {picture.path} ({width} x {height}) is "
-                "random: add center_crop, or make all pictures square"
-            )
+def _require_whole_latents(pipe: Pipe, frames: Sequence[Size]) -> None:
+    factor = pipe.vae_scale_factor
+    if any(side % factor for frame in frames for side in frame):
+        raise ShiraError(f"bucket_reso_steps must be a multiple of {factor}, which the autoencoder divides sides by")
+
+
+def _require_fixed_crops(pairings: Sequence[Pairing]) -> None:
+    """Refuse pictures of which random crops would differ."""
+    for pairing in pairings:
+        for picture in pairing.pictures:
+            if covering(picture.size, pairing.frame) != pairing.frame:
+                raise ShiraError(
+                    f"cache_latents encodes each picture once, but the crop of {picture.path} ({picture.size[0]} x "
+                    f"{picture.size[1]}) is random: add center_crop, or make all pictures "
+                    f"{pairing.frame[0]} x {pairing.frame[1]} or of that shape"
+                )
+
+
+def _tell_what_may_surprise(pairings: Sequence[Pairing], config: TrainingConfig) -> None:
+    first = {pairing.pictures[0]: pairing.frame for pairing in pairings}
+    small = [picture for picture, frame in first.items() if covering(picture.size, frame) > picture.size]
+    if small:
+        told = [f"{picture.path} ({picture.size[0]} x {picture.size[1]})" for picture in small]
+        logger.warning(
+            "%d pictures are smaller than their frame and are enlarged:%s", len(small), listing(sorted(told))
+        )
+    most = max(Counter(pairing.frame for pairing in pairings).values())
+    if most < config.train_batch_size:
+        shape = " of one shape" if config.enable_bucket else ""
+        logger.warning(
+            "batches hold %d examples at most, since there are no more%s, and train_batch_size is %d; "
+            "--repeats would fill them", most, shape, config.train_batch_size
+        )  # fmt: skip
 
 
 class _MomentReader:
     """Looks up the moments of latents that were encoded in advance, float32 ``(2c, h, w)``, on the CPU.
 
     Args:
-        views: of each picture, with moments: as it is and, with random flips, mirrored.
+        views: of each picture in each of its frames, with moments: as it is and, with random flips, mirrored.
         seed: with the position in the run it tells which of the two.
     """
 
-    def __init__(self, views: dict[Picture, list[View]], seed: int) -> None:
+    def __init__(self, views: dict[tuple[Picture, Size], list[View]], seed: int) -> None:
         self._views = views
         self._seed = seed
 
-    def __call__(self, picture: Picture, position: int) -> View:
-        either = self._views[picture]
+    def __call__(self, picture: Picture, frame: Size, position: int) -> View:
+        either = self._views[picture, frame]
         generator = seeded(self._seed, f"framing:{position}:{picture.path.name}")
         return either[int(torch.randint(len(either), (), generator=generator))]
 
 
-def _encode_all(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: int) -> _MomentReader:
-    framing = Framing(config.resolution, config.center_crop, random_flip=False)
-    pictures = dict.fromkeys(picture for group in groups for picture in group)
+def _encode_all(pipe: Pipe, config: TrainingConfig, pairings: Sequence[Pairing], seed: int) -> _MomentReader:
+    framing = Framing(config.center_crop, False, INTERPOLATIONS[config.image_interpolation_mode])
+    wanted = dict.fromkeys((picture, pairing.frame) for pairing in pairings for picture in pairing.pictures)
 
-    def views(picture: Picture) -> list[View]:
-        pixels, time_ids = PixelReader(framing, seed)(picture, 0)  # centred crops: the same when mirrored
-        both = [pixels, pixels.flip(-1)] if config.random_flip else [pixels]
-        return [View(encode(pipe, part.unsqueeze(0)).squeeze(0).cpu(), time_ids) for part in both]
+    def views(picture: Picture, frame: Size) -> list[View]:
+        plain = PixelReader(framing, seed)(picture, frame, 0)
+        both = [plain, mirror(plain, picture.size, frame)] if config.random_flip else [plain]
+        return [View(encode(pipe, v.tensor.unsqueeze(0)).squeeze(0).cpu(), v.time_ids) for v in both]
 
-    return _MomentReader({picture: views(picture) for picture in pictures}, seed)
+    return _MomentReader({key: views(*key) for key in wanted}, seed)
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from shira_diffusers.training.base import adapted_models, cast, complete, load_b
 from shira_diffusers.training.card import write_card
 from shira_diffusers.training.checkpoints import load_checkpoint, require_same_run, save_checkpoint
 from shira_diffusers.training.config import TrainingConfig
-from shira_diffusers.training.data import Examples, find_pictures, step_seed
+from shira_diffusers.training.data import Examples, step_seed
 from shira_diffusers.training.examples import load_batches, prepare_examples
+from shira_diffusers.training.instances import instance_pictures
 from shira_diffusers.training.launch import choose_seed, from_main, start
 from shira_diffusers.training.objective import Objective
 from shira_diffusers.training.progress import show
@@ -50,7 +51,7 @@ def train(config: TrainingConfig) -> Path:
     if checkpoint:
         require_same_run(config, checkpoint)
     seed = choose_seed(accelerator, config, checkpoint)
-    groups = [find_pictures(config.instance_data_dir, config.instance_prompt)]
+    groups = [instance_pictures(config)]
     if config.with_prior_preservation:
         with accelerator.main_process_first():  # which generates those that lack
             groups.append(class_pictures(config, accelerator.device, seed))

@@ -37,7 +37,7 @@ class Run:
         self._examples, self._seed = examples, seed
         self._accumulation: int = accelerator.gradient_accumulation_steps
         batch = config.train_batch_size * accelerator.num_processes
-        self.steps_per_epoch = math.ceil(batches_in(len(examples), batch) / self._accumulation)
+        self.steps_per_epoch = math.ceil(batches_in(examples.frames, batch) / self._accumulation)
         self.last = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
         self._done = 0
         self._groups = 2 if config.with_prior_preservation else 1

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.training.base import load_base
 from shira_diffusers.training.config import TrainingConfig
-from shira_diffusers.training.data import Picture, find_pictures, step_seed
+from shira_diffusers.training.data import step_seed
 from shira_diffusers.training.families import Pipe
+from shira_diffusers.training.pictures import Picture, find_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,14 @@ def class_pictures(config: TrainingConfig, device: torch.device, seed: int) -> l
         raise ShiraError("class pictures need class_data_dir and class_prompt")
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    have = len(find_pictures(folder, config.class_prompt)) if any(folder.iterdir()) else 0
+    have = len(find_pictures(folder, config.class_prompt, config.on_bad_image)) if any(folder.iterdir()) else 0
     numbers = range(have, config.num_class_images)
     if numbers:
         logger.info("generating %d class pictures into %s", len(numbers), folder)
         images = sample(_generator(config, device), config.class_prompt, numbers, seed, config)
         for number, image in zip(numbers, tqdm(images, "Class pictures", len(numbers)), strict=True):
             image.save(_unused(folder, number))
-    return find_pictures(folder, config.class_prompt)[: config.num_class_images]
+    return find_pictures(folder, config.class_prompt, config.on_bad_image)[: config.num_class_images]
 
 
 def _generator(config: TrainingConfig, device: torch.device) -> Pipe:

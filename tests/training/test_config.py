@@ -21,7 +21,7 @@ def test_every_setting_is_a_flag_of_its_type() -> None:
     flags = []
     expected = {}
     for setting in fields(TrainingConfig):
-        if setting.name in NEEDED:
+        if setting.name in NEEDED or setting.name in OF_DATA_SETS:
             continue
         flags.append(f"--{setting.name}")
         if setting.default is False:
@@ -34,7 +34,16 @@ def test_every_setting_is_a_flag_of_its_type() -> None:
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_a_data_set_in_place_of_a_folder() -> None:
+    flags = [part for name, value in OF_DATA_SETS.items() for part in (f"--{name}", value)]
+    config = parse_config(["--pretrained_model_name_or_path", "base", "--instance_prompt", "a sks cat", *flags])
+    assert {name: getattr(config, name) for name in OF_DATA_SETS} == OF_DATA_SETS
+    assert config.instance_data_dir is None
+
+
+OF_DATA_SETS = {"dataset_name": "me/cats", "dataset_config_name": "small", "caption_column": "text"}
 CHANGED = {
+    "image_column": "photo", "cache_dir": "cache", "image_interpolation_mode": "box", "on_bad_image": "skip",
     "optimizer": "Prodigy", "prior_generation_precision": "bf16",
     "pretrained_vae_model_name_or_path": "vae",
     "revision": "main", "variant": "fp16", "output_dir": "out", "mask_type": "snip", "density": 0.5,

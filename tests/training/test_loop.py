@@ -18,10 +18,11 @@ from shira_diffusers.masks import FAMILIES
 from shira_diffusers.pipeline import resident_of
 from shira_diffusers.training.base import load_base
 from shira_diffusers.training.config import TrainingConfig
-from shira_diffusers.training.data import collate, find_pictures
+from shira_diffusers.training.data import collate
 from shira_diffusers.training.examples import prepare_examples
 from shira_diffusers.training.loop import train
 from shira_diffusers.training.objective import encode
+from shira_diffusers.training.pictures import find_pictures
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,155 @@
+"""Find and read training pictures: any mode that Pillow opens, upright, with their captions."""
+
+import io
+import logging
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from shira_diffusers.errors import ShiraError, listing
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+OnBad = Literal["error", "skip"]
+
+# pictures that not every Pillow opens: naming them beats passing them over
+_FOREIGN = {".heic", ".heif", ".avif", ".jxl", ".webp"}
+# what Pillow's decoders and EXIF reader raise on damaged files
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A training picture and its prompt.
+
+    Args:
+        path: of the file; for a row of a data set, which has none, a name.
+        prompt: its caption, or the prompt of all pictures.
+        size: of the upright picture.
+        content: gives the file's bytes; None reads them from ``path``.
+    """
+
+    path: Path
+    prompt: str
+    size: Size
+    content: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+
+    def read(self) -> Image.Image:
+        """The picture as RGB, upright by its EXIF orientation, transparent parts white."""
+        return read_picture(self.path if self.content is None else io.BytesIO(self.content()))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What may be a picture: a path or name, what to say about it, and how its bytes are had."""
+
+    path: Path
+    prompt: str
+    content: Callable[[], bytes] | None = None
+
+
+def find_pictures(folder: str | Path, prompt: str, on_bad: OnBad = "error") -> list[Picture]:
+    """The pictures of a folder by name, each with the caption in the ``.txt`` of its name, or else ``prompt``.
+
+    Folders in it, hidden files, and files that by their name are no pictures are passed over.
+
+    Args:
+        folder: holds the pictures.
+        prompt: of those that have no caption.
+        on_bad: what to do about pictures that cannot be read: ``skip`` warns and goes on without them.
+
+    Raises:
+        ShiraError: no such folder, no pictures in it, pictures that cannot be read or captions that are not UTF-8; all
+            are named.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise ShiraError(f"no folder of pictures at {str(folder)!r}; expected a folder, check the path")
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | _FOREIGN
+    files = sorted(p for p in place.iterdir() if p.suffix.lower() in kinds and not p.name.startswith("."))
+    paths = [path for path in files if not path.is_dir()]
+    if not paths:
+        raise ShiraError(f"no pictures in {str(folder)!r}; expected files such as .png, .jpg or .webp")
+    captions = _captions(paths)
+    return examine((Found(path, captions[path] or prompt) for path in paths), str(folder), on_bad)
+
+
+def examine(found: Iterable[Found], source: str, on_bad: OnBad) -> list[Picture]:
+    """Read each picture once, to know its size and that it can be read.
+
+    Raises:
+        ShiraError: pictures that cannot be read, with ``error``, or if there are no others; all are named.
+    """
+    pictures, bad = [], []
+    for one in found:
+        try:
+            size = read_picture(one.path if one.content is None else io.BytesIO(one.content())).size
+        except _DAMAGED as error:
+            bad.append(f"{one.path}: {_problem(one.path, error)}")
+            continue
+        pictures.append(Picture(one.path, one.prompt, size, one.content))
+    count = f"{len(bad)} of {len(bad) + len(pictures)} pictures in {source}"
+    if bad and (on_bad == "error" or not pictures):
+        remedy = ", or skip them with --on_bad_image skip" if pictures else ""
+        raise ShiraError(f"{count} cannot be read; mend or remove them{remedy}:{listing(bad, shown=len(bad))}")
+    if bad:
+        logger.warning("%s cannot be read and are skipped:%s", count, listing(bad, shown=len(bad)))
+    return pictures
+
+
+def _problem(path: Path, error: Exception) -> str:
+    if path.suffix.lower() in _FOREIGN and isinstance(error, UnidentifiedImageError):
+        return f"{path.suffix} is not read here, save it as .png or .jpg"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    return str(error) or type(error).__name__
+
+
+def _captions(paths: Iterable[Path]) -> dict[Path, str]:
+    """The caption of each picture, empty where there is none; line ends and runs of spaces become one space."""
+    captions, bad = {}, []
+    for path in paths:
+        file = path.with_suffix(".txt")
+        try:
+            text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+        except UnicodeDecodeError as error:
+            bad.append(f"{file}: byte {error.object[error.start]:#04x} at {error.start}")
+            text = ""
+        captions[path] = " ".join(text.split())
+    if bad:
+        raise ShiraError(f"{len(bad)} captions are not UTF-8; save them as UTF-8:{listing(bad, shown=len(bad))}")
+    return captions
+
+
+def read_picture(file: Path | BinaryIO) -> Image.Image:
+    """Open a picture of any mode as RGB, upright by its EXIF orientation, transparent parts white, the first of many.
+
+    Raises:
+        OSError: not a picture, or a damaged one; Pillow raises other kinds for some damage, too.
+    """
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):
+            image = Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.float32), image.mode))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def _to_8_bit(values: NDArray[np.float32], mode: str) -> NDArray[np.uint8]:
+    """Pillow would clip wide grey levels at 255: scale them, 16-bit ones by their range, floats of 0 to 1 by theirs."""
+    top = 65535.0 if mode.startswith("I") else 1.0 if values.max(initial=0) <= 1 else 255.0
+    return np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)

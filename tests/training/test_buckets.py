@@ -1,0 +1,164 @@
+"""Frames of several shapes: which there are, which a picture gets, and whole runs with them."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from shira_diffusers import ShiraAdapter, ShiraError, load_adapter
+from shira_diffusers.training.base import load_base
+from shira_diffusers.training.buckets import bucket_frames, frames_of, nearest_frame
+from shira_diffusers.training.config import TrainingConfig
+from shira_diffusers.training.examples import load_batches, prepare_examples
+from shira_diffusers.training.loop import train
+from shira_diffusers.training.objective import encode
+from shira_diffusers.training.pictures import find_pictures
+from tests import tiny
+
+
+def test_frames_keep_the_area_and_the_steps() -> None:
+    frames = bucket_frames(512, 256, 1024, 64)
+    assert (512, 512) in frames
+    assert {(256, 1024), (1024, 256), (448, 576), (576, 448), (384, 640), (640, 384)} <= set(frames)
+    for width, height in frames:
+        assert width % 64 == height % 64 == 0
+        assert 256 <= min(width, height) <= max(width, height) <= 1024
+        assert 0.75 * 512**2 < width * height <= 512**2
+        assert (height, width) in frames
+
+
+def test_frames_within_narrow_bounds() -> None:
+    assert bucket_frames(512, 512, 512, 64) == [(512, 512)]
+    assert bucket_frames(100, 90, 120, 32) == [(96, 96)]  # no multiple of 32 is in bounds but this
+    assert bucket_frames(128, 100, 200, 64) == [(128, 128)]
+
+
+def test_a_picture_gets_the_frame_of_the_nearest_shape() -> None:
+    frames = bucket_frames(512, 256, 1024, 64)
+    assert nearest_frame(frames, (3000, 3000)) == (512, 512)
+    assert nearest_frame(frames, (3, 4)) == (448, 576)
+    assert nearest_frame(frames, (4, 3)) == (576, 448)
+    assert nearest_frame(frames, (9000, 10)) == (1024, 256)
+    assert nearest_frame([(64, 64), (128, 128)], (5, 5)) == (128, 128)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(base: Path, tmp_path: Path) -> dict[str, object]:
+    for folder, sizes in {
+        "pictures": [(40, 20), (20, 41), (23, 22), (44, 20), (30, 62)],
+        "class": [(18, 18)] * 3,
+    }.items():
+        (tmp_path / folder).mkdir()
+        for number, size in enumerate(sizes):
+            Image.effect_noise(size, 90).save(tmp_path / folder / f"{number}.png")
+    return {
+        "pretrained_model_name_or_path": str(base), "instance_data_dir": str(tmp_path / "pictures"),
+        "instance_prompt": "a sks cat", "output_dir": str(tmp_path / "out"), "resolution": 16, "enable_bucket": True,
+        "min_bucket_reso": 8, "max_bucket_reso": 32, "bucket_reso_steps": 4, "train_batch_size": 2, "seed": 7,
+        "learning_rate": 1e-2, "report_to": "none", "random_flip": True,
+    }  # fmt: skip
+
+
+def prior(tmp_path: Path) -> dict[str, object]:
+    return {
+        "with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a cat",
+        "num_class_images": 3,
+    }  # fmt: skip
+
+
+def run(settings: dict[str, object], **others: object) -> ShiraAdapter:
+    return load_adapter(train(TrainingConfig(**(settings | others))))
+
+
+def assert_same_adapter(one: ShiraAdapter, other: ShiraAdapter) -> None:
+    assert one.deltas.keys() == other.deltas.keys()
+    assert all(one.deltas[name] == other.deltas[name] for name in one.deltas)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["pixels", "cached"])
+def test_batches_have_one_shape_class_pictures_too(settings: dict[str, object], tmp_path: Path, cached: bool) -> None:
+    config = TrainingConfig(**settings, **prior(tmp_path), center_crop=True, cache_latents=cached)
+    pipe = load_base(config, torch.device("cpu"))
+    groups = [find_pictures(tmp_path / name, name) for name in ("pictures", "class")]
+    examples, _ = prepare_examples(pipe, config, groups, seed=3)
+    factor = 2 if cached else 1
+    shapes = set()
+    for batch in load_batches(examples, config, 3, 0, 9):
+        height, width = batch.tensors.shape[2:]
+        assert len(batch.tensors) == 2 * batch.prompts.count("pictures") == 2 * batch.prompts.count("class")
+        assert {tuple(ids) for ids in batch.time_ids[:, 4:].int().tolist()} == {(height * factor, width * factor)}
+        shapes.add((width * factor, height * factor))
+    assert shapes == {(20, 12), (12, 20), (16, 16)}  # of 2:1, 1:2 and nearly square ones
+    assert shapes <= set(frames_of(config))
+
+
+def test_cached_latents_are_those_of_the_framed_pictures(settings: dict[str, object], tmp_path: Path) -> None:
+    """Each class picture in each frame of the pictures that it is paired with, mirrored or not."""
+    config = TrainingConfig(**settings, **prior(tmp_path), center_crop=True)
+    pipe = load_base(config, torch.device("cpu"))
+    groups = [find_pictures(tmp_path / name, name) for name in ("pictures", "class")]
+    plain, _ = prepare_examples(pipe, config, groups, seed=3)
+    cached, _ = prepare_examples(pipe, replace(config, cache_latents=True), groups, seed=3)
+    for draw in [(position, index) for position in range(6) for index in range(len(plain))]:
+        for one, other in zip(plain[draw], cached[draw], strict=True):
+            torch.testing.assert_close(encode(pipe, one.view.tensor.unsqueeze(0)).squeeze(0), other.view.tensor)
+            assert torch.equal(one.view.time_ids, other.view.time_ids)
+
+
+def test_a_run_with_buckets_resumes_bit_for_bit(settings: dict[str, object], tmp_path: Path) -> None:
+    options = {**prior(tmp_path), "max_train_steps": 8, "checkpointing_steps": 3, "dataloader_num_workers": 1}
+    whole = run(settings, **options)
+    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+        assert_same_adapter(run(settings, **options, resume_from_checkpoint=checkpoint), whole)
+    square = run(settings, **options | {"enable_bucket": False})
+    assert any(square.deltas[name] != whole.deltas[name] for name in whole.deltas)
+
+
+def test_an_epoch_counts_the_batches_of_all_buckets(settings: dict[str, object]) -> None:
+    adapter = run(settings, num_train_epochs=2)
+    assert adapter.metadata["steps"] == "6"  # 2 wide, 2 tall, 1 nearly square: a batch each
+
+
+def test_what_may_surprise_is_told(
+    settings: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.effect_noise((10, 10), 90).save(tmp_path / "pictures" / "small.png")
+    with caplog.at_level(logging.WARNING):
+        run(settings, max_train_steps=1, train_batch_size=4)
+    assert "1 pictures are smaller than their frame and are enlarged" in caplog.text
+    assert "small.png (10 x 10)" in caplog.text
+    assert "batches hold 2 examples at most, since there are no more of one shape" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"min_bucket_reso": 24}, "min_bucket_reso <= resolution <= max_bucket_reso, got 24, 16, 32"),
+        ({"max_bucket_reso": 12}, "min_bucket_reso <= resolution <= max_bucket_reso, got 8, 16, 12"),
+        ({"bucket_reso_steps": 64}, "bucket_reso_steps 64 is above resolution 16"),
+        ({"bucket_reso_steps": 3}, "bucket_reso_steps must be a multiple of 2"),
+        ({"cache_latents": True}, r"the crop of .*0.png \(40 x 20\) is random: add center_crop"),
+    ],
+)
+def test_wrong_buckets_are_refused(settings: dict[str, object], wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ShiraError, match=message):
+        run(settings, **wrong)
+
+
+def test_random_crops_can_be_cached_where_nothing_is_cropped(settings: dict[str, object], tmp_path: Path) -> None:
+    for path in (tmp_path / "pictures").iterdir():
+        Image.effect_noise((20, 12), 90).save(path)
+    assert run(settings, cache_latents=True, max_train_steps=1).nnz
