@@ -13,13 +13,13 @@ def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _secret(help: str) -> Any:
+    return field(default=None, repr=False, metadata={"help": help, "secret": True})
+
+
 def _of_base(help: str) -> Any:
     """Not given: None until the base is known, whose family has a default (``training.base.complete``)."""
     return field(default=None, metadata={"help": help})
-
-
-def _secret(help: str) -> Any:
-    return field(default=None, repr=False, metadata={"help": help, "secret": True})
 
 
 def _required(help: str) -> Any:
@@ -223,7 +223,7 @@ def _data_at_odds(config: TrainingConfig) -> list[str]:
 
 
 def _buckets_at_odds(config: TrainingConfig) -> list[str]:
-    if not config.enable_bucket:
+    if not config.enable_bucket or config.resolution is None:
         return []
     wrong = []
     if not config.min_bucket_reso <= config.resolution <= config.max_bucket_reso:
