@@ -1,9 +1,10 @@
-"""The masked gradients of one backward, gathered weight by weight and added to the flat parameter when it ends."""
+"""The masked gradients of one backward, gathered weight by weight and handed over when it ends."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shira_diffusers.scatter import flat_view, physical
 
@@ -11,18 +12,20 @@ _engine: Any = torch.autograd.Variable._execution_engine  # FSDP and DDP end the
 
 
 class Arrivals:
-    """Collects gradients for one flat parameter.
+    """Collects the gradients of trained entries.
 
-    A part is written once, in the dtype in which it comes, straight to its place; all parts become float32 and are
-    added to ``flat.grad`` by one kernel at the end of the backward that brought them. What a backward brought before
-    it failed is added too, when the next one begins, as autograd does for any parameter.
+    A part is written once, in the dtype in which it comes, straight to its place; at the end of the backward that
+    brought them all parts are handed over, as one float32 tensor. What a backward brought before it failed is handed
+    over too, when the next one begins, as autograd would leave it in any parameter.
 
     Args:
-        flat: float32 ``[n]``, all trained values.
+        count: of all entries.
+        device: of the gradients.
+        receive: gets float32 ``[count]``, zero where nothing arrived; the tensor is its own from then on.
     """
 
-    def __init__(self, flat: nn.Parameter) -> None:
-        self._flat = flat
+    def __init__(self, count: int, device: torch.device, receive: Callable[[Tensor], None]) -> None:
+        self._count, self._device, self._receive = count, device, receive
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._filled: set[int] = set()
         self._backward = -1
@@ -38,7 +41,7 @@ class Arrivals:
         self._filled.add(start)
         buffer = self._buffers.get(dtype)
         if buffer is None:
-            buffer = self._buffers[dtype] = torch.zeros_like(self._flat, dtype=dtype)
+            buffer = self._buffers[dtype] = torch.zeros(self._count, dtype=dtype, device=self._device)
         return buffer[start:end]
 
     @torch.no_grad()
@@ -50,12 +53,10 @@ class Arrivals:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Add what has arrived to ``flat.grad``. Twice is once."""
-        for buffer in self._buffers.values():
-            if self._flat.grad is None:
-                self._flat.grad = buffer.to(self._flat.dtype)
-            else:
-                self._flat.grad += buffer
+        """Hand over what has arrived. Twice is once."""
+        arrived = list(self._buffers.values())
         self._buffers.clear()
         self._filled.clear()
         self._backward = -1
+        for gradient in arrived:
+            self._receive(gradient.float())

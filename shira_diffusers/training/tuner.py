@@ -18,7 +18,9 @@ from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, Res
 from shira_diffusers.gradients import components_of, let_gradients_in, masked_parameters
 from shira_diffusers.probes import probe_base
 from shira_diffusers.training.arrivals import Arrivals
+from shira_diffusers.training.changes import Change, Plain
 from shira_diffusers.training.columns import find_columns
+from shira_diffusers.training.dora import Dora
 from shira_diffusers.training.entries import Entries
 from shira_diffusers.training.inputs import Inputs
 from shira_diffusers.training.taps import Tap, tappable
@@ -52,6 +54,8 @@ class SparseTuner:
         recompute: keep no inputs of adapted Linears for backward where they can be had again from what autograd
             keeps anyway (layer norms, gated activations), bit for bit; saves activation memory where there is no
             gradient checkpointing, and costs a little time. Always so for ``struct`` masks.
+        dora: train a direction for each masked entry and a magnitude for each row, see ``training.dora.Dora``;
+            ``deltas`` is longer then. What comes out is an adapter as any other.
 
     Raises:
         AdapterMismatchError: masks that fit no parameter; all are named.
@@ -62,7 +66,12 @@ class SparseTuner:
     """
 
     def __init__(
-        self, modules: nn.Module | Mapping[str, nn.Module], masks: Mapping[str, Tensor], *, recompute: bool = False
+        self,
+        modules: nn.Module | Mapping[str, nn.Module],
+        masks: Mapping[str, Tensor],
+        *,
+        recompute: bool = False,
+        dora: bool = False,
     ) -> None:
         parameters = masked_parameters(modules, masks)
         device = _only_device(parameters)
@@ -78,10 +87,11 @@ class SparseTuner:
         self._base = self._entries.read()  # it follows casts of the model as the weights themselves do
         self._probes = probe_base(self._sparse(torch.zeros_like(self._base), torch.float32), parameters)
         self._flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
-        self.deltas = nn.Parameter(torch.zeros_like(self._base))
+        self._change: Change = self._dora() if dora else Plain()
+        self.deltas = nn.Parameter(torch.zeros(self._base.numel() + self._change.count, device=device))
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
-        self._arrivals = Arrivals(self.deltas)
+        self._arrivals = Arrivals(self._base.numel(), device, self._receive)
         self._hooks = self._train(parts, recompute)
         self._hooks += [hook for part in parts for hook in let_gradients_in(part)]
 
@@ -89,6 +99,17 @@ class SparseTuner:
     def masks(self) -> dict[str, Tensor]:
         """The trained entries by name: int32 (int64 for weights of 2^31 entries or more), on the weights' device."""
         return {name: adapted.indices for name, adapted in self._adapted.items()}
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """What is trained for each weight, float32: views of ``deltas``, in order; with DoRA, magnitudes come last."""
+        values = self.deltas.detach()
+        parts = {name: values[a.start : a.end] for name, a in self._adapted.items()}
+        if self._change.count:
+            rows = [a.parameter.shape[0] for a in self._adapted.values()]
+            magnitudes = values[self._base.numel() :].split(rows)
+            parts |= {f"{name}.magnitude": part for name, part in zip(self._adapted, magnitudes, strict=True)}
+        return parts
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -99,7 +120,7 @@ class SparseTuner:
         """
         if not self._hooks:
             raise ResidentStateError("this tuner was restored: its model holds the base again; make a new tuner")
-        self._entries.write(self._base + self.deltas)
+        self._entries.write(self._base + self._change.deltas(self.deltas))
 
     def restore(self) -> None:
         """Give the weights the base's bits and all parameters their ``requires_grad``. Twice is once."""
@@ -121,15 +142,17 @@ class SparseTuner:
         self.restore()
 
     def adapter(self, metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16) -> ShiraAdapter:
-        """The deltas as they are now, on the CPU, rounded to ``dtype``; also after ``restore``.
+        """The weights' deltas as they are now, on the CPU, rounded to ``dtype``; also after ``restore``.
 
         Raises:
             AdapterFormatError: a delta that is not finite in ``dtype``.
         """
-        return ShiraAdapter(self._sparse(self.deltas.detach(), dtype), metadata or {}, self._probes)
+        return ShiraAdapter(
+            self._sparse(self._change.deltas(self.deltas.detach()), dtype), metadata or {}, self._probes
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: ``deltas``, float32 ``[nnz]``, and the ``masks``, on the CPU."""
+        """What a checkpoint needs: ``deltas``, float32, and the ``masks``, on the CPU."""
         masks = {name: indices.cpu() for name, indices in self.masks.items()}
         return {"deltas": self.deltas.detach().cpu().clone(), "masks": masks}
 
@@ -137,7 +160,7 @@ class SparseTuner:
         """Take the deltas of a checkpoint and write them into the weights.
 
         Raises:
-            AdapterMismatchError: the checkpoint has other masks; nothing has changed.
+            AdapterMismatchError: the checkpoint has other masks, or another ``dora``; nothing has changed.
         """
         saved: Mapping[str, Tensor] = state["masks"]
         own = self.masks
@@ -149,6 +172,11 @@ class SparseTuner:
             raise AdapterMismatchError(
                 "the checkpoint was made with other masks than this tuner's; make the tuner with the checkpoint's "
                 f"masks (state['masks']):{listing(sorted(wrong))}"
+            )
+        if state["deltas"].shape != self.deltas.shape:
+            raise AdapterMismatchError(
+                f"the checkpoint holds {state['deltas'].numel()} trained values, expected {self.deltas.numel()}: one "
+                "of the two has DoRA's magnitudes, the other has not; train with dora as the checkpoint was"
             )
         with torch.no_grad():
             self.deltas.copy_(state["deltas"])
@@ -170,6 +198,18 @@ class SparseTuner:
                 collect = partial(_collect, self._arrivals, indices, start)
                 hooks.append(parameter.register_post_accumulate_grad_hook(collect))
         return [*hooks, *(hook for part in parts for hook in inputs.watch(part))]
+
+    def _dora(self) -> Dora:
+        adapted = self._adapted.values()
+        return Dora(self._base, [a.parameter for a in adapted], [a.indices for a in adapted])
+
+    def _receive(self, gradient: Tensor) -> None:
+        """Add the gradient of the entries, float32 ``[nnz]``, that a backward brought."""
+        gradient = self._change.gradient(self.deltas.detach(), gradient)
+        if self.deltas.grad is None:
+            self.deltas.grad = gradient
+        else:
+            self.deltas.grad += gradient
 
     def _sparse(self, values: Tensor, dtype: torch.dtype) -> dict[str, SparseDelta]:
         host = values.to(dtype).cpu()

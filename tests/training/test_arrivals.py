@@ -15,7 +15,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.flat = nn.Parameter(torch.zeros(4))
-        self.arrivals = Arrivals(self.flat)
+        self.arrivals = Arrivals(4, self.flat.device, self._receive)
         self.weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
         for start, weight in zip((0, 2), self.weights, strict=True):
             weight.register_post_accumulate_grad_hook(self._collect(start))
@@ -27,6 +27,9 @@ class Pair:
             self.arrivals.take(dense, torch.tensor([0, 1]), start)
 
         return collect
+
+    def _receive(self, gradient: Tensor) -> None:
+        self.flat.grad = gradient if self.flat.grad is None else self.flat.grad + gradient
 
     def both(self) -> Tensor:
         return (self.weights[0] * torch.tensor([1.0, 2.0])).sum() + (self.weights[1] * torch.tensor([3.0, 4.0])).sum()
