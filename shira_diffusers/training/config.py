@@ -78,6 +78,9 @@ class TrainingConfig:
     )
     calibration_steps: int = _flag(8, "batches whose gradients choose the entries of grad and snip masks")
     avoid_adapters: tuple[str, ...] = _flag((), "adapter files whose entries must not be used again")
+    use_dora: bool = _flag(
+        False, "train masked entries as DoRA: directions and magnitudes; the adapter is an ordinary one"
+    )
     train_text_encoder: bool = _flag(False, "adapt the text encoder too; of SDXL both")
 
     train_batch_size: int = _flag(4, "pictures a batch")

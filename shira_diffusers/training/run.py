@@ -41,7 +41,7 @@ class Run:
         self.last = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
         self._done = 0
         self._groups = 2 if config.with_prior_preservation else 1
-        self._slices = optimizers.Slices(tuner.deltas, tuner.masks)
+        self._slices = optimizers.Slices(tuner.deltas, tuner.trained)
         optimizer = optimizers.make_optimizer(config, self._slices, batch * self._accumulation)
         self._schedule = optimizers.make_schedule(config, optimizer, self.last)
         self._optimizer = accelerator.prepare(optimizer)
@@ -113,6 +113,7 @@ class Run:
             "density": f"{config.density:g}",
             "mask_seed": str(config.mask_seed),
             "targets": " ".join(config.target_modules),
+            **({"dora": "true"} if config.use_dora else {}),
             "instance_prompt": config.instance_prompt,
             "steps": str(self._done),
             "learning_rate": f"{config.learning_rate:g}",

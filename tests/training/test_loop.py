@@ -207,11 +207,13 @@ def test_the_same_seed_gives_the_same_adapter(settings: dict[str, object], tmp_p
     assert not all(delta == other.deltas.get(name) for name, delta in first.deltas.items())
 
 
-def test_resuming_equals_never_having_stopped(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize("dora", [False, True], ids=["deltas", "dora"])
+def test_resuming_equals_never_having_stopped(settings: dict[str, object], dora: bool) -> None:
     """Cosine schedule, accumulation, random crops, a stop in the middle of a pass over the data."""
     options = {
         "max_train_steps": 6, "checkpointing_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
         "gradient_accumulation_steps": 2, "random_flip": True, "train_text_encoder": True,
+        "use_dora": dora,
     }  # fmt: skip
     whole = run(settings, **options)
     checkpoints = Path(str(settings["output_dir"]))
