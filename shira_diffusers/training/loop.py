@@ -64,7 +64,7 @@ def train(config: TrainingConfig) -> Path:
     else:
         masks = from_main(accelerator, lambda: choose_masks(models, config, examples, objective, seed))
 
-    with SparseTuner(models, masks) as tuner:
+    with SparseTuner(models, masks, dora=config.use_dora) as tuner:
         run = Run(accelerator, config, tuner, examples, seed)
         if checkpoint:
             run.load_state_dict(checkpoint)
