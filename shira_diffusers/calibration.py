@@ -19,8 +19,8 @@ def gradient_magnitudes(
     Args:
         model: the module, or ``{component: module}``, that the losses come from.
         weights: the target weights by name, as ``targets.select`` gives them.
-        calibration: scalar losses, or functions that return one (each is back-propagated in its turn; one dense
-            gradient is alive at a time), or a mapping of names to gradients.
+        calibration: scalar losses, or functions that return one (each is back-propagated in its turn; beside
+            the sums one dense gradient is alive at a time), or a mapping of names to gradients.
 
     Returns:
         ``{name: float32, weight's shape}``. ``requires_grad`` and ``.grad`` of all parameters are as before.
@@ -61,10 +61,10 @@ def _accumulate(
 
     def collect(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None  # the hook runs right after it was accumulated
-            magnitude = parameter.grad.detach().float().abs()
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None  # the hook runs right after it was accumulated
+            magnitude = gradient.detach().float().abs_()  # no copy where it is float32: nobody else has it
             sums[name] = sums[name].add_(magnitude) if name in sums else magnitude
-            parameter.grad = None
 
         return hook
 
