@@ -4,6 +4,7 @@ import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,33 @@ logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 _TAG = "shira"
+_TAGS = {"StableDiffusionXLPipeline": ("stable-diffusion-xl",)}
 _PAPER = "https://arxiv.org/abs/2406.13175"
 
 
-def write_card(config: TrainingConfig, adapter: ShiraAdapter, pictures: Sequence[Path], repository: str | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the settings do not tell about a run.
+
+    Args:
+        pipeline: the class of the base.
+        processes: on which it ran.
+        repository: ``owner/name`` on the Hub, where the card goes; None for a local run.
+    """
+
+    pipeline: str = "StableDiffusionPipeline"
+    processes: int = 1
+    repository: str | None = None
+
+
+def write_card(config: TrainingConfig, adapter: ShiraAdapter, pictures: Sequence[Path], origin: Origin) -> None:
     """Write the card into ``output_dir``. A README of somebody else's is kept as it is; a card's licence stays.
 
     Args:
         config: the settings, ``seed`` included, from which the command is written.
         adapter: as trained; the card tells its metadata.
         pictures: of the validation, inside ``output_dir``.
-        repository: ``owner/name`` on the Hub, where the card goes; None for a local run.
+        origin: the rest.
     """
     path = Path(config.output_dir, CARD_NAME)
     before = _read_data(path) if path.is_file() else {}
@@ -36,8 +53,8 @@ def write_card(config: TrainingConfig, adapter: ShiraAdapter, pictures: Sequence
         logger.warning("%s is no card of an adapter: it is kept as it is, and no card is written", path)
         return
     images = [picture.relative_to(config.output_dir).as_posix() for picture in pictures]
-    data = _data(config, images, {name: value for name, value in before.items() if name.startswith("license")})
-    text = _text(config, adapter, images, repository, licensed="license" in before)
+    data = _data(config, images, origin, {name: value for name, value in before.items() if name.startswith("license")})
+    text = _text(config, adapter, images, origin, licensed="license" in before)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
 
 
@@ -49,14 +66,14 @@ def _read_data(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _data(config: TrainingConfig, images: Sequence[str], licence: dict[str, Any]) -> ModelCardData:
+def _data(config: TrainingConfig, images: Sequence[str], origin: Origin, licence: dict[str, Any]) -> ModelCardData:
     base, dataset = config.pretrained_model_name_or_path, config.dataset_name
     return ModelCardData(
         base_model=None if Path(base).exists() else base,  # the Hub takes ids only
         datasets=None if dataset is None or Path(dataset).exists() else [dataset],
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[_TAG, "diffusers", "text-to-image", "stable-diffusion"],
+        tags=[_TAG, "diffusers", "text-to-image", "stable-diffusion", *_TAGS.get(origin.pipeline, ())],
         instance_prompt=config.instance_prompt,
         widget=[{"text": config.validation_prompt, "output": {"url": image}} for image in images] or None,
         **licence,
@@ -64,10 +81,10 @@ def _data(config: TrainingConfig, images: Sequence[str], licence: dict[str, Any]
 
 
 def _text(
-    config: TrainingConfig, adapter: ShiraAdapter, images: Sequence[str], repository: str | None, *, licensed: bool
+    config: TrainingConfig, adapter: ShiraAdapter, images: Sequence[str], origin: Origin, *, licensed: bool
 ) -> str:
     told = adapter.metadata
-    title = repository or Path(config.output_dir).resolve().name
+    title = origin.repository or Path(config.output_dir).resolve().name
     entries = f"{adapter.nnz:,} entries ({100 * adapter.density:.3g} % of the adapted weights)"
     parts = [
         f"# {title}",
@@ -79,8 +96,8 @@ def _text(
     if images:
         shown = "\n".join(f"![validation picture {number}]({image})" for number, image in enumerate(images, 1))
         parts += [f"{_code(config.validation_prompt or '')}, with the adapter at strength 1:", shown]
-    parts += ["## Use it", _fence("python", _usage(config, repository))]
-    parts += ["## How it was made", _fence("bash", _command(config)), _table(told)]
+    parts += ["## Use it", _fence("python", _usage(config, origin.repository))]
+    parts += ["## How it was made", _fence("bash", _command(config, origin.processes)), _table(told)]
     if not licensed:
         parts += [
             "## Licence",
@@ -104,9 +121,10 @@ def _usage(config: TrainingConfig, repository: str | None) -> str:
     )
 
 
-def _command(config: TrainingConfig) -> str:
+def _command(config: TrainingConfig, processes: int) -> str:
+    several = f"--num_processes {processes} " if processes > 1 else ""
     lines = [shlex.join(flag) for flag in command_line(config)]
-    return " \\\n  ".join(["accelerate launch train_dreambooth_shira.py", *lines])
+    return " \\\n  ".join([f"accelerate launch {several}train_dreambooth_shira.py", *lines])
 
 
 def _table(told: Mapping[str, str]) -> str:

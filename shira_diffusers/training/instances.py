@@ -102,7 +102,8 @@ def _require_columns(library: Any, config: TrainingConfig, name: str, features: 
         if column is not None and not (column in features and fits(features[column]))
     ]
     if wrong:
-        raise ShiraError(f"the data set {name!r} has the columns {', '.join(features)}: {'; '.join(wrong)}")
+        hint = "; pictures with .txt captions beside them go with instance_data_dir" if Path(name).is_dir() else ""
+        raise ShiraError(f"the data set {name!r} has the columns {', '.join(features)}: {'; '.join(wrong)}{hint}")
 
 
 def _is_text(kind: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shira_diffusers.files import WEIGHTS_NAME, load_adapter, save_adapter
 from shira_diffusers.masks import build_masks
 from shira_diffusers.training.base import adapted_models, cast, complete, load_base
-from shira_diffusers.training.card import write_card
+from shira_diffusers.training.card import Origin, write_card
 from shira_diffusers.training.checkpoints import load_checkpoint, require_same_run, save_checkpoint
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import Examples, step_seed
@@ -83,7 +83,8 @@ def train(config: TrainingConfig) -> Path:
     if accelerator.is_main_process:
         logger.info("wrote %s", save_adapter(adapter, output))
         pictures = validation_files(config, run.last)
-        write_card(replace(config, seed=seed), adapter, pictures, repository)
+        told = replace(config, seed=seed, mixed_precision=accelerator.mixed_precision)
+        write_card(told, adapter, pictures, Origin(type(pipe).__name__, accelerator.num_processes, repository))
         if repository:
             logger.info("uploaded %s", upload(config, repository, pictures))
     accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from shira_diffusers import ShiraAdapter, ShiraError, SparseDelta, load_adapter
 from shira_diffusers.files import WEIGHTS_NAME
-from shira_diffusers.training.card import write_card
+from shira_diffusers.training.card import Origin, write_card
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.flags import command_line, parse_config
 from shira_diffusers.training.loop import train
@@ -86,7 +86,7 @@ def test_the_card_of_a_run_holds_what_it_promises(settings: dict[str, object]) -
         assert f"| {name} | `{value}` |" in card.text
     ran = shlex.split(fence(card.text, "bash").replace("\\\n", " "))
     assert ran[:3] == ["accelerate", "launch", "train_dreambooth_shira.py"]
-    told = settings | {"seed": int(load_adapter(file).metadata["seed"])}  # drawn, and told
+    told = settings | {"mixed_precision": "no", "seed": int(load_adapter(file).metadata["seed"])}  # drawn, and told
     again = parse_config(ran[3:])
     assert {name: getattr(again, name) for name in told} == told
 
@@ -104,22 +104,29 @@ def test_the_lines_of_python_run(settings: dict[str, object]) -> None:
 def test_an_id_of_the_hub_and_odd_words_stay_what_they_are(tmp_path: Path) -> None:
     config = config_for(tmp_path, revision="v1")
     config = replace(config, instance_prompt='a "sks": `cat` | # [dog]\n--- ')
-    write_card(config, replace(ADAPTER, metadata={**ADAPTER.metadata, "odd": "a|b"}), [], "me/x")
+    write_card(
+        config,
+        replace(ADAPTER, metadata={**ADAPTER.metadata, "odd": "a|b"}),
+        [],
+        Origin("StableDiffusionXLPipeline", 2, "me/x"),
+    )
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "org/base"
     assert card.data.instance_prompt == config.instance_prompt
     assert "# me/x" in card.text
+    assert "stable-diffusion-xl" in card.data.tags
+    assert "accelerate launch --num_processes 2 train_dreambooth_shira.py" in card.text
     assert "from_pretrained('org/base', revision='v1')" in card.text
     assert 'Say `` a "sks": `cat` | # [dog] --- `` in the prompt' in card.text
     assert r"| odd | `a\|b` |" in card.text
 
 
 def test_a_licence_that_somebody_wrote_stays(tmp_path: Path) -> None:
-    write_card(config_for(tmp_path), ADAPTER, [], None)
+    write_card(config_for(tmp_path), ADAPTER, [], Origin())
     card = ModelCard.load(tmp_path / "README.md")
     card.data.license = "openrail++"
     card.save(tmp_path / "README.md")
-    write_card(config_for(tmp_path, density=0.5), ADAPTER, [], None)
+    write_card(config_for(tmp_path, density=0.5), ADAPTER, [], Origin())
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "openrail++"
     assert "## Licence" not in card.text
@@ -129,7 +136,7 @@ def test_a_licence_that_somebody_wrote_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["# My project\n", "---\na: [\n---\n", "---\ntags: 3\n---\n"])
 def test_a_readme_of_somebody_else_is_kept(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    write_card(config_for(tmp_path), ADAPTER, [], None)
+    write_card(config_for(tmp_path), ADAPTER, [], Origin())
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
     assert "it is kept as it is" in caplog.text
 

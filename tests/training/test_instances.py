@@ -103,7 +103,7 @@ def test_bad_rows_are_named_or_skipped(tmp_path: Path, cache: Path, caplog: pyte
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image_column": "photo"}, r"has the columns image, text: image_column 'photo' does not exist$"),
+        ({"image_column": "photo"}, r"has the columns image, text: image_column 'photo' does not exist; pictures with"),
         ({"image_column": "text"}, r"image_column 'text' holds Value(.|\n)*expected pictures"),
         (
             {"image_column": "photo", "caption_column": "words"},
