@@ -1,6 +1,7 @@
 """Train a SHiRA adapter for Stable Diffusion from a few pictures. See docs/training.md, or --help."""
 
 import logging
+import os
 import sys
 
 from shira_diffusers import ShiraError
@@ -9,12 +10,14 @@ from shira_diffusers.training.loop import train
 
 
 def main() -> None:
-    """Read the command line and train."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    """Read the command line and train; of several processes the first one reports."""
+    first = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if first else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
     try:
         train(parse_config())
     except (ShiraError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if first else 1)
 
 
 if __name__ == "__main__":

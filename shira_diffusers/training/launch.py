@@ -1,5 +1,6 @@
 """Setting up a run: accelerate, trackers, and what all processes must agree on."""
 
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -24,7 +25,7 @@ def start(config: TrainingConfig) -> Accelerator:
     """Set up accelerate and the trackers.
 
     Raises:
-        ShiraError: a tracker that is not installed, or fp16 on a CPU.
+        ShiraError: a tracker that is not installed, processes that do not find each other, or fp16 on a CPU.
     """
     available = [str(tracker) for tracker in get_available_trackers()]
     if config.report_to not in ("none", "all", *available):
@@ -32,13 +33,20 @@ def start(config: TrainingConfig) -> Accelerator:
             f"report_to {config.report_to!r} is not installed, there is {', '.join(available) or 'none'}; "
             f"pip install {config.report_to}, or choose --report_to none"
         )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
+        cpu=launched > 1 and not torch.accelerator.is_available(),  # else accelerate would take each for the only one
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(config.output_dir, str(Path(config.output_dir, config.logging_dir))),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
+    if accelerator.num_processes != launched:
+        raise ShiraError(
+            f"{launched} processes were launched, but accelerate knows of {accelerator.num_processes}: launch with "
+            "accelerate launch --num_processes or torchrun"
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ShiraError("mixed_precision fp16 needs a GPU, and this run is on a CPU: use bf16 or no")
     if config.allow_tf32:
