@@ -6,6 +6,7 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from shira_diffusers.training.accepted import add_accepted, drop_accepted
 from shira_diffusers.training.config import TrainingConfig
 
 
@@ -13,7 +14,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """Read the command line.
 
     Args:
-        arguments: without the program's name; None takes ``sys.argv``.
+        arguments: without the program's name; None takes ``sys.argv``. Flags of diffusers' scripts that have no
+            meaning here are accepted with a warning.
 
     Raises:
         SystemExit: unknown flags, or values of another type, after the usual message.
@@ -26,7 +28,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     hints = get_type_hints(TrainingConfig)
     for setting in fields(TrainingConfig):
         parser.add_argument(f"--{setting.name}", **_options(setting, hints[setting.name]))
-    chosen: dict[str, Any] = vars(parser.parse_args(arguments))
+    add_accepted(parser)
+    chosen = drop_accepted(vars(parser.parse_args(arguments)))
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
     return TrainingConfig(**settings)
 
