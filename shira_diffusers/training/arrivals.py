@@ -1,6 +1,6 @@
 """The masked gradients of one backward, gathered weight by weight and handed over when it ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,54 +9,58 @@ from torch import Tensor
 from shira_diffusers.scatter import flat_view, physical
 
 _engine: Any = torch.autograd.Variable._execution_engine  # FSDP and DDP end their backward in the same way
+_running: Callable[[], int] = torch._C._current_graph_task_id
 
 
 class Arrivals:
     """Collects the gradients of trained entries.
 
-    A part is written once, in the dtype in which it comes, straight to its place; at the end of the backward that
-    brought them all parts are handed over, as one float32 tensor. What a backward brought before it failed is handed
-    over too, when the next one begins, as autograd would leave it in any parameter.
+    Each weight has a slot in one buffer, to which its gradient is written at once, in the dtype in which it comes. At
+    the end of the backward that brought them all slots are handed over, as one float32 tensor. What a backward brought
+    before it failed is handed over too, when the next one begins, as autograd would leave it in any parameter.
 
     Args:
-        count: of all entries.
+        sizes: of the slots.
+        order: int32 or int64 ``[nnz]``, on the gradients' device: where in the buffer each entry's gradient is; None
+            where the buffer is as the entries are.
         device: of the gradients.
-        receive: gets float32 ``[count]``, zero where nothing arrived; the tensor is its own from then on.
+        receive: gets float32 ``[nnz]``, zero where nothing arrived; the tensor is its own from then on.
     """
 
-    def __init__(self, count: int, device: torch.device, receive: Callable[[Tensor], None]) -> None:
-        self._count, self._device, self._receive = count, device, receive
-        self._buffers: dict[torch.dtype, Tensor] = {}
-        self._filled: set[int] = set()
+    def __init__(
+        self, sizes: Sequence[int], order: Tensor | None, device: torch.device, receive: Callable[[Tensor], None]
+    ) -> None:
+        self._sizes, self._order, self._device, self._receive = list(sizes), order, device, receive
+        self._buffers: dict[torch.dtype, tuple[Tensor, Sequence[Tensor]]] = {}
+        self._filled = bytearray(len(sizes))
         self._backward = -1
 
-    @torch.no_grad()
-    def part(self, dtype: torch.dtype, start: int, end: int) -> Tensor:
-        """Where a gradient of ``[end - start]`` entries is to be written, whole. Call it during a backward only."""
-        backward = torch._C._current_graph_task_id()
-        if backward != self._backward or start in self._filled:  # reentrant checkpointing: backward inside backward
+    def slot(self, number: int, dtype: torch.dtype) -> Tensor:
+        """Where the gradient of one weight is to be written, whole. Call it during a backward only."""
+        backward = _running()
+        # backward inside backward, as reentrant checkpointing has it, or a weight that is used twice
+        if backward != self._backward or self._filled[number]:
             self.flush()
             self._backward = backward
             _engine.queue_callback(self.flush)
-        self._filled.add(start)
-        buffer = self._buffers.get(dtype)
-        if buffer is None:
-            buffer = self._buffers[dtype] = torch.zeros(self._count, dtype=dtype, device=self._device)
-        return buffer[start:end]
+        self._filled[number] = 1
+        held = self._buffers.get(dtype)
+        if held is None:
+            buffer = torch.zeros(sum(self._sizes), dtype=dtype, device=self._device)
+            held = self._buffers[dtype] = buffer, buffer.split(self._sizes)
+        return held[1][number]
 
-    @torch.no_grad()
-    def take(self, dense: Tensor, indices: Tensor, start: int) -> None:
-        """Take a weight's dense gradient at flat row-major ``indices``, ``[n]``, for the entries from ``start`` on."""
+    def take(self, number: int, dense: Tensor, indices: Tensor) -> None:
+        """Take a weight's dense gradient at flat row-major ``indices``, ``[n]``; ``n`` is the slot's size."""
+        dense = dense.detach()
         at = indices if dense.is_contiguous() else physical(indices, dense)
-        out = self.part(dense.dtype, start, start + indices.numel())
-        torch.index_select(flat_view(dense.detach()), 0, at, out=out)
+        torch.index_select(flat_view(dense), 0, at, out=self.slot(number, dense.dtype))
 
-    @torch.no_grad()
     def flush(self) -> None:
         """Hand over what has arrived. Twice is once."""
-        arrived = list(self._buffers.values())
+        arrived = [buffer for buffer, _ in self._buffers.values()]
         self._buffers.clear()
-        self._filled.clear()
+        self._filled = bytearray(len(self._sizes))
         self._backward = -1
-        for gradient in arrived:
-            self._receive(gradient.float())
+        for buffer in arrived:
+            self._receive((buffer if self._order is None else buffer.index_select(0, self._order)).float())

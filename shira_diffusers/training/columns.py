@@ -20,13 +20,15 @@ class Columns:
         columns: int64 ``[k]``, the columns with entries beyond the diagonal.
         diagonal: entries ``(i, (i + shift) % in)`` for i below this may be in the mask; 0 for no diagonal.
         shift: see ``diagonal``.
-        order: ``[nnz]``, each entry's place among ``out * k`` of the columns, row by row, and those of the diagonal.
+        order: ``[nnz]``, each entry's place among the ``size`` products.
+        size: how many products there are: ``out * k`` of the columns, row by row, and then those of the diagonal.
     """
 
     columns: Tensor
     diagonal: int
     shift: int
     order: Tensor
+    size: int
 
     def few(self, width: int) -> bool:
         """Whether ``select`` gives at most half of ``width`` inputs."""
@@ -34,22 +36,25 @@ class Columns:
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the gradient needs of a layer's inputs ``(tokens, in)``: ``(tokens, k)`` and ``(tokens, diagonal)``."""
+        chosen = x.index_select(1, self.columns)
         if self.shift + self.diagonal <= x.shape[1]:
-            return x[:, self.columns], x[:, self.shift : self.shift + self.diagonal]
-        return x[:, self.columns], x.roll(-self.shift, 1)[:, : self.diagonal]
+            return chosen, x.narrow(1, self.shift, self.diagonal)
+        return chosen, x.roll(-self.shift, 1).narrow(1, 0, self.diagonal)
 
-    def gradient(self, outgoing: Tensor, selected: tuple[Tensor, Tensor], out: Tensor) -> None:
-        """Write the weight's gradient at the mask, ``[nnz]``, without the dense one.
+    def products(self, outgoing: Tensor, selected: tuple[Tensor, Tensor], out: Tensor) -> None:
+        """Write the weight's gradient in its columns and on its diagonal, without the dense one.
 
         Args:
             outgoing: gradient of the layer's outputs, ``(tokens, out)``.
             selected: what ``select`` gave.
-            out: ``[nnz]`` of the same dtype; sums are rounded to it once, as in the dense gradient.
+            out: ``[size]`` of the same dtype; sums are rounded to it once, as in the dense gradient.
         """
-        in_columns, on_diagonal = selected
-        whole = outgoing.t().mm(in_columns).flatten()  # (out, k)
-        single = (outgoing[:, : self.diagonal].float() * on_diagonal).sum(0)
-        torch.index_select(torch.cat([whole, single.to(whole.dtype)]), 0, self.order, out=out)
+        chosen, across = selected
+        whole = self.size - self.diagonal
+        if whole:
+            torch.mm(outgoing.t(), chosen, out=out[:whole].view(-1, chosen.shape[1]))  # (out, k)
+        if self.diagonal:
+            out[whole:] = (outgoing.narrow(1, 0, self.diagonal).float() * across).sum(0)
 
 
 def find_columns(indices: Tensor, shape: Sequence[int]) -> Columns | None:
@@ -75,4 +80,5 @@ def find_columns(indices: Tensor, shape: Sequence[int]) -> Columns | None:
         if bool((shifts != shifts[0]).any()) or int(rows[alone].max()) >= diagonal:
             return None
         order[alone] = height * columns.numel() + rows[alone]
-    return Columns(columns, diagonal, int(shifts[0]) if diagonal else 0, order.to(indices.dtype))
+    shift = int(shifts[0]) if diagonal else 0
+    return Columns(columns, diagonal, shift, order.to(indices.dtype), height * columns.numel() + diagonal)

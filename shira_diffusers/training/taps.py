@@ -21,7 +21,7 @@ class Tap:
     """Takes the gradient of one weight ``(out, in)``.
 
     Args:
-        arrivals: where it goes to, ``[nnz]`` entries from ``start`` on.
+        arrivals: where it goes to, to slot ``number``.
         inputs: shared by all taps of a model.
         indices: the mask, flat row-major ``[nnz]``.
         columns: how the mask is made, or None: then its gradient is taken from the dense one.
@@ -29,7 +29,7 @@ class Tap:
 
     arrivals: Arrivals
     inputs: Inputs
-    start: int
+    number: int
     indices: Tensor
     columns: Columns | None
 
@@ -57,11 +57,10 @@ class Tap:
         outgoing = _rows(outgoing)
         if self.columns is None:
             assert source is not None
-            self.arrivals.take(outgoing.t().mm(_rows(source.value(tensors))), self.indices, self.start)
+            self.arrivals.take(self.number, outgoing.t().mm(_rows(source.value(tensors))), self.indices)
             return
         chosen, across = tensors if source is None else self.columns.select(_rows(source.value(tensors)))
-        out = self.arrivals.part(outgoing.dtype, self.start, self.start + self.indices.numel())
-        self.columns.gradient(outgoing, (chosen, across), out)
+        self.columns.products(outgoing, (chosen, across), self.arrivals.slot(self.number, outgoing.dtype))
 
 
 class _Tapped(torch.autograd.Function):

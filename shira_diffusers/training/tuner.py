@@ -19,7 +19,7 @@ from shira_diffusers.gradients import components_of, let_gradients_in, masked_pa
 from shira_diffusers.probes import probe_base
 from shira_diffusers.training.arrivals import Arrivals
 from shira_diffusers.training.changes import Change, Plain
-from shira_diffusers.training.columns import find_columns
+from shira_diffusers.training.columns import Columns, find_columns
 from shira_diffusers.training.dora import Dora
 from shira_diffusers.training.entries import Entries
 from shira_diffusers.training.inputs import Inputs
@@ -91,7 +91,6 @@ class SparseTuner:
         self.deltas = nn.Parameter(torch.zeros(self._base.numel() + self._change.count, device=device))
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
-        self._arrivals = Arrivals(self._base.numel(), device, self._receive)
         self._hooks = self._train(parts, recompute)
         self._hooks += [hook for part in parts for hook in let_gradients_in(part)]
 
@@ -184,20 +183,33 @@ class SparseTuner:
 
     def _train(self, parts: Iterable[nn.Module], recompute: bool) -> list[Any]:
         """Let gradients arrive in the flat parameter; the handles of the hooks that do so."""
+        layers = tappable(parts)
+        adapted = [(layers.get(id(a.parameter)), a) for a in self._adapted.values()]
+        columns = [find_columns(a.indices, a.parameter.shape) if layer else None for layer, a in adapted]
+        arrivals = self._make_arrivals(columns)
         inputs = Inputs()
         hooks: list[Any] = []
-        layers = tappable(parts)
-        for parameter, indices, start, _ in self._adapted.values():
-            layer = layers.get(id(parameter))
-            columns = find_columns(indices, layer.weight.shape) if layer else None
-            if layer and (columns or recompute):
-                tap = Tap(self._arrivals, inputs, start, indices, columns)
+        for number, ((layer, (parameter, indices, _, _)), own) in enumerate(zip(adapted, columns, strict=True)):
+            if layer and (own or recompute):
+                tap = Tap(arrivals, inputs, number, indices, own)
                 hooks.append(layer.register_forward_hook(tap.hook, with_kwargs=True))
             else:
                 parameter.requires_grad_(True)
-                collect = partial(_collect, self._arrivals, indices, start)
+                collect = partial(_collect, arrivals, number, indices)
                 hooks.append(parameter.register_post_accumulate_grad_hook(collect))
         return [*hooks, *(hook for part in parts for hook in inputs.watch(part))]
+
+    def _make_arrivals(self, columns: Iterable[Columns | None]) -> Arrivals:
+        """Slots for all weights: of the masked entries, or of columns' and diagonals' products, which hold them."""
+        pairs = list(zip(self._adapted.values(), columns, strict=True))
+        sizes = [own.size if own else a.indices.numel() for a, own in pairs]
+        order = None
+        if any(own for _, own in pairs):
+            device, dtype = self._indices.device, index_dtype(sum(sizes))
+            places = [own.order if own else torch.arange(a.indices.numel(), device=device) for a, own in pairs]
+            starts = accumulate(sizes, initial=0)
+            order = torch.cat([(own + start).to(dtype) for own, start in zip(places, starts, strict=False)])
+        return Arrivals(sizes, order, self._indices.device, self._receive)
 
     def _dora(self) -> Dora:
         adapted = self._adapted.values()
@@ -224,11 +236,11 @@ class SparseTuner:
         }
 
 
-def _collect(arrivals: Arrivals, indices: Tensor, start: int, weight: Tensor) -> None:
+def _collect(arrivals: Arrivals, number: int, indices: Tensor, weight: Tensor) -> None:
     """Take the dense gradient of a weight as soon as it is there, so that it is freed before the next one comes."""
     dense, weight.grad = weight.grad, None
     if dense is not None:
-        arrivals.take(dense, indices, start)
+        arrivals.take(number, dense, indices)
 
 
 def _only_device(parameters: Mapping[str, nn.Parameter]) -> torch.device:

@@ -15,16 +15,16 @@ class Pair:
 
     def __init__(self) -> None:
         self.flat = nn.Parameter(torch.zeros(4))
-        self.arrivals = Arrivals(4, self.flat.device, self._receive)
+        self.arrivals = Arrivals([2, 2], None, self.flat.device, self._receive)
         self.weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
-        for start, weight in zip((0, 2), self.weights, strict=True):
-            weight.register_post_accumulate_grad_hook(self._collect(start))
+        for number, weight in enumerate(self.weights):
+            weight.register_post_accumulate_grad_hook(self._collect(number))
 
-    def _collect(self, start: int) -> Callable[[Tensor], None]:
+    def _collect(self, number: int) -> Callable[[Tensor], None]:
         def collect(weight: Tensor) -> None:
             dense, weight.grad = weight.grad, None
             assert dense is not None
-            self.arrivals.take(dense, torch.tensor([0, 1]), start)
+            self.arrivals.take(number, dense, torch.tensor([0, 1]))
 
         return collect
 
@@ -89,3 +89,12 @@ def test_gradients_for_another_parameter_are_left_alone() -> None:
     assert first.flat.grad is not None
     assert second.flat.grad is not None
     assert (second.flat.grad / first.flat.grad).tolist() == [2, 2, 2, 2]
+
+
+def test_entries_are_put_in_order() -> None:
+    received: list[list[float]] = []
+    arrivals = Arrivals([3, 1], torch.tensor([2, 3, 0]), torch.device("cpu"), lambda g: received.append(g.tolist()))
+    weight = nn.Parameter(torch.ones(3))
+    weight.register_post_accumulate_grad_hook(lambda w: arrivals.take(0, w.grad, torch.tensor([0, 1, 2])))
+    (weight * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert received == [[3.0, 0.0, 1.0]]

@@ -17,8 +17,9 @@ def struct_mask(shape: tuple[int, int], density: float = 0.12, seed: int = 0, av
 
 def assert_gradient_is_the_dense_one(found: Columns, mask: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, outgoing = torch.randn(50, shape[1]).to(dtype), torch.randn(50, shape[0]).to(dtype)
-    got = torch.empty(mask.numel(), dtype=dtype)
-    found.gradient(outgoing, found.select(x), got)
+    products = torch.empty(found.size, dtype=dtype)
+    found.products(outgoing, found.select(x), products)
+    got = products[found.order.long()]
     expected = (outgoing.double().t() @ x.double()).flatten()[mask]
     torch.testing.assert_close(got.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from shira_diffusers import build_masks
@@ -87,23 +88,32 @@ def test_six_steps_with_columns_equal_dense_training() -> None:
         assert float((adapter.deltas[name].to_dense() - expected).norm()) < 1e-2 * float(expected.norm()), name
 
 
-def test_shapes_of_gradients_that_backward_makes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With columns no product has the shape of a weight; with other masks it has, so the test would see it."""
-    made: list[torch.Size] = []
-    multiply = Tensor.mm
+class Products(TorchDispatchMode):
+    """Takes down the shape of each matrix product."""
 
-    def mm(one: Tensor, other: Tensor) -> Tensor:
-        made.append(multiply(one, other).shape)
-        return multiply(one, other)
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
 
-    monkeypatch.setattr(Tensor, "mm", mm)
-    parts = models()
-    gradient(parts, masks_of(parts, "struct"), None)
-    weights = {parameters_of(parts)[name].shape for name in masks_of(parts, "struct")}
-    assert len(made) == len(masks_of(parts, "struct"))
-    assert not weights & set(made)
-    gradient(parts, masks_of(parts, "rand"), None, recompute=True)
-    assert weights <= set(made)
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.shapes.append(result.shape)
+        return result
+
+
+@pytest.mark.parametrize(("family", "dense"), [("struct", False), ("rand", True)])
+def test_shapes_of_the_products_in_backward(family: str, dense: bool) -> None:
+    """With columns none has the shape of a weight; with other masks some have, so the test would see it."""
+    model = Block()
+    masks = build_masks(model, family, 0.08, ["block.*"])
+    with SparseTuner(model, masks):
+        loss = model(torch.randn(4, 7, 32)).square().mean()
+        with Products() as products:
+            loss.backward()
+    weights = {model.get_parameter(name).shape for name in masks}
+    assert (weights <= set(products.shapes)) if dense else not weights & set(products.shapes)
+    assert len(products.shapes) > len(masks)
 
 
 # ---------------------------------------------------------------- what autograd keeps meanwhile
