@@ -1,5 +1,7 @@
 """The base model of a run: loaded once in float32, never written to."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import nn
 
 from shira_diffusers.errors import ShiraError
+from shira_diffusers.targets import Targets, select
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.families import Family, Pipe, family_of, find_family
 
@@ -123,6 +126,17 @@ def adapted_models(pipe: Pipe, config: TrainingConfig) -> dict[str, nn.Module]:
             enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
             enable()
     return models
+
+
+def adapted_targets(pipe: Pipe, models: Mapping[str, nn.Module], config: TrainingConfig) -> Targets:
+    """Which weights of the models are trained, as ``build_masks`` takes them: the settings' ones that can learn."""
+    unread = [name for name in family_of(pipe).last_layer_unread if name in models]
+    if not unread:
+        return config.targets
+    last = {name: getattr(pipe, name).config.num_hidden_layers - 1 for name in unread}
+    dead = re.compile("|".join(rf"{name}\..*layers\.{number}\..*" for name, number in last.items()))
+    names = [name for name in select(models, config.targets) if not dead.fullmatch(name)]
+    return re.compile("|".join(map(re.escape, names)))
 
 
 def training_schedule(pipe: Pipe) -> Schedule:

@@ -1,6 +1,7 @@
 """Checkpoints of a run: ``output_dir/checkpoint-<step>`` with the run's state and the adapter as it was then."""
 
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,18 +20,49 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(output: Path, step: int, state: dict[str, Any], adapter: ShiraAdapter, limit: int | None) -> Path:
-    """Write a checkpoint, whole or not at all, and remove the oldest ones beyond ``limit``."""
+    """Write a checkpoint, whole or not at all, and remove the oldest ones beyond ``limit``.
+
+    Raises:
+        ShiraError: it cannot be written, as where no disk space is left; those before it are untouched.
+    """
     target, unfinished = output / f"checkpoint-{step}", output / f".checkpoint-{step}.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    torch.save({"step": step, **state}, unfinished / _STATE)
-    save_adapter(adapter, unfinished)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(unfinished, target)
+    _sweep(output)
+    try:
+        unfinished.mkdir(parents=True)
+        with open(unfinished / _STATE, "wb") as file:
+            torch.save({"step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        save_adapter(adapter, unfinished)
+        before = _set_aside(target)
+        os.replace(unfinished, target)
+        shutil.rmtree(before, ignore_errors=True)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ShiraError(
+            f"cannot write {target}: {error}; the last whole checkpoint is "
+            f"{next((path.name for path in reversed(list_checkpoints(output))), 'none')}; make room, or lower "
+            "--checkpoints_total_limit, and go on with --resume_from_checkpoint latest"
+        ) from error
     if limit is not None:
         for old in list_checkpoints(output)[:-limit]:
-            shutil.rmtree(old)
+            shutil.rmtree(_set_aside(old))
     return target
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint, if it is there: one that is half removed must not be taken for a whole one."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old")
+    if checkpoint.is_dir():
+        os.replace(checkpoint, aside)
+    return aside
+
+
+def _sweep(output: Path) -> None:
+    """Remove what was left by a process that was killed while it wrote or removed a checkpoint."""
+    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.old"):
+        for path in output.glob(pattern):
+            shutil.rmtree(path)
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -50,7 +82,7 @@ def load_checkpoint(output: Path, wanted: str) -> dict[str, Any] | None:
         What ``save_checkpoint`` was given, and ``step``; None for the latest where there is none yet.
 
     Raises:
-        ShiraError: there is no such checkpoint.
+        ShiraError: there is no such checkpoint, or it cannot be read.
     """
     have = list_checkpoints(output)
     if wanted == "latest":
@@ -64,7 +96,10 @@ def load_checkpoint(output: Path, wanted: str) -> dict[str, Any] | None:
             )
     if folder is None:
         return None
-    state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ShiraError(f"cannot read {folder / _STATE}: {error}; resume from another checkpoint") from error
     return state
 
 

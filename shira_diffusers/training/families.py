@@ -22,12 +22,14 @@ class Family:
 
     Args:
         text_encoders: the components that ``train_text_encoder`` adapts beside the UNet.
+        last_layer_unread: those of which nothing reads the last layer, which therefore cannot learn.
         embed: ``(pipe, prompts) -> conditions``, as the pipeline itself encodes prompts.
         denoise: ``(pipe, noisy latents (n, c, h, w), timesteps (n,), conditions, time ids (n, 6)) -> prediction``.
         defaults: of the settings that are not given; those of diffusers' script for this family.
     """
 
     text_encoders: tuple[str, ...]
+    last_layer_unread: tuple[str, ...] = ()
     embed: Callable[[Pipe, Sequence[str]], Conditions]
     denoise: Callable[[Pipe, Tensor, Tensor, Conditions, Tensor], Tensor]
     defaults: Mapping[str, Any]
@@ -80,6 +82,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "StableDiffusionXLPipeline": Family(
             text_encoders=("text_encoder", "text_encoder_2"),
+            last_layer_unread=("text_encoder",),  # the UNet reads the layer before it; of the second the last is pooled
             embed=_embed_xl,
             denoise=_denoise_xl,
             defaults=MappingProxyType(

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from shira_diffusers.files import WEIGHTS_NAME, load_adapter, save_adapter
 from shira_diffusers.masks import build_masks
-from shira_diffusers.training.base import adapted_models, cast, complete, load_base
+from shira_diffusers.training.base import adapted_models, adapted_targets, cast, complete, load_base
 from shira_diffusers.training.card import Origin, write_card
 from shira_diffusers.training.checkpoints import load_checkpoint, require_same_run, save_checkpoint
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import Examples, step_seed
 from shira_diffusers.training.examples import load_batches, prepare_examples
+from shira_diffusers.training.families import Pipe
 from shira_diffusers.training.instances import instance_pictures
 from shira_diffusers.training.launch import choose_seed, from_main, start
 from shira_diffusers.training.objective import Objective
@@ -62,7 +63,7 @@ def train(config: TrainingConfig) -> Path:
     if checkpoint:
         masks = checkpoint["tuner"]["masks"]
     else:
-        masks = from_main(accelerator, lambda: choose_masks(models, config, examples, objective, seed))
+        masks = from_main(accelerator, lambda: choose_masks(pipe, models, config, examples, objective, seed))
 
     with SparseTuner(models, masks, dora=config.use_dora) as tuner:
         run = Run(accelerator, config, tuner, examples, seed)
@@ -93,7 +94,12 @@ def train(config: TrainingConfig) -> Path:
 
 
 def choose_masks(
-    models: Mapping[str, nn.Module], config: TrainingConfig, examples: Examples, objective: Objective, seed: int
+    pipe: Pipe,
+    models: Mapping[str, nn.Module],
+    config: TrainingConfig,
+    examples: Examples,
+    objective: Objective,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Build the masks that the settings ask for; grad and snip ones from the first batches' gradients."""
     calibrated = config.mask_type in ("grad", "snip")
@@ -101,7 +107,7 @@ def choose_masks(
         models,
         config.mask_type,
         config.density,
-        config.targets,
+        adapted_targets(pipe, models, config),
         seed=config.mask_seed,
         calibration=_calibration(config, examples, objective, seed) if calibrated else None,
         avoid=[load_adapter(path) for path in config.avoid_adapters],
