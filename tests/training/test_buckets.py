@@ -59,7 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(base: Path, tmp_path: Path) -> dict[str, object]:
     for folder, sizes in {
         "pictures": [(40, 20), (20, 41), (23, 22), (44, 20), (30, 62)],
-        "class": [(18, 18)] * 3,
+        "class": [(18, 18)] * 2,
     }.items():
         (tmp_path / folder).mkdir()
         for number, size in enumerate(sizes):
@@ -75,7 +75,7 @@ def settings(base: Path, tmp_path: Path) -> dict[str, object]:
 def prior(tmp_path: Path) -> dict[str, object]:
     return {
         "with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a cat",
-        "num_class_images": 3,
+        "num_class_images": 2,
     }  # fmt: skip
 
 

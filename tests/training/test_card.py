@@ -54,10 +54,8 @@ ADAPTER = ShiraAdapter(
 
 
 def config_for(folder: Path, **others: object) -> TrainingConfig:
-    return TrainingConfig(
-        pretrained_model_name_or_path="org/base", instance_data_dir="x", instance_prompt="a sks cat",
-        output_dir=str(folder), **others,
-    )  # fmt: skip
+    settings = {"pretrained_model_name_or_path": "org/base", "instance_data_dir": "x", "instance_prompt": "a sks cat"}
+    return TrainingConfig(**settings | {"output_dir": str(folder)} | others)
 
 
 def fence(card: str, language: str) -> str:
@@ -206,7 +204,7 @@ def test_a_token_is_not_shown(tmp_path: Path) -> None:
 def test_the_command_gives_the_settings_again(tmp_path: Path) -> None:
     config = config_for(
         tmp_path, target_modules=("to_q", "*attn2*"), random_flip=True, adam_epsilon=1e-9, snr_gamma=5.0, seed=3,
-        validation_prompt="--a 'b'", lr_scheduler="cosine", mixed_precision="no",
+        instance_prompt="--odd", validation_prompt="'b'", lr_scheduler="cosine", mixed_precision="no",
     )  # fmt: skip
     assert parse_config([part for flag in command_line(config) for part in flag]) == config
     assert all(len(flag) <= 3 for flag in command_line(config))
