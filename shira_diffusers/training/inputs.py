@@ -16,6 +16,8 @@ from torch.nn import functional
 
 Rebuild = Callable[..., Tensor]
 
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in every version of torch
+
 
 @dataclass(slots=True)
 class Source:
@@ -116,4 +118,5 @@ def _layer_norm(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, b
 
 
 def _hooked() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Whether what is saved now goes through hooks; where that cannot be told, it is taken to."""
+    return _top_hooks is None or _top_hooks(True) is not None
