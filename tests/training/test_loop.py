@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shira_diffusers import ShiraAdapter, ShiraError, __version__, build_masks, load_adapter
 from shira_diffusers.masks import FAMILIES
@@ -23,6 +24,7 @@ from shira_diffusers.training.examples import prepare_examples
 from shira_diffusers.training.loop import train
 from shira_diffusers.training.objective import encode
 from shira_diffusers.training.pictures import find_pictures
+from shira_diffusers.training.sampling import class_pictures, sample
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,44 @@ def test_script_ends_with_one_line(settings: dict[str, object], wrong: list[str]
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_trackers_and_pictures_of_a_run(settings: dict[str, object], capfd: pytest.CaptureFixture[str]) -> None:
+    """Validation every second step, and at the end; figures of each step, with a rate of its own for the encoder."""
+    options = {
+        "report_to": "tensorboard", "validation_prompt": "a dog", "validation_steps": 2, "num_validation_images": 1,
+        "max_train_steps": 5, "train_text_encoder": True, "text_encoder_lr": 1e-3,
+    }  # fmt: skip
+    run(settings, **options)
+    output = Path(str(settings["output_dir"]))
+    assert sorted(path.name for path in (output / "validation").iterdir()) == [
+        f"step-00000{step}-0.png" for step in (2, 4, 5)
+    ]
+    told = EventAccumulator(str(output / "logs" / "dreambooth-shira"))
+    told.Reload()
+    figures = {name: [event.value for event in told.Scalars(name)] for name in told.Tags()["scalars"]}
+    assert set(figures) == {"loss", "lr", "text_encoder_lr", "images_per_second", "peak_memory_gib"}
+    assert [event.step for event in told.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert figures["lr"] == pytest.approx([1e-2] * 5)
+    assert figures["text_encoder_lr"] == pytest.approx([1e-3] * 5)
+    assert all(0.05 < peak < 100 for peak in figures["peak_memory_gib"])
+    assert all(speed > 0 for speed in figures["images_per_second"])
+    shown = capfd.readouterr().err
+    assert all(f"{name}=" in shown for name in ("loss", "lr", "images/s", "peak"))
+
+
+@pytest.mark.parametrize(("precision", "same"), [(None, True), ("fp32", True), ("bf16", False)])
+def test_class_pictures_are_generated_in_the_precision_asked_for(
+    settings: dict[str, object], tmp_path: Path, precision: str | None, same: bool
+) -> None:
+    config = TrainingConfig(
+        **settings, with_prior_preservation=True, class_data_dir=str(tmp_path / "class"), class_prompt="a cat",
+        num_class_images=1, prior_generation_precision=precision,
+    )  # fmt: skip
+    made = class_pictures(config, torch.device("cpu"), seed=3)
+    pipe = load_base(config, torch.device("cpu"))
+    expected = next(sample(pipe, "a cat", range(1), 3, config))
+    assert (Image.open(made[0].path).tobytes() == expected.tobytes()) is same
 
 
 def test_metadata_tells_how_the_adapter_was_made(settings: dict[str, object], base: Path) -> None:

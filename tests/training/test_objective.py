@@ -87,6 +87,36 @@ def test_snr_gamma_weights_each_example(pipe: StableDiffusionPipeline) -> None:
     torch.testing.assert_close(loss.detach(), (errors * snr.clamp(max=0.7) / snr).mean(), rtol=1e-4, atol=0)
 
 
+def test_noise_offset_moves_whole_channels(pipe: StableDiffusionPipeline) -> None:
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    given = batch(["a cat", "a red dog"])
+    for offset in (0.0, 0.5):
+        Objective(pipe, config(noise_offset=offset), None, cached=False).loss(given, torch.Generator().manual_seed(5))
+    handle.remove()
+    generator = torch.Generator().manual_seed(5)
+    shape = seen[0][0].shape
+    for _ in range(2):  # of the latents, and the noise
+        torch.randn(shape, generator=generator)
+    moved = torch.randn((*shape[:2], 1, 1), generator=generator)
+    timesteps = torch.randint(0, 1000, shape[:1], generator=generator)
+    assert torch.equal(seen[1][1], timesteps)
+    # the plain run drew other timesteps: compare the noise, with the latents taken away
+    plain, offset = (with_noise_alone(pipe, sample, steps, given) for sample, steps in seen)
+    torch.testing.assert_close(offset - plain, (0.5 * moved).expand(shape), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def with_noise_alone(
+    pipe: StableDiffusionPipeline, noisy: torch.Tensor, timesteps: torch.Tensor, given: Batch
+) -> torch.Tensor:
+    distribution = pipe.vae.encode(given.tensors).latent_dist
+    draws = torch.randn(distribution.mean.shape, generator=torch.Generator().manual_seed(5))
+    latents = (distribution.mean + distribution.std * draws) * pipe.vae.config.scaling_factor
+    alpha = pipe.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return (noisy - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+
+
 @pytest.mark.parametrize(
     ("prediction", "last"),
     [pytest.param("epsilon", 1.0, id="epsilon"), pytest.param("v_prediction", 0.0, id="v_prediction")],
