@@ -145,14 +145,15 @@ def test_a_readme_of_somebody_else_is_kept(tmp_path: Path, text: str, caplog: py
 def test_a_run_that_is_pushed_can_be_loaded_by_its_name(
     settings: dict[str, object], hub: type[Hub], base: Path
 ) -> None:
-    file = train(TrainingConfig(**settings, push_to_hub=True, hub_token=TOKEN))
+    file = train(TrainingConfig(**settings | {"report_to": "tensorboard"}, push_to_hub=True, hub_token=TOKEN))
     names = {WEIGHTS_NAME, "README.md", "validation/step-000001-0.png", "validation/step-000001-1.png"}
     assert hub.files == {f"me/sks-cat/{name}": (file.parent / name).read_bytes() for name in names}
     assert hub.commits == ["End of training"]
     assert f"me/sks-cat/{WEIGHTS_NAME}" in hub.files
     assert "pipe.load_shira('me/sks-cat')" in hub.files["me/sks-cat/README.md"].decode()
-    for path in [*file.parent.rglob("*.md"), file]:
-        assert TOKEN.encode() not in path.read_bytes()
+    written = [path for path in file.parent.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in written)
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.load_shira("me/sks-cat", "sks")
     assert pipe.list_shira() == {"sks": ["unet"]}
