@@ -122,7 +122,7 @@ def _usage(config: TrainingConfig, repository: str | None) -> str:
 
 
 def _command(config: TrainingConfig, processes: int) -> str:
-    several = f"--num_processes {processes} " if processes > 1 else ""
+    several = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
     lines = [shlex.join(flag) for flag in command_line(config)]
     return " \\\n  ".join([f"accelerate launch {several}train_dreambooth_shira.py", *lines])
 

@@ -113,7 +113,7 @@ def test_an_id_of_the_hub_and_odd_words_stay_what_they_are(tmp_path: Path) -> No
     assert card.data.instance_prompt == config.instance_prompt
     assert "# me/x" in card.text
     assert "stable-diffusion-xl" in card.data.tags
-    assert "accelerate launch --num_processes 2 train_dreambooth_shira.py" in card.text
+    assert "accelerate launch --multi_gpu --num_processes 2 train_dreambooth_shira.py" in card.text
     assert "from_pretrained('org/base', revision='v1')" in card.text
     assert 'Say `` a "sks": `cat` | # [dog] --- `` in the prompt' in card.text
     assert r"| odd | `a\|b` |" in card.text
