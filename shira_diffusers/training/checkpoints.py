@@ -12,7 +12,7 @@ import torch
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import ShiraError, listing
-from shira_diffusers.files import save_adapter
+from shira_diffusers.files import WEIGHTS_NAME, save_adapter
 from shira_diffusers.training.config import TrainingConfig
 
 _STATE = "state.pt"
@@ -39,15 +39,33 @@ def save_checkpoint(output: Path, step: int, state: dict[str, Any], adapter: Shi
         shutil.rmtree(before, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise ShiraError(
-            f"cannot write {target}: {error}; the last whole checkpoint is "
-            f"{next((path.name for path in reversed(list_checkpoints(output))), 'none')}; make room, or lower "
-            "--checkpoints_total_limit, and go on with --resume_from_checkpoint latest"
-        ) from error
+        raise _not_written(target, error) from error
     if limit is not None:
         for old in list_checkpoints(output)[:-limit]:
             shutil.rmtree(_set_aside(old))
     return target
+
+
+def save_result(output: Path, adapter: ShiraAdapter) -> Path:
+    """Write the adapter of a finished run into its folder.
+
+    Raises:
+        ShiraError: it cannot be written; checkpoints are untouched.
+    """
+    try:
+        return save_adapter(adapter, output)
+    except OSError as error:
+        raise _not_written(output / WEIGHTS_NAME, error) from error
+
+
+def _not_written(target: Path, error: Exception) -> ShiraError:
+    # PyTorch's writer hides why a write to the file failed
+    reason = error.__context__ if isinstance(error.__context__, OSError) else error
+    last = next((path.name for path in reversed(list_checkpoints(target.parent))), "none")
+    return ShiraError(
+        f"cannot write {target}: {reason}; the last whole checkpoint is {last}; make room, or lower "
+        "--checkpoints_total_limit, and go on with --resume_from_checkpoint latest"
+    )
 
 
 def _set_aside(checkpoint: Path) -> Path:

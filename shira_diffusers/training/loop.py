@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.files import WEIGHTS_NAME, load_adapter, save_adapter
+from shira_diffusers.files import WEIGHTS_NAME, load_adapter
 from shira_diffusers.masks import build_masks
 from shira_diffusers.training.base import adapted_models, adapted_targets, cast, complete, load_base
 from shira_diffusers.training.card import Origin, write_card
-from shira_diffusers.training.checkpoints import load_checkpoint, require_same_run, save_checkpoint
+from shira_diffusers.training.checkpoints import load_checkpoint, require_same_run, save_checkpoint, save_result
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import Examples, step_seed
 from shira_diffusers.training.examples import load_batches, prepare_examples
@@ -42,7 +42,7 @@ def train(config: TrainingConfig) -> Path:
 
     Raises:
         ShiraError: settings, pictures or a base that cannot be used, a loss that is not finite, or a checkpoint that
-            cannot be written.
+            cannot be written, or an adapter.
         OSError: other files that cannot be read or written.
     """
     config = complete(config)
@@ -82,7 +82,7 @@ def train(config: TrainingConfig) -> Path:
         adapter = tuner.adapter(run.metadata())
 
     if accelerator.is_main_process:
-        logger.info("wrote %s", save_adapter(adapter, output))
+        logger.info("wrote %s", save_result(output, adapter))
         pictures = validation_files(config, run.last)
         told = replace(config, seed=seed, mixed_precision=accelerator.mixed_precision)
         write_card(told, adapter, pictures, Origin(type(pipe).__name__, accelerator.num_processes, repository))

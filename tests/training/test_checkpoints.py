@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from shira_diffusers import ShiraAdapter, ShiraError, load_adapter
-from shira_diffusers.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from shira_diffusers.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint, save_result
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.loop import train
 from tests import tiny
@@ -112,11 +112,23 @@ def test_a_disk_without_room_leaves_the_checkpoints_before(tmp_path: Path, again
     before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-1").iterdir()}
     with (
         files_of_at_most(200_000),
-        pytest.raises(ShiraError, match=r"cannot write .*checkpoint-\d: (.|\n)*last whole checkpoint is checkpoint-1;"),
+        pytest.raises(
+            ShiraError,
+            match=r"cannot write .*checkpoint-\d: .*File too large; the last whole checkpoint is checkpoint-1;",
+        ),
     ):
         save_checkpoint(tmp_path, 1 if again else 2, state, adapter, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-1").iterdir()} == before
+
+
+def test_an_adapter_without_room_names_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    adapter = tiny.adapter_for(tiny.unet())
+    save_checkpoint(tmp_path, 3, {}, adapter, None)
+    message = r"cannot write .*pytorch_shira_weights.safetensors: .*; the last whole checkpoint is checkpoint-3;"
+    with files_of_at_most(1000), pytest.raises(ShiraError, match=message):
+        save_result(tmp_path, adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
