@@ -1,7 +1,8 @@
 """Sites: the adapted entries of many weights as one, so that a switch costs a few kernels and not hundreds.
 
 On a CPU the weights of a model are ranges of one address space: ``Span`` reads and writes all their entries with one
-index kernel, which uses all cores. Elsewhere ``Each`` goes from weight to weight.
+index kernel, which uses all cores. On CUDA ``Launch`` does it with one Triton launch. Elsewhere, and without Triton,
+``Each`` goes from weight to weight.
 """
 
 import ctypes
@@ -12,11 +13,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from shira_diffusers.launches import Launch, Table, launches, table
 from shira_diffusers.scatter import cast, gather, overwrite, physical
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # whose kernels move bits fastest
 
-Key = tuple[tuple[int, tuple[int, ...], torch.dtype, bool], ...]
+Key = tuple[tuple[int, tuple[int, ...], torch.dtype, torch.device], ...]
 """Where weights lie and how: positions that were found for one key hold as long as it stays."""
 
 
@@ -93,7 +95,7 @@ def spans(weights: Sequence[Tensor]) -> bool:
 
 def key_of(weights: Iterable[Tensor]) -> Key:
     """Where weights lie now, and how."""
-    return tuple((weight.data_ptr(), weight.stride(), weight.dtype, weight.is_cpu) for weight in weights)
+    return tuple((weight.data_ptr(), weight.stride(), weight.dtype, weight.device) for weight in weights)
 
 
 def positions(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> Positions:
@@ -107,3 +109,19 @@ def positions(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) 
     for weight, own, out in zip(weights, indices.split(list(sizes)), at.split(list(sizes)), strict=True):
         torch.add(physical(own, weight), (weight.data_ptr() - start) // size, out=out)
     return Positions(start, length - length % size, at)
+
+
+def find(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> Positions | Table | None:
+    """Find where entries lie, in the fastest way that there is for these weights; None if only weight by weight."""
+    if spans(weights):
+        return positions(weights, sizes, indices)
+    return table(weights, sizes, indices) if launches(weights) else None
+
+
+def sites_of(
+    weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor, found: Positions | Table | None
+) -> Sites:
+    """The entries, given what ``find`` found for these weights; it holds as long as their ``key_of`` stays."""
+    if isinstance(found, Positions):
+        return Span(weights, found)
+    return Launch(weights, found) if isinstance(found, Table) else Each(weights, sizes, indices)

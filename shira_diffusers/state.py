@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.launches import Table
 from shira_diffusers.locate import Locator
 from shira_diffusers.scales import Scale
 from shira_diffusers.scatter import overwrite
@@ -54,7 +55,7 @@ class Layout:
     members: tuple[tuple[str, ...], ...]
     values: tuple[Tensor, ...]
     places: tuple[Tensor | None, ...]
-    positions: dict[Key, Positions] = field(default_factory=dict, compare=False, repr=False)
+    positions: dict[Key, Positions | Table | None] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def sizes(self) -> list[int]:
@@ -72,8 +73,9 @@ class Layout:
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         places = (place for place in self.places if place is not None)
-        found = (positions.at for positions in self.positions.values())
-        return sum(tensor.nbytes for tensor in (self.indices, *self.values, *places, *found))
+        found = (positions.at for positions in self.positions.values() if positions is not None)
+        held = {id(tensor): tensor for tensor in (self.indices, *self.values, *places, *found)}
+        return sum(tensor.nbytes for tensor in held.values())
 
 
 @dataclass(frozen=True, slots=True)

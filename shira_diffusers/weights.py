@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shira_diffusers.locate import Located
 from shira_diffusers.scatter import cast, overwrite
-from shira_diffusers.sites import Each, Sites, Span, key_of, positions, spans
+from shira_diffusers.sites import Sites, find, key_of, sites_of
 from shira_diffusers.state import Layout
 
 
@@ -53,8 +53,7 @@ class Weights:
         """Where the entries lie in memory is computed again only when the weights have moved."""
         weights = [self.located[name].weight for name in layout.names]
         key = key_of(weights)
-        found = layout.positions.get(key)
-        if found is None and spans(weights):
+        if key not in layout.positions:
             layout.positions.clear()
-            found = layout.positions[key] = positions(weights, layout.sizes, layout.indices)
-        return Span(weights, found) if found is not None else Each(weights, layout.sizes, layout.indices)
+            layout.positions[key] = find(weights, layout.sizes, layout.indices)
+        return sites_of(weights, layout.sizes, layout.indices, layout.positions[key])

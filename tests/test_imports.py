@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "shira_diffusers"
 # From the ground up; a module may import from lower floors only. A folder stands on one floor with all its modules.
 FLOORS = (
-    "_version errors terminal sheet",
+    "_version errors terminal sheet kernels",
     "delta targets scales locks",
     "calibration probes",
     "masks",
     "adapter branch",
     "files fuse interference scatter",
-    "locate sites",
+    "locate launches",
+    "sites",
     "state interop",
     "layout fitting hub gradients weights",
     "switching",

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers import Resident
+from shira_diffusers.launches import Launch
 from shira_diffusers.scatter import gather
-from shira_diffusers.sites import Each, Sites, Span, key_of, positions, spans
+from shira_diffusers.sites import Each, Sites, Span, find, key_of, sites_of, spans
 from tests import tiny
-from tests.test_scatter import DEVICES, DTYPES, LAYOUTS
+from tests.test_scatter import CUDA, DTYPES, LAYOUTS
 
 
 def weights_of(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -32,22 +33,27 @@ def entries_of(weights: list[Tensor], seed: int = 0) -> tuple[list[int], Tensor]
     return [part.numel() for part in chosen], torch.cat(chosen)
 
 
-def sites_of(kind: type[Sites], weights: list[Tensor], sizes: list[int], indices: Tensor) -> Sites:
-    if kind is Span:
-        assert spans(weights)
-        return Span(weights, positions(weights, sizes, indices))
-    return Each(weights, sizes, indices)
+def make(kind: type[Sites], weights: list[Tensor], sizes: list[int], indices: Tensor) -> Sites:
+    found = None if kind is Each else find(weights, sizes, indices)
+    sites = sites_of(weights, sizes, indices, found)
+    assert isinstance(sites, kind)
+    return sites
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [Span, Each])
+@pytest.mark.parametrize(
+    ("kind", "device"),
+    [
+        (Span, "cpu"),
+        (Each, "cpu"),
+        pytest.param(Launch, "cuda", marks=[pytest.mark.cuda, CUDA]),
+        pytest.param(Each, "cuda", marks=[pytest.mark.cuda, CUDA]),
+    ],
+)
 def test_reads_and_writes_the_entries_and_nothing_else(kind: type[Sites], dtype: torch.dtype, device: str) -> None:
-    if kind is Span and device != "cpu":
-        pytest.skip("a span is of CPU memory")
     weights = weights_of(dtype, device)
     sizes, indices = entries_of(weights)
-    sites = sites_of(kind, weights, sizes, indices)
+    sites = make(kind, weights, sizes, indices)
     expected = [gather(w, part) for w, part in zip(weights, indices.split(sizes), strict=True)]
     assert tiny.same_bits(sites.read(), torch.cat(expected))
     values = torch.randn(len(indices), generator=torch.Generator().manual_seed(1)).to(device).to(dtype)

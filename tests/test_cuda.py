@@ -1,0 +1,149 @@
+"""What only an NVIDIA GPU can show: the same bits as on a CPU, moves with adapters active, graphs that stay valid."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from shira_diffusers import Resident, ShiraAdapter
+from shira_diffusers.launches import available
+from shira_diffusers.locate import Locator
+from shira_diffusers.weights import Weights
+from tests import reference, tiny
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MIXES: list[dict[str, float]] = [{"a": 1.0}, {"b": 0.7}, {"a": 0.3, "b": -1.2}, {"a": 0.3, "b": 1.5}, {}, {"b": 2.0}]
+
+
+def adapters_of(model: UNet2DConditionModel) -> dict[str, ShiraAdapter]:
+    return {
+        "a": tiny.adapter_for(model, 1, dtype=torch.float16),
+        "b": tiny.adapter_for(model, 2, only=("attn2", "conv1"), density=0.4),
+    }
+
+
+def resident_on_cuda(dtype: torch.dtype) -> tuple[UNet2DConditionModel, Resident, dict[str, ShiraAdapter]]:
+    model = tiny.unet()
+    adapters = adapters_of(model)
+    model.to("cuda", dtype)
+    resident = Resident(model)
+    for name, adapter in adapters.items():
+        resident.add(adapter, name)
+    return model, resident, adapters
+
+
+def on_cpu(model: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_mix(model: UNet2DConditionModel, base: dict, adapters: dict, mix: dict[str, float]) -> None:
+    expected = reference.apply(base, adapters, mix)
+    now = on_cpu(model)
+    wrong = [name for name in expected if not tiny.same_bits(now[name], expected[name])]
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_switching_gives_the_bits_that_a_cpu_gives(dtype: torch.dtype, channels_last: bool) -> None:
+    model, resident, adapters = resident_on_cuda(dtype)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    base = on_cpu(model)
+    addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    for mix in MIXES:
+        resident.set(mix)
+        resident.verify()
+        assert_mix(model, base, adapters, mix)
+    resident.clear()
+    assert_mix(model, base, adapters, {})
+    assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def test_without_triton_it_goes_weight_by_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shira_diffusers.launches.available", lambda: False)
+    model, resident, adapters = resident_on_cuda(torch.float16)
+    base = on_cpu(model)
+    for mix in MIXES:
+        resident.set(mix)
+        assert_mix(model, base, adapters, mix)
+
+
+def test_triton_is_used_where_it_is_there() -> None:
+    assert available()
+    model, resident, _ = resident_on_cuda(torch.float16)
+    resident.set({"a": 1.0})
+    group = model._shira.overwritten[0]
+    assert [type(found).__name__ for found in group.layout.positions.values()] == ["Table"]
+
+
+@pytest.mark.parametrize("mix", [{"a": 1.0}, {"a": 0.3, "b": -1.2}])
+def test_a_model_moved_and_cast_while_active_gets_its_base_back(mix: dict[str, float]) -> None:
+    model, resident, adapters = resident_on_cuda(torch.float32)
+    base = on_cpu(model)
+    resident.set(mix)
+    model.to("cpu")
+    resident.set({"b": 0.5})
+    assert_mix(model, base, adapters, {"b": 0.5})
+    model.to("cuda")
+    resident.set(mix)
+    assert_mix(model, base, adapters, mix)
+    model.half()
+    resident.clear()
+    assert_mix(model, {name: weight.half() for name, weight in base.items()}, adapters, {})
+
+
+def test_a_foreign_write_on_cuda_is_noticed() -> None:
+    model, resident, _ = resident_on_cuda(torch.float16)
+    resident.set({"a": 1.0})
+    name = model._shira.overwritten[0].layout.names[0]
+    with torch.no_grad():
+        model.get_parameter(name).add_(1)
+    with pytest.raises(Exception, match="written by somebody else"):
+        resident.clear()
+
+
+@torch.no_grad()
+def test_a_recorded_graph_sees_every_switch() -> None:
+    model, resident, _ = resident_on_cuda(torch.float16)
+    model.eval()
+    sample = torch.randn(1, 4, 8, 8, device="cuda", dtype=torch.float16)
+    text = torch.randn(1, 7, model.config.cross_attention_dim, device="cuda", dtype=torch.float16)
+    time = torch.tensor(5, device="cuda")
+
+    def forward() -> torch.Tensor:
+        return model(sample, time, text).sample
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            forward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = forward()
+    seen = []
+    for mix in MIXES:
+        resident.set(mix)
+        graph.replay()
+        torch.testing.assert_close(replayed, forward(), rtol=1e-2, atol=1e-2)
+        seen.append(replayed.clone())
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_all_entries_are_written_by_one_launch() -> None:
+    model, resident, _ = resident_on_cuda(torch.float16)
+    resident.set({"a": 1.0})
+    group, locator = model._shira.overwritten[0], Locator(model)
+    weights = Weights({name: locator.locate(name) for name in group.layout.names})
+    weights.write(group.layout, group.written)  # found and compiled
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        weights.write(group.layout, group.written)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert kernels == ["move"]
