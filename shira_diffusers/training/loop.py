@@ -101,9 +101,9 @@ def choose_masks(
     objective: Objective,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Build the masks that the settings ask for; grad and snip ones from the first batches' gradients."""
+    """The masks that the settings ask for, on the CPU; grad and snip ones from the first batches' gradients."""
     calibrated = config.mask_type in ("grad", "snip")
-    return build_masks(
+    masks = build_masks(
         models,
         config.mask_type,
         config.density,
@@ -112,6 +112,7 @@ def choose_masks(
         calibration=_calibration(config, examples, objective, seed) if calibrated else None,
         avoid=[load_adapter(path) for path in config.avoid_adapters],
     )
+    return {name: mask.cpu() for name, mask in masks.items()}
 
 
 def _calibration(config: TrainingConfig, examples: Examples, objective: Objective, seed: int) -> Iterator[Tensor]:
