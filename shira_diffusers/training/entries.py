@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.scatter import flat_view, physical
-from shira_diffusers.sites import Each, Key, Span, key_of, positions, spans
+from shira_diffusers.sites import Each, Key, Sites, find, key_of, sites_of
 
 
 class _Group(NamedTuple):
@@ -16,7 +16,7 @@ class _Group(NamedTuple):
 
     dtype: torch.dtype
     places: Tensor | None
-    sites: Each | Span
+    sites: Sites
 
 
 class Entries:
@@ -74,9 +74,10 @@ class Entries:
         return _Group(dtype, places, _sites(weights, sizes, self._indices[places]))
 
 
-def _sites(weights: Sequence[nn.Parameter], sizes: list[int], indices: Tensor) -> Each | Span:
-    if spans(weights):
-        return Span(weights, positions(weights, sizes, indices))
+def _sites(weights: Sequence[nn.Parameter], sizes: list[int], indices: Tensor) -> Sites:
+    found = find(weights, sizes, indices)
+    if found is not None:
+        return sites_of(weights, sizes, indices, found)
     if all(weight.is_contiguous() for weight in weights):
         return Each(weights, sizes, indices)
     # strides are looked at once: weights are addressed in storage order from here on
