@@ -52,9 +52,14 @@ class Arrivals:
 
     def take(self, number: int, dense: Tensor, indices: Tensor) -> None:
         """Take a weight's dense gradient at flat row-major ``indices``, ``[n]``; ``n`` is the slot's size."""
-        dense = dense.detach()
-        at = indices if dense.is_contiguous() else physical(indices, dense)
-        torch.index_select(flat_view(dense), 0, at, out=self.slot(number, dense.dtype))
+        # once a weight and step, on the thread that launches kernels: as few calls as can be
+        if dense.requires_grad:
+            dense = dense.detach()
+        if dense.is_contiguous():
+            torch.index_select(dense.view(-1), 0, indices, out=self.slot(number, dense.dtype))
+        else:
+            places = physical(indices, dense)
+            torch.index_select(flat_view(dense), 0, places, out=self.slot(number, dense.dtype))
 
     def flush(self) -> None:
         """Hand over what has arrived. Twice is once."""

@@ -83,7 +83,7 @@ class _Tapped(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     """``(..., n) -> (tokens, n)``."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def tappable(modules: Iterable[nn.Module]) -> dict[int, nn.Linear]:

@@ -189,15 +189,19 @@ class SparseTuner:
         arrivals = self._make_arrivals(columns)
         inputs = Inputs()
         hooks: list[Any] = []
+        tapped = False
         for number, ((layer, (parameter, indices, _, _)), own) in enumerate(zip(adapted, columns, strict=True)):
             if layer and (own or recompute):
+                tapped = True
                 tap = Tap(arrivals, inputs, number, indices, own)
                 hooks.append(layer.register_forward_hook(tap.hook, with_kwargs=True))
             else:
                 parameter.requires_grad_(True)
                 collect = partial(_collect, arrivals, number, indices)
                 hooks.append(parameter.register_post_accumulate_grad_hook(collect))
-        return [*hooks, *(hook for part in parts for hook in inputs.watch(part))]
+        if tapped:
+            hooks += [hook for part in parts for hook in inputs.watch(part)]
+        return hooks
 
     def _make_arrivals(self, columns: Iterable[Columns | None]) -> Arrivals:
         """Slots for all weights: of the masked entries, or of columns' and diagonals' products, which hold them."""
