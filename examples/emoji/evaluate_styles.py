@@ -84,7 +84,8 @@ def main() -> None:
     contact_sheet(pictures, labels, 8, args.sheet or args.assets / "styles.png", colors=255)
     figures = {style: style_figures(pipe, judge, renderer, style, args.count, args.scale) for style in args.styles}
     if not args.dry:
-        write_metrics(args.assets / "metrics.json", {"styles": figures})
+        file = args.assets / "metrics.json"
+        write_metrics(file, {"styles": json.loads(file.read_text()).get("styles", {}) | figures})
     print(json.dumps(figures, indent=2))
 
 

@@ -27,7 +27,7 @@ STYLE_CONCEPTS: dict[str, tuple[str, ...]] = {
 }
 """What an adapter of that style is trained on; it is judged on all the others."""
 
-_BACKGROUNDS_EACH = 4
+_BACKGROUNDS_EACH = 8
 
 
 def unseen_concepts(style: str) -> list[str]:
