@@ -88,6 +88,9 @@ class TrainingConfig:
     max_train_steps: int | None = _flag(None, "optimizer steps in all; overrides --num_train_epochs")
     gradient_accumulation_steps: int = _flag(1, "batches an optimizer step")
     gradient_checkpointing: bool = _flag(False, "save memory by computing activations twice")
+    recompute_inputs: bool = _flag(
+        False, "keep no inputs of adapted layers for backward where they can be computed again: less memory, more time"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(None, "default: what accelerate is configured to")
     allow_tf32: bool = _flag(False, "use TF32 matrix products on Ampere GPUs and later")
     dataloader_num_workers: int = _flag(0, "processes that load pictures; 0 loads in the main one")

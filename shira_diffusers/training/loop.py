@@ -65,7 +65,7 @@ def train(config: TrainingConfig) -> Path:
     else:
         masks = from_main(accelerator, lambda: choose_masks(pipe, models, config, examples, objective, seed))
 
-    with SparseTuner(models, masks, dora=config.use_dora) as tuner:
+    with SparseTuner(models, masks, recompute=config.recompute_inputs, dora=config.use_dora) as tuner:
         run = Run(accelerator, config, tuner, examples, seed)
         if checkpoint:
             run.load_state_dict(checkpoint)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from shira_diffusers.training.loop import train
 from shira_diffusers.training.objective import encode
 from shira_diffusers.training.pictures import find_pictures
 from shira_diffusers.training.sampling import class_pictures, sample
+from shira_diffusers.training.tuner import SparseTuner
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -326,6 +328,20 @@ def test_cached_latents_are_those_of_the_pictures_mirrored_or_not(settings: dict
         torch.testing.assert_close(encode(pipe, pixels.unsqueeze(0)).squeeze(0), moments)
         variants.add(moments.sum((0, 1)).numpy().tobytes())
     assert len(variants) == 2
+
+
+def test_recomputed_inputs_give_the_same_adapter(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = run(settings, mask_type="rand")
+    asked: list[bool] = []
+
+    class Watched(SparseTuner):
+        def __init__(self, *args: Any, recompute: bool, **others: Any) -> None:
+            asked.append(recompute)
+            super().__init__(*args, recompute=recompute, **others)
+
+    monkeypatch.setattr("shira_diffusers.training.loop.SparseTuner", Watched)
+    assert_same_adapter(kept, run(settings, mask_type="rand", recompute_inputs=True))
+    assert asked == [True]
 
 
 def test_a_run_with_dropped_captions_learns_something_else(settings: dict[str, object]) -> None:
