@@ -131,12 +131,14 @@ def adapted_models(pipe: Pipe, config: TrainingConfig) -> dict[str, nn.Module]:
 def adapted_targets(pipe: Pipe, models: Mapping[str, nn.Module], config: TrainingConfig) -> Targets:
     """Which weights of the models are trained, as ``build_masks`` takes them: the settings' ones that can learn."""
     unread = [name for name in family_of(pipe).last_layer_unread if name in models]
-    if not unread:
+    if not unread and not config.include_conv:
         return config.targets
+    names = list(select(models, config.targets))
+    if config.include_conv:
+        names += [name for name, weight in select(models, "all").items() if weight.ndim == 4 and name not in names]
     last = {name: getattr(pipe, name).config.num_hidden_layers - 1 for name in unread}
-    dead = re.compile("|".join(rf"{name}\..*layers\.{number}\..*" for name, number in last.items()))
-    names = [name for name in select(models, config.targets) if not dead.fullmatch(name)]
-    return re.compile("|".join(map(re.escape, names)))
+    dead = re.compile("|".join(rf"{name}\..*layers\.{number}\..*" for name, number in last.items()) or "(?!)")
+    return re.compile("|".join(re.escape(name) for name in names if not dead.fullmatch(name)))
 
 
 def training_schedule(pipe: Pipe) -> Schedule:

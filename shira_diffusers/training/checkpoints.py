@@ -123,8 +123,8 @@ def load_checkpoint(output: Path, wanted: str) -> dict[str, Any] | None:
 
 def choices(config: TrainingConfig) -> dict[str, Any]:
     """The settings that a checkpoint holds to: the masks follow from them, and what is trained how."""
-    masks = ("mask_type", "density", "mask_seed", "target_modules", "train_text_encoder", "avoid_adapters")
-    names = (*masks, "use_dora")
+    masks = ("mask_type", "density", "mask_seed", "target_modules", "include_conv", "train_text_encoder")
+    names = (*masks, "avoid_adapters", "use_dora")
     return {**{name: getattr(config, name) for name in names}, "optimizer": config.optimizer.lower()}
 
 

@@ -76,6 +76,7 @@ class TrainingConfig:
     target_modules: tuple[str, ...] = _flag(
         (DEFAULT_TARGETS,), "a preset (attention, attention+ff, all-linear, all), or layer names and patterns"
     )
+    include_conv: bool = _flag(False, "adapt all convolutions (Conv2d) beside --target_modules")
     calibration_steps: int = _flag(8, "batches whose gradients choose the entries of grad and snip masks")
     avoid_adapters: tuple[str, ...] = _flag((), "adapter files whose entries must not be used again")
     use_dora: bool = _flag(

@@ -112,7 +112,7 @@ class Run:
             "mask": config.mask_type,
             "density": f"{config.density:g}",
             "mask_seed": str(config.mask_seed),
-            "targets": " ".join(config.target_modules),
+            "targets": " ".join(config.target_modules) + (" and convolutions" if config.include_conv else ""),
             **({"dora": "true"} if config.use_dora else {}),
             "instance_prompt": config.instance_prompt,
             "steps": str(self._done),

@@ -330,6 +330,18 @@ def test_cached_latents_are_those_of_the_pictures_mirrored_or_not(settings: dict
     assert len(variants) == 2
 
 
+def test_convolutions_can_be_adapted_beside_the_targets(settings: dict[str, object]) -> None:
+    alone = run(settings, target_modules=("to_q",))
+    both = run(settings, target_modules=("to_q",), include_conv=True)
+    added = {name: delta for name, delta in both.deltas.items() if name not in alone.deltas}
+    assert alone.deltas.keys() < both.deltas.keys()
+    assert added and all(len(delta.shape) == 4 for delta in added.values())
+    pipe = StableDiffusionPipeline.from_pretrained(str(settings["pretrained_model_name_or_path"]))
+    convolutions = [name for name, module in pipe.unet.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    assert added.keys() == {f"unet.{name}.weight" for name in convolutions}
+    assert both.metadata["targets"] == "to_q and convolutions"
+
+
 def test_recomputed_inputs_give_the_same_adapter(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     kept = run(settings, mask_type="rand")
     asked: list[bool] = []
