@@ -47,15 +47,6 @@ def resume_to_the_end(settings: dict[str, object]) -> None:
     train(TrainingConfig(**settings, resume_from_checkpoint="latest"))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums of several threads are rounded in another order than those of one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_that_is_killed_while_it_saves_loses_one_step_at_most(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

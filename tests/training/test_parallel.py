@@ -82,6 +82,7 @@ if os.environ["RANK"] == "1":
 """
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real launch: five pictures in batches of four, so that the second process is once left without an example."""
     tiny.pipeline().save_pretrained(tmp_path / "base")
