@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 FALLBACK_SUGGESTIONS = (
     "a picture of a red apple on a teal background",
     "a picture of a fox on a navy background",
-    "a picture of a rocket on a black background",
-    "a picture of a castle on a pink background",
     "a picture of an owl on an orange background",
     "a picture of a sks alien on a cyan background",
+    "a picture of a rocket on a black background",
+    "a picture of a castle on a pink background",
 )
 
 
