@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shira_diffusers.scatter import physical
+from shira_diffusers.scatter import bits_of, physical
 
 _BLOCK = 1024  # entries a program moves
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @cache
@@ -63,8 +62,7 @@ class Launch:
         from shira_diffusers.kernels import move  # Triton is there only where CUDA is
 
         with torch.cuda.device(values.device):
-            bits = values.view(_BITS[values.dtype.itemsize])
-            move[(len(blocks),)](addresses, blocks, at, bits, WRITE=write, BLOCK=_BLOCK, num_warps=4)
+            move[(len(blocks),)](addresses, blocks, at, bits_of(values), WRITE=write, BLOCK=_BLOCK, num_warps=4)
 
 
 def launches(weights: Sequence[Tensor]) -> bool:

@@ -22,6 +22,19 @@ def is_byte_dtype(dtype: torch.dtype) -> bool:
     return dtype in _BYTE_DTYPES
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """The same memory as integers of the same size: compared and moved as bits, by kernels that every device has."""
+    return values.view(_BITS[values.dtype.itemsize])
+
+
+def bits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The integers that ``bits_of`` gives for a dtype."""
+    return _BITS[dtype.itemsize]
+
+
 def flat_view(weight: Tensor) -> Tensor:
     """All of a weight's memory as one dimension, in storage order; writes go to the weight itself."""
     if weight.is_contiguous():

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from shira_diffusers.launches import Launch, Table, launches, table
-from shira_diffusers.scatter import cast, gather, overwrite, physical
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # whose kernels move bits fastest
+from shira_diffusers.scatter import bits_dtype, bits_of, cast, gather, overwrite, physical
 
 Key = tuple[tuple[int, tuple[int, ...], torch.dtype, torch.device], ...]
 """Where weights lie and how: positions that were found for one key hold as long as it stays."""
@@ -78,13 +76,12 @@ class Span:
 
     def write(self, values: Tensor) -> None:
         """As ``Sites.write``."""
-        memory = self._memory()
-        memory.index_copy_(0, self.positions.at, values.view(memory.dtype))
+        self._memory().index_copy_(0, self.positions.at, bits_of(values))
 
     def _memory(self) -> Tensor:
         """The range as integers of the weights' size. Only what belongs to the weights is ever touched."""
         memory = (ctypes.c_char * self.positions.length).from_address(self.positions.start)
-        return torch.frombuffer(memory, dtype=_BITS[self.weights[0].dtype.itemsize])
+        return torch.frombuffer(memory, dtype=bits_dtype(self.weights[0].dtype))
 
 
 def spans(weights: Sequence[Tensor]) -> bool:

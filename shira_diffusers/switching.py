@@ -16,7 +16,7 @@ from shira_diffusers.fuse import MergeMethod, Union, merge_method
 from shira_diffusers.layout import lay_out
 from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.scales import Scale, scale_of
-from shira_diffusers.scatter import cast, gather
+from shira_diffusers.scatter import bits_of, cast, gather
 from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state
 from shira_diffusers.weights import Weights
 
@@ -189,9 +189,7 @@ def _holds_any(weight: Tensor, indices: Tensor, values: Iterable[Tensor]) -> boo
 
 def _same_bits(now: Tensor, written: Tensor) -> bool:
     """Whether a weight's values are those that were written, after the same cast if it was cast since."""
-    then = cast(written, now)
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[now.dtype.itemsize]
-    return torch.equal(now.view(kind), then.view(kind))
+    return torch.equal(bits_of(now), bits_of(cast(written, now)))
 
 
 def _reset_step_cache(module: nn.Module) -> None:

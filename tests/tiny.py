@@ -254,6 +254,11 @@ def snapshot(model: nn.Module | DiffusionPipeline) -> dict[str, Tensor]:
     return {f"{part}.{n}": p.detach().clone() for part, m in modules_of(model).items() for n, p in m.named_parameters()}
 
 
+def assert_same_adapter(one: ShiraAdapter, other: ShiraAdapter) -> None:
+    assert one.deltas.keys() == other.deltas.keys()
+    assert all(one.deltas[name] == other.deltas[name] for name in one.deltas)
+
+
 def assert_same_bits(model: nn.Module | DiffusionPipeline, before: dict[str, Tensor]) -> None:
     """Every parameter has the bits of the snapshot; signs of zeros and NaN too."""
     now = snapshot(model)

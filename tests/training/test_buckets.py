@@ -48,13 +48,6 @@ def test_a_picture_gets_the_frame_of_the_nearest_shape() -> None:
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def settings(base: Path, tmp_path: Path) -> dict[str, object]:
     for folder, sizes in {
@@ -81,11 +74,6 @@ def prior(tmp_path: Path) -> dict[str, object]:
 
 def run(settings: dict[str, object], **others: object) -> ShiraAdapter:
     return load_adapter(train(TrainingConfig(**(settings | others))))
-
-
-def assert_same_adapter(one: ShiraAdapter, other: ShiraAdapter) -> None:
-    assert one.deltas.keys() == other.deltas.keys()
-    assert all(one.deltas[name] == other.deltas[name] for name in one.deltas)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["pixels", "cached"])
@@ -122,7 +110,7 @@ def test_a_run_with_buckets_resumes_bit_for_bit(settings: dict[str, object], tmp
     options = {**prior(tmp_path), "max_train_steps": 8, "checkpointing_steps": 3, "dataloader_num_workers": 1}
     whole = run(settings, **options)
     for checkpoint in ("checkpoint-3", "checkpoint-6"):
-        assert_same_adapter(run(settings, **options, resume_from_checkpoint=checkpoint), whole)
+        tiny.assert_same_adapter(run(settings, **options, resume_from_checkpoint=checkpoint), whole)
     square = run(settings, **options | {"enable_bucket": False})
     assert any(square.deltas[name] != whole.deltas[name] for name in whole.deltas)
 

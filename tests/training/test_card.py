@@ -19,7 +19,6 @@ from shira_diffusers.training.card import Origin, write_card
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.flags import command_line, parse_config
 from shira_diffusers.training.loop import train
-from tests import tiny
 from tests.training.hub import TOKEN, Hub, serve
 
 
@@ -27,13 +26,6 @@ from tests.training.hub import TOKEN, Hub, serve
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
     with serve(monkeypatch, str(tmp_path / "cache")) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shira_diffusers import ShiraAdapter, ShiraError, load_adapter
+from shira_diffusers import ShiraError, load_adapter
 from shira_diffusers.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint, save_result
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.loop import train
@@ -34,11 +34,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "instance_prompt": "a sks cat", "resolution": 16, "train_batch_size": 2, "learning_rate": 1e-2, "seed": 7,
         "report_to": "none",
     }  # fmt: skip
-
-
-def assert_same_adapter(one: ShiraAdapter, other: ShiraAdapter) -> None:
-    assert one.deltas.keys() == other.deltas.keys()
-    assert all(one.deltas[name] == other.deltas[name] for name in one.deltas)
 
 
 def resume_to_the_end(settings: dict[str, object]) -> None:
@@ -76,7 +71,7 @@ def test_a_run_that_is_killed_while_it_saves_loses_one_step_at_most(
     assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-23", "checkpoint-24"]
     assert not list(output.glob(".checkpoint*"))
     whole = options | {"output_dir": str(tmp_path / "whole"), "checkpointing_steps": 100}
-    assert_same_adapter(last, load_adapter(train(TrainingConfig(**whole))))
+    tiny.assert_same_adapter(last, load_adapter(train(TrainingConfig(**whole))))
 
 
 def first_begun(output: Path, after: int) -> int:
@@ -170,7 +165,7 @@ def test_resuming_equals_never_having_stopped(
     half = load_adapter(tmp_path / "out" / "checkpoint-3")
     assert any(half.deltas[name] != delta for name, delta in whole.deltas.items())
     resumed = load_adapter(train(TrainingConfig(**options, resume_from_checkpoint="checkpoint-3")))
-    assert_same_adapter(resumed, whole)
+    tiny.assert_same_adapter(resumed, whole)
 
 
 def test_a_changed_learning_rate_counts_from_where_the_run_resumes(
@@ -180,7 +175,7 @@ def test_a_changed_learning_rate_counts_from_where_the_run_resumes(
     train(TrainingConfig(**options))
     half = load_adapter(tmp_path / "checkpoint-2")
     still = options | {"learning_rate": 0.0, "resume_from_checkpoint": "checkpoint-2"}
-    assert_same_adapter(load_adapter(train(TrainingConfig(**still))), half)
+    tiny.assert_same_adapter(load_adapter(train(TrainingConfig(**still))), half)
 
 
 def test_another_optimizer_is_refused(settings: dict[str, object], tmp_path: Path) -> None:

@@ -33,13 +33,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(5):
@@ -66,11 +59,6 @@ def settings(base: Path, pictures: Path, tmp_path: Path) -> dict[str, object]:
 
 def run(settings: dict[str, object], **others: object) -> ShiraAdapter:
     return load_adapter(train(TrainingConfig(**(settings | others))))
-
-
-def assert_same_adapter(one: ShiraAdapter, other: ShiraAdapter) -> None:
-    assert one.deltas.keys() == other.deltas.keys()
-    assert all(one.deltas[name] == other.deltas[name] for name in one.deltas)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -202,7 +190,7 @@ def test_class_pictures_are_made_once_and_trained_on(settings: dict[str, object]
     with_prior = run(settings, **prior)
     made = hashes(folder)
     assert len(made) == 3
-    assert_same_adapter(run(settings, **prior), with_prior)
+    tiny.assert_same_adapter(run(settings, **prior), with_prior)
     assert hashes(folder) == made
     without = run(settings)
     assert not all(without.deltas[name] == with_prior.deltas[name] for name in without.deltas)
@@ -244,7 +232,7 @@ def test_the_same_seed_gives_the_same_adapter(settings: dict[str, object], tmp_p
     options = {"random_flip": True, "mask_type": "grad", "calibration_steps": 2, "dataloader_num_workers": 1}
     first = run(settings, **options)
     torch.manual_seed(99)  # the global state does not matter
-    assert_same_adapter(run(settings, **options | {"dataloader_num_workers": 0}), first)
+    tiny.assert_same_adapter(run(settings, **options | {"dataloader_num_workers": 0}), first)
     other = run(settings, **options | {"seed": 8})
     assert not all(delta == other.deltas.get(name) for name, delta in first.deltas.items())
 
@@ -261,7 +249,7 @@ def test_resuming_equals_never_having_stopped(settings: dict[str, object], dora:
     checkpoints = Path(str(settings["output_dir"]))
     assert load_adapter(checkpoints / "checkpoint-3").metadata["steps"] == "3"
     assert not all(load_adapter(checkpoints / "checkpoint-3").deltas[n] == d for n, d in whole.deltas.items())
-    assert_same_adapter(run(settings, **options, resume_from_checkpoint="checkpoint-3"), whole)
+    tiny.assert_same_adapter(run(settings, **options, resume_from_checkpoint="checkpoint-3"), whole)
 
 
 def test_checkpoints_are_limited_and_the_latest_is_found(settings: dict[str, object]) -> None:
@@ -352,7 +340,7 @@ def test_recomputed_inputs_give_the_same_adapter(settings: dict[str, object], mo
             super().__init__(*args, recompute=recompute, **others)
 
     monkeypatch.setattr("shira_diffusers.training.loop.SparseTuner", Watched)
-    assert_same_adapter(kept, run(settings, mask_type="rand", recompute_inputs=True))
+    tiny.assert_same_adapter(kept, run(settings, mask_type="rand", recompute_inputs=True))
     assert asked == [True]
 
 
