@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.loading import DTYPES
-from app.session import Session
+from app.studio import Studio, default_data
 from app.ui import build, launch
 from shira_diffusers import ShiraError
 
@@ -20,6 +20,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     parser.add_argument("--base", default=str(ASSETS / "emoji-diffusion"), help="pipeline folder or Hub id")
     parser.add_argument("--adapters", type=Path, default=ASSETS / "adapters", help="folder of .safetensors files")
+    parser.add_argument(
+        "--data", type=Path, default=default_data(), help="folder for all that the app writes (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: %(default)s)"
@@ -31,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until interrupted; what goes wrong at the start is one line."""
     options = parse(arguments)
     try:
-        session = Session.open(options.base, options.adapters, device=options.device, dtype=options.dtype)
-        launch(build(session), options.host, options.port)
+        studio = Studio.open(options.base, options.adapters, options.data, device=options.device, dtype=options.dtype)
+        launch(build(studio), options.host, options.port)
     except (ShiraError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -7,15 +7,16 @@ import gradio as gr
 from gradio.events import api
 
 from app.messages import readable
-from app.session import Session
 from app.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, SettingsError
+from app.studio import Studio
 
 DRAWING: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 4}
 """Of all events that draw: that many may be under way; the session lets them take turns, a picture each."""
 
 
-def add_api(session: Session) -> None:
+def add_api(studio: Studio) -> None:
     """Add the endpoints to the Blocks that is being built."""
+    session = studio.session
     paper = gr.Image(format="png", type="pil", visible=False)
 
     def adapters() -> dict[str, Any]:

@@ -45,7 +45,7 @@ def theme() -> gr.themes.Base:
 def header(model: str, styles: int) -> str:
     """The page's title line."""
     count = f"{styles} style{'' if styles == 1 else 's'}"
-    return f"<h1>SHiRA mixer</h1><p>{html.escape(model)} · {count}, mixed in place</p>"
+    return f"<h1>SHiRA style studio</h1><p>{html.escape(model)} · {count}, mixed in place</p>"
 
 
 def hint(card: Card) -> str:

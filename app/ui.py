@@ -1,4 +1,4 @@
-"""The page, put together: header, mixer, endpoints."""
+"""The page, put together: header, tabs, endpoints."""
 
 from typing import Any
 
@@ -6,22 +6,27 @@ import gradio as gr
 
 from app import look
 from app.api import add_api
-from app.mixer import Mixer
-from app.session import Session
+from app.studio import Studio
+from app.tabs.mix import MixTab
 
 CACHE_SECONDS = 24 * 60 * 60  # pictures that nobody fetched for a day leave the disk
 
 
-def build(session: Session) -> gr.Blocks:
-    """The app over a session, to be served with ``launch``."""
+def build(studio: Studio) -> gr.Blocks:
+    """The app over a studio, to be served with ``launch``."""
     with gr.Blocks(
-        title="SHiRA mixer",
+        title="SHiRA style studio",
         analytics_enabled=False,
         delete_cache=(CACHE_SECONDS, CACHE_SECONDS),
     ) as blocks:
+        session = studio.session
         gr.HTML(look.header(session.model, len(session.cards)), elem_id="header", padding=False)
-        Mixer(session).lay_out()
-        add_api(session)
+        with gr.Tabs(elem_id="tabs"):
+            mix = MixTab(studio)
+            for name, tab in {"Mix": mix}.items():  # in the order Mix, Compare, Interference, Train, Library, History
+                with gr.Tab(name, id=name.lower()):
+                    tab.lay_out()
+        add_api(studio)
     return blocks
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from app.session import Session
+from app.studio import Studio
 from app.ui import build, launch
 from shira_diffusers import save_adapter
 from tests import tiny
@@ -49,14 +50,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture(scope="module")
-def session(folders: Folders) -> Session:
-    return Session.open(str(folders.base), folders.adapters)
+def studio(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    return Studio.open(str(folders.base), folders.adapters, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def url(session: Session) -> Iterator[str]:
+def session(studio: Studio) -> Session:
+    return studio.session
+
+
+@pytest.fixture(scope="module")
+def url(studio: Studio) -> Iterator[str]:
     """The address of the served app."""
-    blocks = build(session)
+    blocks = build(studio)
     yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True)
     blocks.close(verbose=False)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from app.picture import METADATA_KEY
 from app.session import Session
+from app.studio import Studio
 from app.ui import build
 from tests.app.conftest import SUGGESTION
 
@@ -143,16 +144,16 @@ def test_after_bad_input_the_app_goes_on(client: Client, session: Session) -> No
     assert generate(client)[0].size == (16, 16)
 
 
-def test_nothing_is_told_to_others(session: Session) -> None:
-    assert not build(session).analytics_enabled
+def test_nothing_is_told_to_others(studio: Studio) -> None:
+    assert not build(studio).analytics_enabled
 
 
-def test_a_fault_inside_is_told_in_one_sentence(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_inside_is_told_in_one_sentence(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory\n  at a line\n  at another")
 
-    monkeypatch.setattr(session, "generate", out_of_memory)
-    endpoints = {fn.api_name: fn.fn for fn in build(session).fns.values()}
+    monkeypatch.setattr(studio.session, "generate", out_of_memory)
+    endpoints = {fn.api_name: fn.fn for fn in build(studio).fns.values()}
     with pytest.raises(gr.Error) as caught:
         endpoints["generate"](SUGGESTION)
     assert caught.value.message == "The picture could not be drawn: out of memory; the log of the app tells more"

@@ -21,7 +21,8 @@ def test_the_defaults_are_the_bundled_model_on_this_machine_only() -> None:
 
 @pytest.mark.parametrize("option", ["--base", "--adapters"])
 def test_a_missing_folder_is_one_line(folders: Folders, tmp_path: Path, option: str) -> None:
-    named = {"--base": str(folders.base), "--adapters": str(folders.adapters), option: str(tmp_path / "missing")}
+    named = {"--base": str(folders.base), "--adapters": str(folders.adapters), "--data": str(tmp_path)}
+    named[option] = str(tmp_path / "missing")
     with pytest.raises(SystemExit) as caught:
         main([word for pair in named.items() for word in pair])
     assert str(caught.value).startswith("error: no ")

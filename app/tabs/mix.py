@@ -1,4 +1,4 @@
-"""The mixer: a prompt, a row for each style, the picture, a strip to compare and the visit's gallery."""
+"""Mix: a prompt, a row for each style, the picture, a strip to compare and the visit's gallery."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from app import look
 from app.api import DRAWING
 from app.messages import readable
 from app.picture import Picture
-from app.session import OnStep, Session
+from app.session import OnStep
 from app.settings import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
@@ -21,6 +21,7 @@ from app.settings import (
     MIN_STRENGTH,
 )
 from app.shelf import Card
+from app.studio import Studio
 
 SUGGESTIONS_SHOWN = 4
 GALLERY_HOLDS = 60
@@ -35,15 +36,15 @@ class Stopped(Exception):
     """The visitor pressed Stop."""
 
 
-class Mixer:
-    """The components of the page and what they do."""
+class MixTab:
+    """The components of the tab and what they do."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, studio: Studio) -> None:
+        self._session = studio.session
         self._stops: dict[str, threading.Event] = {}  # by visit, while it draws
 
     def lay_out(self) -> None:
-        """Add the page to the Blocks that is being built."""
+        """Add the tab to the Blocks that is being built."""
         with gr.Row(elem_id="mixer"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_out_prompt()
