@@ -24,7 +24,7 @@ def add_api(studio: Studio) -> None:
         return {
             "model": session.model,
             "adapters": {card.name: card.as_dict() for card in session.cards},
-            "refused": dict(session.shelf.refused),
+            "refused": dict(session.library.refused),
         }
 
     def generate(

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.shelf import Card
+from app.cards import Card
 
 CSS = Path(__file__).with_name("style.css")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")

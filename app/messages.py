@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import gradio as gr
 
-from app.shelf import one_sentence
+from app.cards import one_sentence
 from shira_diffusers import ShiraError
 
 logger = logging.getLogger(__name__)

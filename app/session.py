@@ -1,4 +1,4 @@
-"""A resident pipeline with a shelf of adapters, drawing one picture at a time. No Gradio in here."""
+"""A resident pipeline with a library of adapters, drawing one picture at a time. No Gradio in here."""
 
 import reprlib
 import threading
@@ -10,10 +10,13 @@ from typing import Any, Self
 import torch
 from PIL.Image import Image
 
+from app.cards import Card
+from app.library import Library
 from app.loading import Dtype, load_pipeline
 from app.picture import Picture
 from app.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, Settings, SettingsError
-from app.shelf import Card, Shelf, load_shelf, read_suggestions
+from app.suggestions import read_suggestions
+from app.uploads import DEFAULT_MAX_MB
 from shira_diffusers import ShiraError
 from shira_diffusers.pipeline import resident_of
 
@@ -23,7 +26,7 @@ the generation."""
 
 
 class Session:
-    """Draws pictures with any mix of the adapters of a shelf; safe to use from several threads.
+    """Draws pictures with any mix of the adapters of a library; safe to use from several threads.
 
     Between pictures no adapter is active. Pictures take turns: each is byte for byte what the same settings give
     alone, whatever others draw meanwhile.
@@ -31,25 +34,36 @@ class Session:
     Args:
         pipe: a text-to-image pipeline, on its device.
         model: its name, for reports.
-        shelf: the adapters loaded into it.
+        library: the adapters loaded into it.
         suggestions: prompts that it draws well.
     """
 
-    def __init__(self, pipe: Any, model: str, shelf: Shelf, suggestions: tuple[str, ...]) -> None:
+    def __init__(self, pipe: Any, model: str, library: Library, suggestions: tuple[str, ...]) -> None:
         self.model = model
-        self.shelf = shelf
+        self.library = library
         self.suggestions = suggestions
         self._pipe = pipe
         self._turn = threading.Lock()  # shira() would wait too, but then waiting would count as switching
         self._pipe.set_progress_bar_config(disable=True)
 
     @classmethod
-    def open(cls, base: str, adapters: Path, *, device: str = "cpu", dtype: Dtype = "float32") -> Self:
+    def open(
+        cls,
+        base: str,
+        adapters: Path,
+        data: Path | None = None,
+        *,
+        device: str = "cpu",
+        dtype: Dtype = "float32",
+        max_upload_mb: float = DEFAULT_MAX_MB,
+    ) -> Self:
         """Load a pipeline and all adapters of a folder.
 
         Args:
             base: a folder, or a Hub id.
-            adapters: files that do not fit are listed in ``shelf.refused``.
+            adapters: files that do not fit are listed in ``library.refused``.
+            data: the app's folder, for adapters that are added; without it none can be.
+            max_upload_mb: of a file that is added.
             device: as torch names it.
             dtype: of the weights.
 
@@ -59,12 +73,13 @@ class Session:
         if not adapters.is_dir():
             raise ShiraError(f"no folder of adapters at {adapters}; name one with --adapters")
         pipe = load_pipeline(base, device, dtype)
-        return cls(pipe, Path(base).name, load_shelf(pipe, adapters), read_suggestions(Path(base), adapters))
+        library = Library(pipe, adapters, data, max_upload_mb=max_upload_mb)
+        return cls(pipe, Path(base).name, library, read_suggestions(Path(base), adapters))
 
     @property
     def cards(self) -> tuple[Card, ...]:
         """The loaded adapters, by name."""
-        return self.shelf.cards
+        return self.library.cards
 
     @property
     def active(self) -> dict[str, Any]:

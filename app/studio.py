@@ -43,4 +43,4 @@ class Studio:
             OSError: the data folder cannot be made.
         """
         data.mkdir(parents=True, exist_ok=True)
-        return cls(Session.open(base, adapters, device=device, dtype=dtype), data)
+        return cls(Session.open(base, adapters, data, device=device, dtype=dtype), data)

@@ -8,6 +8,7 @@ import gradio as gr
 
 from app import look
 from app.api import DRAWING
+from app.cards import Card
 from app.messages import readable
 from app.picture import Picture
 from app.session import OnStep
@@ -20,7 +21,6 @@ from app.settings import (
     MAX_STRENGTH,
     MIN_STRENGTH,
 )
-from app.shelf import Card
 from app.studio import Studio
 
 SUGGESTIONS_SHOWN = 4
@@ -80,8 +80,8 @@ class MixTab:
                 self.rows[card.name] = self._lay_out_style(card)
             if not self.rows:
                 gr.HTML("<p>No styles yet: the folder of adapters holds none that fit.</p>")
-            if self._session.shelf.refused:
-                gr.HTML(look.refusals(self._session.shelf.refused), elem_id="refused", padding=False)
+            if self._session.library.refused:
+                gr.HTML(look.refusals(self._session.library.refused), elem_id="refused", padding=False)
 
     def _lay_out_style(self, card: Card) -> tuple[gr.Checkbox, gr.Slider]:
         first = not self.rows

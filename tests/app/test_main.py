@@ -6,7 +6,7 @@ import pytest
 
 from app import look
 from app.__main__ import ASSETS, main, parse
-from app.shelf import Card
+from app.cards import Card
 from tests.app.conftest import Folders
 
 

@@ -1,0 +1,296 @@
+"""The adapters that the app offers: those it was started with, and those uploaded or trained in it."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app.cards import Card, Entry, Origin, one_sentence, sha256_of, shown_metadata
+from app.names import free_name, key_of, tidy_name
+from app.settings import SettingsError
+from app.uploads import DEFAULT_MAX_MB, UploadError, received
+from shira_diffusers import ShiraError
+from shira_diffusers.files import adapter_files
+from shira_diffusers.inspection import Inspection, inspect_adapter
+from shira_diffusers.pipeline import resident_of
+
+logger = logging.getLogger(__name__)
+
+MAX_YOURS = 1000  # adapters that visitors may add
+KEEP_DELETED = 30 * 24 * 60 * 60  # seconds that a deleted adapter can be brought back
+_BETWEEN = "~"  # in the trash: time deleted, then the name, in which it never is
+
+
+class Library:
+    """The adapters of a folder that is only read, and of a folder of the app's own; all loaded, none active.
+
+    Safe to use from several threads and beside drawing: what changes the pipeline's adapters waits until the picture in
+    progress is done. On disk each change is one rename, so a crash leaves it done or not done.
+
+    Args:
+        pipe: the resident pipeline.
+        bundled: a folder of adapters, never written to.
+        data: the app's folder; uploads and trained adapters go to ``adapters`` in it, deleted ones to ``trash``. None
+            keeps the library as it is.
+        max_upload_mb: of an uploaded file.
+
+    What is damaged, does not fit or bears a name that is taken is in ``refused`` with the reason; the rest goes on.
+    """
+
+    def __init__(
+        self, pipe: Any, bundled: Path, data: Path | None = None, *, max_upload_mb: float = DEFAULT_MAX_MB
+    ) -> None:
+        self._pipe, self._max_upload = pipe, int(max_upload_mb * 1e6)
+        self._changing = threading.Lock()
+        self._entries: tuple[Entry, ...] = ()
+        self.version = 0
+        self._folder = data / "adapters" if data else None
+        entries = self._load_all("bundled", adapter_files(bundled), ())
+        if self._folder:
+            trash = self._folder.with_name("trash")
+            for folder in (self._folder, trash):
+                folder.mkdir(parents=True, exist_ok=True)
+            _sweep(self._folder, trash)
+            found = [(path.stem, path) for path in sorted(self._folder.glob("*.safetensors")) if path.name[0] != "."]
+            entries += self._load_all("yours", found, entries)
+        self._entries = entries
+
+    # ---------------------------------------------------------------- what is there
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All files, by name in each of the two folders: a snapshot."""
+        return self._entries
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """The loaded adapters: a snapshot."""
+        return tuple(entry.card for entry in self._entries if entry.card)
+
+    @property
+    def refused(self) -> tuple[tuple[str, str], ...]:
+        """Files that were left out, each with the reason."""
+        return tuple((entry.name, entry.reason) for entry in self._entries if not entry.card)
+
+    @property
+    def writable(self) -> bool:
+        """Whether adapters can be added."""
+        return self._folder is not None
+
+    def entry(self, name: object) -> Entry:
+        """The file of a name.
+
+        Raises:
+            SettingsError: there is none.
+        """
+        found = next((entry for entry in self._entries if entry.name == name), None)
+        if found is None:
+            known = ", ".join(repr(entry.name) for entry in self._entries) or "none"
+            raise SettingsError(f"no adapter named {str(name)[:80]!r} in the library; there are {known}")
+        return found
+
+    def inspect(self, name: object) -> Inspection:
+        """What the file of a name holds, as ``shira inspect`` tells it.
+
+        Raises:
+            ShiraError: there is none, or it cannot be read.
+        """
+        entry = self.entry(name)
+        try:
+            return inspect_adapter(entry.path)
+        except (ShiraError, OSError) as error:
+            raise ShiraError(_without_folders(error, entry.path)) from error
+
+    # ---------------------------------------------------------------- changes
+
+    def add(self, file: Path, name: object = None) -> Entry:
+        """Take in a copy of a file, and load it if it fits.
+
+        Args:
+            file: an adapter of this project or of PEFT's SHiRA tuner.
+            name: as the user calls it, a file's name or anything; it is tidied, and numbered if it is taken.
+
+        Returns:
+            Its entry; with the reason in it, if it is intact but does not fit the model.
+
+        Raises:
+            UploadError: not an adapter, too large, or the library is full; nothing has changed.
+        """
+        folder = self._require_writable()
+        wanted = tidy_name(name or file.name)
+        with self._changing, received(file, folder, f"“{wanted}”", self._max_upload) as copy:
+            if sum(entry.origin == "yours" for entry in self._entries) >= MAX_YOURS:
+                raise UploadError(f"the library is full: {MAX_YOURS} adapters at most; delete some first")
+            name = free_name(wanted, self._keys())
+            path = folder / f"{name}.safetensors"
+            copy.chmod(0o644)
+            os.replace(copy, path)
+            entry = self._load("yours", name, path)
+            self._publish((*self._entries, entry))
+            return entry
+
+    def rename(self, old: object, new: object) -> Entry:
+        """Give an adapter of the app's own another name, tidied.
+
+        Raises:
+            SettingsError: there is none, it is one that is only read, or the name is taken; nothing has changed.
+        """
+        with self._changing:
+            entry = self._own(old, "renamed")
+            name = tidy_name(new)
+            if name == entry.name:
+                return entry
+            if key_of(name) in self._keys() - {key_of(entry.name)}:
+                raise SettingsError(f"the name {name!r} is taken; choose another")
+            path = entry.path.with_name(f"{name}.safetensors")
+            os.rename(entry.path, path)
+            renamed = self._reload(entry, name, path)
+            self._publish(renamed if each is entry else each for each in self._entries)
+            return renamed
+
+    def delete(self, *names: object) -> None:
+        """Move adapters of the app's own to the trash, all or none.
+
+        Raises:
+            SettingsError: there is none of a name, or it is one that is only read; nothing has changed.
+        """
+        trash = self._require_writable().with_name("trash")
+        with self._changing:
+            leaving = [self._own(name, "deleted") for name in dict.fromkeys(names)]
+            for entry in leaving:
+                if entry.card:
+                    self._pipe.delete_shira(entry.name)
+                os.replace(entry.path, trash / f"{time.time_ns()}{_BETWEEN}{entry.path.name}")
+                self._publish(each for each in self._entries if each is not entry)
+
+    @property
+    def deleted(self) -> tuple[str, ...]:
+        """Names of the adapters that ``undo`` can bring back, the newest first."""
+        return tuple(path.stem.partition(_BETWEEN)[2] for path in self._in_trash())
+
+    def undo(self, name: str | None = None) -> Entry:
+        """Bring back the adapter that was deleted last, or the last of a name; numbered, if its name is taken by now.
+
+        Raises:
+            SettingsError: there is none.
+        """
+        folder = self._require_writable()
+        with self._changing:
+            found = [path for path in self._in_trash() if name in (None, path.stem.partition(_BETWEEN)[2])]
+            if not found:
+                raise SettingsError("there is nothing to bring back" if name is None else f"{name!r} was not deleted")
+            name = free_name(tidy_name(found[0].stem.partition(_BETWEEN)[2]), self._keys())
+            path = folder / f"{name}.safetensors"
+            os.rename(found[0], path)
+            entry = self._load("yours", name, path)
+            self._publish((*self._entries, entry))
+            return entry
+
+    # ---------------------------------------------------------------- how
+
+    def _load_all(
+        self, origin: Origin, files: Iterable[tuple[str, Path]], beside: tuple[Entry, ...]
+    ) -> tuple[Entry, ...]:
+        entries = beside
+        for stem, path in files:
+            taken = {key_of(entry.name) for entry in entries}
+            name = tidy_name(stem)
+            if key_of(name) in taken:
+                reason = f"the name {name!r} is in use by another file; rename one of the two"
+                free = free_name(name, taken)
+                entries += (_entry(origin, free, path, reason),)
+            else:
+                entries += (self._load(origin, name, path),)
+        return entries[len(beside) :]
+
+    def _load(self, origin: Origin, name: str, path: Path) -> Entry:
+        """Load a file; on failure the entry tells the reason."""
+        resident = resident_of(self._pipe)
+        try:
+            self._pipe.load_shira(path, name, activate=False)
+            adapter = resident.adapter(name)
+        except (ShiraError, OSError, RuntimeError, MemoryError, OverflowError) as error:
+            logger.warning("left out %s: %s", path, error)
+            return _entry(origin, name, path, _without_folders(error, path))
+        entry = _entry(origin, name, path)
+        metadata = shown_metadata(adapter.metadata)
+        other = resident.check(adapter) == "other"
+        trained_on = f" ({metadata['base_model']})" if metadata.get("base_model") else ""
+        card = Card(
+            name=name,
+            density=adapter.density,
+            entries=adapter.nnz,
+            megabytes=entry.megabytes,
+            trigger=metadata.get("instance_prompt", ""),
+            mask=metadata.get("mask", ""),
+            note=f"It fits by shape but was trained on another model{trained_on}: expect poor pictures"
+            if other
+            else "",
+            metadata=metadata,
+            sha256=entry.sha256,
+            origin=origin,
+            components=tuple(sorted(resident.components_of(name))),
+        )
+        return replace(entry, card=card)
+
+    def _reload(self, entry: Entry, name: str, path: Path) -> Entry:
+        if not entry.card:
+            return self._load("yours", name, path)
+        resident = resident_of(self._pipe)
+        with resident.writing():
+            adapter = resident.adapter(entry.name)
+            resident.remove(entry.name)
+            resident.add(adapter, name)
+        return replace(entry, name=name, path=path, card=replace(entry.card, name=name))
+
+    def _own(self, name: object, what: str) -> Entry:
+        entry = self.entry(name)
+        if entry.origin != "yours":
+            raise SettingsError(f"{entry.name!r} came with the app and cannot be {what}; only what was added here can")
+        return entry
+
+    def _require_writable(self) -> Path:
+        if self._folder is None:
+            raise SettingsError("this app keeps no folder of its own, so nothing can be added; start it with --data")
+        return self._folder
+
+    def _in_trash(self) -> list[Path]:
+        if not self._folder:
+            return []
+        deleted = self._folder.with_name("trash").glob(f"*{_BETWEEN}*.safetensors")
+        return sorted(deleted, key=_deleted_at, reverse=True)
+
+    def _keys(self) -> set[str]:
+        return {key_of(entry.name) for entry in self._entries}
+
+    def _publish(self, entries: Iterable[Entry]) -> None:
+        order = {"bundled": 0, "yours": 1}
+        self._entries = tuple(sorted(entries, key=lambda entry: (order[entry.origin], key_of(entry.name))))
+        self.version += 1
+
+
+def _entry(origin: Origin, name: str, path: Path, reason: str = "") -> Entry:
+    try:
+        return Entry(name, path, origin, path.stat().st_size / 1e6, sha256_of(path), reason=reason)
+    except OSError as error:
+        return Entry(name, path, origin, 0.0, "", reason=reason or _without_folders(error, path))
+
+
+def _without_folders(error: Exception, path: Path) -> str:
+    return one_sentence(error).replace(str(path), path.name)  # visitors need no folders
+
+
+def _deleted_at(path: Path) -> int:
+    stamp = path.name.partition(_BETWEEN)[0]
+    return int(stamp) if stamp.isdigit() else 0
+
+
+def _sweep(folder: Path, trash: Path) -> None:
+    """Remove what a crash in the middle of an upload left, and what was deleted long ago."""
+    old = [path for path in trash.glob("*") if _deleted_at(path) < time.time_ns() - KEEP_DELETED * 1e9]
+    for path in [*folder.glob(".upload-*"), *old]:
+        path.unlink(missing_ok=True)

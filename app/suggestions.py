@@ -1,0 +1,24 @@
+"""Prompts that the app suggests."""
+
+from pathlib import Path
+
+FALLBACK_SUGGESTIONS = (
+    "a picture of a red apple on a teal background",
+    "a picture of a fox on a navy background",
+    "a picture of an owl on an orange background",
+    "a picture of a sks alien on a cyan background",
+    "a picture of a rocket on a black background",
+    "a picture of a castle on a pink background",
+)
+
+
+def read_suggestions(*folders: Path) -> tuple[str, ...]:
+    """The prompts in the first ``suggestions.txt`` of the folders, one a line; a few of our own where there is none."""
+    for folder in folders:
+        file = folder / "suggestions.txt"
+        if file.is_file():
+            lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+            prompts = tuple(line for line in lines if line)
+            if prompts:
+                return prompts
+    return FALLBACK_SUGGESTIONS

@@ -1,0 +1,329 @@
+"""The library shows what fits, says why the rest does not, and takes in, renames, deletes and brings back."""
+
+import io
+import json
+import pickle
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save
+
+from app import library as library_module
+from app.cards import one_sentence, sha256_of
+from app.library import Library
+from app.session import Session
+from app.settings import SettingsError
+from app.suggestions import FALLBACK_SUGGESTIONS, read_suggestions
+from app.uploads import UploadError
+from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
+from shira_diffusers.probes import probe_base
+from tests import tiny
+from tests.app.conftest import SUGGESTIONS, Folders
+
+
+@pytest.fixture
+def library(pipe: StableDiffusionPipeline, folders: Folders, tmp_path: Path) -> Library:
+    return Library(pipe, folders.adapters, tmp_path / "data", max_upload_mb=2)
+
+
+@pytest.fixture
+def upload(pipe: StableDiffusionPipeline, tmp_path: Path) -> Path:
+    adapter = tiny.adapter_for(pipe, 5).with_metadata(instance_prompt="sks moss", mask="rand")
+    return save_adapter(adapter, tmp_path / "moss.safetensors")
+
+
+def names(library: Library) -> list[str]:
+    return [card.name for card in library.cards]
+
+
+def files(library: Library) -> list[str]:
+    assert library._folder
+    return sorted(path.name for path in library._folder.iterdir())
+
+
+def test_what_fits_is_loaded_and_described(pipe: StableDiffusionPipeline, folders: Folders) -> None:
+    before = tiny.snapshot(pipe)
+    library = Library(pipe, folders.adapters)
+    assert names(library) == ["bluefire", "paintings"] == sorted(pipe.list_shira())
+    assert pipe.get_active_shira() == {}
+    tiny.assert_same_bits(pipe, before)
+
+    bluefire = library.cards[0]
+    adapter = tiny.adapter_for(pipe, 1)
+    assert (bluefire.entries, bluefire.density) == (adapter.nnz, adapter.density)
+    file = folders.adapters / "bluefire.safetensors"
+    assert (bluefire.megabytes, bluefire.sha256) == (file.stat().st_size / 1e6, sha256_of(file))
+    assert (bluefire.trigger, bluefire.mask, bluefire.note) == ("sks fire", "rand", "")
+    assert (bluefire.origin, bluefire.base, bluefire.components) == ("bundled", "tiny", ("text_encoder", "unet"))
+    assert library.cards[1].trigger == ""
+    assert json.loads(json.dumps(bluefire.as_dict()))["metadata"]["base_model"] == "tiny"
+
+
+def test_what_does_not_fit_is_left_out_with_the_reason(pipe: StableDiffusionPipeline, folders: Folders) -> None:
+    refused = dict(Library(pipe, folders.adapters).refused)
+    assert refused.keys() == {"broken", "stranger"}
+    assert "does not fit" in refused["stranger"]
+    assert refused["broken"].startswith("broken.safetensors cannot be read")
+    assert not any("\n" in reason for reason in refused.values())
+
+
+def test_a_name_that_is_taken_is_left_out(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    save_adapter(tiny.adapter_for(pipe, 1), tmp_path / "bluefire.safetensors")
+    save_adapter(tiny.adapter_for(pipe, 2), tmp_path / "bluefire")
+    library = Library(pipe, tmp_path)
+    assert names(library) == ["bluefire"]
+    assert library.refused == (("bluefire-2", "the name 'bluefire' is in use by another file; rename one of the two"),)
+
+
+def test_another_base_is_noted_on_the_card(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    adapter = tiny.adapter_for(pipe, 1)
+    other = {name: torch.randn_like(weight) for name, weight in tiny.weights_of(pipe).items()}
+    probed = ShiraAdapter(adapter.deltas, adapter.metadata, probe_base(adapter.deltas, other))
+    save_adapter(probed, tmp_path / "foreign.safetensors")
+    (card,) = Library(pipe, tmp_path).cards
+    assert "another model (tiny)" in card.note
+
+
+def test_metadata_of_strangers_is_fit_to_be_shown(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    odd = {"instance_prompt": "a\x1b[2J\u202eb", "long": "x" * 10**5, **{f"key {i}": "" for i in range(500)}}
+    save_adapter(tiny.adapter_for(pipe, 1).with_metadata(**odd), tmp_path / "odd.safetensors")
+    (card,) = Library(pipe, tmp_path).cards
+    assert card.trigger == "a\\x1b[2J\\u202eb"
+    assert len(json.dumps(card.as_dict())) < 10_000
+
+
+def test_an_empty_folder_is_an_empty_library(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    library = Library(pipe, tmp_path)
+    assert (library.cards, library.refused) == ((), ())
+    with pytest.raises(SettingsError, match="--data"):
+        library.add(tmp_path / "any.safetensors")
+
+
+# -------------------------------------------------------------------- adding
+
+
+def test_an_upload_is_copied_loaded_and_there_after_a_restart(
+    library: Library, upload: Path, pipe: StableDiffusionPipeline, folders: Folders, tmp_path: Path
+) -> None:
+    before, bits = library.version, tiny.snapshot(pipe)
+    entry = library.add(upload)
+    assert entry.card and library.version > before
+    assert (entry.card.name, entry.card.origin, entry.card.trigger) == ("moss", "yours", "sks moss")
+    assert names(library) == ["bluefire", "paintings", "moss"]
+    assert entry.sha256 == sha256_of(upload) == sha256_of(library.entry("moss").path)
+    tiny.assert_same_bits(pipe, bits)
+    again = Library(tiny.pipeline(), folders.adapters, tmp_path / "data")
+    assert again.cards == library.cards
+
+
+def test_a_name_that_is_taken_gets_a_number(library: Library, upload: Path) -> None:
+    assert library.add(upload, "Bluefire").name == "Bluefire-2"
+    assert library.add(upload, "../../bluefire.safetensors").name == "bluefire-3"
+    assert files(library) == ["Bluefire-2.safetensors", "bluefire-3.safetensors"]
+
+
+def test_an_adapter_of_another_model_is_kept_with_the_reason_and_can_be_deleted(
+    library: Library, folders: Folders
+) -> None:
+    entry = library.add(folders.adapters / "stranger.safetensors")
+    assert entry.card is None and "does not fit" in entry.reason and str(folders.adapters) not in entry.reason
+    assert entry.as_dict()["fits"] is False
+    assert ("stranger-2", entry.reason) in library.refused
+    library.delete("stranger-2")
+    assert files(library) == []
+
+
+def test_what_peft_wrote_is_taken_in(library: Library, pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    from peft import ShiraConfig, get_peft_model
+
+    peft = get_peft_model(tiny.unet(), ShiraConfig(r=2, target_modules=["to_q"], init_weights=False))
+    peft.save_pretrained(tmp_path / "peft")
+    entry = library.add(tmp_path / "peft" / "adapter_model.safetensors")
+    assert entry.card and entry.card.components == ("unet",) and entry.card.metadata == {"source": "peft"}
+    assert library.inspect("adapter_model").kind == "PEFT SHiRA adapter"
+
+
+def zipped() -> bytes:
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(10**7))
+    return bomb.getvalue()
+
+
+def header(claimed: int, text: bytes = b"{}") -> bytes:
+    return claimed.to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "cannot be read"),
+        (b"no adapter", "cannot be read"),
+        (zipped(), "like a pickle, which is never loaded"),
+        (pickle.dumps({"a": 1}), "like a pickle, which is never loaded"),
+        (header(2**63), "its header claims 9223372036854775808 bytes"),
+        (header(2**31, b'{"a":1}'), "its header claims"),
+        (header(10**6, b"{" + b" " * 10), "its header claims"),
+        (header(10**5, b"[" * 10**5), "cannot be read"),
+        (header(2), "holds no tensors"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot be read"),
+        (save({"a.lora_A.weight": torch.zeros(2, 2)}), "it looks like a LoRA"),
+        (save({"a": torch.zeros(2, 2)}), "is not a SHiRA adapter"),
+        (bytes(3 * 10**6), "is too large: 2 MB at most"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
+)
+def test_other_files_are_refused_in_a_sentence_and_leave_nothing(
+    library: Library, tmp_path: Path, content: bytes, sentence: str
+) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    before = library.entries
+    with pytest.raises(UploadError) as caught:
+        library.add(file, "../<b>x")
+    assert sentence in str(caught.value)
+    assert str(tmp_path) not in str(caught.value) and "\n" not in str(caught.value)
+    assert files(library) == [] and library.entries == before
+
+
+def test_a_file_cannot_claim_more_than_it_holds(library: Library, upload: Path, tmp_path: Path) -> None:
+    raw = upload.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    told = json.loads(raw[8 : 8 + length])
+    key = next(key for key in told if key != "__metadata__")
+    told[key]["shape"] = [2**40]
+    text = json.dumps(told).encode()
+    forged = tmp_path / "forged.safetensors"
+    forged.write_bytes(header(len(text), text) + raw[8 + length :])
+    with pytest.raises(UploadError, match="cannot be read"):
+        library.add(forged)
+    forged.write_bytes(raw[:-10])
+    with pytest.raises(UploadError, match="cannot be read"):
+        library.add(forged)
+
+
+def test_a_full_library_takes_no_more(library: Library, upload: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_module, "MAX_YOURS", 1)
+    library.add(upload)
+    with pytest.raises(UploadError, match="full"):
+        library.add(upload)
+    assert files(library) == ["moss.safetensors"]
+
+
+def test_what_a_crash_left_is_swept_at_the_start(
+    library: Library, upload: Path, folders: Folders, tmp_path: Path
+) -> None:
+    library.add(upload)
+    library.delete("moss")
+    assert library._folder
+    (library._folder / ".upload-abc.safetensors").write_bytes(b"half")
+    (tmp_path / "data" / "trash" / "1000~old.safetensors").write_bytes(b"deleted in 1970")
+    again = Library(tiny.pipeline(), folders.adapters, tmp_path / "data")
+    assert files(again) == [] and again.deleted == ("moss",)
+
+
+# -------------------------------------------------------------------- renaming, deleting, bringing back
+
+
+def test_renaming_keeps_the_adapter(library: Library, upload: Path, pipe: StableDiffusionPipeline) -> None:
+    library.add(upload)
+    card = library.rename("moss", "Wet moss.safetensors").card
+    assert card and (card.name, card.sha256) == ("Wet moss", sha256_of(upload))
+    assert "moss" not in pipe.list_shira() and "Wet moss" in pipe.list_shira()
+    assert files(library) == ["Wet moss.safetensors"]
+    assert library.rename("Wet moss", "wet MOSS").name == "wet MOSS"
+    assert library.rename("wet MOSS", "wet MOSS").name == "wet MOSS"
+
+
+def test_a_name_can_be_renamed_to_no_other_adapters(library: Library, upload: Path) -> None:
+    library.add(upload)
+    with pytest.raises(SettingsError, match="is taken"):
+        library.rename("moss", "BLUEFIRE")
+    with pytest.raises(SettingsError, match="no adapter named 'nobody'"):
+        library.rename("nobody", "x")
+    assert names(library) == ["bluefire", "paintings", "moss"]
+
+
+def test_what_came_with_the_app_stays(library: Library, folders: Folders) -> None:
+    before = sorted(folders.adapters.rglob("*"))
+    with pytest.raises(SettingsError, match="came with the app and cannot be deleted"):
+        library.delete("bluefire")
+    with pytest.raises(SettingsError, match="came with the app and cannot be renamed"):
+        library.rename("bluefire", "x")
+    assert sorted(folders.adapters.rglob("*")) == before and "bluefire" in names(library)
+
+
+def test_deleting_can_be_undone(library: Library, upload: Path, pipe: StableDiffusionPipeline) -> None:
+    library.add(upload)
+    library.add(upload, "fern")
+    library.delete("moss", "fern")
+    assert names(library) == ["bluefire", "paintings"] == sorted(pipe.list_shira())
+    assert library.deleted == ("fern", "moss")
+    assert library.undo().name == "fern"
+    library.add(upload, "moss")
+    assert library.undo("moss").name == "moss-2"
+    assert sorted(names(library)) == ["bluefire", "fern", "moss", "moss-2", "paintings"]
+    with pytest.raises(SettingsError, match="nothing to bring back"):
+        library.undo()
+
+
+def test_all_are_deleted_or_none(library: Library, upload: Path) -> None:
+    library.add(upload)
+    with pytest.raises(SettingsError, match="'bluefire' came with"):
+        library.delete("moss", "bluefire")
+    assert "moss" in names(library) and library.deleted == ()
+
+
+def test_changes_beside_drawing_do_not_disturb_pictures(folders: Folders, tmp_path: Path, upload: Path) -> None:
+    session = Session.open(str(folders.base), folders.adapters, tmp_path / "data")
+    mix = {"bluefire": 1.0, "paintings": -0.5}
+    alone = session.generate("a red cat", mix, 1, 2).image.tobytes()
+    library, faults, done = session.library, list[Any](), threading.Event()
+
+    def change() -> None:
+        try:
+            for _ in range(5):
+                library.add(upload)
+                library.rename("moss", "fern")
+                library.delete("fern")
+                library.undo()
+                library.delete("fern")
+        except ShiraError as error:
+            faults.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    pictures = 0
+    while not done.is_set() or pictures < 3:
+        assert session.generate("a red cat", mix, 1, 2).image.tobytes() == alone
+        pictures += 1
+    thread.join()
+    assert not faults and [card.name for card in library.cards] == ["bluefire", "paintings"]
+
+
+# -------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("does not fit:\n  - a\n  - b"), "does not fit"),
+        (ValueError("one line"), "one line"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_an_error_is_told_in_one_sentence(error: Exception, sentence: str) -> None:
+    assert one_sentence(error) == sentence
+
+
+def test_suggestions_are_read_from_the_first_folder_that_has_some(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "suggestions.txt").write_text("\n")
+    assert read_suggestions(tmp_path, folders.base) == SUGGESTIONS
+    assert read_suggestions(tmp_path) == FALLBACK_SUGGESTIONS
