@@ -139,7 +139,9 @@ class TrainingConfig:
     checkpointing_steps: int = _flag(500, "steps between checkpoints")
     checkpoints_total_limit: int | None = _flag(None, "checkpoints to keep, the newest ones")
     resume_from_checkpoint: str | None = _flag(None, 'a folder made by --checkpointing_steps, or "latest"')
-    report_to: str = _flag("tensorboard", "tracker: tensorboard, wandb, ..., all or none")
+    report_to: str = _flag(
+        "tensorboard", "tracker: tensorboard, wandb, ..., all, none, or jsonl for a file of JSON lines"
+    )
     logging_dir: str = _flag("logs", "folder of the trackers, inside --output_dir")
     push_to_hub: bool = _flag(False, "upload adapter, model card and validation pictures to the Hugging Face Hub")
     hub_model_id: str | None = _flag(None, "repository to upload to; default: the name of --output_dir")

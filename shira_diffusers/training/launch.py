@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.training.config import TrainingConfig
+from shira_diffusers.training.lines import JsonLines
 
 T = TypeVar("T")
 
@@ -28,18 +29,19 @@ def start(config: TrainingConfig) -> Accelerator:
         ShiraError: a tracker that is not installed, processes that do not find each other, or fp16 on a CPU.
     """
     available = [str(tracker) for tracker in get_available_trackers()]
-    if config.report_to not in ("none", "all", *available):
+    if config.report_to not in ("none", "all", "jsonl", *available):
         raise ShiraError(
             f"report_to {config.report_to!r} is not installed, there is {', '.join(available) or 'none'}; "
             f"pip install {config.report_to}, or choose --report_to none"
         )
+    logs = Path(config.output_dir, config.logging_dir)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
         cpu=launched > 1 and not torch.accelerator.is_available(),  # else accelerate would take each for the only one
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(config.output_dir, str(Path(config.output_dir, config.logging_dir))),
+        log_with={"none": None, "jsonl": JsonLines(logs)}.get(config.report_to, config.report_to),
+        project_config=ProjectConfiguration(config.output_dir, str(logs)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     if accelerator.num_processes != launched:

@@ -84,7 +84,9 @@ def validate(pipe: Pipe, config: TrainingConfig, step: int, seed: int) -> list[I
     images = list(sample(pipe, config.validation_prompt, range(config.num_validation_images), seed, config))
     for path, image in zip(_validation_paths(config, step), images, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        unfinished = path.with_suffix(".tmp")  # whoever watches the folder sees whole pictures only
+        image.save(unfinished, format="png")
+        unfinished.replace(path)
     return images
 
 

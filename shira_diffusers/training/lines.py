@@ -1,0 +1,37 @@
+"""``--report_to jsonl``: the figures of each step as a line of JSON, for programs that follow a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
+
+LINES_NAME = "steps.jsonl"
+
+
+class JsonLines(GeneralTracker):
+    """Appends ``{"step": 1, "loss": ..., "lr": ..., "images_per_second": ..., "peak_memory_gib": ...}`` for each step.
+
+    A run that resumes from a checkpoint writes the steps after it once more: of a step, the last line counts.
+
+    Args:
+        folder: made if needed; the lines go to ``steps.jsonl`` in it.
+    """
+
+    name = "jsonl"
+    requires_logging_directory = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._path = folder / LINES_NAME
+
+    @property
+    def tracker(self) -> Path:
+        """The file."""
+        return self._path
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        """Append a line, so that whoever reads meanwhile sees whole lines and at most one unfinished at the end."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
