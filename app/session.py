@@ -82,6 +82,11 @@ class Session:
         return self.library.cards
 
     @property
+    def pipe(self) -> Any:
+        """The pipeline, to be looked at only: what draws with it or changes it takes turns in here."""
+        return self._pipe
+
+    @property
     def active(self) -> dict[str, Any]:
         """The adapters active now: none, but while a picture is drawn."""
         return resident_of(self._pipe).active
