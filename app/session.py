@@ -1,9 +1,10 @@
 """A resident pipeline with a library of adapters, drawing one picture at a time. No Gradio in here."""
 
 import reprlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,11 +15,13 @@ from app.cards import Card
 from app.library import Library
 from app.loading import Dtype, load_pipeline
 from app.picture import Picture
-from app.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, Settings, SettingsError
+from app.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, Settings, SettingsError
+from app.strengths import Mix, is_on, require_components
 from app.suggestions import read_suggestions
+from app.turns import Turns
 from app.uploads import DEFAULT_MAX_MB
-from shira_diffusers import ShiraError
-from shira_diffusers.pipeline import resident_of
+from shira_diffusers import ShiraError, __version__
+from shira_diffusers.pipeline import models_of, resident_of
 
 OnStep = Callable[[int, int], None]
 """``on_step(done, of)``, called with 0 when the turn has come and after each denoising step; an exception from it ends
@@ -28,8 +31,8 @@ the generation."""
 class Session:
     """Draws pictures with any mix of the adapters of a library; safe to use from several threads.
 
-    Between pictures no adapter is active. Pictures take turns: each is byte for byte what the same settings give
-    alone, whatever others draw meanwhile.
+    Between pictures no adapter is active. Pictures take turns, fairly between visits: each is byte for byte what the
+    same settings give alone, whatever others draw meanwhile.
 
     Args:
         pipe: a text-to-image pipeline, on its device.
@@ -43,7 +46,7 @@ class Session:
         self.library = library
         self.suggestions = suggestions
         self._pipe = pipe
-        self._turn = threading.Lock()  # shira() would wait too, but then waiting would count as switching
+        self.turns = Turns()  # shira() would wait too, but in no order, and waiting would count as switching
         self._pipe.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -91,57 +94,81 @@ class Session:
         """The adapters active now: none, but while a picture is drawn."""
         return resident_of(self._pipe).active
 
+    def close(self) -> None:
+        """Forget the pictures that wait for their turn, as the app ends."""
+        self.turns.close()
+
     def generate(
         self,
         prompt: str,
-        mix: Mapping[str, float],
+        mix: Mix,
         seed: int | None = None,
         steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         on_step: OnStep | None = None,
+        *,
+        method: str = DEFAULT_METHOD,
+        visit: str = "",
     ) -> Picture:
         """Draw one picture.
 
         Args:
-            mix: ``{adapter: strength}``, empty for the base; strengths -1 to 2.
+            mix: ``{adapter: strength}``, empty for the base; strengths -1 to 2, also by component, see ``Strength``.
             seed: 0 to 2^32 - 1; None draws one, which the report tells.
             steps, guidance: 1 to 100, and 0 to 30.
             on_step: told of each step; may raise to end the generation.
+            method: how several adapters are merged, a name in ``shira_diffusers.fuse.METHODS``.
+            visit: who asks; visits take turns.
 
         Raises:
             SettingsError: a setting out of its range, an unknown adapter, or a prompt longer than the model reads.
 
         On any error no adapter stays active.
         """
-        return self._draw(self._checked(prompt, mix, seed, steps, guidance), on_step)
+        return self.submit(self.checked(prompt, mix, seed, steps, guidance, method), on_step, visit).result()
 
     def compare(
         self,
         prompt: str,
-        mix: Mapping[str, float],
+        mix: Mix,
         seed: int | None = None,
         steps: int = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         on_step: OnStep | None = None,
+        *,
+        method: str = DEFAULT_METHOD,
+        visit: str = "",
     ) -> Iterator[tuple[str, Picture]]:
         """Draw the base, each style of the mix alone and the mix, at one seed; yields each with its label.
 
         Args and Raises: as ``generate``; also SettingsError for an empty mix. All is checked before the first picture.
         ``on_step`` counts the steps of all pictures together.
         """
-        settings = self._checked(prompt, mix, seed, steps, guidance)
-        if not any(settings.mix.values()):
-            raise SettingsError("nothing to compare with the base: switch a style on, at a strength other than 0")
-        return self._strip(settings, on_step)
+        series = series_of(self.checked(prompt, mix, seed, steps, guidance, method))
+        return self._draw_series(series, on_step, visit)
 
-    def _strip(self, settings: Settings, on_step: OnStep | None) -> Iterator[tuple[str, Picture]]:
-        mixes = strip_of(settings.mix)
-        for drawn, (label, mix) in enumerate(mixes):
-            each = Settings(settings.prompt, mix, settings.seed, settings.steps, settings.guidance)
-            yield label, self._draw(each, _shifted(on_step, drawn * settings.steps, len(mixes) * settings.steps))
+    def _draw_series(
+        self, series: tuple[tuple[str, Settings], ...], on_step: OnStep | None, visit: str
+    ) -> Iterator[tuple[str, Picture]]:
+        for drawn, (label, each) in enumerate(series):
+            counted = shifted(on_step, drawn * each.steps, len(series) * each.steps)
+            yield label, self.submit(each, counted, visit).result()
 
-    def _checked(self, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any) -> Settings:
-        settings = Settings.checked(prompt, mix, seed, steps, guidance)
+    def checked(
+        self,
+        prompt: Any,
+        mix: Any,
+        seed: Any = None,
+        steps: Any = DEFAULT_STEPS,
+        guidance: Any = DEFAULT_GUIDANCE,
+        method: Any = DEFAULT_METHOD,
+    ) -> Settings:
+        """Settings that this session can draw, from untrusted values; see ``generate``.
+
+        Raises:
+            SettingsError: as ``generate``.
+        """
+        settings = Settings.checked(prompt, mix, seed, steps, guidance, method)
         known = [card.name for card in self.cards]
         unknown = [name for name in settings.mix if name not in known]
         if unknown:
@@ -149,6 +176,7 @@ class Session:
                 f"no style named {', '.join(map(reprlib.repr, unknown[:5]))}; "
                 f"there are {', '.join(map(repr, known)) or 'none'}"
             )
+        require_components(settings.mix, models_of(self._pipe))
         tokenizer = getattr(self._pipe, "tokenizer", None)
         length = len(tokenizer(settings.prompt, truncation=False, verbose=False).input_ids) if tokenizer else 0
         if tokenizer and length > tokenizer.model_max_length:
@@ -157,18 +185,25 @@ class Session:
             )
         return settings
 
+    def submit(self, settings: Settings, on_step: OnStep | None = None, visit: str = "") -> Future[Picture]:
+        """Draw a picture when the visit's turn has come; the settings are checked ones.
+
+        Cancelling the future takes it out of the queue; once it has begun, only ``on_step`` can end it.
+        """
+        return self.turns.submit(visit, lambda: self._draw(settings, on_step))
+
     def _draw(self, settings: Settings, on_step: OnStep | None) -> Picture:
         resident = resident_of(self._pipe)
-        mix = {name: strength for name, strength in settings.mix.items() if strength}  # 0 is the base
-        with self._turn:
-            if on_step:
-                on_step(0, settings.steps)
-            start = self._now()
-            with self._pipe.shira(list(mix), list(mix.values())):
-                switched = self._now()
-                entries, total = resident.changed()
-                image = self._sample(settings, on_step)
-                drawn = self._now()
+        mix = {name: strength for name, strength in settings.mix.items() if is_on(strength)}
+        if on_step:
+            on_step(0, settings.steps)
+        start = self._now()
+        with self._pipe.shira(list(mix), list(mix.values()), method=settings.method):
+            switched = self._now()
+            entries, total = resident.changed()
+            hashes = {card.name: card.sha256 for card in self.cards}
+            image = self._sample(settings, on_step)
+            drawn = self._now()
         return Picture(
             image,
             {
@@ -178,6 +213,9 @@ class Session:
                 "seed": settings.seed,
                 "steps": settings.steps,
                 "guidance": settings.guidance,
+                "method": settings.method,
+                "adapters": {name: {"strength": mix[name], "sha256": hashes.get(name, "")} for name in mix},
+                "version": __version__,
                 "switch_ms": round(1000 * (switched - start), 3),
                 "entries_changed": entries,
                 "share_changed": entries / total,
@@ -207,12 +245,24 @@ class Session:
         return time.perf_counter()
 
 
-def strip_of(mix: Mapping[str, float]) -> tuple[tuple[str, Mapping[str, float]], ...]:
+def series_of(settings: Settings) -> tuple[tuple[str, Settings], ...]:
+    """What ``compare`` draws, with labels.
+
+    Raises:
+        SettingsError: no adapter is on.
+    """
+    if not any(map(is_on, settings.mix.values())):
+        raise SettingsError("nothing to compare with the base: switch a style on, at a strength other than 0")
+    return tuple((label, replace(settings, mix=mix)) for label, mix in strip_of(settings.mix))
+
+
+def strip_of(mix: Mix) -> tuple[tuple[str, Mix], ...]:
     """Labels and mixes: the base, each style alone and, of several, the mix; styles of strength 0 are left out."""
-    strip: list[tuple[str, Mapping[str, float]]] = [("base", {})]
-    strip += [(name, {name: strength}) for name, strength in mix.items() if strength]
+    strip: list[tuple[str, Mix]] = [("base", {})]
+    strip += [(name, {name: strength}) for name, strength in mix.items() if is_on(strength)]
     return (*strip, ("mix", mix)) if len(strip) > 2 else tuple(strip)
 
 
-def _shifted(on_step: OnStep | None, before: int, of: int) -> OnStep | None:
+def shifted(on_step: OnStep | None, before: int, of: int) -> OnStep | None:
+    """``on_step`` that counts a picture's steps among those of several."""
     return on_step and (lambda done, _: on_step(before + done, of))

@@ -1,0 +1,66 @@
+"""One thread in which visitors take turns, however much each of them asks for."""
+
+import contextvars
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+BACKGROUND = "\0background"
+"""The visit of work that nobody waits for: it runs when nobody else does."""
+
+
+class Turns:
+    """Runs jobs one at a time, in one thread; the next job is one of the visit that has waited longest for a turn.
+
+    A visit that asks for a hundred pictures so delays another's by one. Jobs of one visit keep their order.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = OrderedDict()
+        self._changing = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="drawing")
+
+    def submit(self, visit: str, job: Callable[[], T]) -> Future[T]:
+        """Queue a job; cancelling its future takes it out of the queue, unless it has begun.
+
+        Raises:
+            RuntimeError: closed.
+        """
+        future: Future[T] = Future()
+        context = contextvars.copy_context()
+        with self._changing:
+            self._waiting.setdefault(visit, deque()).append((future, lambda: context.run(job)))
+        self._thread.submit(self._run_next)
+        return future
+
+    def close(self) -> None:
+        """Forget the jobs that have not begun."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._changing:
+            waiting = [future for jobs in self._waiting.values() for future, _ in jobs]
+            self._waiting.clear()
+        for future in waiting:
+            future.cancel()
+
+    def _run_next(self) -> None:
+        future, job = self._take()
+        if future is None or not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(job())
+        except BaseException as error:  # noqa: BLE001  # whatever it is belongs to who waits for the job
+            future.set_exception(error)
+
+    def _take(self) -> tuple[Future[Any] | None, Callable[[], Any]]:
+        with self._changing:
+            visit = next((each for each in self._waiting if each != BACKGROUND), BACKGROUND)
+            jobs = self._waiting.pop(visit, None)
+            if not jobs:
+                return None, lambda: None  # closed meanwhile
+            taken = jobs.popleft()
+            if jobs:
+                self._waiting[visit] = jobs  # at the end of the row
+            return taken
