@@ -77,7 +77,8 @@ class Entry:
 def shown_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata of a file that a stranger wrote, fit to be shown."""
     pairs = sorted(metadata.items())[:SHOWN_PAIRS]
-    return {printable(key[:100]): printable(value[:SHOWN_VALUE]) for key, value in pairs}
+    shown = {printable(key[:100]): printable(value[:SHOWN_VALUE]) for key, value in pairs}
+    return {f"{key}_" if key == "path" else key: value for key, value in shown.items()}  # clients fetch a "path"
 
 
 def sha256_of(path: Path) -> str:

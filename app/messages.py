@@ -14,8 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def readable() -> Iterator[None]:
+def readable(failed: str = "the picture could not be drawn") -> Iterator[None]:
     """Turn what goes wrong inside into a ``gr.Error`` of one sentence; the log keeps what is not the user's doing.
+
+    Args:
+        failed: how the sentence begins where the error is not the user's doing.
 
     Gradio renders the sentence as HTML, so ``<``, ``>`` and ``&`` are escaped.
     """
@@ -24,8 +27,8 @@ def readable() -> Iterator[None]:
     except ShiraError as error:
         raise gr.Error(_shown(one_sentence(error)), print_exception=False) from error
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
-        logger.exception("a picture could not be drawn")
-        sentence = f"the picture could not be drawn: {one_sentence(error)}; the log of the app tells more"
+        logger.exception(failed)
+        sentence = f"{failed}: {one_sentence(error)}; the log of the app tells more"
         raise gr.Error(_shown(sentence), print_exception=False) from error
 
 

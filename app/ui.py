@@ -6,7 +6,9 @@ import gradio as gr
 
 from app import look
 from app.api import add_api
+from app.api_library import add_library_api
 from app.studio import Studio
+from app.tabs.library import LibraryTab
 from app.tabs.mix import MixTab
 
 CACHE_SECONDS = 24 * 60 * 60  # pictures that nobody fetched for a day leave the disk
@@ -23,10 +25,14 @@ def build(studio: Studio) -> gr.Blocks:
         gr.HTML(look.header(session.model, len(session.cards)), elem_id="header", padding=False)
         with gr.Tabs(elem_id="tabs"):
             mix = MixTab(studio)
-            for name, tab in {"Mix": mix}.items():  # in the order Mix, Compare, Interference, Train, Library, History
-                with gr.Tab(name, id=name.lower()):
+            tabs: dict[str, Any] = {"Mix": mix, "Library": LibraryTab(studio)}
+            for name, tab in tabs.items():  # in the order Mix, Compare, Interference, Train, Library, History
+                with gr.Tab(name, id=name.lower()) as shown:
                     tab.lay_out()
+                if hasattr(tab, "refresh_on"):
+                    tab.refresh_on(shown)
         add_api(studio)
+        add_library_api(studio)
     return blocks
 
 
@@ -36,7 +42,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, **options: Any) -> str:
         server_name=host,
         server_port=port,
         theme=look.theme(),
-        css_paths=[look.CSS],
+        css_paths=[look.CSS, *sorted(look.CSS.parent.glob("css/*.css"))],
         footer_links=["api"],
         share=False,
         ssr_mode=False,

@@ -1,0 +1,11 @@
+"""Files handed to browsers: copies in Gradio's cache, so that none of the app's own folders is ever served."""
+
+from pathlib import Path
+
+from gradio.components.base import Component
+from gradio.processing_utils import save_file_to_cache
+
+
+def cached(component: Component, file: Path) -> str:
+    """The path of a copy that may be fetched through ``component``."""
+    return save_file_to_cache(file, component.GRADIO_CACHE)

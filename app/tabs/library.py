@@ -1,0 +1,143 @@
+"""Library: all adapters, upload, a look into one, rename, delete and undo, download."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import library_html
+from app.files import cached
+from app.messages import readable
+from app.studio import Studio
+
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+class LibraryTab:
+    """The components of the tab and what they do."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._library = studio.session.library
+        self._limit = studio.max_upload_mb
+
+    def lay_out(self) -> None:
+        """Add the tab to the Blocks that is being built."""
+        self.table = gr.HTML(library_html.table(self._library.entries), elem_id="library-table", padding=False)
+        with gr.Row(elem_id="library"):
+            with gr.Column(scale=4, min_width=300):
+                self._lay_out_upload()
+            with gr.Column(scale=6, min_width=300):
+                self._lay_out_actions()
+        self.inspected = gr.HTML(elem_id="inspected", padding=False)
+        self._connect()
+
+    def _lay_out_upload(self) -> None:
+        gr.Markdown("### Add adapters", elem_classes="heading")
+        self.files = gr.File(
+            label="Adapters (.safetensors)",
+            file_count="multiple",
+            file_types=[".safetensors"],
+            type="filepath",
+            height=150,
+            elem_id="adapter-upload",
+        )
+        gr.Markdown(
+            "SHiRA adapters of this project, or PEFT's `adapter_model.safetensors` (its config is not needed); "
+            f"up to {self._limit:g} MB each. They are copied into the app's own folder.",
+            elem_classes="remark",
+        )
+
+    def _lay_out_actions(self) -> None:
+        gr.Markdown("### Look into one", elem_classes="heading")
+        self.chosen = gr.Dropdown(
+            self._names(), value=next(iter(self._names()), None), label="Adapter", elem_id="library-chosen"
+        )
+        with gr.Row(elem_classes="buttons"):
+            self.inspect = gr.Button("Inspect", variant="primary", min_width=90)
+            self.download = gr.DownloadButton("Download", size="lg", min_width=90)
+            self.delete = gr.Button("Delete", variant="stop", min_width=90)
+            self.undo = gr.Button(self._undo_label(), interactive=bool(self._library.deleted), min_width=90)
+        with gr.Row(elem_classes="rename"):
+            self.name = gr.Textbox(label="New name", max_length=60, scale=3, min_width=140)
+            self.rename = gr.Button("Rename", min_width=90, scale=1)
+        self.said = gr.Markdown(elem_id="library-said", elem_classes="remark")
+
+    def _connect(self) -> None:
+        shown = [self.table, self.chosen, self.undo, self.said]
+        self.files.upload(self._upload, self.files, [self.files, *shown], **QUIET)
+        self.inspect.click(self._inspect, self.chosen, self.inspected, **QUIET)
+        self.delete.click(self._delete, self.chosen, [*shown, self.inspected], **QUIET)
+        self.undo.click(self._undo, None, shown, **QUIET)
+        gr.on(
+            [self.rename.click, self.name.submit],
+            self._rename,
+            [self.chosen, self.name],
+            [*shown, self.name, self.inspected],
+            **QUIET,
+        )
+        self.chosen.change(lambda name: self._prepared(name), self.chosen, self.download, **QUIET)
+
+    def refresh_on(self, shown: gr.Tab) -> None:
+        """Show the library as it is when the tab is opened."""
+        shown.select(lambda chosen: self._shown(chosen), self.chosen, [self.table, self.chosen, self.undo], **QUIET)
+        shown.select(lambda chosen: self._prepared(chosen), self.chosen, self.download, **QUIET)
+
+    # ---------------------------------------------------------------- what the buttons do
+
+    def _upload(self, files: list[str] | None) -> Any:
+        added, problems = [], []
+        for file in files or []:
+            try:
+                with readable("the adapter could not be taken in"):
+                    entry = self._library.add(Path(file))
+                added.append(entry)
+            except gr.Error as error:
+                problems.append(str(error.message))
+        for problem in problems:
+            gr.Warning(problem)
+        said = [
+            f"Added **{entry.name}**." if entry.card else f"Added **{entry.name}**, which does not fit this model."
+            for entry in added
+        ]
+        chosen = added[-1].name if added else None
+        return None, *self._shown(chosen), " ".join(said)
+
+    def _inspect(self, name: str | None) -> str:
+        with readable("the adapter could not be read"):
+            return library_html.inspection(self._library.entry(name), self._library.inspect(name))
+
+    def _delete(self, name: str | None) -> Any:
+        with readable("the adapter could not be deleted"):
+            self._library.delete(name)
+        return *self._shown(None), f"Deleted **{name}**. Undo brings it back.", ""
+
+    def _undo(self) -> Any:
+        with readable("the adapter could not be brought back"):
+            entry = self._library.undo()
+        return *self._shown(entry.name), f"**{entry.name}** is back."
+
+    def _rename(self, old: str | None, new: str) -> Any:
+        with readable("the adapter could not be renamed"):
+            entry = self._library.rename(old, new)
+        return *self._shown(entry.name), f"**{old}** is now **{entry.name}**.", "", ""
+
+    # ---------------------------------------------------------------- what is shown
+
+    def _names(self) -> list[str]:
+        return [entry.name for entry in self._library.entries]
+
+    def _undo_label(self) -> str:
+        deleted = self._library.deleted
+        return f"Undo delete of {deleted[0]}" if deleted else "Undo delete"
+
+    def _shown(self, chosen: str | None) -> tuple[Any, Any, Any]:
+        """Table, choice and undo button as the library is now."""
+        names = self._names()
+        chosen = chosen if chosen in names else next(iter(names), None)
+        undo = gr.Button(self._undo_label(), interactive=bool(self._library.deleted))
+        return library_html.table(self._library.entries), gr.Dropdown(names, value=chosen), undo
+
+    def _prepared(self, name: str | None) -> Any:
+        """The download button with a copy of the file of a name."""
+        entry = next((entry for entry in self._library.entries if entry.name == name), None)
+        return gr.DownloadButton(value=cached(self.download, entry.path) if entry else None)
