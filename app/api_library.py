@@ -10,6 +10,7 @@ from app.cards import shown_metadata
 from app.files import cached
 from app.messages import readable
 from app.studio import Studio
+from app.tabs.interference import COMPARING
 
 
 def add_library_api(studio: Studio) -> None:
@@ -57,7 +58,18 @@ def add_library_api(studio: Studio) -> None:
         with readable("the adapter could not be read"):
             return cached(out, library.entry(name).path)
 
+    def interference(adapters: list[str]) -> list[dict[str, Any]]:
+        """How much loaded adapters, two to six of them, are in each other's way, for each pair.
+
+        In words and figures, over all and by layer: overlap (shared entries, as a fraction of the smaller one's),
+        sign_conflict (of those, the fraction that pull in opposite directions), awom and awor (norm and empty share of
+        the product of the two changes), l2 (distance).
+        """
+        with readable("the adapters could not be compared"):
+            return [pair.as_dict() for pair in studio.comparer.compare(adapters)]
+
     api(listed, api_name="library")
+    api(interference, api_name="interference", **COMPARING)
     api(inspect_adapter, api_name="inspect_adapter")
     api(rename_adapter, api_name="rename_adapter")
     api(delete_adapter, api_name="delete_adapter")

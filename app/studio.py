@@ -1,16 +1,24 @@
 """All that the app is made of, opened together: the session and the folder that everything written lies in."""
 
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from platformdirs import user_data_path
 
+from app.desk import Desk
 from app.estimate import Estimator
+from app.history import History
+from app.interference import Comparer
 from app.loading import Dtype
+from app.lora import fuse_ms
+from app.presets import Presets
 from app.recipe import Base
 from app.session import Session
+from app.thumbnails import Thumbnails
 from app.trainings import Trainings
+from app.turns import BACKGROUND
 from app.uploads import DEFAULT_MAX_MB
 
 
@@ -27,14 +35,45 @@ class Studio:
         session: draws pictures.
         data: the folder for all that the app writes.
         trainings: trains adapters, and ``estimator`` says what that will take.
+        comparer: tells how much adapters are in each other's way.
         max_upload_mb: of a file that a visitor sends.
+        history: the pictures that were drawn, ``presets`` the settings that were saved, in the data folder.
+        thumbnails: of the adapters.
+        desk: draws for visits.
+        lora: milliseconds that fusing a LoRA takes here; measured when nobody draws.
     """
 
     session: Session
     data: Path
     trainings: Trainings
     estimator: Estimator
+    comparer: Comparer
     max_upload_mb: float = DEFAULT_MAX_MB
+    history: History = field(init=False)
+    presets: Presets = field(init=False)
+    thumbnails: Thumbnails = field(init=False)
+    desk: Desk = field(init=False)
+    lora: Future[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        made = {
+            "history": (history := History(self.data / "pictures")),
+            "presets": Presets(self.data / "presets.json"),
+            "thumbnails": Thumbnails(self.session, self.data / "thumbnails"),
+            "desk": Desk(self.session, history),
+            "lora": self.session.turns.submit(BACKGROUND, self._measure_lora),
+        }
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+
+    def _measure_lora(self) -> float:
+        return fuse_ms(self.session.pipe, [card.name for card in self.session.cards])
+
+    @property
+    def lora_ms(self) -> float | None:
+        """Milliseconds that fusing a LoRA takes here, of the same weights; None while that is not known."""
+        known = self.lora.done() and not self.lora.cancelled() and not self.lora.exception()
+        return (self.lora.result() or None) if known else None
 
     @classmethod
     def open(
@@ -64,8 +103,9 @@ class Studio:
         data.mkdir(parents=True, exist_ok=True)
         session = Session.open(base, adapters, data, device=device, dtype=dtype, max_upload_mb=max_upload_mb)
         trainings = Trainings(Base.of(session.pipe), session.library, data)
-        return cls(session, data, trainings, Estimator(session, trainings), max_upload_mb)
+        return cls(session, data, trainings, Estimator(session, trainings), Comparer(session), max_upload_mb)
 
     def close(self) -> None:
         """End what was started, as the app ends."""
+        self.session.close()
         self.trainings.close()

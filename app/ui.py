@@ -7,7 +7,9 @@ import gradio as gr
 from app import look
 from app.api import add_api
 from app.api_library import add_library_api
+from app.api_pictures import add_pictures_api
 from app.studio import Studio
+from app.tabs.interference import InterferenceTab
 from app.tabs.library import LibraryTab
 from app.tabs.mix import MixTab
 
@@ -25,13 +27,18 @@ def build(studio: Studio) -> gr.Blocks:
         gr.HTML(look.header(session.model, len(session.cards)), elem_id="header", padding=False)
         with gr.Tabs(elem_id="tabs"):
             mix = MixTab(studio)
-            tabs: dict[str, Any] = {"Mix": mix, "Library": LibraryTab(studio)}
+            tabs: dict[str, Any] = {
+                "Mix": mix,
+                "Interference": InterferenceTab(studio),
+                "Library": LibraryTab(studio),
+            }
             for name, tab in tabs.items():  # in the order Mix, Compare, Interference, Train, Library, History
                 with gr.Tab(name, id=name.lower()) as shown:
                     tab.lay_out()
                 if hasattr(tab, "refresh_on"):
                     tab.refresh_on(shown)
         add_api(studio)
+        add_pictures_api(studio)
         add_library_api(studio)
     return blocks
 

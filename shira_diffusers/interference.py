@@ -126,6 +126,17 @@ def interference(first: ShiraAdapter, second: ShiraAdapter) -> Interference:
     return _sum(_counted(name, first, second) for name in names).result()
 
 
+def interference_in_all(first: ShiraAdapter, second: ShiraAdapter) -> tuple[Interference, dict[str, Interference]]:
+    """The interference of two adapters over all weights, and on each weight that both adapt, in one pass.
+
+    Raises:
+        AdapterMismatchError: a weight of different shapes in the two.
+    """
+    counts = {name: _counted(name, first, second) for name in sorted(first.deltas.keys() | second.deltas.keys())}
+    shared = first.deltas.keys() & second.deltas.keys()
+    return _sum(counts.values()).result(), {name: each.result() for name, each in counts.items() if name in shared}
+
+
 def _counted(name: str, first: ShiraAdapter, second: ShiraAdapter) -> _Counts:
     a, b = first.deltas.get(name), second.deltas.get(name)
     if a is None or b is None:
