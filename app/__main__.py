@@ -1,13 +1,17 @@
 """``python -m app``: serve the app, by default on the bundled demo model."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from app.access import protection, read_credentials, warn_if_open
 from app.loading import DTYPES
 from app.studio import Studio, default_data
 from app.ui import build, launch
+from app.uploads import DEFAULT_MAX_MB
 from shira_diffusers import ShiraError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -27,17 +31,46 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--max-upload-mb",
+        type=float,
+        default=DEFAULT_MAX_MB,
+        metavar="MB",
+        help="of a file that a visitor sends (default: %(default)s)",
+    )
+    parser.add_argument("--share", action="store_true", help="also serve the app at a public link, through Gradio")
+    parser.add_argument(
+        "--auth", metavar="USER:PASSWORD", help="ask visitors to sign in; the list of processes shows it"
+    )
+    parser.add_argument(
+        "--auth-file", type=Path, metavar="FILE", help="the same from a file: a line USER:PASSWORD for each user"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until interrupted; what goes wrong at the start is one line."""
     options = parse(arguments)
+    studio = None
     try:
-        studio = Studio.open(options.base, options.adapters, options.data, device=options.device, dtype=options.dtype)
-        launch(build(studio), options.host, options.port)
+        users = read_credentials(options.auth, options.auth_file)
+        warn_if_open(options.host, share=options.share, guarded=users is not None)
+        studio = Studio.open(
+            options.base,
+            options.adapters,
+            options.data,
+            device=options.device,
+            dtype=options.dtype,
+            max_upload_mb=options.max_upload_mb,
+        )
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(options.data.resolve() / "cache"))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` comes to its turn
+        launch(build(studio), options.host, options.port, share=options.share, auth=users, **protection(studio))
     except (ShiraError, OSError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        if studio:
+            studio.close()
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ class TrainTab:
             elem_id="train-files",
         )
         self.gallery = gr.Gallery(
-            label="Pictures that came", show_label=False, visible=False, columns=6, height=150, interactive=False, elem_id="train-pictures",
-            allow_preview=False, buttons=[],
+            label="Pictures that came", show_label=False, visible=False, columns=6, height=150, interactive=False,
+            elem_id="train-pictures", allow_preview=False, buttons=[],
         )  # fmt: skip
         gr.Markdown(
             f"5 of a subject, or 20 to 70 of a style; at most {MAX_PICTURES}, of {', '.join(FORMATS)}. "
