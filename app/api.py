@@ -7,11 +7,11 @@ import gradio as gr
 from gradio.events import api
 
 from app.messages import readable
-from app.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, SettingsError
+from app.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, SettingsError
 from app.studio import Studio
 
-DRAWING: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 4}
-"""Of all events that draw: that many may be under way; the session lets them take turns, a picture each."""
+DRAWING: dict[str, Any] = {"concurrency_limit": None}
+"""Of all events that draw: they wait without a thread, and the session lets visits take turns, a picture each."""
 
 
 def add_api(studio: Studio) -> None:
@@ -27,16 +27,22 @@ def add_api(studio: Studio) -> None:
             "refused": dict(session.library.refused),
         }
 
-    def generate(
+    async def generate(
+        request: gr.Request,
         prompt: str,
         mix: Any = None,
         seed: float | None = None,
         steps: float = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
+        method: str = DEFAULT_METHOD,
     ) -> tuple[gr.FileData, dict[str, Any]]:
-        """Draw one picture with a mix {adapter: strength}, given as an object or as its JSON text; none is the base."""
+        """Draw one picture with a mix {adapter: strength}, given as an object or as its JSON text; none is the base.
+
+        A strength is a number from -1 to 2, or {component: number}, or {"unet": {"down" | "mid" | "up": number}}.
+        """
         with readable():
-            picture = session.generate(prompt, read_mix(mix), seed, steps, guidance)  # type: ignore[arg-type]
+            settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method)
+            picture, _ = await studio.desk.draw(visit_of(request), settings)
         file = paper.postprocess(picture.signed())
         return file.model_dump(), dict(picture.report)  # type: ignore[union-attr,return-value]
 
@@ -44,17 +50,23 @@ def add_api(studio: Studio) -> None:
     api(generate, api_name="generate", **DRAWING)
 
 
-def read_mix(mix: Any) -> Any:
-    """A mix from JSON text, or as it is; none, or blank text, is empty.
+def visit_of(request: gr.Request) -> str:
+    """Who asks: a page, or a client."""
+    return request.session_hash or ""
+
+
+def as_object(value: Any, what: str) -> Any:
+    """A value from JSON text, or as it is; none, or blank text, is an empty object.
 
     Raises:
         SettingsError: text that is no JSON.
     """
-    if mix is None or (isinstance(mix, str) and not mix.strip()):
+    if value is None or (isinstance(value, str) and not value.strip()):
         return {}
-    if not isinstance(mix, str):
-        return mix
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(mix)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise SettingsError(f'the mix must be JSON like {{"name": 1.0}}, got {mix[:40]!r} ({error})') from error
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        example = '{"name": 1.0}' if what == "mix" else "an object or a list"
+        raise SettingsError(f"the {what} must be JSON like {example}, got {value[:40]!r} ({error})") from error

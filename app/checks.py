@@ -2,6 +2,8 @@
 
 import math
 import reprlib
+from collections.abc import Mapping
+from typing import Any
 
 from shira_diffusers import ShiraError
 
@@ -24,3 +26,10 @@ def whole(what: str, value: object, low: int, high: int) -> int:
     if not low <= given <= high or given != int(given):
         raise SettingsError(f"{what} must be a whole number from {low} to {high}, got {reprlib.repr(value)}")
     return int(given)
+
+
+def require_mapping(what: str, value: object) -> Mapping[str, Any]:
+    """An object of JSON; SettingsError names what came."""
+    if not isinstance(value, Mapping):
+        raise SettingsError(f"the {what} must be a JSON object, got {reprlib.repr(value)}")
+    return value

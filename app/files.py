@@ -4,8 +4,14 @@ from pathlib import Path
 
 from gradio.components.base import Component
 from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 
 
 def cached(component: Component, file: Path) -> str:
     """The path of a copy that may be fetched through ``component``."""
     return save_file_to_cache(file, component.GRADIO_CACHE)
+
+
+def address(file: Path) -> str:
+    """Where a browser gets a copy, relative to the page."""
+    return f"gradio_api/file={save_file_to_cache(file, get_upload_folder())}"

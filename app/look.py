@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.cards import Card
+from app.strengths import Strength, told
 
 CSS = Path(__file__).with_name("style.css")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
@@ -48,30 +48,31 @@ def header(model: str, styles: int) -> str:
     return f"<h1>SHiRA style studio</h1><p>{html.escape(model)} · {count}, mixed in place</p>"
 
 
-def hint(card: Card) -> str:
-    """A line on an adapter: its share, the words that it was trained with; what loading it warned of, if anything."""
-    words = f" · trained on “{card.trigger}”" if card.trigger else ""
-    line = html.escape(f"{100 * card.density:.2g} % of weights{words}")
-    note = f"<p>⚠ {html.escape(card.note)}</p>" if card.note else ""
-    return f'<p class="line" title="{line} · {card.megabytes:.2g} MB">{line}</p>{note}'
-
-
 def refusals(refused: Iterable[tuple[str, str]]) -> str:
     """Files that were left out, each with the reason."""
     items = "".join(f"<li><b>{html.escape(name)}</b> {html.escape(reason)}</li>" for name, reason in refused)
     return f"<p>Left out, as they do not fit this model:</p><ul>{items}</ul>"
 
 
-def facts(report: Mapping[str, Any]) -> str:
-    """What a generation took, from its report."""
-    switch = report["switch_ms"]
+def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
+    """What a picture took, from its report; dashes before the first."""
+    switch = report["switch_ms"] if report else 0.0
     cells = [
         (f"{switch:.2g} ms" if switch < 10 else f"{switch:.0f} ms", "to switch"),
-        (f"{100 * report['share_changed']:.2f} %", "of weights changed"),
-        (f"{report['generation_s']:.1f} s", "to draw"),
-        (str(report["seed"]), "seed"),
+        (f"{report['entries_changed']:,}" if report else "", "entries changed"),
+        (f"{100 * report['share_changed']:.2f} %" if report else "", "of weights changed"),
+        (f"{report['generation_s']:.1f} s" if report else "", "to draw, as a preview" if preview else "to draw"),
+        (str(report["seed"]) if report else "", "seed"),
     ]
-    return "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in cells)
+    return "".join(f"<div><b>{value if report else '–'}</b><span>{label}</span></div>" for value, label in cells)  # noqa: RUF001
+
+
+def lora(milliseconds: float | None, rank: int) -> str:
+    """What fusing a LoRA takes here, beside the time to switch."""
+    if milliseconds is None:
+        return ""
+    time = f"{milliseconds:.2g}" if milliseconds < 10 else f"{milliseconds:.0f}"
+    return f"<p>Fusing a LoRA of rank {rank} into the same weights: <b>{time} ms</b>, measured here at start-up.</p>"
 
 
 def caption(report: Mapping[str, Any]) -> str:
@@ -79,5 +80,35 @@ def caption(report: Mapping[str, Any]) -> str:
     return " + ".join(_styled(name, strength) for name, strength in report["mix"].items()) or "base"
 
 
-def _styled(name: str, strength: float) -> str:
-    return name if strength == 1 else f"{name} {strength:g}"
+def remark(text: str) -> str:
+    """A line in a quiet voice."""
+    return f'<p class="remark">{html.escape(text)}</p>'
+
+
+def settings(report: Mapping[str, Any]) -> str:
+    """How a picture was made, from its metadata, which may be a stranger's."""
+    mix = report.get("mix")
+    lines = {
+        "Prompt": report.get("prompt"),
+        "Styles": caption({"mix": mix}) if isinstance(mix, Mapping) else None,
+        "Seed": report.get("seed"),
+        "Steps": report.get("steps"),
+        "Guidance": report.get("guidance"),
+        "Merge": report.get("method"),
+        "Model": report.get("model"),
+    }
+    rows = (
+        f"<dt>{name}</dt><dd>{html.escape(str(value)[:2000])}</dd>"
+        for name, value in lines.items()
+        if value is not None
+    )
+    return f'<dl class="settings">{"".join(rows)}</dl>'
+
+
+def plain(text: str) -> str:
+    """Text for a message, which Gradio renders as HTML."""
+    return html.escape(text, quote=False)
+
+
+def _styled(name: str, strength: Strength) -> str:
+    return f"{name} {told(strength)}".rstrip()

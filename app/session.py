@@ -85,6 +85,11 @@ class Session:
         return self.library.cards
 
     @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(card.name for card in self.cards)
+
+    @property
     def pipe(self) -> Any:
         """The pipeline, to be looked at only: what draws with it or changes it takes turns in here."""
         return self._pipe
@@ -169,7 +174,7 @@ class Session:
             SettingsError: as ``generate``.
         """
         settings = Settings.checked(prompt, mix, seed, steps, guidance, method)
-        known = [card.name for card in self.cards]
+        known = self.adapter_names
         unknown = [name for name in settings.mix if name not in known]
         if unknown:
             raise SettingsError(
@@ -190,9 +195,10 @@ class Session:
 
         Cancelling the future takes it out of the queue; once it has begun, only ``on_step`` can end it.
         """
-        return self.turns.submit(visit, lambda: self._draw(settings, on_step))
+        return self.turns.submit(visit, lambda: self.draw(settings, on_step))
 
-    def _draw(self, settings: Settings, on_step: OnStep | None) -> Picture:
+    def draw(self, settings: Settings, on_step: OnStep | None = None) -> Picture:
+        """Draw at once; for jobs that have their turn."""
         resident = resident_of(self._pipe)
         mix = {name: strength for name, strength in settings.mix.items() if is_on(strength)}
         if on_step:

@@ -1,7 +1,7 @@
 """All that the app is made of, opened together: the session and the folder that everything written lies in."""
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -48,26 +48,12 @@ class Studio:
     trainings: Trainings
     estimator: Estimator
     comparer: Comparer
+    history: History
+    presets: Presets
+    thumbnails: Thumbnails
+    desk: Desk
+    lora: Future[float]
     max_upload_mb: float = DEFAULT_MAX_MB
-    history: History = field(init=False)
-    presets: Presets = field(init=False)
-    thumbnails: Thumbnails = field(init=False)
-    desk: Desk = field(init=False)
-    lora: Future[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        made = {
-            "history": (history := History(self.data / "pictures")),
-            "presets": Presets(self.data / "presets.json"),
-            "thumbnails": Thumbnails(self.session, self.data / "thumbnails"),
-            "desk": Desk(self.session, history),
-            "lora": self.session.turns.submit(BACKGROUND, self._measure_lora),
-        }
-        for name, value in made.items():
-            object.__setattr__(self, name, value)
-
-    def _measure_lora(self) -> float:
-        return fuse_ms(self.session.pipe, [card.name for card in self.session.cards])
 
     @property
     def lora_ms(self) -> float | None:
@@ -103,7 +89,20 @@ class Studio:
         data.mkdir(parents=True, exist_ok=True)
         session = Session.open(base, adapters, data, device=device, dtype=dtype, max_upload_mb=max_upload_mb)
         trainings = Trainings(Base.of(session.pipe), session.library, data)
-        return cls(session, data, trainings, Estimator(session, trainings), Comparer(session), max_upload_mb)
+        history = History(data / "pictures")
+        return cls(
+            session=session,
+            data=data,
+            trainings=trainings,
+            estimator=Estimator(session, trainings),
+            comparer=Comparer(session),
+            history=history,
+            presets=Presets(data / "presets.json"),
+            thumbnails=Thumbnails(session, data / "thumbnails"),
+            desk=Desk(session, history),
+            lora=session.turns.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.adapter_names)),
+            max_upload_mb=max_upload_mb,
+        )
 
     def close(self) -> None:
         """End what was started, as the app ends."""

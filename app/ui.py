@@ -8,10 +8,14 @@ from app import look
 from app.api import add_api
 from app.api_library import add_library_api
 from app.api_pictures import add_pictures_api
+from app.api_training import add_training_api
 from app.studio import Studio
+from app.tabs.compare import CompareTab
+from app.tabs.history import HistoryTab
 from app.tabs.interference import InterferenceTab
 from app.tabs.library import LibraryTab
 from app.tabs.mix import MixTab
+from app.tabs.train import TrainTab
 
 CACHE_SECONDS = 24 * 60 * 60  # pictures that nobody fetched for a day leave the disk
 
@@ -25,14 +29,17 @@ def build(studio: Studio) -> gr.Blocks:
     ) as blocks:
         session = studio.session
         gr.HTML(look.header(session.model, len(session.cards)), elem_id="header", padding=False)
-        with gr.Tabs(elem_id="tabs"):
-            mix = MixTab(studio)
+        with gr.Tabs(elem_id="tabs") as row:
+            mix = MixTab(studio, row)
             tabs: dict[str, Any] = {
                 "Mix": mix,
+                "Compare": CompareTab(studio, mix),
                 "Interference": InterferenceTab(studio),
+                "Train": TrainTab(studio),
                 "Library": LibraryTab(studio),
+                "History": HistoryTab(studio, mix),
             }
-            for name, tab in tabs.items():  # in the order Mix, Compare, Interference, Train, Library, History
+            for name, tab in tabs.items():
                 with gr.Tab(name, id=name.lower()) as shown:
                     tab.lay_out()
                 if hasattr(tab, "refresh_on"):
@@ -40,6 +47,7 @@ def build(studio: Studio) -> gr.Blocks:
         add_api(studio)
         add_pictures_api(studio)
         add_library_api(studio)
+        add_training_api(studio)
     return blocks
 
 
@@ -51,8 +59,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, **options: Any) -> str:
         theme=look.theme(),
         css_paths=[look.CSS, *sorted(look.CSS.parent.glob("css/*.css"))],
         footer_links=["api"],
-        share=False,
         ssr_mode=False,
-        **options,
+        **{"share": False, **options},
     )
     return url

@@ -1,62 +1,87 @@
-"""Mix: a prompt, a row for each style, the picture, a strip to compare and the visit's gallery."""
+"""Mix: a prompt, the styles, the picture with what it took, and this visit's pictures."""
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app import look
-from app.api import DRAWING
-from app.cards import Card
+from app import look, surprise
+from app.api import DRAWING, visit_of
+from app.desk import Stopped
+from app.files import cached
+from app.lora import RANK
 from app.messages import readable
 from app.picture import Picture
-from app.session import OnStep
+from app.png import read_settings
+from app.rack import make_rack, shown
+from app.restore import restore
 from app.settings import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_STEPS,
-    MAX_STRENGTH,
-    MIN_STRENGTH,
+    Settings,
+    SettingsError,
 )
 from app.studio import Studio
+from app.tabs.presets import PresetsFold
 
 SUGGESTIONS_SHOWN = 4
-GALLERY_HOLDS = 60
+GALLERY_HOLDS = 24
+PREVIEW_STEPS = 6
+WATCH_SECONDS = 2.0
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+PREVIEWING: dict[str, Any] = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "trigger_mode": "multiple",
+    "concurrency_limit": None,
+}
 ROLL_DICE = "() => Math.floor(Math.random() * 1000000)"
 SHOW_PICTURE = "() => { document.querySelector('#picture').scrollIntoView({ block: 'nearest', behavior: 'smooth' }) }"
 
-Values = dict[Any, Any]  # component -> its value
-
-
-class Stopped(Exception):
-    """The visitor pressed Stop."""
-
 
 class MixTab:
-    """The components of the tab and what they do."""
+    """The components of the tab and what they do.
 
-    def __init__(self, studio: Studio) -> None:
+    Other tabs read the settings through ``inputs`` and ``settings``, and send some here through ``targets`` and
+    ``fill``.
+    """
+
+    def __init__(self, studio: Studio, tabs: gr.Tabs) -> None:
+        self._studio = studio
         self._session = studio.session
-        self._stops: dict[str, threading.Event] = {}  # by visit, while it draws
+        self._tabs = tabs
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
         with gr.Row(elem_id="mixer"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_out_prompt()
-                self._lay_out_styles()
+                self.rack = make_rack(self._cards(), self._first_mix())
                 self._lay_out_details()
                 with gr.Row(elem_id="actions"):
                     self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
-                    self.compare = gr.Button("Compare", size="lg", min_width=120)
+                    self.surprise = gr.Button("Surprise me", size="lg", min_width=120)
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
+                self.live = gr.Checkbox(
+                    False,
+                    label="Live preview: draw a rough picture while something is moved",
+                    container=False,
+                    elem_id="live",
+                )
+                self.presets = PresetsFold(self._studio)
+                self.method = self.presets.lay_out()
             with gr.Column(scale=6, min_width=320):
                 self._lay_out_results()
+        self.inputs = [self.prompt, self.rack, self.seed, self.steps, self.guidance, self.method]
+        self.targets = [self._tabs, *self.inputs]
         self._connect()
+        self._connect_preview()
+        self._connect_watch()
+        self.presets.connect(self.inputs, self.settings, self.targets, self.fill)
 
     def _lay_out_prompt(self) -> None:
         suggestions = self._session.suggestions[:SUGGESTIONS_SHOWN]
@@ -73,36 +98,10 @@ class MixTab:
         )
         chips.click(lambda row: row[0], chips, self.prompt, **QUIET)
 
-    def _lay_out_styles(self) -> None:
-        self.rows: dict[str, tuple[gr.Checkbox, gr.Slider]] = {}
-        with gr.Column(elem_id="styles"):
-            for card in self._session.cards:
-                self.rows[card.name] = self._lay_out_style(card)
-            if not self.rows:
-                gr.HTML("<p>No styles yet: the folder of adapters holds none that fit.</p>")
-            if self._session.library.refused:
-                gr.HTML(look.refusals(self._session.library.refused), elem_id="refused", padding=False)
-
-    def _lay_out_style(self, card: Card) -> tuple[gr.Checkbox, gr.Slider]:
-        first = not self.rows
-        with gr.Row(elem_classes="style"):
-            on = gr.Checkbox(first, label=card.name, container=False, min_width=80)
-            strength = gr.Slider(
-                MIN_STRENGTH,
-                MAX_STRENGTH,
-                1.0,
-                step=0.05,
-                label=f"strength of {card.name}",
-                show_label=False,
-                container=False,
-                min_width=80,
-                buttons=[],
-            )
-            gr.HTML(look.hint(card), elem_classes="hint", padding=False)
-        strength.input(None, None, on, js="() => true", **QUIET)  # whoever moves a style wants to see it
-        return on, strength
-
     def _lay_out_details(self) -> None:
+        refused = self._session.library.refused
+        if refused:
+            gr.HTML(look.refusals(refused), elem_id="refused", padding=False)
         with gr.Row(elem_id="details"):
             self.seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=60)
             dice = gr.Button("🎲", elem_id="dice", min_width=40)
@@ -121,95 +120,166 @@ class MixTab:
             buttons=["download", "fullscreen"],
             elem_id="picture",
         )
-        self.facts = gr.HTML(elem_id="facts", visible=False, padding=False)
-        self.strip = gr.Gallery(label="Side by side", format="png", visible=False, elem_id="strip", interactive=False)
+        self.facts = gr.HTML(look.facts(None), elem_id="facts", padding=False)
+        self.lora = gr.HTML(self._lora(), elem_id="lora", padding=False)
         self.gallery = gr.Gallery(
-            label="This visit", format="png", type="filepath", visible=False, elem_id="gallery", interactive=False
+            label="This visit", type="filepath", visible=False, elem_id="gallery", interactive=False
+        )
+        self.dropped = gr.File(
+            label="Drop a picture of this app to restore its settings",
+            file_types=[".png"],
+            type="filepath",
+            height=96,
+            elem_id="restore",
         )
 
-    def _connect(self) -> None:
-        inputs = {self.prompt, self.seed, self.steps, self.guidance, self.gallery}
-        inputs |= {component for row in self.rows.values() for component in row}
-        drawing: dict[str, Any] = {
-            "inputs": inputs,
-            "api_visibility": "private",
-            "show_progress_on": self.picture,
-            **DRAWING,
-        }
-        buttons = [self.generate, self.compare, self.stop]
+    # ---------------------------------------------------------------- what other tabs use
 
-        def connect(starts: Any, draw: Any, outputs: list[Any]) -> None:
-            pressed = gr.on(starts, lambda: _buttons(busy=True), outputs=buttons, js=SHOW_PICTURE, **QUIET)
-            drawn = pressed.then(draw, outputs=outputs, **drawing)
-            for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
-                ended(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
+    def settings(self, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any, method: Any) -> Settings:
+        """Checked settings from the values of ``inputs``; raises SettingsError."""
+        return self._session.checked(prompt, mix or {}, seed, steps, guidance, method)
 
-        one = [self.picture, self.facts, self.gallery]
-        connect([self.generate.click, self.prompt.submit], self._generate, one)
-        connect(self.compare.click, self._compare, [*one, self.strip])
-        self.stop.click(self._stop, **QUIET)
+    def fill(self, given: Mapping[str, Any]) -> list[Any]:
+        """Updates of ``targets``, in their order, that show settings as in a picture's metadata, in front.
+
+        What is different from then, such as a missing adapter, is told in a message each.
+
+        Raises:
+            SettingsError: they hold something that is no setting.
+        """
+        restored = restore(given, self._session)
+        for note in restored.notes:
+            gr.Warning(look.plain(note))
+        settings = restored.settings
+        return [gr.Tabs(selected="mix"), *self._filled(settings)]
+
+    def _filled(self, settings: Settings) -> list[Any]:
+        mix = gr.HTML(value=dict(settings.mix))
+        return [settings.prompt, mix, settings.seed, settings.steps, settings.guidance, settings.method]
 
     # ---------------------------------------------------------------- what the buttons do
 
-    def _generate(self, values: Values, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
-        try:
-            with readable():
-                picture = self._session.generate(*self._settings(values), on_step=self._on_step(request, progress))
-        except Stopped:
-            return gr.skip(), gr.skip(), gr.skip()
-        finally:
-            self._stops.pop(_visit(request), None)
-        return self._results(values, [picture])
+    def _connect(self) -> None:
+        buttons = [self.generate, self.surprise, self.stop]
+        drawing: dict[str, Any] = {"api_visibility": "private", "show_progress_on": self.picture, **DRAWING}
+        results = [self.picture, self.facts, self.gallery]
 
-    def _compare(
+        def draw_after(pressed: Any) -> None:
+            drawn = pressed.then(self._generate, [*self.inputs, self.gallery], results, **drawing)
+            for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
+                ended(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
+
+        starts = [self.generate.click, self.prompt.submit]
+        draw_after(gr.on(starts, lambda: _buttons(busy=True), outputs=buttons, js=SHOW_PICTURE, **QUIET))
+        draw_after(
+            self.surprise.click(
+                lambda: (*self._surprised(), *_buttons(busy=True)),
+                outputs=[*self.inputs, *buttons],
+                js=SHOW_PICTURE,
+                **QUIET,
+            )
+        )
+        self.stop.click(self._stop, **QUIET)
+        self.dropped.upload(self._restore, self.dropped, [self.dropped, *self.targets], **QUIET)
+        self.rack.words(self._add_words, self.prompt, self.prompt, **QUIET)
+
+    async def _generate(
         self,
-        values: Values,
+        prompt: Any,
+        mix: Any,
+        seed: Any,
+        steps: Any,
+        guidance: Any,
+        method: Any,
+        gallery: Any,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Iterator[Any]:
-        strip: list[tuple[str, Picture]] = []
-        try:
-            with readable():
-                pictures = self._session.compare(*self._settings(values), on_step=self._on_step(request, progress))
-                for label, picture in pictures:
-                    strip.append((label, picture))
-                    captioned = [(each.signed(), name) for name, each in strip]
-                    newest_first = [each for _, each in reversed(strip)]
-                    yield (*self._results(values, newest_first), gr.Gallery(captioned, visible=True))
-        except Stopped:
-            return
-        finally:
-            self._stops.pop(_visit(request), None)
-
-    def _results(self, values: Values, new: list[Picture]) -> tuple[Any, Any, Any]:
-        """Picture, facts and gallery after new pictures, the newest first."""
-        captioned = [(picture.signed(), look.caption(picture.report)) for picture in new]
-        gallery = [*captioned, *(values[self.gallery] or [])][:GALLERY_HOLDS]
-        report = new[0].report
-        return new[0].signed(), gr.HTML(look.facts(report), visible=True), gr.Gallery(gallery, visible=True)
-
-    def _settings(self, values: Values) -> tuple[Any, dict[str, float], Any, Any, Any]:
-        mix = {name: values[strength] for name, (on, strength) in self.rows.items() if values[on]}
-        return values[self.prompt], mix, values[self.seed], values[self.steps], values[self.guidance]
-
-    def _on_step(self, request: gr.Request, progress: gr.Progress) -> OnStep:
-        stop = self._stops.setdefault(_visit(request), threading.Event())
-
+    ) -> Any:
         def on_step(done: int, of: int) -> None:
-            if stop.is_set():
-                raise Stopped
             progress((done, of), desc="Drawing", unit="steps")
 
-        return on_step
+        try:
+            with readable():
+                settings = self.settings(prompt, mix, seed, steps, guidance, method)
+                picture, path = await self._studio.desk.draw(visit_of(request), settings, on_step)
+        except Stopped:
+            return gr.skip(), gr.skip(), gr.skip()
+        return self._results(picture, path, gallery)
+
+    def _results(self, picture: Picture, path: Path, gallery: Any) -> tuple[Any, Any, Any]:
+        """Picture, facts and gallery after a new picture, the newest first."""
+        file = cached(self.gallery, path)
+        newest_first = [(file, look.caption(picture.report)), *(gallery or [])][:GALLERY_HOLDS]
+        facts = look.facts(picture.report)
+        return file, facts, gr.Gallery(newest_first, visible=True)
+
+    def _restore(self, file: str | None) -> list[Any]:
+        with readable("the picture could not be read"):
+            return [None, *self.fill(read_settings(Path(file or "")))]
 
     def _stop(self, request: gr.Request) -> None:
-        stop = self._stops.get(_visit(request))
-        if stop:
-            stop.set()
+        self._studio.desk.stop(visit_of(request))
 
+    def _surprised(self) -> list[Any]:
+        return self._filled(surprise.settings(self._session))
 
-def _visit(request: gr.Request) -> str:
-    return request.session_hash or ""
+    def _add_words(self, prompt: str, event: gr.EventData) -> Any:
+        words = getattr(event, "words", "")
+        known = isinstance(words, str) and words in {card.trigger for card in self._session.cards}
+        if not known or words in prompt:
+            return gr.skip()
+        return f"{prompt.rstrip(' ,')}, {words}" if prompt.strip() else words
+
+    # ---------------------------------------------------------------- the preview
+
+    def _connect_preview(self) -> None:
+        self.live.change(lambda live: gr.HTML(live=live), self.live, self.rack, **QUIET)
+        moved = [
+            self.live.input,
+            self.rack.input,
+            self.prompt.input,
+            self.seed.change,
+            self.guidance.input,
+            self.method.input,
+        ]
+        gr.on(moved, self._preview, [self.live, *self.inputs], [self.picture, self.facts], **PREVIEWING)
+
+    async def _preview(
+        self, live: bool, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any, method: Any, request: gr.Request
+    ) -> Any:
+        if not live:
+            return gr.skip(), gr.skip()
+        fewer = min(steps, PREVIEW_STEPS) if isinstance(steps, int | float) else PREVIEW_STEPS
+        try:
+            settings = self.settings(prompt, mix, seed, fewer, guidance, method)
+            picture = await self._studio.desk.preview(visit_of(request), settings)
+        except (Stopped, SettingsError):  # a newer one is under way, or a prompt is half typed
+            return gr.skip(), gr.skip()
+        return picture.signed(), look.facts(picture.report, preview=True)
+
+    # ---------------------------------------------------------------- what changes by itself
+
+    def _connect_watch(self) -> None:
+        """New adapters, thumbnails and the LoRA's time come to the page by themselves."""
+        seen = gr.State(None)
+        gr.Timer(WATCH_SECONDS).tick(self._watch, seen, [seen, self.rack, self.lora], **QUIET)
+
+    def _watch(self, seen: Any) -> Any:
+        now = (self._session.library.version, self._studio.thumbnails.version, self._studio.lora_ms)
+        if now == seen:
+            return gr.skip(), gr.skip(), gr.skip()
+        return now, gr.HTML(cards=self._cards()), self._lora()
+
+    def _lora(self) -> str:
+        return look.lora(self._studio.lora_ms, RANK)
+
+    def _cards(self) -> list[dict[str, Any]]:
+        return [shown(card, self._studio.thumbnails) for card in self._session.cards]
+
+    def _first_mix(self) -> dict[str, float]:
+        """One adapter, so that the first picture shows one: the first style, or whatever there is."""
+        styles = [card.name for card in self._session.cards if "style" in card.trigger]
+        return {name: 1.0 for name in (*styles, *self._session.adapter_names)[:1]}
 
 
 def _buttons(*, busy: bool) -> list[Any]:

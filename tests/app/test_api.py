@@ -1,5 +1,6 @@
 """The endpoints, driven with gradio_client against a served app, with good and bad input."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +34,11 @@ def generate(client: Client, **changed: Any) -> tuple[Image.Image, dict[str, Any
     return Image.open(file), report
 
 
-def test_there_are_two_public_endpoints(client: Client) -> None:
+def test_the_endpoints_that_notebooks_use_keep_their_parameters(client: Client) -> None:
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert endpoints.keys() == {"/adapters", "/generate"}
+    assert endpoints.keys() >= {"/adapters", "/generate", "/compare", "/sweep", "/presets", "/history"}
     names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
-    assert names == ["prompt", "mix", "seed", "steps", "guidance"]
+    assert names == ["prompt", "mix", "seed", "steps", "guidance", "method"]
     required = [p["parameter_name"] for p in endpoints["/generate"]["parameters"] if not p["parameter_has_default"]]
     assert required == ["prompt"]
 
@@ -152,8 +153,8 @@ def test_a_fault_inside_is_told_in_one_sentence(studio: Studio, monkeypatch: pyt
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory\n  at a line\n  at another")
 
-    monkeypatch.setattr(studio.session, "generate", out_of_memory)
+    monkeypatch.setattr(studio.session, "draw", out_of_memory)
     endpoints = {fn.api_name: fn.fn for fn in build(studio).fns.values()}
     with pytest.raises(gr.Error) as caught:
-        endpoints["generate"](SUGGESTION)
+        asyncio.run(endpoints["generate"](gr.Request(session_hash="a"), SUGGESTION))
     assert caught.value.message == "The picture could not be drawn: out of memory; the log of the app tells more"

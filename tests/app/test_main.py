@@ -6,7 +6,6 @@ import pytest
 
 from app import look
 from app.__main__ import ASSETS, main, parse
-from app.cards import Card
 from tests.app.conftest import Folders
 
 
@@ -30,9 +29,8 @@ def test_a_missing_folder_is_one_line(folders: Folders, tmp_path: Path, option: 
 
 
 def test_what_strangers_wrote_is_escaped() -> None:
-    card = Card("a", 0.01, 1, 0.1, '"><script>', "", "<b>", {})
-    assert "<script>" not in look.hint(card) and "<b>" not in look.hint(card)
-    assert '"><' not in look.hint(card).replace('MB">', "")
+    report = {"prompt": "<script>", "mix": {"<b>": 1.0}, "model": "<b>"}
+    assert "<script>" not in look.settings(report) and "<b>" not in look.settings(report)
     assert "<i>" not in look.refusals([("<i>", "<i>")])
     assert "<i>" not in look.header("<i>", 1)
 
@@ -41,7 +39,20 @@ def test_what_strangers_wrote_is_escaped() -> None:
     ("milliseconds", "text"), [(0.0123, "0.012 ms"), (2.345, "2.3 ms"), (99.9, "100 ms"), (250.4, "250 ms")]
 )
 def test_times_have_a_sensible_number_of_digits(milliseconds: float, text: str) -> None:
-    report = {"switch_ms": milliseconds, "share_changed": 0.0123, "generation_s": 1.26, "seed": 7}
+    report = {
+        "switch_ms": milliseconds,
+        "entries_changed": 1234,
+        "share_changed": 0.0123,
+        "generation_s": 1.26,
+        "seed": 7,
+    }
     cells = look.facts(report)
     assert f"<b>{text}</b>" in cells
     assert "<b>1.23 %</b>" in cells and "<b>1.3 s</b>" in cells
+    assert "<b>1,234</b>" in cells
+    assert f"<b>{text}</b>" in look.lora(milliseconds, 64)
+
+
+def test_before_the_first_picture_there_are_no_figures() -> None:
+    assert not any(digit in look.facts(None) for digit in "0123456789")
+    assert look.lora(None, 64) == ""

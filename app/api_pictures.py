@@ -1,0 +1,109 @@
+"""Endpoints for pictures that belong together, presets and the history."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.events import api
+
+from app.api import DRAWING, as_object, visit_of
+from app.checks import require_mapping, whole
+from app.desk import Series
+from app.files import cached
+from app.messages import readable
+from app.restore import as_dict, restore
+from app.session import series_of
+from app.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS
+from app.strengths import checked_mix
+from app.studio import Studio
+from app.sweep import Axis, sweep_of
+
+
+def add_pictures_api(studio: Studio) -> None:
+    """Add the endpoints to the Blocks that is being built."""
+    session = studio.session
+    paper = gr.Image(format="png", type="pil", visible=False)
+
+    def sent(file: Path) -> dict[str, Any]:
+        return gr.FileData(path=cached(paper, file), mime_type="image/png").model_dump()
+
+    async def drawn(series: Series, request: gr.Request) -> list[dict[str, Any]]:
+        pictures = studio.desk.draw_series(visit_of(request), series)
+        return [
+            {"label": label, "file": sent(file), "report": dict(picture.report)}
+            async for label, picture, file in pictures
+        ]
+
+    async def compare(
+        request: gr.Request,
+        prompt: str,
+        mix: Any,
+        seed: float | None = None,
+        steps: float = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        method: str = DEFAULT_METHOD,
+    ) -> list[dict[str, Any]]:
+        """Draw the base, each style of a mix alone and the mix, at one seed: a list of {label, file, report}."""
+        with readable():
+            series = series_of(session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method))
+            return await drawn(series, request)
+
+    async def sweep(
+        request: gr.Request,
+        prompt: str,
+        adapter: str,
+        strengths: Any,
+        other: str | None = None,
+        other_strengths: Any = None,
+        mix: Any = None,
+        seed: float | None = None,
+        steps: float = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        method: str = DEFAULT_METHOD,
+    ) -> list[dict[str, Any]]:
+        """Draw a style at a list of strengths, at one seed, beside the rest of a mix: a list of {label, file, report}.
+
+        With another style and its strengths, a grid, row by row: the first style changes across, the other down.
+        """
+        with readable():
+            across = Axis.checked(adapter, as_object(strengths, "strengths"))
+            down = Axis.checked(other, as_object(other_strengths, "other strengths")) if other else None
+            others = {axis.adapter: 0.0 for axis in (across, down) if axis}
+            mixed = {**checked_mix(as_object(mix, "mix")), **others}
+            settings = session.checked(prompt, mixed, seed, steps, guidance, method)
+            return await drawn(sweep_of(settings, across, down), request)
+
+    def presets() -> dict[str, Any]:
+        """All presets: settings by name."""
+        return {name: studio.presets.get(name) for name in studio.presets.names}
+
+    def save_preset(name: str, settings: Any) -> str:
+        """Keep settings (an object with prompt, mix, seed, steps, guidance, method) under a name; returns the name."""
+        with readable():
+            checked = restore(require_mapping("settings", as_object(settings, "settings")), session).settings
+            return studio.presets.save(name, as_dict(checked))
+
+    def delete_preset(name: str) -> list[str]:
+        """Forget a preset; returns the names of those that are left."""
+        with readable():
+            studio.presets.delete(name)
+        return list(studio.presets.names)
+
+    def history(page: float = 1) -> list[dict[str, Any]]:
+        """A page of the pictures that were drawn, the newest first: a list of {name, file, settings}."""
+        with readable():
+            return [
+                {"name": kept.name, "file": sent(kept.path), "settings": kept.settings}
+                for kept in studio.history.page(whole("page", page, 1, 10**9))
+            ]
+
+    def delete_picture(name: str) -> int:
+        """Remove a picture from the history for good; returns how many are left."""
+        with readable():
+            studio.history.delete(name)
+        return len(studio.history)
+
+    api(compare, api_name="compare", **DRAWING)
+    api(sweep, api_name="sweep", **DRAWING)
+    for endpoint in (presets, save_preset, delete_preset, history, delete_picture):
+        api(endpoint, api_name=endpoint.__name__)

@@ -1,0 +1,68 @@
+"""A small picture of each adapter: one that lies beside its file, or one drawn by the app when nobody waits."""
+
+import logging
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from app.cards import Card
+from app.session import Session
+from app.settings import DEFAULT_GUIDANCE, Settings, SettingsError
+from app.turns import BACKGROUND
+from shira_diffusers import ShiraError
+
+logger = logging.getLogger(__name__)
+
+SIDE = 128  # pixels
+SEED, STEPS = 7, 20
+BESIDE = (".webp", ".png", ".jpg", ".jpeg")
+
+
+class Thumbnails:
+    """WebP files in a folder, named by the SHA-256 of the adapter's file, so that each is made once.
+
+    Args:
+        session: draws those that have no picture beside their file.
+        folder: made if needed.
+    """
+
+    def __init__(self, session: Session, folder: Path) -> None:
+        self._session = session
+        self._asked: set[str] = set()
+        self.folder = folder
+        self.version = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, card: Card) -> Path | None:
+        """The thumbnail of an adapter; None while there is none yet, which asks for it."""
+        path = self.folder / f"{card.sha256}.webp"
+        if path.is_file():
+            return path
+        if card.sha256 not in self._asked:
+            self._asked.add(card.sha256)
+            self._session.turns.submit(BACKGROUND, lambda: self._make(card, path))
+        return None
+
+    def _make(self, card: Card, path: Path) -> None:
+        try:
+            image = self._beside(card) or self._session.draw(self._settings(card)).image
+            thumbnail = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
+            temporary = path.with_suffix(".tmp")
+            thumbnail.save(temporary, "webp", quality=80)
+            temporary.replace(path)
+            self.version += 1
+        except (ShiraError, OSError, ValueError, RuntimeError, MemoryError, Image.DecompressionBombError):
+            logger.warning("no thumbnail of %r", card.name, exc_info=True)
+
+    def _beside(self, card: Card) -> Image.Image | None:
+        path = self._session.library.entry(card.name).path
+        found = next((p for ending in BESIDE if (p := path.with_name(path.stem + ending)).is_file()), None)
+        return Image.open(found) if found else None
+
+    def _settings(self, card: Card) -> Settings:
+        for prompt in (card.trigger, self._session.suggestions[0]):
+            try:
+                return self._session.checked(prompt, {card.name: 1.0}, SEED, STEPS, DEFAULT_GUIDANCE)
+            except SettingsError:  # no trigger, or one too long for this model
+                continue
+        raise SettingsError(f"no prompt for a picture of {card.name!r}")

@@ -1,0 +1,139 @@
+"""Endpoints for several pictures, presets and the history; and many visitors at once."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from app.picture import METADATA_KEY
+from app.session import Session
+from app.studio import Studio
+from tests import tiny
+from tests.app.conftest import SUGGESTION
+
+MIX: dict[str, Any] = {"bluefire": 1.0, "paintings": 0.5}
+
+
+@pytest.fixture(scope="module")
+def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    client = Client(url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    yield client
+    client.close()
+
+
+def pixels(answer: dict[str, Any]) -> bytes:
+    file = answer["file"]
+    return Image.open(file if isinstance(file, str) else file["path"]).tobytes()
+
+
+def test_compare_gives_the_base_each_style_and_the_mix(client: Client, session: Session) -> None:
+    answers = client.predict(SUGGESTION, MIX, 3, 2, api_name="/compare")
+    assert [answer["label"] for answer in answers] == ["base", "bluefire", "paintings", "mix"]
+    mixes: list[dict[str, float]] = [{}, {"bluefire": 1.0}, {"paintings": 0.5}, MIX]
+    for answer, mix in zip(answers, mixes, strict=True):
+        assert pixels(answer) == session.generate(SUGGESTION, mix, 3, 2).image.tobytes()
+        assert answer["report"]["mix"] == mix
+
+
+def test_a_sweep_is_a_strip_or_a_grid(client: Client, session: Session) -> None:
+    strip = client.predict(SUGGESTION, "bluefire", [0, 1], seed=3, steps=1, api_name="/sweep")
+    assert [answer["report"]["mix"] for answer in strip] == [{"bluefire": 0.0}, {"bluefire": 1.0}]
+    assert pixels(strip[0]) == session.generate(SUGGESTION, {}, 3, 1).image.tobytes()
+    grid = client.predict(SUGGESTION, "bluefire", [0.5, 1], "paintings", "[1, 2]", seed=3, steps=1, api_name="/sweep")
+    told = [(answer["report"]["mix"]["bluefire"], answer["report"]["mix"]["paintings"]) for answer in grid]
+    assert told == [(0.5, 1.0), (1.0, 1.0), (0.5, 2.0), (1.0, 2.0)]
+    mixed = client.predict(SUGGESTION, "bluefire", [1], mix={"paintings": 2}, steps=1, api_name="/sweep")
+    assert mixed[0]["report"]["mix"] == {"bluefire": 1.0, "paintings": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adapter": "gold", "strengths": [1]}, "No style named 'gold'"),
+        ({"adapter": "bluefire", "strengths": []}, "needs a list of strengths"),
+        ({"adapter": "bluefire", "strengths": "high"}, "strengths must be JSON"),
+        ({"adapter": "bluefire", "strengths": [1, 3]}, "from -1 to 2, got 3"),
+        ({"adapter": "bluefire", "strengths": [1] * 50}, "49 pictures at most"),
+        (
+            {"adapter": "bluefire", "strengths": [1], "other": "bluefire", "other_strengths": [1]},
+            "two different styles",
+        ),
+        (
+            {"adapter": "bluefire", "strengths": [1] * 8, "other": "paintings", "other_strengths": [1] * 8},
+            "49 pictures at most, got 64",
+        ),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_a_sentence(client: Client, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(AppError, match=message):
+        client.predict(SUGGESTION, **arguments, api_name="/sweep")
+
+
+def test_strengths_may_be_given_by_component(client: Client, session: Session) -> None:
+    mix = {"bluefire": {"unet": {"up": 0.5}, "text_encoder": 0}}
+    file, report = client.predict(SUGGESTION, json.dumps(mix), 3, 1, api_name="/generate")
+    assert Image.open(file).tobytes() == session.generate(SUGGESTION, mix, 3, 1).image.tobytes()
+    assert report["mix"] == {"bluefire": {"unet": {"up": 0.5}, "text_encoder": 0.0}}
+    with pytest.raises(AppError, match="names no component of this model: 'vae2'"):
+        client.predict(SUGGESTION, {"bluefire": {"vae2": 1}}, api_name="/generate")
+
+
+def test_presets_come_and_go(client: Client) -> None:
+    settings = {"prompt": SUGGESTION, "mix": MIX, "seed": 3}
+    assert client.predict("  my  mix ", settings, api_name="/save_preset") == "my mix"
+    kept = client.predict(api_name="/presets")
+    assert kept["my mix"]["mix"] == MIX and kept["my mix"]["steps"] == 20
+    with pytest.raises(AppError, match="needs a name of 1 to 60"):
+        client.predict(" ", settings, api_name="/save_preset")
+    with pytest.raises(AppError, match="settings must be a JSON object"):
+        client.predict("list", "[1]", api_name="/save_preset")
+    assert client.predict("my mix", api_name="/delete_preset") == []
+    with pytest.raises(AppError, match="No preset named 'my mix'"):
+        client.predict("my mix", api_name="/delete_preset")
+
+
+def test_the_history_holds_what_was_drawn(client: Client, studio: Studio) -> None:
+    file, report = client.predict(SUGGESTION, MIX, 4, 1, api_name="/generate")
+    newest = client.predict(api_name="/history")[0]
+    assert newest["settings"] == report
+    assert pixels(newest) == Image.open(file).tobytes()
+    left = len(studio.history) - 1
+    assert client.predict(newest["name"], api_name="/delete_picture") == left
+    assert client.predict(api_name="/history")[0]["name"] != newest["name"]
+    for name in (newest["name"], "../presets.json", "/etc/passwd", ""):
+        with pytest.raises(AppError, match="No picture named"):
+            client.predict(name, api_name="/delete_picture")
+    with pytest.raises(AppError, match="Page must be a whole number"):
+        client.predict(0, api_name="/history")
+
+
+def test_eight_visitors_get_what_each_would_get_alone(url: str, session: Session) -> None:
+    strengths: list[dict[str, Any]] = [
+        {},
+        {"bluefire": 1.0},
+        {"paintings": 2.0},
+        {"bluefire": -0.5, "paintings": 1.0},
+        {"bluefire": {"unet": 0.5, "text_encoder": 1.5}},
+    ]
+    orders = [(mix, seed) for seed in range(2) for mix in strengths]
+    bits = tiny.snapshot(session.pipe)
+    alone = [session.generate(SUGGESTION, mix, seed, 1).image.tobytes() for mix, seed in orders]
+    assert len(set(alone)) == len(alone)
+    clients = [Client(url, verbose=False) for _ in range(8)]
+    jobs = [
+        (k % len(orders), clients[k % 8].submit(SUGGESTION, *orders[k % len(orders)], 1, api_name="/generate"))
+        for k in range(100)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        drawn = list(pool.map(lambda job: (job[0], Image.open(job[1].result(60)[0])), jobs))
+    assert all(picture.tobytes() == alone[order] for order, picture in drawn)
+    assert all(json.loads(picture.info[METADATA_KEY])["mix"] == orders[order][0] for order, picture in drawn)
+    assert session.active == {}
+    tiny.assert_same_bits(session.pipe, bits)
+    for client in clients:
+        client.close()
