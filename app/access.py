@@ -1,6 +1,7 @@
 """Who may reach the app, and what the server refuses whoever asks."""
 
 import ipaddress
+import json
 import logging
 import os
 import stat
@@ -20,6 +21,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+MAX_BODY = 32 * 2**20  # bytes of JSON; files come another way
+_FORMS = (b"multipart/", b"application/x-www-form-urlencoded")
 # Gradio would fetch what lies behind an address of another server and pass it on
 _ELSEWHERE = ("/file=http:", "/file=https:", "/proxy=")
 
@@ -100,16 +103,62 @@ def protection(studio: Studio) -> dict[str, Any]:
 
 
 class NothingElsewhere:
-    """ASGI middleware that refuses to fetch for a visitor what other servers hold."""
+    """ASGI middleware that refuses to fetch for a visitor what other servers hold: asked for, or sent as a "file"."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403, or pass the request on."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
         path = unquote(str(scope.get("path", ""))).lower()
-        if scope["type"] == "http" and any(part in path for part in _ELSEWHERE):
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"This app serves files of its own only."})
-            return
-        await self._app(scope, receive, send)
+        refused = any(part in path for part in _ELSEWHERE)
+        kind = dict(scope["headers"]).get(b"content-type", b"")
+        if scope["method"] == "POST" and not kind.startswith(_FORMS):  # without a type, it is taken for JSON
+            body = await _read(receive)
+            refused = refused or body is None or _names_elsewhere(body)
+            receive = _again(body or b"", receive)
+        if not refused:
+            return await self._app(scope, receive, send)
+        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": b"This app serves files of its own only."})
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """A request's body; None of one that is too long."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
+            return None
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Gives the body that was read, then what comes after it."""
+    left = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def give() -> MutableMapping[str, Any]:
+        return left.pop() if left else await receive()
+
+    return give
+
+
+def _names_elsewhere(body: bytes) -> bool:
+    """Whether JSON names a file of another server, in whatever depth."""
+    try:
+        left = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return False  # Gradio refuses it
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if str(value.get("path", "")).lower().startswith(("http:", "https:")):
+                return True
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return False

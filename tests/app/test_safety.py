@@ -124,6 +124,19 @@ def test_the_server_fetches_nothing_for_visitors(client: httpx.Client) -> None:
         assert (answer.status_code, answer.text) == (403, "This app serves files of its own only."), path
 
 
+def test_a_file_of_another_server_is_not_fetched(client: httpx.Client, secret: Path) -> None:
+    file = {"path": "http://127.0.0.1:9/x.safetensors", "meta": META}
+    for data in ([file, ""], [[{"deep": [file]}], ""], [{**file, "path": "HTTPS://example.com/x"}, ""]):
+        assert call(client, "upload_adapter", data) == ("refused", "This app serves files of its own only.")
+    escaped = json.dumps({"data": [file, ""]}).replace("http:", "\\u0068ttp:")
+    headers = {"content-type": "application/json"}
+    assert client.post("/gradio_api/call/upload_adapter", content=escaped, headers=headers).status_code == 403
+    assert client.post("/gradio_api/call/upload_adapter", content=escaped).status_code == 403
+    assert client.post("/gradio_api/call/library", content=b" " * (33 * 2**20), headers=headers).status_code == 403
+    assert client.post("/gradio_api/call/library", content=b"[" * 10**5, headers=headers).status_code in (400, 422, 500)
+    assert call(client, "library", [])[0] == "complete"
+
+
 def test_no_event_takes_a_path_that_was_not_uploaded(client: httpx.Client, studio: Studio, secret: Path) -> None:
     """All events, those of the page too, that have a file among their inputs."""
     config = client.get("/config").json()
