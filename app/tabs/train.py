@@ -86,16 +86,16 @@ class TrainTab:
         with gr.Row(elem_classes="words"):
             self.name = gr.Textbox(self._usual.name, label="Name", max_length=60, min_width=120)
             self.prompt = gr.Textbox(
-                label="Prompt of the pictures", placeholder="a picture in sks style", min_width=200, scale=2
+                label="What the pictures show", placeholder="a picture in sks style", min_width=200, scale=2
             )
         self.captions = gr.Textbox(
             label="Captions",
-            info="One line a picture, in their order. Empty lines take the prompt.",
+            info="One line a picture, in their order. Empty lines take what all pictures show.",
             lines=3,
             max_lines=8,
         )
         self.sample_prompt = gr.Textbox(
-            self._suggestion, label="Prompt of samples", info="Drawn now and then, to see what it has learned."
+            self._suggestion, label="Samples show", info="A prompt that is drawn now and then, to see what was learned."
         )
 
     def _lay_out_details(self) -> None:
@@ -104,12 +104,12 @@ class TrainTab:
         self.targets = gr.Dropdown(list(PRESETS), value=usual.targets, label="Of which layers")
         with gr.Row():
             self.density = gr.Slider(0.1, 10, 100 * usual.density, step=0.1, label="Density, %", min_width=150)
-            self.steps = gr.Slider(1, 5000, usual.steps, step=1, label="Steps", min_width=150)
+            self.steps = gr.Slider(1, 5000, usual.steps, step=1, label="Training steps", min_width=150)
         with gr.Row():
             self.learning_rate = gr.Number(usual.learning_rate, label="Learning rate", min_width=100)
             self.batch = gr.Number(usual.batch, label="Pictures a step", precision=0, min_width=100)
             self.resolution = gr.Number(usual.resolution, label="Resolution", precision=0, min_width=100)
-            self.seed = gr.Number(usual.seed, label="Seed", precision=0, min_width=80)
+            self.seed = gr.Number(usual.seed, label="Training seed", precision=0, min_width=80)
         with gr.Row():
             self.flip = gr.Checkbox(usual.flip, label="Mirror pictures at random", min_width=150)
             self.caption_dropout = gr.Slider(
@@ -120,8 +120,8 @@ class TrainTab:
         )
         with gr.Row():
             self.class_prompt = gr.Textbox(
-                label="Class prompt",
-                info="For a subject: what it is one of, “a picture of an alien”.",
+                label="Class of the subject",
+                info="Such as “a picture of an alien”, so that others of it stay what they were.",
                 min_width=180,
                 scale=2,
             )

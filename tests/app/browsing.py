@@ -1,0 +1,60 @@
+"""Chromium for tests of the page: opened at a size, and nothing may have gone wrong in it at the end."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = sync_api.expect
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MARKS = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
+]
+WIDE, PHONE = (1280, 900), (390, 844)
+PATIENCE = 60_000  # milliseconds
+Open = Callable[[tuple[int, int], str], Any]
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser without a window."""
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def pages(browser: Any, url: str) -> Iterator[Open]:
+    """Opens tabs of the app; at the end, no error was on the console and nothing was asked of other servers."""
+    contexts, requests, faults = [], [], []
+
+    def open_at(size: tuple[int, int], tab: str) -> Any:
+        phone = size == PHONE
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, is_mobile=phone, has_touch=phone, reduced_motion="reduce"
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.goto(url)
+        if phone:  # its width has room for two
+            page.get_by_role("button", name="More tabs").click()
+            page.locator(".overflow-dropdown").get_by_role("button", name=tab, exact=True).click()
+        else:
+            page.get_by_role("tab", name=tab, exact=True).click()
+        return page
+
+    yield open_at
+    for context in contexts:
+        context.close()
+    assert not faults
+    assert not [request for request in requests if not request.startswith((url, "data:", "blob:"))]

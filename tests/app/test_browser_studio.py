@@ -1,0 +1,146 @@
+"""Library, Interference and Train in a real browser: the main path of each, what goes wrong, and a phone's width."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from app.cards import sha256_of
+from app.studio import Studio
+from shira_diffusers import save_adapter
+from tests import tiny
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, chromium, expect, pages
+
+pytestmark = MARKS
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(browser: Any, url: str) -> Iterator[Open]:
+    with pages(browser, url) as open_at:
+        yield open_at
+
+
+@pytest.fixture
+def moss(tmp_path: Path) -> Path:
+    adapter = tiny.adapter_for(tiny.pipeline(), 5).with_metadata(instance_prompt="sks <b>moss", mask="rand")
+    return save_adapter(adapter, tmp_path / "moss.safetensors")
+
+
+def choose(page: Any, label: str, option: str) -> None:
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def toast(page: Any, text: str) -> None:
+    expect(page.get_by_test_id("toast-body").filter(has_text=text).first).to_be_visible(timeout=PATIENCE)
+
+
+def test_library(open_page: Open, studio: Studio, moss: Path, tmp_path: Path) -> None:
+    """Uploaded, looked into, downloaded, renamed, deleted and brought back; what does not fit shows the reason."""
+    page = open_page(WIDE, "Library")
+    table = page.locator("#library-table")
+    expect(table.get_by_role("row")).to_have_count(5)
+    expect(table).to_contain_text("Does not fit: adapter does not fit: ")
+
+    page.locator("#adapter-upload input[type=file]").set_input_files(moss)
+    expect(page.locator("#library-said")).to_have_text("Added moss.", timeout=PATIENCE)
+    expect(table.get_by_role("row").filter(has_text="moss")).to_contain_text("“sks <b>moss”")
+    expect(page.get_by_label("Adapter", exact=True)).to_have_value("moss")
+    page.get_by_role("button", name="Inspect").click()
+    expect(page.locator("#inspected")).to_contain_text(sha256_of(moss))
+    expect(page.locator("#inspected .layers")).to_contain_text("unet.down_blocks.0.resnets.0.conv1.weight")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").or_(page.get_by_role("button", name="Download")).first.click()
+    assert sha256_of(Path(download.value.path())) == sha256_of(moss)
+
+    page.get_by_label("New name").fill("../fern")
+    page.get_by_role("button", name="Rename").click()
+    expect(page.locator("#library-said")).to_have_text("moss is now fern.")
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(page.locator("#library-said")).to_have_text("Deleted fern. Undo brings it back.")
+    expect(table.get_by_role("row")).to_have_count(5)
+    page.get_by_role("button", name="Undo delete of fern").click()
+    expect(table.get_by_role("row")).to_have_count(6)
+    assert "fern" in [card.name for card in studio.session.cards]
+
+    choose(page, "Adapter", "bluefire")
+    page.get_by_role("button", name="Delete", exact=True).click()
+    toast(page, "'bluefire' came with the app and cannot be deleted")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"PK\x03\x04")
+    page.locator("#adapter-upload input[type=file]").set_input_files(broken)
+    toast(page, "like a pickle, which is never loaded")
+    studio.session.library.delete("fern")
+
+
+def test_interference(open_page: Open) -> None:
+    page = open_page(WIDE, "Interference")
+    page.get_by_role("button", name="Compare them").click()
+    expect(page.locator("#interference-summary h3")).to_have_text("bluefire + paintings", timeout=PATIENCE)
+    expect(page.locator("#interference-summary")).to_contain_text("of their entries")
+    cells = page.locator("#interference-heat .cells i")
+    expect(cells.first).to_have_attribute("title", "text_encoder.encoder.layers.0.mlp.fc1.weight: 18.6 %")
+    page.get_by_label("AWOR").check()
+    expect(page.locator("#interference-heat .legend")).to_contain_text("100 % is orthogonal")
+    page.get_by_text("All layers as a table").click()
+    expect(page.get_by_role("row").filter(has_text="unet.down_blocks.0.resnets.0.conv1.weight")).to_be_visible()
+
+
+def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio, tmp_path: Path) -> None:
+    """A real one, followed in the page; a second one is cancelled, resumed, and its checkpoint added."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("red", "blue"):
+        Image.new("RGB", (16, 16), name).save(pictures / f"{name}.png")
+    (pictures / "red.txt").write_text("a red cat")
+    page = open_page(WIDE, "Train")
+    expect(page.locator("#estimate")).to_contain_text("entries", timeout=PATIENCE)
+    expect(page.locator("#progress")).to_contain_text("Nothing was trained here yet")
+    page.get_by_role("button", name="Start training").click()
+    toast(page, "The prompt is empty")
+
+    page.locator("#train-files input[type=file]").set_input_files(sorted(pictures.iterdir()))
+    expect(page.locator("#train-pictures img")).to_have_count(2, timeout=PATIENCE)
+    expect(page.get_by_label("Captions")).to_have_value("\na red cat")
+    page.get_by_label("Name", exact=True).fill("tiny style")
+    page.get_by_label("What the pictures show").fill("a sks cat")
+    page.get_by_role("button", name="How it learns").click()
+    page.get_by_label("number input for Training steps").fill("8")
+    page.get_by_label("number input for Training steps").press("Enter")
+    page.get_by_role("button", name="Start training").click()
+    state = page.locator("#progress .state")
+    expect(state).to_have_text("running", timeout=PATIENCE)
+    expect(state).to_have_text("finished", timeout=PATIENCE)
+    expect(page.locator("#progress")).to_contain_text("in the library as “tiny style”")
+    expect(page.locator("#progress svg.curve")).to_be_visible()
+    expect(page.locator("#samples img").first).to_be_visible()
+    assert "tiny style" in [card.name for card in studio.session.cards]
+
+    page.get_by_label("number input for Training steps").fill("3000")
+    page.get_by_label("number input for Training steps").press("Enter")
+    page.get_by_role("button", name="Start training").click()
+    expect(state).to_have_text("running", timeout=PATIENCE)
+    expect(page.locator("#progress svg.curve")).to_be_visible(timeout=PATIENCE)
+    page.get_by_role("button", name="Cancel").click()
+    expect(state).to_have_text("cancelled", timeout=PATIENCE)
+    page.get_by_role("button", name="Discard").click()
+    expect(state).to_have_text("finished", timeout=PATIENCE)
+    assert [training.state for training in studio.trainings.all] == ["finished"]
+
+
+@pytest.mark.parametrize("tab", ["Library", "Interference", "Train"])
+def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open, tab: str) -> None:
+    page = open_page(PHONE, tab)
+    button = {"Library": "Inspect", "Interference": "Compare them", "Train": "How it learns"}[tab]
+    page.get_by_role("button", name=button).click()
+    shown = {"Library": "#inspected .layers", "Interference": "#interference-heat .cells", "Train": "#how"}[tab]
+    expect(page.locator(shown).first).to_be_visible(timeout=PATIENCE)
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE[0]
