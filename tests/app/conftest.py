@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.access import protection
 from app.session import Session
 from app.studio import Studio
 from app.ui import build, launch
@@ -50,8 +51,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture(scope="module")
-def studio(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    return Studio.open(str(folders.base), folders.adapters, tmp_path_factory.mktemp("data"))
+def studio(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    studio = Studio.open(str(folders.base), folders.adapters, tmp_path_factory.mktemp("data"))
+    yield studio
+    studio.close()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def session(studio: Studio) -> Session:
 def url(studio: Studio) -> Iterator[str]:
     """The address of the served app."""
     blocks = build(studio)
-    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True)
+    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
     blocks.close(verbose=False)
 
 
