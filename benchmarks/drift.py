@@ -1,0 +1,81 @@
+"""Bits that differ from the base after 1, 10 and 100 switches and a removal: ours (none), diffusers' fuse and unfuse.
+
+python -m benchmarks.drift [--device cpu|cuda] [--toy] [--models "SD 1.5"] [--out FILE]
+
+``changed`` is the share of entries of the adapted weights (attention and feed-forward) that have other bits. Weights
+are random, one UNet in each of three dtypes; LoRAs have rank 64.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks import rivals
+from benchmarks.harness import DTYPES, Run, copies, lora_state, make_pipe, options, shira_adapter
+from benchmarks.training import RANK
+from shira_diffusers.pipeline import resident_of
+from shira_diffusers.scatter import bits_of
+from shira_diffusers.targets import select
+
+
+def main() -> None:
+    args = options(__doc__).parse_args()
+    run = Run("drift", args, lora_rank=RANK, density=0.02, family="rand")
+    steps = (1, 10) if args.toy or args.device == "cpu" else (1, 10, 100)
+    for dtype in DTYPES:
+        pipe = make_pipe(args.models[0], args, DTYPES[dtype])
+        base = copies(pipe.unet)
+        labels = {"model": args.models[0], "dtype": dtype}
+        run.case(lambda pipe=pipe, base=base: ours(pipe, base, (1, 10, 100)), **labels, method="shira")
+        run.case(lambda pipe=pipe, base=base: fused(pipe, base, steps), **labels, method="lora fuse/unfuse")
+        del pipe, base
+
+
+def ours(pipe: Any, base: dict[str, Tensor], steps: tuple[int, ...]) -> dict[str, Any]:
+    for seed, name in enumerate(("a", "b")):
+        resident_of(pipe).add(shira_adapter(pipe.unet, "rand", 0.02, seed), name)
+    changed, done = {}, 0
+    try:
+        for count in steps:
+            for number in range(done, count):
+                pipe.set_shira("ab"[number % 2], 0.5 + number % 3)
+            pipe.set_shira([])
+            done = count
+            changed[str(count)] = share_changed(pipe.unet, base)
+    finally:
+        pipe.unload_shira()
+    assert not any(changed.values()), f"bits changed: {changed}"
+    return {"changed": changed}
+
+
+def fused(pipe: Any, base: dict[str, Tensor], steps: tuple[int, ...]) -> dict[str, Any]:
+    changed, done = {}, 0
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{seed}.safetensors") for seed in range(2)]
+        for seed, file in enumerate(files):
+            save_file(lora_state(pipe.unet, seed), file)
+        cycle = rivals.LoraCycle(pipe, files)
+        try:
+            for count in steps:
+                for _ in range(done, count):
+                    cycle()
+                cycle.close()
+                done = count
+                changed[str(count)] = share_changed(pipe.unet, base)
+        finally:
+            cycle.close()
+    return {"changed": changed}
+
+
+def share_changed(unet: Any, base: dict[str, Tensor]) -> float:
+    now = select({"unet": unet})
+    differing = sum(int(torch.count_nonzero(bits_of(now[name]) != bits_of(weight))) for name, weight in base.items())
+    return differing / sum(weight.numel() for weight in base.values())
+
+
+if __name__ == "__main__":
+    main()
