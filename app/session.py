@@ -1,6 +1,8 @@
 """A resident pipeline with a library of adapters, drawing one picture at a time. No Gradio in here."""
 
+import copy
 import reprlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -48,6 +50,9 @@ class Session:
         self._pipe = pipe
         self.turns = Turns()  # shira() would wait too, but in no order, and waiting would count as switching
         self._pipe.set_progress_bar_config(disable=True)
+        # a copy: a call changes how the tokenizer pads, also for the picture that is being drawn
+        self._tokenizer = copy.deepcopy(getattr(pipe, "tokenizer", None))
+        self._counting = threading.Lock()
 
     @classmethod
     def open(
@@ -182,8 +187,9 @@ class Session:
                 f"there are {', '.join(map(repr, known)) or 'none'}"
             )
         require_components(settings.mix, models_of(self._pipe))
-        tokenizer = getattr(self._pipe, "tokenizer", None)
-        length = len(tokenizer(settings.prompt, truncation=False, verbose=False).input_ids) if tokenizer else 0
+        tokenizer = self._tokenizer
+        with self._counting:
+            length = len(tokenizer(settings.prompt, truncation=False, verbose=False).input_ids) if tokenizer else 0
         if tokenizer and length > tokenizer.model_max_length:
             raise SettingsError(
                 f"the prompt is too long: the model reads {tokenizer.model_max_length} tokens, got {length}; shorten it"

@@ -256,3 +256,23 @@ def test_opening_takes_the_dtype(folders: Folders) -> None:
     assert session._pipe.unet.dtype == torch.bfloat16
     assert session.suggestions == SUGGESTIONS
     assert [card.name for card in session.cards] == ["bluefire", "paintings"]
+
+
+def test_checking_settings_does_not_disturb_a_picture_that_is_being_drawn(session: Session) -> None:
+    """Counting tokens changes how a tokenizer pads; the pipeline's own must not be touched."""
+    done = threading.Event()
+
+    def check() -> None:
+        while not done.is_set():
+            session.checked("a red cat", {})
+
+    threads = [threading.Thread(target=check) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(25):
+            session.generate("a big dog", {}, 1, 1)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
