@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from app.checks import number, whole
 from app.names import tidy_name
 from app.settings import MAX_SEED, SettingsError
 from app.training_pictures import tidy_caption
@@ -224,21 +225,15 @@ def _name(what: str, value: object) -> str:
 
 
 def _number(low: float, high: float) -> Any:
-    def check(what: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise SettingsError(f"{what} must be a number from {low:g} to {high:g}, got {reprlib.repr(value)}")
-        return float(value)
-
-    return check
+    return lambda what, value: number(what, value, low, high)
 
 
 def _whole(low: int, high: int, step: int = 1) -> Any:
     def check(what: str, value: object) -> int:
-        number = _number(low, high)(what, value)
-        if number != int(number) or int(number) % step:
-            every = f", a multiple of {step}" if step > 1 else ""
-            raise SettingsError(f"{what} must be a whole number from {low} to {high}{every}, got {value!r}")
-        return int(number)
+        given = whole(what, value, low, high)
+        if given % step:
+            raise SettingsError(f"{what} must be a multiple of {step}, got {given}")
+        return given
 
     return check
 

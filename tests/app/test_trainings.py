@@ -212,9 +212,9 @@ def test_nothing_is_left_of_a_training_that_cannot_begin(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": 0}, "steps must be a number from 1 to 20000, got 0"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 20000, got 0"),
         ({"steps": 1.5}, "steps must be a whole number"),
-        ({"steps": "7"}, "steps must be a number"),
+        ({"steps": "7"}, "steps must be a whole number"),
         ({"density": float("nan")}, "density must be a number from 0.0001 to 0.2"),
         ({"learning_rate": True}, "learning_rate must be a number"),
         ({"mask": "best"}, "mask must be one of"),
