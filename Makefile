@@ -32,6 +32,9 @@ types: $(VENV)/.dev ## require strict types
 
 bench: $(VENV)/.dev ## measure on this machine's CPU; writes benchmarks/results/*.json
 	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.size
+	for name in overwrite_vs_fuse switch fuse inference load_many drift; do \
+		$(BIN)/python -m benchmarks.$$name --device cpu || exit 1; done
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

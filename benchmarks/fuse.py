@@ -3,7 +3,7 @@
 python -m benchmarks.fuse [--device cpu|cuda] [--toy] [--models "SD 1.5"] [--out FILE]
 
 ``first``: from nothing active to a mix that was never used (one measurement); ``again``: to it once more; ``slider``:
-one strength of the active mix moved. For LoRA a moved slider is unfuse_lora, set_adapters, fuse_lora. LoRAs have rank 64.
+one strength of the active mix moved. For LoRA a moved slider is unfuse_lora, set_adapters, fuse_lora, at rank 64.
 """
 
 from typing import Any

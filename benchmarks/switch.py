@@ -4,8 +4,9 @@ python -m benchmarks.switch [--device cpu|cuda] [--toy] [--models "SD 1.5"] [--o
 
 Attention and feed-forward of a UNet of random weights. ``resident``: both adapters loaded, ``set_shira`` from one to
 the other in turns. ``from_disk``: ``load_shira`` of a file until it is active, the one before deleted first.
-``device_ms`` is the sum of the GPU's kernels and copies by torch.profiler. ``limit_ms`` is the least that the memory allows: lines
-that hold entries, read and written, and the adapters' bytes, over the bandwidth of a copy measured in the same run.
+``device_ms`` is the sum of the GPU's kernels and copies by torch.profiler. ``limit_ms`` is the least that memory
+allows: lines that hold entries, read and written, saved bits and the adapters' bytes, over the bandwidth of a copy
+measured in the same run.
 Masks of grad and snip have the shape of rand's; two adapters of wm (block) on one base have the same entries.
 """
 
