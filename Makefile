@@ -30,11 +30,12 @@ lint: $(VENV)/.dev ## require clean code
 types: $(VENV)/.dev ## require strict types
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## measure on this machine's CPU; writes benchmarks/results/*.json
+bench: $(VENV)/.dev ## measure on this machine's CPU; writes benchmarks/results/*.json, docs/benchmarks.md
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.size
 	for name in overwrite_vs_fuse switch fuse inference load_many drift; do \
 		$(BIN)/python -m benchmarks.$$name --device cpu || exit 1; done
+	$(BIN)/python -m benchmarks.report
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -40,3 +40,9 @@ def test_a_case_that_fails_or_comes_too_late_is_told(tmp_path: Path, monkeypatch
     run.until = 0
     assert "skipped" in run.case(dict, method="late")
     assert len(json.loads(args.out.read_text())["rows"]) == 2
+
+
+def test_the_page_of_benchmarks_is_what_the_figures_give() -> None:
+    from benchmarks.report import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m benchmarks.report"
