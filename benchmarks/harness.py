@@ -147,15 +147,21 @@ def require_base(unet: nn.Module, base: dict[str, Tensor]) -> None:
 
 
 def require_active(unet: nn.Module, base: dict[str, Tensor], mix: Iterable[tuple[ShiraAdapter, float]]) -> None:
-    """Assert that weights are what dense arithmetic gives; to the last bit on a CPU, where nothing is fused."""
+    """Assert that weights are what dense arithmetic gives; see ``same``."""
     now, adapters = select({"unet": unet}), list(mix)
     for name, weight in base.items():
         total = torch.zeros(weight.shape, device=weight.device)
         for adapter, scale in adapters:
             total += scale * adapter.deltas[name].to_dense().to(weight.device)
         expected = (weight.float() + total).to(weight.dtype)
-        same = torch.equal if weight.device.type == "cpu" or weight.dtype != torch.float32 else torch.allclose
         assert same(now[name], expected), f"{name} is not base + scale * delta"
+
+
+def same(weight: Tensor, expected: Tensor) -> bool:
+    """Equal bit for bit; on CUDA up to the last bit, since kernels there may fuse multiply and add."""
+    if weight.is_cuda:
+        return torch.allclose(weight, expected, rtol=torch.finfo(weight.dtype).eps, atol=1e-7)
+    return torch.equal(weight, expected)
 
 
 def device_ms(action: Callable[[], object], repeats: int = 5) -> float | None:

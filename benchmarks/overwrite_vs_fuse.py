@@ -13,7 +13,7 @@ from peft import LoraConfig, ShiraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.common import spread, timed
-from benchmarks.harness import DTYPES, Run, options, rand
+from benchmarks.harness import DTYPES, Run, options, rand, same
 from benchmarks.training import RANK, random_mask
 from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.scatter import gather
@@ -67,7 +67,7 @@ def switched(base: Tensor, repeats: int) -> dict[str, float]:
     seconds = in_turns(lambda: resident.set({"a": 1.0}), resident.clear, repeats)
     resident.set({"a": 1.0})
     expected = (base.float() + delta.to_dense()).to(base.dtype)
-    assert torch.allclose(model[0].weight, expected, rtol=0 if base.dtype != torch.float32 else 1e-6)
+    assert same(model[0].weight, expected), "not base + delta"
     resident.clear()
     assert torch.equal(model[0].weight, base)
     return seconds
