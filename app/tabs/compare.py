@@ -42,8 +42,9 @@ class CompareTab:
             with gr.Column(scale=4, min_width=300):
                 gr.HTML(look.remark("Prompt, styles, seed, steps and guidance are those of Mix."), padding=False)
                 self.kind = gr.Radio(list(KINDS), value=next(iter(KINDS)), label="What to draw", elem_id="kind")
-                self.across = _Range("Style", self._session.adapter_names, 0)
-                self.down = _Range("Other style, from top to bottom", self._session.adapter_names, 1)
+                names = self._mix.names_first()
+                self.across = _Range("Style, from left to right", names, 0)
+                self.down = _Range("Other style, from top to bottom", names, 1)
                 with gr.Row():
                     self.draw = gr.Button("Draw", variant="primary", size="lg", min_width=120)
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
@@ -103,12 +104,12 @@ class CompareTab:
             yield gr.Gallery([], columns=columns, selected_index=None), [], None, look.remark(""), idle
             try:
                 async for label, _, path in self._studio.desk.draw_series(visit_of(request), series, on_step):
-                    done.append((cached(self.strip, path), label))
+                    done.append((cached(self.strip, path), _short(label)))
                     names.append(path.name)
                     yield done, names, None, look.remark(f"{len(done)} of {len(series)} drawn."), idle
             except Stopped:
                 return
-        yield gr.skip(), gr.skip(), None, look.remark("Choose a picture to send it to Mix."), idle
+        yield gr.skip(), gr.skip(), None, look.remark(self._legend(values)), idle
 
     def _series(self, values: dict[Any, Any]) -> tuple[Series, int]:
         """What to draw, and how many a row."""
@@ -120,6 +121,12 @@ class CompareTab:
         across = self._axis(self.across, values)
         down = self._axis(self.down, values) if kind == "grid" else None
         return sweep_of(settings, across, down), len(across.strengths)
+
+    def _legend(self, values: dict[Any, Any]) -> str:
+        grid = KINDS.get(values[self.kind]) == "grid"
+        across, down = values[self.across.adapter], values[self.down.adapter]
+        axes = f"Strengths of {across} from left to right, of {down} from top to bottom. " if grid else ""
+        return f"{axes}Choose a picture to send it to Mix."
 
     def _axis(self, span: "_Range", values: dict[Any, Any]) -> Axis:
         axis = Axis.between(*(values[each] for each in span.components))
@@ -165,6 +172,12 @@ class _Range:
                     COUNT if not place else 3, label="pictures", precision=0, minimum=2, maximum=MOST, min_width=60
                 )
         self.components = [self.adapter, self.first, self.last, self.count]
+
+
+def _short(label: str) -> str:
+    """A label that fits on a small picture: of a grid's, the two strengths."""
+    first, comma, second = label.partition(", ")
+    return f"{first.rpartition(' ')[2]} · {second.rpartition(' ')[2]}" if comma else label
 
 
 def _show(kind: str) -> list[Any]:

@@ -60,7 +60,7 @@ class MixTab:
         with gr.Row(elem_id="mixer"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_out_prompt()
-                self.rack = make_rack(self._cards(), self._first_mix())
+                self.rack = make_rack(self._cards(), {name: 1.0 for name in self.names_first()[:1]})
                 self._lay_out_details()
                 with gr.Row(elem_id="actions"):
                     self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
@@ -276,10 +276,10 @@ class MixTab:
     def _cards(self) -> list[dict[str, Any]]:
         return [shown(card, self._studio.thumbnails) for card in self._session.cards]
 
-    def _first_mix(self) -> dict[str, float]:
-        """One adapter, so that the first picture shows one: the first style, or whatever there is."""
-        styles = [card.name for card in self._session.cards if "style" in card.trigger]
-        return {name: 1.0 for name in (*styles, *self._session.adapter_names)[:1]}
+    def names_first(self) -> tuple[str, ...]:
+        """The adapters, those that show best on the first prompt before others: styles before subjects."""
+        cards = sorted(self._session.cards, key=lambda card: "style" not in card.trigger)
+        return tuple(card.name for card in cards)
 
 
 def _buttons(*, busy: bool) -> list[Any]:
