@@ -93,7 +93,7 @@ function build(card) {
   const picture = card.thumbnail
     ? make('img', { src: card.thumbnail, alt: '', loading: 'lazy', width: 56, height: 56 })
     : make('span', { class: 'no-thumbnail', text: card.name.slice(0, 1).toUpperCase(), 'aria-hidden': 'true' })
-  const words = card.trigger && make('button', { type: 'button', class: 'words', title: 'put these words into the prompt', 'aria-label': `put “${card.trigger}” into the prompt`, text: `+ ${card.trigger}`, onclick: () => trigger('words', { words: card.trigger }) })
+  const words = card.trigger && make('button', { type: 'button', class: 'words', title: 'put these words into the prompt', 'aria-label': `use the words “${card.trigger}”`, text: `+ ${card.trigger}`, onclick: () => trigger('words', { words: card.trigger }) })
   const paint = () => row.node.classList.toggle('on', row.on.checked)
   row.show = (strength) => {
     row.strength = strength

@@ -75,7 +75,9 @@ def test_the_main_path(open_page: Open) -> None:
     expect(page.get_by_label("Prompt")).to_have_value(SUGGESTION)
     expect(page.get_by_role("checkbox", name="bluefire")).to_be_checked()
     expect(page.get_by_role("checkbox", name="paintings")).not_to_be_checked()
-    expect(page.get_by_text("trained on “sks fire”")).to_be_visible()
+    page.get_by_role("button", name="use the words “sks fire”").click()
+    expect(page.get_by_label("Prompt")).to_have_value(f"{SUGGESTION}, sks fire")
+    page.get_by_label("Prompt").fill(SUGGESTION)
 
     generate(page)
     expect(page.locator("#picture img")).to_be_visible()
@@ -94,13 +96,27 @@ def test_the_main_path(open_page: Open) -> None:
 
 def test_side_by_side(open_page: Open) -> None:
     page = open_page(WIDE)
-    page.get_by_label("range slider for strength of paintings").press("ArrowLeft")  # whoever moves a style, sees it
+    page.get_by_label("strength of paintings", exact=True).press("ArrowLeft")  # whoever moves a style, sees it
     expect(page.get_by_role("checkbox", name="paintings")).to_be_checked()
-    page.get_by_role("button", name="Compare").click()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("button", name="Draw").click()
     labels = ["base", "bluefire", "paintings", "mix"]
     expect(page.locator("#strip .caption-label")).to_have_text(labels, timeout=PATIENCE)
-    expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE)
-    expect(page.locator("#gallery .caption-label").first).to_have_text("bluefire + paintings 0.95")
+    expect(page.get_by_text("Choose a picture to send it to Mix.")).to_be_visible(timeout=PATIENCE)
+    page.locator("#strip .grid-container button").first.click()
+    page.locator("#compare").get_by_role("button", name="Send to Mix").click()
+    expect(page.get_by_role("checkbox", name="bluefire")).not_to_be_checked()
+
+
+def test_the_history_sends_a_picture_to_mix(open_page: Open) -> None:
+    page = open_page(WIDE)
+    page.get_by_label("Seed").fill("11")
+    generate(page)
+    page.get_by_label("Seed").fill("12")
+    page.get_by_role("tab", name="History").click()
+    page.locator("#kept .grid-container button").first.click()
+    page.locator("#history").get_by_role("button", name="Send to Mix").click()
+    expect(page.get_by_label("Seed")).to_have_value("11")
 
 
 def test_suggestions_dice_and_the_enter_key(open_page: Open) -> None:
@@ -131,11 +147,9 @@ def test_an_error_is_a_sentence_and_the_page_goes_on(open_page: Open) -> None:
 def test_stop_ends_a_generation(open_page: Open, session: Session) -> None:
     page = open_page(WIDE)
     page.get_by_label("number input for Steps").fill("100")
-    page.get_by_role("checkbox", name="paintings").check()
-    page.get_by_role("button", name="Compare").click()
+    page.get_by_role("button", name="Generate").click()
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE)
-    assert page.locator("#strip .caption-label").count() < 4
     assert session.active == {}
     page.get_by_label("number input for Steps").fill("2")
     generate(page)
