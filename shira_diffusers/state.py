@@ -16,7 +16,7 @@ from shira_diffusers.scatter import overwrite
 from shira_diffusers.sites import Key, Positions
 
 ATTRIBUTE = "_shira"
-_REMEMBERED_BYTES = 2**26
+_REMEMBERED_BYTES = 2**26  # of layouts beyond the last two
 
 
 class Entry(NamedTuple):
@@ -123,10 +123,14 @@ class ShiraState(nn.Module):
         self.remembered: list[tuple[Layout, ...]] = []
 
     def remember(self, layouts: tuple[Layout, ...]) -> None:
-        """Keep the layouts of the last few mixes, so that coming back to one plans nothing."""
+        """Keep the layouts of the last two mixes, whatever their size, and of older ones what has room.
+
+        So going back and forth between two plans nothing, with adapters of any size.
+        """
         kept = [layouts, *(old for old in self.remembered if old[0] is not layouts[0])] if layouts else self.remembered
-        used = accumulate(sum(layout.nbytes for layout in mix) for mix in kept)
-        self.remembered = [mix for mix, total in zip(kept, used, strict=True) if total <= _REMEMBERED_BYTES]
+        used = accumulate(sum(layout.nbytes for layout in mix) for mix in kept[2:])
+        older = [mix for mix, total in zip(kept[2:], used, strict=True) if total <= _REMEMBERED_BYTES]
+        self.remembered = kept[:2] + older
 
     def forget(self, names: Collection[str]) -> None:
         """Drop adapters, and what is remembered of mixes with them."""

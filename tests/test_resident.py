@@ -9,7 +9,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from shira_diffusers import AdapterMismatchError, Resident, ResidentStateError, ShiraAdapter, ShiraError, SparseDelta
+from shira_diffusers import (
+    AdapterMismatchError,
+    Resident,
+    ResidentStateError,
+    ShiraAdapter,
+    ShiraError,
+    SparseDelta,
+    state,
+)
 from shira_diffusers.sites import Span
 from tests import reference, tiny
 
@@ -515,6 +523,20 @@ def test_using_remembers_what_is_disabled_and_what_was_deleted_inside(resident: 
     tiny.assert_same_bits(model, base)
     resident.enable()
     assert resident.active == {"b": 1.0}
+
+
+def test_going_back_and_forth_plans_nothing_whatever_the_size(
+    resident: Resident, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "_REMEMBERED_BYTES", 0)
+    laid_out = []
+    for name in "abab":
+        resident.set({name: 1.0})
+        resident.clear()
+        laid_out.append(model._shira.remembered[0][0])
+    assert laid_out[2] is laid_out[0] and laid_out[3] is laid_out[1]
+    resident.set({"c": 1.0})
+    assert len(model._shira.remembered) == 2, "older mixes leave when there is no room"
 
 
 def test_remove_keeps_the_rest_of_the_mix(resident: Resident, model: nn.Module, adapters: dict) -> None:
