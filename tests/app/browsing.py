@@ -16,7 +16,8 @@ MARKS = [
 ]
 WIDE, PHONE = (1280, 900), (390, 844)
 PATIENCE = 60_000  # milliseconds
-Open = Callable[[tuple[int, int], str], Any]
+Open = Callable[..., Any]
+"""``open_page(size, tab="Mix")``"""
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def pages(browser: Any, url: str) -> Iterator[Open]:
     """Opens tabs of the app; at the end, no error was on the console and nothing was asked of other servers."""
     contexts, requests, faults = [], [], []
 
-    def open_at(size: tuple[int, int], tab: str) -> Any:
+    def open_at(size: tuple[int, int], tab: str = "Mix") -> Any:
         phone = size == PHONE
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]}, is_mobile=phone, has_touch=phone, reduced_motion="reduce"
@@ -46,7 +47,9 @@ def pages(browser: Any, url: str) -> Iterator[Open]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.goto(url)
-        if phone:  # its width has room for two
+        if tab == "Mix":  # the first one
+            page.get_by_role("button", name="Generate").wait_for()
+        elif phone:  # its width has room for two
             page.get_by_role("button", name="More tabs").click()
             page.locator(".overflow-dropdown").get_by_role("button", name=tab, exact=True).click()
         else:

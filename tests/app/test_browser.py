@@ -1,62 +1,35 @@
 """The page in a real browser: the main path, what goes wrong, and a phone's width."""
 
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from app.session import Session
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, chromium, expect, pages
 from tests.app.conftest import SUGGESTION
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = sync_api.expect
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
-]
-WIDE, PHONE = (1280, 900), (390, 844)
-PATIENCE = 60_000  # milliseconds
-Open = Callable[[tuple[int, int]], Any]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def open_page(browser: Any, url: str) -> Iterator[Open]:
-    """Opens the app in a window of a size; at the end, nothing may have gone wrong in it."""
-    contexts, requests, faults = [], [], []
+    """Opens Mix, with few steps."""
+    with pages(browser, url) as open_at:
 
-    def open_at(size: tuple[int, int]) -> Any:
-        phone = size == PHONE
-        context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, is_mobile=phone, has_touch=phone, reduced_motion="reduce"
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        page.goto(url)
-        page.get_by_role("button", name="Generate").wait_for()
-        page.get_by_label("number input for Steps").fill("2")
-        return page
+        def open_mix(size: tuple[int, int]) -> Any:
+            page = open_at(size)
+            page.get_by_label("number input for Steps").fill("2")
+            return page
 
-    yield open_at
-    for context in contexts:
-        context.close()
-    assert not faults
-    assert not [request for request in requests if not request.startswith((url, "data:", "blob:"))]
+        yield open_mix
 
 
 def generate(page: Any) -> None:
