@@ -10,6 +10,7 @@ import gradio as gr
 from app.strengths import Strength, told
 
 CSS = Path(__file__).with_name("style.css")
+ROLES = Path(__file__).parent / "js" / "roles.js"
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -25,7 +26,7 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
-        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
         block_background_fill="white",
         block_background_fill_dark="*neutral_900",

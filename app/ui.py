@@ -57,6 +57,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, **options: Any) -> str:
         server_name=host,
         server_port=port,
         theme=look.theme(),
+        js=look.ROLES.read_text(encoding="utf-8"),
         css_paths=[look.CSS, *sorted(look.CSS.parent.glob("css/*.css"))],
         footer_links=["api"],
         ssr_mode=False,
