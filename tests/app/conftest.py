@@ -4,6 +4,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,15 @@ def url(studio: Studio) -> Iterator[str]:
     blocks = build(studio)
     yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
     blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    from tests.app.browsing import chromium  # Playwright may be missing
+
+    with chromium() as browser:
+        yield browser
 
 
 def free_port() -> int:

@@ -1,21 +1,14 @@
 """Every tab, light and dark, before axe-core: no serious finding."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.app.browsing import MARKS, WIDE, chromium
+from tests.app.browsing import MARKS, WIDE
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
 pytestmark = MARKS
 TABS = ("Mix", "Compare", "Interference", "Train", "Library", "History")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -7,16 +7,10 @@ from typing import Any
 import pytest
 
 from app.session import Session
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, chromium, expect, pages
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect, pages
 from tests.app.conftest import SUGGESTION
 
 pytestmark = MARKS
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -11,15 +11,9 @@ from app.cards import sha256_of
 from app.studio import Studio
 from shira_diffusers import save_adapter
 from tests import tiny
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, chromium, expect, pages
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect, pages
 
 pytestmark = MARKS
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture
