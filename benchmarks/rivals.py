@@ -102,13 +102,13 @@ class PeftShira:
 
 
 @contextmanager
-def peft_shira(unet: Any, density: float) -> Iterator[PeftShira]:
+def peft_shira(unet: Any, density: float, names: tuple[str, ...] = ("a", "b")) -> Iterator[PeftShira]:
     """PEFT's SHiRA of the rank that comes near a density; masks are drawn where the weights are, as PEFT's are slow."""
     weights = select(unet).values()
     rank = max(1, round(density * sum(w.numel() for w in weights) / sum(sum(w.shape) for w in weights)))
     targets = list(PRESETS[DEFAULT_TARGETS])
     try:
-        for name in ("a", "b"):
+        for name in names:
             config: Any = ShiraConfig(r=rank, target_modules=targets, init_weights=False)
             config.mask_fn = random_mask
             unet.add_adapter(config, name)
