@@ -58,6 +58,17 @@ def timed(action: Callable[[], object], repeats: int = 30, warm_up: int = 5) -> 
     return spread(seconds)
 
 
+def in_turns(there: Callable[[], object], back: Callable[[], object], repeats: int, warm_up: int) -> dict[str, float]:
+    """``spread`` of the wall time of one action, with another, untimed, after each."""
+    seconds = []
+    for number in range(warm_up + repeats):
+        taken = timed(there, 1, 0)["median_ms"] / 1000
+        back()
+        if number >= warm_up:
+            seconds.append(taken)
+    return spread(seconds)
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

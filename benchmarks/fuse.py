@@ -2,67 +2,89 @@
 
 python -m benchmarks.fuse [--device cpu|cuda] [--toy] [--models "SD 1.5"] [--out FILE]
 
-``first``: from nothing active to a mix that was never used (one measurement); ``again``: to it once more; ``slider``:
+``first``: from nothing active to a mix that was never used, so it is planned; ``again``: to it once more; ``slider``:
 one strength of the active mix moved. For LoRA a moved slider is unfuse_lora, set_adapters, fuse_lora, at rank 64.
+``limit_ms``: what a write of the union costs at least, see ``harness.memory_limit``; ``slider_over_limit`` how many
+times that a moved slider takes. Few adapters come first, so that a budget cuts the dearest cases; on a CPU SDXL is
+left out, where eight LoRAs of it take minutes.
 """
 
 from typing import Any
 
 from benchmarks import rivals
-from benchmarks.common import timed
-from benchmarks.harness import Run, copies, make_pipe, options, require_active, require_base, shira_adapter
-from benchmarks.overwrite_vs_fuse import in_turns
+from benchmarks.common import in_turns, timed
+from benchmarks.harness import (
+    Run,
+    copies,
+    copy_bandwidth,
+    make_pipe,
+    memory_limit,
+    options,
+    require_active,
+    require_base,
+    shira_adapter,
+)
 from benchmarks.training import RANK
 from shira_diffusers.pipeline import resident_of
 
 DENSITY = 0.01
+COUNTS = (2, 4, 8)
+SECONDS = {"cuda": 240, "cpu": 240}
 
 
 def main() -> None:
     args = options(__doc__).parse_args()
-    run = Run("fuse", args, density=DENSITY, family="rand", lora_rank=RANK)
+    args.budget = args.budget or SECONDS[args.device]
+    bandwidth = copy_bandwidth(args.device, args.toy)
+    run = Run("fuse", args, density=DENSITY, family="rand", lora_rank=RANK, copy_gb_s=round(bandwidth / 1e9, 1))
     repeats = 2 if args.toy else 10 if args.device == "cuda" else 5
-    for model in args.models:
+    for model in args.models if args.toy or args.device == "cuda" else args.models[:1]:
         pipe = make_pipe(model, args)
-        for count in (2, 4, 8):
-            run.case(lambda pipe=pipe, n=count: ours(pipe, n, repeats), model=model, adapters=count, method="shira")
-        for count in (2, 4, 8):
-            run.case(lambda pipe=pipe, n=count: loras(pipe, n), model=model, adapters=count, method="lora")
+        for count in COUNTS:
+            labels = {"model": model, "adapters": count}
+            run.case(lambda p=pipe, n=count: ours(p, n, repeats, bandwidth), **labels, method="shira")
+            run.case(lambda p=pipe, n=count: loras(p, n, max(1, repeats // 2)), **labels, method="lora")
         del pipe
 
 
-def ours(pipe: Any, count: int, repeats: int) -> dict[str, Any]:
+def ours(pipe: Any, count: int, repeats: int, bandwidth: float) -> dict[str, Any]:
     base = copies(pipe.unet)
     adapters = {str(seed): shira_adapter(pipe.unet, "rand", DENSITY, seed) for seed in range(count)}
-    scales = [0.5] * count
-    try:
+    names, scales = list(adapters), [0.5] * count
+
+    def add() -> None:
         for name, adapter in adapters.items():
             resident_of(pipe).add(adapter, name)
-        names = list(adapters)
 
-        def mix() -> None:
-            pipe.set_shira(names, scales)
+    def mix() -> None:
+        pipe.set_shira(names, scales)
 
-        def slide() -> None:
-            scales[0] += 0.01
-            mix()
+    def slide() -> None:
+        scales[0] += 0.01
+        mix()
 
-        figures: dict[str, Any] = {"first": timed(mix, 1, 0)}
-        pipe.set_shira([])
-        figures["again"] = in_turns(mix, lambda: pipe.set_shira([]), repeats)
+    def forget() -> None:
+        pipe.unload_shira()
+        add()
+
+    try:
+        add()
+        figures: dict[str, Any] = {"first": in_turns(mix, forget, 3, warm_up=1)}
+        figures["again"] = in_turns(mix, lambda: pipe.set_shira([]), repeats, warm_up=1)
         mix()
         figures["slider"] = timed(slide, repeats, 1)
         require_active(pipe.unet, base, zip(adapters.values(), scales, strict=True))
     finally:
         pipe.unload_shira()
     require_base(pipe.unet, base)
-    return figures
+    limit = memory_limit(list(adapters.values()), pipe.unet, bandwidth)
+    over = round(figures["slider"]["median_ms"] / limit["limit_ms"], 2)
+    return {**figures, **limit, "slider_over_limit": over}
 
 
-def loras(pipe: Any, count: int) -> dict[str, Any]:
-    scales = [0.5] * count
+def loras(pipe: Any, count: int, repeats: int) -> dict[str, Any]:
+    names, scales = [f"lora{number}" for number in range(count)], [0.5] * count
     with rivals.two_loras(pipe, count):
-        names = [f"lora{number}" for number in range(count)]
 
         def fuse() -> None:
             pipe.set_adapters(names, scales)
@@ -76,10 +98,9 @@ def loras(pipe: Any, count: int) -> dict[str, Any]:
             scales[0] += 0.01
             fuse()
 
-        figures = {"first": timed(fuse, 1, 0), "slider": timed(slide, 2, 0)}
+        figures = {"first": timed(fuse, 1, 0), "slider": timed(slide, repeats, 0)}
         unfuse()
-        figures["again"] = timed(fuse, 1, 0)
-        unfuse()
+        figures["again"] = in_turns(fuse, unfuse, max(1, repeats // 2), warm_up=0)
         return figures
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import UNETS, timed, write
-from benchmarks.training import RANK, TOY
+from benchmarks.training import LATENTS, RANK, TOY
 from shira_diffusers import ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.masks import MaskContext
+from shira_diffusers.pipeline import resident_of
 from shira_diffusers.targets import select
 
 SECONDS = {"cuda": 100, "cpu": 200}
@@ -77,10 +78,12 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype:
     return DTYPES[args.dtype or ("float16" if args.device == "cuda" else "float32")]
 
 
-def make_pipe(model: str, args: argparse.Namespace, dtype: torch.dtype | None = None) -> Any:
+def make_pipe(
+    model: str, args: argparse.Namespace, dtype: torch.dtype | None = None, config: dict[str, Any] | None = None
+) -> Any:
     """A pipeline of nothing but a UNet and a scheduler, which is all that loading and switching need."""
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(**(TOY if args.toy else UNETS)[model]).to(dtype or dtype_of(args))
+        unet: Any = UNet2DConditionModel(**(config or (TOY if args.toy else UNETS)[model])).to(dtype or dtype_of(args))
     fill(unet.to_empty(device=args.device).requires_grad_(False).eval())
     parts = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": unet, "scheduler": DDIMScheduler()}
     if model == "SDXL":
@@ -122,15 +125,48 @@ def shira_adapter(unet: nn.Module, family: str, density: float, seed: int, masks
     return ShiraAdapter(deltas)
 
 
+def add_pair(pipe: Any, density: float) -> None:
+    """Adapters ``a`` and ``b`` of random masks, not active."""
+    for seed, name in enumerate(("a", "b")):
+        resident_of(pipe).add(shira_adapter(pipe.unet, "rand", density, seed), name)
+
+
 def lora_state(unet: nn.Module, seed: int, rank: int = RANK) -> dict[str, Tensor]:
-    """A LoRA of the same weights, in their dtype, with diffusers' keys."""
-    generator = torch.Generator().manual_seed(seed)
+    """A LoRA of the same weights on the CPU, in their dtype, with diffusers' keys; drawn where the weights are."""
+    device = next(unet.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, weight in select(unet).items():
         for matrix, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
             key = f"unet.{name.removesuffix('.weight')}.lora_{matrix}.weight"
-            state[key] = (torch.randn(shape, generator=generator) * 0.02).to(weight.dtype)
+            drawn = torch.randn(shape, generator=generator, device=device)
+            state[key] = (drawn * 0.02).to(weight.dtype).cpu()
     return state
+
+
+def latents_of(model: str, args: argparse.Namespace) -> int:
+    """Side of the latents that a UNet is called with: those of its pictures, fewer on a CPU."""
+    return 8 if args.toy else 16 if args.device == "cpu" else LATENTS[model]
+
+
+def inputs_of(unet: Any, model: str, latents: int) -> dict[str, Any]:
+    """What a UNet is called with, at batch 1, of noise."""
+    generator = torch.Generator(unet.device).manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=unet.device).to(unet.dtype)
+
+    config = unet.config
+    inputs: dict[str, Any] = {
+        "sample": noise(1, 4, latents, latents),
+        "timestep": torch.full((1,), 500, device=unet.device),
+        "encoder_hidden_states": noise(1, 77, config.cross_attention_dim),
+    }
+    if model == "SDXL":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        sizes = torch.full((1, 6), 8.0 * latents, device=unet.device)
+        inputs["added_cond_kwargs"] = {"text_embeds": noise(1, pooled), "time_ids": sizes}
+    return inputs
 
 
 def copies(unet: nn.Module) -> dict[str, Tensor]:
@@ -192,6 +228,18 @@ def touched(adapters: list[ShiraAdapter], weights: dict[str, Tensor], device: st
         held = torch.cat([adapter.deltas[name].indices for adapter in adapters]).long()
         lines += (held * weights[name].element_size() // LINE[device]).unique().numel()
     return lines * LINE[device]
+
+
+def memory_limit(adapters: list[ShiraAdapter], unet: nn.Module, bandwidth: float) -> dict[str, float]:
+    """What a write of the union of adapters costs at least, by the bandwidth of a copy.
+
+    ``bytes``: lines of the weights that hold entries, read and written, the bits saved, and the adapters' own bytes.
+    """
+    lines = touched(adapters, select({"unet": unet}), next(unet.parameters()).device.type)
+    own = sum(delta.nbytes for adapter in adapters for delta in adapter.deltas.values())
+    saved = sum(adapter.nnz for adapter in adapters) * next(unet.parameters()).dtype.itemsize
+    least = 2 * lines + own + saved
+    return {"bytes": least, "limit_ms": round(1000 * least / bandwidth, 4)}
 
 
 def free() -> None:

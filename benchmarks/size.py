@@ -25,8 +25,7 @@ from torch import Tensor
 
 from benchmarks import rivals
 from benchmarks.common import UNETS, write
-from benchmarks.harness import fill, lora_state
-from benchmarks.inference import inputs_of
+from benchmarks.harness import fill, inputs_of, lora_state
 from benchmarks.training import RANK, TOY
 from shira_diffusers import ShiraAdapter, SparseDelta, build_masks, save_adapter
 from shira_diffusers.calibration import gradient_magnitudes
