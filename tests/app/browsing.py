@@ -30,18 +30,33 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def new_context(browser: Any, size: tuple[int, int]) -> Any:
+    """A visitor's browser, which shares nothing with another's."""
+    phone = size == PHONE
+    return browser.new_context(
+        viewport={"width": size[0], "height": size[1]}, is_mobile=phone, has_touch=phone, reduced_motion="reduce"
+    )
+
+
+def _shared_context(browser: Any, size: tuple[int, int]) -> Any:
+    """The one of this size for tests that need no visitor of their own: it has the page's scripts by now."""
+    known = [each for each in browser.contexts if each.pages and each.pages[0].viewport_size["width"] == size[0]]
+    if known:
+        return known[0]
+    context = new_context(browser, size)
+    context.new_page()  # stays open and tells the size
+    return context
+
+
 @contextmanager
 def pages(browser: Any, url: str) -> Iterator[Open]:
     """Opens tabs of the app; at the end, no error was on the console and nothing was asked of other servers."""
-    contexts, requests, faults = [], [], []
+    opened, requests, faults = [], [], []
 
     def open_at(size: tuple[int, int], tab: str = "Mix") -> Any:
         phone = size == PHONE
-        context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, is_mobile=phone, has_touch=phone, reduced_motion="reduce"
-        )
-        contexts.append(context)
-        page = context.new_page()
+        page = _shared_context(browser, size).new_page()
+        opened.append(page)
         page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: faults.append(str(error)))
@@ -57,7 +72,7 @@ def pages(browser: Any, url: str) -> Iterator[Open]:
         return page
 
     yield open_at
-    for context in contexts:
-        context.close()
+    for page in opened:
+        page.close()
     assert not faults
     assert not [request for request in requests if not request.startswith((url, "data:", "blob:"))]

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from gradio_client import Client
 
+from app import trainings
 from app.access import protection
 from app.session import Session
 from app.studio import Studio
+from app.turns import BACKGROUND
 from app.ui import build, launch
 from shira_diffusers import save_adapter
 from tests import tiny
+from tests.app import warm
 
 SUGGESTION = "a red cat"  # the tiny tokenizer spells: 16 tokens are 14 letters
 SUGGESTIONS = (SUGGESTION, "a big dog", *(f"a {word} that is too long for a phone's width" for word in ("line", "row")))
@@ -51,11 +55,39 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return folders
 
 
-@pytest.fixture(scope="module")
-def studio(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+@pytest.fixture(scope="session")
+def warm_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trainings fork from a process that has imported the trainer; ``test_trainings`` starts some from nothing too."""
+    with pytest.MonkeyPatch.context() as patch, warm.server(tmp_path_factory.mktemp("warm")):
+        patch.setattr(trainings, "subprocess", warm.subprocess_with_forks())
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_studio(folders: Folders, tmp_path_factory: pytest.TempPathFactory, warm_trainer: None) -> Iterator[Studio]:
     studio = Studio.open(str(folders.base), folders.adapters, tmp_path_factory.mktemp("data"))
     yield studio
     studio.close()
+
+
+@pytest.fixture(scope="session")
+def one_url(one_studio: Studio) -> Iterator[str]:
+    blocks = build(one_studio)
+    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(one_studio))
+    blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def studio(one_studio: Studio) -> Iterator[Studio]:
+    """One for all modules, when it draws nothing by itself; what a module's tests leave in it is taken away."""
+    one_studio.session.turns.submit(BACKGROUND, lambda: None).result(60)
+    yield one_studio
+    library = one_studio.session.library
+    library.delete(*(entry.name for entry in library.entries if entry.origin == "yours"))
+    for training in one_studio.trainings.all:
+        one_studio.trainings.discard(training.id)
+    for kept in one_studio.history.page(1, len(one_studio.history)):
+        one_studio.history.delete(kept.name)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +96,9 @@ def session(studio: Studio) -> Session:
 
 
 @pytest.fixture(scope="module")
-def url(studio: Studio) -> Iterator[str]:
+def url(studio: Studio, one_url: str) -> str:
     """The address of the served app."""
-    blocks = build(studio)
-    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
-    blocks.close(verbose=False)
+    return one_url
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +108,20 @@ def browser() -> Iterator[Any]:
 
     with chromium() as browser:
         yield browser
+
+
+def connect(url: str, **options: Any) -> Client:
+    """A client of the app; on plain HTTP it need not read the system's certificates for each request."""
+    return Client(url, verbose=False, ssl_verify=False, **options)
+
+
+def bits_of(session: Session) -> dict[str, torch.Tensor]:
+    """All weights, between two pictures: thumbnails may be drawn at any time."""
+    return session.turns.submit("bits", lambda: tiny.snapshot(session.pipe)).result(60)
+
+
+def assert_bits(session: Session, before: dict[str, torch.Tensor]) -> None:
+    session.turns.submit("bits", lambda: tiny.assert_same_bits(session.pipe, before)).result(60)
 
 
 def free_port() -> int:

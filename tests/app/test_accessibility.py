@@ -16,11 +16,13 @@ def test_no_serious_finding_on_any_tab(browser: Any, url: str, theme: str) -> No
     page = browser.new_page(viewport={"width": WIDE[0], "height": WIDE[1]})
     page.goto(f"{url}?__theme={theme}")
     page.get_by_role("button", name="Generate").wait_for()
+    # what the parts of the page are called does not depend on the theme
+    rules = {"runOnly": ["color-contrast"]} if theme == "dark" else None
     found = []
     for tab in TABS:
         page.get_by_role("tab", name=tab, exact=True).click()
         page.wait_for_timeout(500)  # it fades in, and faded text has little contrast
-        for violation in axe.Axe().run(page).response["violations"]:
+        for violation in axe.Axe().run(page, options=rules).response["violations"]:
             if violation["impact"] in ("serious", "critical"):
                 found += [(tab, violation["id"], node["html"][:120]) for node in violation["nodes"]]
     page.close()

@@ -16,14 +16,14 @@ from app.picture import METADATA_KEY
 from app.session import Session
 from app.studio import Studio
 from app.ui import build
-from tests.app.conftest import SUGGESTION
+from tests.app.conftest import SUGGESTION, connect
 
 PLAIN: dict[str, Any] = {"prompt": SUGGESTION, "seed": 3, "steps": 2}
 
 
 @pytest.fixture(scope="module")
 def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    client = Client(url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    client = connect(url, download_files=tmp_path_factory.mktemp("downloads"))
     yield client
     client.close()
 
@@ -93,7 +93,7 @@ def test_without_a_seed_one_is_drawn_and_told(client: Client) -> None:
 def test_two_visitors_at_once_get_what_each_gets_alone(client: Client, url: str) -> None:
     mixes = [{"bluefire": 1.0}, {"paintings": 2.0}, {}]
     alone = [generate(client, mix=mix)[0].tobytes() for mix in mixes]
-    other = Client(url, verbose=False)
+    other = connect(url)
     clients = [client, other] * 3
     with ThreadPoolExecutor(6) as pool:
         drawn = list(pool.map(lambda who, mix: generate(who, mix=mix)[0].tobytes(), clients, mixes * 2))

@@ -13,15 +13,14 @@ from PIL import Image
 from app.picture import METADATA_KEY
 from app.session import Session
 from app.studio import Studio
-from tests import tiny
-from tests.app.conftest import SUGGESTION
+from tests.app.conftest import SUGGESTION, assert_bits, bits_of, connect
 
 MIX: dict[str, Any] = {"bluefire": 1.0, "paintings": 0.5}
 
 
 @pytest.fixture(scope="module")
 def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    client = Client(url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    client = connect(url, download_files=tmp_path_factory.mktemp("downloads"))
     yield client
     client.close()
 
@@ -121,10 +120,10 @@ def test_eight_visitors_get_what_each_would_get_alone(url: str, session: Session
         {"bluefire": {"unet": 0.5, "text_encoder": 1.5}},
     ]
     orders = [(mix, seed) for seed in range(2) for mix in strengths]
-    bits = tiny.snapshot(session.pipe)
+    bits = bits_of(session)
     alone = [session.generate(SUGGESTION, mix, seed, 1).image.tobytes() for mix, seed in orders]
     assert len(set(alone)) == len(alone)
-    clients = [Client(url, verbose=False) for _ in range(8)]
+    clients = [connect(url) for _ in range(8)]
     jobs = [
         (k % len(orders), clients[k % 8].submit(SUGGESTION, *orders[k % len(orders)], 1, api_name="/generate"))
         for k in range(100)
@@ -134,6 +133,6 @@ def test_eight_visitors_get_what_each_would_get_alone(url: str, session: Session
     assert all(picture.tobytes() == alone[order] for order, picture in drawn)
     assert all(json.loads(picture.info[METADATA_KEY])["mix"] == orders[order][0] for order, picture in drawn)
     assert session.active == {}
-    tiny.assert_same_bits(session.pipe, bits)
+    assert_bits(session, bits)
     for client in clients:
         client.close()

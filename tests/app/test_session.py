@@ -17,7 +17,7 @@ from app.session import Session, strip_of
 from app.settings import SettingsError
 from shira_diffusers import ShiraError, load_adapter
 from tests import tiny
-from tests.app.conftest import SUGGESTION, SUGGESTIONS, Folders
+from tests.app.conftest import SUGGESTION, SUGGESTIONS, Folders, assert_bits, bits_of
 
 MIX = {"bluefire": 1.0, "paintings": 0.5}
 
@@ -32,7 +32,7 @@ def bytes_of(picture: Picture) -> bytes:
 
 @pytest.fixture
 def bits(session: Session) -> dict[str, torch.Tensor]:
-    return tiny.snapshot(session._pipe)
+    return bits_of(session)
 
 
 # ---------------------------------------------------------------- one picture
@@ -95,7 +95,7 @@ def test_nothing_is_active_before_and_after(session: Session, bits: dict[str, to
     draw(session, MIX, on_step=lambda done, of: seen.append(session.active))
     assert seen == [{}, MIX, MIX]
     assert session.active == {}
-    tiny.assert_same_bits(session._pipe, bits)
+    assert_bits(session, bits)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["before", "amid", "at the end"])
@@ -111,7 +111,7 @@ def test_a_generation_that_ends_early_leaves_nothing_active(
     with pytest.raises(InterruptedError):
         draw(session, MIX, on_step=fail)
     assert session.active == {}
-    tiny.assert_same_bits(session._pipe, bits)
+    assert_bits(session, bits)
     assert bytes_of(draw(session, {})) == before
 
 
@@ -138,7 +138,7 @@ def test_pictures_drawn_at_once_are_those_drawn_alone(session: Session, bits: di
 
     with ThreadPoolExecutor(len(orders)) as pool:
         assert list(pool.map(draw_at_once, orders)) == alone
-    tiny.assert_same_bits(session._pipe, bits)
+    assert_bits(session, bits)
 
 
 def test_one_that_fails_does_not_disturb_the_next_in_turn(session: Session) -> None:
@@ -195,7 +195,7 @@ def test_a_strip_left_early_leaves_nothing_active(session: Session, bits: dict[s
     next(strip)
     strip.close()  # type: ignore[attr-defined]
     assert session.active == {}
-    tiny.assert_same_bits(session._pipe, bits)
+    assert_bits(session, bits)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from PIL import Image
 from app.cards import sha256_of
 from shira_diffusers import save_adapter
 from tests import tiny
+from tests.app.conftest import connect
 
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Client:
-    return Client(url, verbose=False)
+    return connect(url)
 
 
 @pytest.fixture
@@ -66,6 +67,7 @@ def test_a_training(client: Client, tmp_path: Path) -> None:
     status: dict[str, Any] = started
     end = time.time() + 90
     while status["state"] == "running" and time.time() < end:
+        time.sleep(0.2)  # a training has the time that asking takes
         status = client.predict(api_name="/training_status")
     assert (status["state"], status["adapter"], status["step"]) == ("finished", "api style", 4)
     assert len(status["loss"]) == 4 and Image.open(status["samples"][0]["picture"]).size == (16, 16)

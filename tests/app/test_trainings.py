@@ -50,7 +50,7 @@ def session(folders: Folders, tmp_path: Path) -> Session:
 
 
 @pytest.fixture
-def trainings(session: Session, tmp_path: Path) -> Any:
+def trainings(session: Session, tmp_path: Path, warm_trainer: None) -> Any:
     trainings = Trainings(Base.of(session.pipe), session.library, tmp_path / "data")
     yield trainings
     trainings.close()
@@ -61,6 +61,13 @@ def recipe(trainings: Trainings) -> Recipe:
     return Recipe.for_base(trainings.base).changed(TINY, ())
 
 
+@pytest.fixture
+def started_as_users_do(trainings: Trainings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer starts from nothing."""
+    monkeypatch.setattr(trainings_module, "subprocess", subprocess)
+
+
+@pytest.mark.usefixtures("started_as_users_do")
 def test_a_training_ends_in_the_library(trainings: Trainings, session: Session, recipe: Recipe, tmp_path: Path) -> None:
     recipe = recipe.changed({"sample_prompt": "a cat", "avoid": ["bluefire"]}, ("bluefire",))
     training = trainings.start(recipe, sent_in(tmp_path / "sent"), ["a red cat"])
@@ -99,16 +106,16 @@ def test_cancelling_keeps_the_last_checkpoint_and_it_can_be_resumed(
 ) -> None:
     long = recipe.changed({"steps": 2000}, ())
     assert "--checkpointing_steps" in long.flags(trainings.base, tmp_path, {}, ROOT, resume=False)
-    recipe = recipe.changed({"steps": 60}, ())
+    recipe = recipe.changed({"steps": 40}, ())
     trainings.start(recipe, sent_in(tmp_path / "sent"))
     wait(lambda: trainings.progress().checkpoint)
     assert trainings.cancel().state == "cancelled"
     progress = trainings.progress()
-    assert 6 <= progress.checkpoint < 60 and trainings.running is None
+    assert 4 <= progress.checkpoint < 40 and trainings.running is None
     assert trainings.keep(progress.training.id) == "moss"
     trainings.resume(None)
     wait(lambda: trainings.running is None)
-    assert trainings.progress().training.state == "finished" and trainings.progress().steps.done == 60
+    assert trainings.progress().training.state == "finished" and trainings.progress().steps.done == 40
     assert [card.name for card in session.cards if card.origin == "yours"] == ["moss", "moss-2"]
     with pytest.raises(SettingsError, match="no training is under way"):
         trainings.cancel()
