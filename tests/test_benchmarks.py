@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-SCRIPTS = ("overwrite_vs_fuse", "switch", "fuse", "load_many", "drift", "inference")
+SCRIPTS = ("overwrite_vs_fuse", "switch", "fuse", "load_many", "drift", "inference", "size")
 
 
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What a script writes."""
     out = tmp_path / "figures.json"
-    options = ["--device", "cpu", "--toy", "--models", "SD 1.5", "--budget", "600", "--out", str(out)]
+    options = ["--toy", "--models", "SD 1.5", "--out", str(out)]
+    if request.param != "size":  # which is the same on every device
+        options += ["--device", "cpu", "--budget", "600"]
     monkeypatch.setattr(sys, "argv", [request.param, *options])
     importlib.import_module(f"benchmarks.{request.param}").main()
     return json.loads(out.read_text())["rows"]
@@ -25,6 +28,8 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
 def test_no_case_fails(rows: list[dict[str, Any]]) -> None:
     assert len(rows) > 1
     assert not [row for row in rows if "failed" in row or "skipped" in row]
+    moved = [row for row in rows if row.get("switches")]
+    assert all(row["recompiles"] == row["recaptures"] == 0 and row["graphs"] for row in moved)
 
 
 def test_a_case_that_fails_or_comes_too_late_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +47,31 @@ def test_a_case_that_fails_or_comes_too_late_is_told(tmp_path: Path, monkeypatch
     assert len(json.loads(args.out.read_text())["rows"]) == 2
 
 
-def test_the_page_of_benchmarks_is_what_the_figures_give() -> None:
-    from benchmarks.report import PAGE, page
+def test_a_compiled_unet_that_does_not_follow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import compiled
+    from benchmarks.harness import options
 
-    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m benchmarks.report"
+    def stale(module: Any, inputs: Any) -> Any:
+        first: list[Any] = []
+
+        def run(*args: Any) -> Any:
+            first.extend([] if first else [module(*args)])
+            return first[0]
+
+        return run
+
+    monkeypatch.setattr(compiled, "compile_unet", lambda unet, case: unet.compile(backend=stale))
+    with pytest.raises(AssertionError, match="move 1 does not reach the compiled UNet"):
+        compiled.measure(compiled.TOY_CASES[0], options("").parse_args(["--device", "cpu", "--toy"]))
+
+
+def test_captures_of_cuda_graphs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.compiled import captures
+
+    called = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", lambda self, pool: called.append(pool), raising=False)
+    before = torch.cuda.CUDAGraph.capture_begin
+    with captures() as counted:
+        torch.cuda.CUDAGraph.capture_begin(None, "pool")
+    assert (counted["captures"], called) == (1, ["pool"])
+    assert torch.cuda.CUDAGraph.capture_begin is before

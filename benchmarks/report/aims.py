@@ -1,0 +1,230 @@
+"""The aims, by script: what should be reached, where it is read, and what stands in the way where it is not."""
+
+from benchmarks.report.bars import Bar
+from benchmarks.report.figures import Figures, Read, largest, ratio, value
+
+RANDOM = {"method": "shira", "family": "rand", "density": 0.02}
+BLOCKS = {**RANDOM, "family": "block_rand"}
+SD15, SDXL = "SD 1.5", "SDXL"
+
+WEIGHT = {"dim": 4096, "dtype": "float32"}
+SECTORS = (
+    "At 2 % every second 32-byte sector of a weight holds an entry of one of the two adapters. Those sectors are read "
+    "and written whole, and reaching them at random gets only a part of a copy's bandwidth."
+)
+CPU_LINES = (
+    "At 2 % every second cache line of a weight holds an entry of one of the two adapters and is read and written "
+    "whole; LoRA's fuse moves all lines, but in order, as a copy does."
+)
+LAUNCHES = (
+    "Steps at batch 1 are bound by launching kernels, and gathering the gradients at the masks adds some to each layer."
+)
+INPUTS = (
+    "A layer's dense gradient needs its inputs, kept from the forward pass; `--recompute_inputs` and `struct` masks "
+    "keep none, for more time."
+)
+COST = "The page cache, the allocator and other processes vary by more than the aim allows."
+
+
+def time_of_switch(device: str, key: str, model: str, **labels: object) -> Read:
+    return value("switch", device, key, model=model, **labels)
+
+
+def cycle(device: str, model: str) -> Read:
+    return value("switch", device, "resident", model=model, method="lora cycle")
+
+
+def device_bars(model: str, aim: float) -> tuple[Bar, ...]:
+    device_time = time_of_switch("cuda", "device_ms", model, **RANDOM)
+    limit = time_of_switch("cuda", "over_limit", model, **RANDOM)
+    return (
+        Bar(f"{model}, H200, a switch at 2 %: the GPU's time", "less", aim, " ms", device_time, SECTORS, limit),
+        Bar(
+            f"{model}, H200: LoRA's cycle over the GPU's time of a switch at 2 %",
+            "more",
+            1000,
+            "x",
+            ratio(cycle("cuda", model), device_time),
+            f"{SECTORS} The cycle is mostly the host's work, reading and unpacking files.",
+            limit,
+        ),
+    )
+
+
+def saving(model: str, method: str) -> Read:
+    """Percent of LoRA's peak memory that a training step does without."""
+    labels = {"model": model, "batch": 1, "checkpointing": False, "autocast": True}
+    share = value("training", "", "peak_over_lora", method=method, **labels)
+
+    def read(figures: Figures) -> float | None:
+        found = share(figures)
+        return None if found is None else 100 * (1 - found)
+
+    return read
+
+
+def speed_up(model: str, method: str, other: str = "time_over_lora") -> Read:
+    labels = {"model": model, "batch": 1, "checkpointing": False, "autocast": True}
+    return ratio(lambda figures: 1.0, value("training", "", other, method=method, **labels))
+
+
+def loading(device: str, name: str, method: str) -> tuple[Bar, ...]:
+    where = {"model": SD15, "method": method}
+    each = value("load_many", device, "bytes_each.process", **where)
+    file = value("load_many", device, "file_bytes", **where)
+    late, first = (value("load_many", device, f"ms.{number}", **where) for number in (200, 1))
+    called = f"{SD15}, {name}{', `AdapterLibrary`' if method == 'library' else ''}"
+    memory = "A file's gaps are unpacked to indices of 4 bytes, so an entry takes 6 bytes in memory and 3 on disk."
+    return (
+        Bar(f"{called}: loading the 200th adapter over loading the 1st", "less", 1.1, "x", ratio(late, first), COST),
+        Bar(f"{called}: memory an adapter adds over its file", "less", 1.1, "x", ratio(each, file), memory),
+    )
+
+
+def drift(device: str, name: str) -> Bar:
+    none = "This is a defect: please report it."
+    changed = largest("drift", device, "changed", method="shira")
+    return Bar(
+        f"{name}: share of bits changed after 100 switches, in any dtype", "less", 0, "", changed, none, digits=12
+    )
+
+
+def inference(device: str, name: str, model: str) -> Bar:
+    noise = "The same kernels run on the same addresses; what differs is noise of the machine: see the pairs' spread."
+    over = value("inference", device, "over_base", model=model, method="shira")
+    return Bar(
+        f"{model}, {name}: a UNet call after a switch over one of the base", "less", 1, "x", over, noise, digits=2
+    )
+
+
+def compiled(device: str, name: str, key: str) -> Bar:
+    what = {"recompiles": "recompiles under `torch.compile`", "recaptures": "CUDA graphs captured anew"}[key]
+    defect = "This is a defect: please report it."
+    over_all = largest("inference", device, key, method="shira")
+    return Bar(f"{name}: {what} over 100 switches and strengths, in any mode", "less", 0, "", over_all, defect)
+
+
+def bytes_an_entry(model: str) -> tuple[Bar, ...]:
+    labels = {"model": model, "family": "rand", "density": 0.01}
+    small = (
+        "Each weight costs some hundred bytes of names and header beside its entries, and gaps of one byte must escape "
+        "those above 254; an entropy coder would come nearer, and take longer to read."
+    )
+    size, bound = (value("size", "", key, **labels) for key in ("bytes_an_entry", "bound"))
+    return (
+        Bar(f"{model}, random masks, 1 %, float16: bytes an entry on disk", "less", 3.1, "", size, small),
+        Bar(f"{model}: the same over the entropy bound", "less", 1.03, "x", ratio(size, bound), small, digits=2),
+    )
+
+
+def training(model: str) -> tuple[Bar, ...]:
+    step = f"{model}, H200, training step at batch 1"
+    return (
+        Bar(f"{step}: PEFT's LoRA over SHiRA", "more", 1.5, "x", speed_up(model, "shira rand"), LAUNCHES),
+        Bar(f"{step}: less peak memory than LoRA", "more", 15, " %", saving(model, "shira rand"), INPUTS, digits=1),
+        Bar(
+            f"{step}: less peak memory than LoRA, `--recompute_inputs`",
+            "more",
+            15,
+            " %",
+            saving(model, "shira rand recompute"),
+            INPUTS,
+            digits=1,
+        ),
+    )
+
+
+AIMS: dict[str, tuple[Bar, ...]] = {
+    "overwrite_vs_fuse": (
+        Bar(
+            "One 4096 x 4096 float32 weight, 1 %, CPU: LoRA's fuse over a switch",
+            "more",
+            100,
+            "x",
+            ratio(
+                value("overwrite_vs_fuse", "cpu", "lora_fuse", **WEIGHT),
+                value("overwrite_vs_fuse", "cpu", "overwrite", **WEIGHT),
+            ),
+            "At 1 % every seventh cache line holds an entry, and each is read and written whole; a fuse is one large "
+            "product of matrices, which both cores do at full speed.",
+            value("overwrite_vs_fuse", "cpu", "over_limit", **WEIGHT),
+        ),
+    ),
+    "switch": (
+        Bar(
+            "SD 1.5, CPU, 2 %: LoRA's cycle over a switch",
+            "more",
+            25,
+            "x",
+            ratio(cycle("cpu", SD15), time_of_switch("cpu", "resident", SD15, **RANDOM)),
+            CPU_LINES,
+            time_of_switch("cpu", "over_limit", SD15, **RANDOM),
+        ),
+        Bar(
+            "SD 1.5, CPU, 2 %, random blocks: LoRA's cycle over a switch",
+            "more",
+            60,
+            "x",
+            ratio(cycle("cpu", SD15), time_of_switch("cpu", "resident", SD15, **BLOCKS)),
+            "Runs of 32 entries are copied one by one: short copies reach a part of a long copy's bandwidth.",
+            time_of_switch("cpu", "over_limit", SD15, **BLOCKS),
+        ),
+        *device_bars(SD15, 0.2),
+        *device_bars(SDXL, 1.5),
+    ),
+    "inference": (
+        inference("cpu", "CPU", SD15),
+        inference("cuda", "H200", SD15),
+        inference("cuda", "H200", SDXL),
+        compiled("cpu", "CPU", "recompiles"),
+        compiled("cuda", "H200", "recompiles"),
+        compiled("cuda", "H200", "recaptures"),
+    ),
+    "load_many": (
+        *loading("cpu", "CPU", "shira"),
+        *loading("cuda", "H200", "shira"),
+        *loading("cpu", "CPU", "library"),
+        *loading("cuda", "H200", "library"),
+    ),
+    "drift": (drift("cpu", "CPU"), drift("cuda", "H200")),
+    "size": (*bytes_an_entry(SD15), *bytes_an_entry(SDXL)),
+    "training": (
+        *training(SD15),
+        *training(SDXL),
+        Bar(
+            "SDXL, H200, training step at batch 1: time over that of the frozen backbone",
+            "less",
+            1.3,
+            "x",
+            value(
+                "training",
+                "",
+                "time_over_frozen",
+                model=SDXL,
+                method="shira rand",
+                batch=1,
+                checkpointing=False,
+                autocast=True,
+            ),
+            LAUNCHES,
+        ),
+    ),
+    "demo": (
+        Bar(
+            "Demo model, CPU, all switches random: from one adapter to another",
+            "less",
+            5,
+            " ms",
+            value("demo", "", "random_switches.by_kind.one adapter to another"),
+            "Most of these switches come from a mix of several adapters, whose entries are all restored first.",
+        ),
+        Bar(
+            "Demo model: parameters that differ after all random switches",
+            "less",
+            0,
+            "",
+            value("demo", "", "random_switches.parameters_that_differ"),
+            "This is a defect: please report it.",
+        ),
+    ),
+}

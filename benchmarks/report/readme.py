@@ -1,0 +1,140 @@
+"""README.md's table: the figures that most people ask for."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.common import ASSETS
+from benchmarks.report import cells
+from benchmarks.report.aims import AIMS
+from benchmarks.report.bars import counted
+from benchmarks.report.figures import Figures, Read, value
+from benchmarks.report.tables import markdown
+
+MIX = {"method": "shira", "family": "rand", "density": 0.02}
+MODELS = ("SD 1.5", "SDXL")
+STEP = {"batch": 1, "checkpointing": False, "autocast": True}
+
+
+def readme_block(figures: Figures) -> str:
+    lines = {what: text for what, text in [*benchmark_lines(figures), *model_lines()] if text}
+    return f"{markdown({'what': list(lines), 'measured': list(lines.values())})}\n\n{below(figures)}"
+
+
+def benchmark_lines(figures: Figures) -> Iterator[tuple[str, str | None]]:
+    """Lines with None were not measured."""
+    yield from demo_lines(figures)
+    for device, name in (("cuda", "an H200"), ("cpu", "a CPU")):
+        switches = [value("switch", device, "resident", model=model, **MIX) for model in MODELS]
+        cycles = [value("switch", device, "resident", model=model, method="lora cycle") for model in MODELS]
+        yield (
+            f"to another adapter, 2 % of attention and feed-forward, on {name}: SD 1.5 / SDXL; "
+            "diffusers' LoRA cycle (unfuse, unload, load, fuse)",
+            joined("; ", listed(figures, switches, " ms"), listed(figures, cycles, " ms")),
+        )
+    over = [value("inference", "cuda", "over_base", model=model, method="shira") for model in MODELS]
+    yield "a UNet call after a switch over one of the base, on an H200: SD 1.5 / SDXL", listed(figures, over, "x")
+    again = [figures.value("inference", device, "recompiles", method="shira") for device in ("cuda", "cpu")]
+    yield (
+        "recompiles under `torch.compile` over 100 switches and strengths",
+        None if all(count is None for count in again) else cells.number(sum(count or 0 for count in again)),
+    )
+    loads = [value("load_many", "cuda", f"ms.{number}", model="SD 1.5", method="shira") for number in (1, 200)]
+    yield "loading the 1st / the 200th adapter, SD 1.5, on an H200's host", listed(figures, loads, " ms")
+    sizes = [value("size", "", "bytes_an_entry", model=model, family="rand", density=0.01) for model in MODELS]
+    yield "bytes an entry on disk, float16 values, random masks at 1 %: SD 1.5 / SDXL", listed(figures, sizes)
+    yield from training_lines(figures)
+
+
+def demo_lines(figures: Figures) -> Iterator[tuple[str, str | None]]:
+    kinds = ("one adapter to another", "a strength moved", "a mix of several")
+    count = figures.value("demo", "", "random_switches.count")
+    if count is None:
+        return
+    differ = figures.value("demo", "", "random_switches.parameters_that_differ")
+    yield (
+        f"parameters that differ from the base after {count:,} random switches, mixes and strengths on the demo model",
+        f"{cells.number(differ or 0)} of all, bit by bit",
+    )
+    yield (
+        "one of these switches on a CPU: to another adapter / another strength / a mix of up to four",
+        listed(figures, [value("demo", "", f"random_switches.by_kind.{kind}") for kind in kinds], " ms"),
+    )
+
+
+def training_lines(figures: Figures) -> Iterator[tuple[str, str | None]]:
+    def of(key: str, method: str, made: Callable[[float], float]) -> list[float]:
+        found = [figures.value("training", "", key, model=model, method=method, **STEP) for model in MODELS]
+        return [made(figure) for figure in found if figure is not None]
+
+    faster = of("time_over_lora", "shira rand", lambda ratio: 1 / ratio)
+    less, least = (
+        of("peak_over_lora", m, lambda ratio: 100 * (1 - ratio)) for m in ("shira rand", "shira rand recompute")
+    )
+    if len(faster) == len(less) == len(least) == len(MODELS):
+        yield (
+            "a training step beside PEFT's LoRA of rank 64, batch 1, on an H200: SD 1.5 / SDXL",
+            f"{faster[0]:.2f} / {faster[1]:.2f} times as fast, in {less[0]:.0f} / {less[1]:.0f} % less memory "
+            f"({least[0]:.0f} / {least[1]:.0f} % with `--recompute_inputs`)",
+        )
+    sent = [
+        figures.value("training", "", "data_parallel_bytes", model="SDXL", method=method, **STEP)
+        for method in ("shira rand", "lora")
+    ]
+    if None not in sent:
+        yield (
+            "what two processes exchange a training step, SDXL at 1 % / LoRA of rank 64",
+            f"{sent[0] / 1e6:.0f} / {sent[1] / 1e6:.0f} MB",  # type: ignore[operator]
+        )
+
+
+def model_lines() -> Iterator[tuple[str, str]]:
+    """What assets/metrics.json knows of the demo model's pictures."""
+    metrics: dict[str, Any] = json.loads((ASSETS / "metrics.json").read_text(encoding="utf-8"))
+    parts = [metrics["generated"][part] for part in ("trained_pairs", "held_out_pairs")]
+    pictures = sum(part["pictures"] for part in parts)
+    both = sum(part["both"] * part["pictures"] for part in parts) / pictures
+    yield (
+        "the demo model's pictures in which a classifier finds the asked concept and background",
+        f"{both:.0%} of {pictures:,}".replace("%", " %"),
+    )
+    styles = [style["adapter"] for style in metrics["styles"].values()]
+    ranges = [
+        f"{100 * min(s[key] for s in styles):.0f} to {100 * max(s[key] for s in styles):.0f} %"
+        for key in ("style", "concept")
+    ]
+    yield (
+        "bundled styles, on concepts that they were not trained on: style seen, concept named",
+        f"{', '.join(ranges)} of {styles[0]['pictures']} each",
+    )
+    subject = metrics["subject"]
+    yield (
+        "the bundled subject, learned from five pictures in six minutes on two cores: seen with its token / without",
+        f"{100 * subject['with_token']['subject']:.0f} % / {100 * subject['class_without_token']['subject']:.0f} % "
+        f"of {subject['pictures_each']} each",
+    )
+
+
+def listed(figures: Figures, reads: list[Read], unit: str = "") -> str | None:
+    """``3.7 / 10.9 ms``; None where any is missing."""
+    found = [read(figures) for read in reads]
+    return None if None in found else " / ".join(cells.short(f) for f in found if f is not None) + unit
+
+
+def joined(between: str, *texts: str | None) -> str | None:
+    return None if None in texts else between.join(text for text in texts if text is not None)
+
+
+def below(figures: Figures) -> str:
+    """Where the figures are from, and what is not reached."""
+    every = [bar for bars in AIMS.values() for bar in bars]
+    missed = [f"{bar.what}: {bar.measured(figures)} ({bar.aimed})" for bar in every if bar.met(figures) is False]
+    machines = dict.fromkeys(result.machine for result in figures.results)
+    from_ = (
+        f"Medians, from `benchmarks/results/*.json`, measured on {' and '.join(machines)} ([all tables, plots and "
+        "aims](docs/benchmarks.md)), and [assets/metrics.json](assets/README.md)."
+    )
+    if not missed:
+        return from_
+    listed_ = "\n".join(f"* {one}" for one in missed)
+    return f"{from_} {counted(every, figures)} Those that are not, [and why](docs/benchmarks.md):\n\n{listed_}"
