@@ -3,86 +3,27 @@
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from shira_diffusers._version import __version__
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.decoding import Coded, decode_parts
 from shira_diffusers.delta import VALUE_DTYPES, SparseDelta
 from shira_diffusers.errors import AdapterFormatError, listing
+from shira_diffusers.gaps import encode_gaps
+from shira_diffusers.tensorfile import read_safetensors as read_safetensors  # for all who read files
 
 WEIGHTS_NAME = "pytorch_shira_weights.safetensors"
 FORMAT = "shira"
 FORMAT_VERSION = "1"
 
 _VALUES, _SHAPE, _GAPS, _BASE = ".values", ".shape", ".gaps", ".base"
-_ESCAPED = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
-
-
-def encode_gaps(indices: Tensor) -> Tensor:
-    """Code sorted flat indices as gaps ``g_j = i_j - i_(j-1) - 1``, ``i_(-1) = -1``, in the smallest of three dtypes.
-
-    Args:
-        indices: int32 or int64 ``[nnz]``, strictly increasing.
-
-    Returns:
-        uint8 or uint16, each gap as ``g // max`` elements of the dtype's maximum and then ``g % max``; or int32,
-        each gap itself.
-    """
-    flat: NDArray[np.int64] = indices.cpu().numpy().astype(np.int64)
-    gaps = flat - np.concatenate([np.full(1, -1), flat])[:-1] - 1
-    options = [_escape(gaps, np.dtype(np.uint8)), _escape(gaps, np.dtype(np.uint16))]
-    if gaps.max(initial=0) < 2**31:
-        options.append(gaps.astype(np.int32))
-    return torch.from_numpy(min(options, key=lambda coded: coded.nbytes))
-
-
-def _escape(gaps: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[Any]:
-    top = _ESCAPED[dtype]
-    ends = np.cumsum(gaps // top + 1) - 1
-    coded = np.full(int(ends[-1]) + 1 if len(ends) else 0, top, dtype)
-    coded[ends] = gaps % top
-    return coded
-
-
-def decode_gaps(coded: Tensor, numel: int) -> Tensor:
-    """Decode ``encode_gaps``: flat indices, int64 ``[nnz]``, for a weight of ``numel`` entries.
-
-    Raises:
-        AdapterFormatError: another dtype, an unfinished escape, negative gaps (unsorted or duplicate indices) or an
-            index out of range.
-    """
-    if coded.ndim != 1 or coded.dtype not in (torch.uint8, torch.uint16, torch.int32):
-        raise AdapterFormatError(
-            f"gaps are {coded.dtype} {tuple(coded.shape)}, expected uint8, uint16 or int32 of one dimension"
-        )
-    raw = coded.numpy()
-    steps = raw.astype(np.int64)
-    if raw.dtype in _ESCAPED:
-        top = _ESCAPED[raw.dtype]
-        if len(raw) and raw[-1] == top:
-            raise AdapterFormatError("the last gap is unfinished: an escape without a remainder; the file is damaged")
-        ends = np.flatnonzero(raw != top)
-        sums = np.cumsum(steps)[ends]
-    else:
-        if (steps < 0).any():
-            at = int(np.flatnonzero(steps < 0)[0])
-            raise AdapterFormatError(
-                f"gap {at} is {steps[at]}: indices are unsorted or duplicate, expected gaps of 0 or more"
-            )
-        sums = np.cumsum(steps)
-    indices = sums + np.arange(len(sums))
-    if len(indices) and indices[-1] >= numel:
-        raise AdapterFormatError(f"indices are out of range: up to {indices[-1]}, expected at most {numel - 1}")
-    return torch.from_numpy(indices)
 
 
 def encode(adapter: ShiraAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -114,29 +55,59 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, so
     Raises:
         AdapterFormatError: not this format, another version, or damaged; all offenders at once.
     """
+    parts, problems = parts_of(tensors, metadata, source)
+    deltas: dict[str, SparseDelta] = {}
+    for name, delta in decode_parts(parts).items():
+        if isinstance(delta, AdapterFormatError):
+            problems.append(f"{name}: {delta}")
+        else:
+            deltas[name] = delta
+    require_intact(problems, source)
+    return ShiraAdapter(deltas, kept_metadata(metadata), probes_of(tensors))
+
+
+def parts_of(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str
+) -> tuple[dict[str, Coded], list[str]]:
+    """The parameters that tensors hold, by name, not decoded yet; and what is wrong with others.
+
+    Args and Raises: as ``decode``; what is wrong with single parameters is returned, not raised.
+    """
     _require_format(tensors, metadata, source)
-    parts: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
         name, dot, kind = key.rpartition(".")
         if dot + kind not in (_VALUES, _SHAPE, _GAPS, _BASE) or not name:
             problems.append(f"{key}: unknown key, expected <parameter>.values, .gaps, .shape or .base")
         else:
-            parts.setdefault(name, {})[dot + kind] = tensor
-    deltas: dict[str, SparseDelta] = {}
-    for name, part in parts.items():
+            kinds.setdefault(name, {})[dot + kind] = tensor
+    parts: dict[str, Coded] = {}
+    for name, kind_tensors in kinds.items():
         try:
-            deltas[name] = _decode_one(part)
+            parts[name] = _coded(kind_tensors)
         except AdapterFormatError as error:
             problems.append(f"{name}: {error}")
+    return parts, problems
+
+
+def require_intact(problems: Sequence[str], source: str) -> None:
+    """Raise AdapterFormatError with all problems, if there are any."""
     if problems:
         raise AdapterFormatError(
             f"{source} is not a valid SHiRA adapter; get an intact copy or write it again with save_adapter:"
             f"{listing(problems)}"
         )
-    probes = {name: part[_BASE] for name, part in parts.items() if _BASE in part}
-    known = {k: v for k, v in (metadata or {}).items() if k not in ("format", "format_version")}
-    return ShiraAdapter(deltas, known, probes)
+
+
+def probes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base's values that tensors hold, by parameter."""
+    return {key.removesuffix(_BASE): tensor for key, tensor in tensors.items() if key.endswith(_BASE)}
+
+
+def kept_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """A header's strings as an adapter keeps them."""
+    return {key: value for key, value in (metadata or {}).items() if key not in ("format", "format_version")}
 
 
 def _require_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str) -> None:
@@ -167,7 +138,7 @@ def _looks_like_lora(tensors: Mapping[str, Tensor]) -> bool:
     return any("lora_A" in key or "lora_down" in key or "lora.down" in key for key in tensors)
 
 
-def _decode_one(part: Mapping[str, Tensor]) -> SparseDelta:
+def _coded(part: Mapping[str, Tensor]) -> Coded:
     missing = [kind for kind in (_VALUES, _GAPS, _SHAPE) if kind not in part]
     if missing:
         raise AdapterFormatError(f"{', '.join(missing)} missing, expected .values, .gaps and .shape")
@@ -175,15 +146,14 @@ def _decode_one(part: Mapping[str, Tensor]) -> SparseDelta:
     if shape.ndim != 1 or shape.dtype != torch.int64 or bool((shape < 0).any()):
         raise AdapterFormatError(f"shape is {shape.dtype} {shape.tolist()}, expected int64 sizes")
     sizes = tuple(shape.tolist())
-    numel = math.prod(sizes)
-    if numel >= 2**63:
+    if math.prod(sizes) >= 2**63:
         raise AdapterFormatError(f"shape {sizes} has more entries than any tensor can hold")
     probe = part.get(_BASE)
     if probe is not None and (probe.ndim != 1 or probe.dtype not in VALUE_DTYPES):
         raise AdapterFormatError(f"base is {probe.dtype} {tuple(probe.shape)}, expected float16 [k]")
     if probe is not None and probe.numel() > part[_VALUES].numel():
         raise AdapterFormatError(f"{probe.numel()} base values for {part[_VALUES].numel()} entries")
-    return SparseDelta(decode_gaps(part[_GAPS].cpu(), numel), part[_VALUES], sizes)
+    return Coded(part[_GAPS], part[_VALUES], sizes)
 
 
 def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
@@ -288,32 +258,6 @@ def find_file(path: Path) -> Path:
     raise FileNotFoundError(
         f"folder {path} has no {WEIGHTS_NAME}; expected it or a single .safetensors file, got {names}; name the file"
     )
-
-
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the header metadata of a safetensors file, on the CPU.
-
-    Raises:
-        OSError: the file cannot be opened.
-        AdapterFormatError: the file is truncated, is a pickle, or is otherwise no safetensors file.
-    """
-    with open(file, "rb") as raw:  # safetensors calls a file that may not be read a missing one
-        start = raw.read(2)
-    try:
-        with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return tensors, dict(opened.metadata() or {})
-    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError) as error:
-        kind = "like a pickle, which is never loaded" if _starts_pickle(start) else "damaged or truncated"
-        raise AdapterFormatError(
-            f"{file} cannot be read: expected a safetensors file, got {file.stat().st_size} bytes that look {kind} "
-            f"({error}); get an intact .safetensors file"
-        ) from error
-
-
-def _starts_pickle(start: bytes) -> bool:
-    """Whether a file begins as what ``torch.save`` or ``pickle`` write: a zip archive, or protocol 2 to 5."""
-    return start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def require_tensors(given: Mapping[Any, Any], source: str) -> None:

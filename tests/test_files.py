@@ -19,7 +19,8 @@ from torch import Tensor
 
 import shira_diffusers.files
 from shira_diffusers import AdapterFormatError, ShiraAdapter, SparseDelta, load_adapter, save_adapter
-from shira_diffusers.files import WEIGHTS_NAME, decode, decode_gaps, encode, encode_gaps
+from shira_diffusers.files import WEIGHTS_NAME, decode, encode
+from shira_diffusers.gaps import decode_gaps, encode_gaps
 from tests import reference, tiny
 
 ROOT = Path(__file__).parents[1]

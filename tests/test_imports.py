@@ -15,8 +15,8 @@ PACKAGE = "shira_diffusers"
 # From the ground up; a module may import from lower floors only. A folder stands on one floor with all its modules.
 FLOORS = (
     "_version errors terminal sheet kernels",
-    "delta targets scales locks",
-    "calibration probes",
+    "delta targets scales locks gaps tensorfile",
+    "calibration probes decoding",
     "masks",
     "adapter branch",
     "files fuse interference scatter",

@@ -1,0 +1,84 @@
+"""Read a safetensors file at once: mapped, or into memory of one's own, and all its tensors as parts of that.
+
+The ``safetensors`` library checks the file. Its ``get_tensor`` costs about 15 microseconds a tensor, which for an
+adapter's thousand small tensors is more than to read them; so they are cut out of the file's bytes here.
+"""
+
+import json
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shira_diffusers.errors import AdapterFormatError
+
+Bytes = NDArray[np.uint8]
+
+_ARRAYS: dict[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.int16,  # NumPy has no such; the bits are the same
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "I32": np.int32,
+    "I64": np.int64,
+}
+
+
+def read_safetensors(
+    file: Path, read: Callable[[Path], Bytes] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the header metadata of a safetensors file, on the CPU.
+
+    Args:
+        file: path of the file.
+        read: gives the file's bytes; None maps the file privately, so that only what is used is read.
+
+    Raises:
+        OSError: the file cannot be opened.
+        AdapterFormatError: the file is truncated, is a pickle, or is otherwise no safetensors file.
+    """
+    with open(file, "rb") as raw:  # safetensors calls a file that may not be read a missing one
+        start = raw.read(2)
+    try:
+        with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
+            metadata = dict(opened.metadata() or {})
+            content = (read or _mapped)(file)
+            size = int.from_bytes(content[:8].tobytes(), "little")
+            header, body = json.loads(content[8 : 8 + size].tobytes()), content[8 + size :]
+            return {
+                key: _tensor(body, header[key]) if header[key]["dtype"] in _ARRAYS else opened.get_tensor(key)
+                for key in opened.keys()  # noqa: SIM118
+            }, metadata
+    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+        kind = "like a pickle, which is never loaded" if _starts_pickle(start) else "damaged or truncated"
+        raise AdapterFormatError(
+            f"{file} cannot be read: expected a safetensors file, got {file.stat().st_size} bytes that look {kind} "
+            f"({error}); get an intact .safetensors file"
+        ) from error
+
+
+def _mapped(file: Path) -> Bytes:
+    with open(file, "rb") as raw:
+        return np.frombuffer(mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+
+
+def _tensor(body: Bytes, entry: dict[str, Any]) -> Tensor:
+    """One tensor, with a storage of its own: what copies or pickles it takes no more than it."""
+    start, end = entry["data_offsets"]
+    part, array = body[start:end], _ARRAYS[entry["dtype"]]
+    if part.ctypes.data % np.dtype(array).itemsize:
+        part = part.copy()
+    tensor = torch.from_numpy(part.view(array).reshape(entry["shape"]))
+    return tensor.view(torch.bfloat16) if entry["dtype"] == "BF16" else tensor
+
+
+def _starts_pickle(start: bytes) -> bool:
+    """Whether a file begins as what ``torch.save`` or ``pickle`` write: a zip archive, or protocol 2 to 5."""
+    return start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))
