@@ -5,10 +5,12 @@ PORT ?= 7860
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help app demo test check format lint types bench clean
+.PHONY: help app demo test check format lint types bench bench-size bench-toy clean
+# Seconds after which a script begins no further case.
+BENCHMARKS := overwrite_vs_fuse:60 switch:240 fuse:120 inference:150 load_many:60 drift:90
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 app: $(VENV)/.app ## mix styles in the browser, on the bundled demo model: http://127.0.0.1:7860 (PORT=N for another port)
 	$(BIN)/python -m app --port $(PORT)
@@ -30,12 +32,20 @@ lint: $(VENV)/.dev ## require clean code
 types: $(VENV)/.dev ## require strict types
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## measure on this machine's CPU; writes benchmarks/results/*.json, docs/benchmarks.md
+bench: $(VENV)/.dev ## measure on this machine's CPU, 15 minutes; writes benchmarks/results/*.json and what is made from them
 	$(BIN)/python -m benchmarks.demo
-	$(BIN)/python -m benchmarks.size
-	for name in overwrite_vs_fuse switch fuse inference load_many drift; do \
-		$(BIN)/python -m benchmarks.$$name --device cpu || exit 1; done
+	for one in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$${one%:*} --device cpu --budget $${one#*:} || exit 1; done
 	$(BIN)/python -m benchmarks.report
+
+bench-size: $(VENV)/.dev ## measure file sizes, 10 minutes; they are the same on every machine
+	$(BIN)/python -m benchmarks.size
+	$(BIN)/python -m benchmarks.report
+
+bench-toy: $(VENV)/.dev ## try all benchmarks on tiny models, 2 minutes; leaves the results as they are
+	$(BIN)/python -m benchmarks.size --toy
+	for one in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$${one%:*} --device cpu --toy || exit 1; done
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -26,6 +26,7 @@ from benchmarks.harness import Run, add_pair, inputs_of, latents_of, make_pipe
 
 DENSITY = 0.02
 FIRST_CALLS = 4
+LORAS = ("lora0", "lora1")
 SMALL = "SD 1.5 small"
 CONFIGS: dict[str, dict[str, Any]] = {
     SMALL: {
@@ -60,7 +61,7 @@ CASES = {
     "cpu": (
         Case(SMALL, "whole", "aot_eager"),
         Case(SMALL, "regional", "aot_eager"),
-        Case(SMALL, "whole", "aot_eager", "lora set_adapters", 10),
+        Case(SMALL, "whole", "aot_eager", "lora set_adapters", 4),
     ),
 }
 TOY_CASES = tuple(Case("SD 1.5", how, "aot_eager", switches=10) for how in ("whole", "regional"))
@@ -75,13 +76,16 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()
     counters.clear()
     pipe = make_pipe(case.model, args, config=None if args.toy else CONFIGS.get(case.model))
-    inputs = inputs_of(pipe.unet, "SD 1.5", latents_of("SD 1.5", args))
+    latents = latents_of("SD 1.5", args) if args.device == "cuda" else 8
+    inputs = inputs_of(pipe.unet, "SD 1.5", latents)
     try:
         if case.method == "shira":
             add_pair(pipe, DENSITY)
-            return moved(pipe, inputs, case, lambda name, scale: pipe.set_shira(name, scale), ("a", "b"))
-        with rivals.two_loras(pipe):
-            return moved(pipe, inputs, case, lambda name, scale: pipe.set_adapters(name, scale), ("lora0", "lora1"))
+            figures = moved(pipe, inputs, case, lambda name, scale: pipe.set_shira(name, scale), ("a", "b"))
+        else:
+            with rivals.two_loras(pipe):
+                figures = moved(pipe, inputs, case, lambda name, scale: pipe.set_adapters(name, scale), LORAS)
+        return {"latents": latents, **figures}
     finally:
         torch._dynamo.reset()
 

@@ -128,4 +128,4 @@ def test_numbers_are_short_and_sensible() -> None:
     ]  # fmt: skip
     assert [short(x) for x in (4.5, 1.5, 100.0, 0.2)] == ["4.5", "1.5", "100", "0.2"]
     assert [size(x) for x in (129, 7_518_637, 2.5e9)] == ["129 B", "7.52 MB", "2.50 GB"]
-    assert spread(took(2, n=1)) == "2" and spread(took(2.5)) == "2.50 (2.25 to 2.75)"
+    assert spread(took(2, n=1)) == "2" and spread(took(2.5)) == "2.50 (2.25\u20132.75)"

@@ -45,7 +45,7 @@ def device_bars(model: str, aim: float) -> tuple[Bar, ...]:
             1000,
             "x",
             ratio(cycle("cuda", model), device_time),
-            f"{SECTORS} The cycle is mostly the host's work, reading and unpacking files.",
+            "The GPU's time is bound as above; the cycle is mostly the host's work, reading files and wrapping layers.",
             limit,
         ),
     )
@@ -85,7 +85,7 @@ def drift(device: str, name: str) -> Bar:
     none = "This is a defect: please report it."
     changed = largest("drift", device, "changed", method="shira")
     return Bar(
-        f"{name}: share of bits changed after 100 switches, in any dtype", "less", 0, "", changed, none, digits=12
+        f"{name}: share of bits changed after 100 switches, in any type", "less", 0, "", changed, none, digits=12
     )
 
 
@@ -93,7 +93,14 @@ def inference(device: str, name: str, model: str) -> Bar:
     noise = "The same kernels run on the same addresses; what differs is noise of the machine: see the pairs' spread."
     over = value("inference", device, "over_base", model=model, method="shira")
     return Bar(
-        f"{model}, {name}: a UNet call after a switch over one of the base", "less", 1, "x", over, noise, digits=2
+        f"{model}, {name}: a UNet call after a switch over one of the base",
+        "less",
+        1,
+        "x",
+        over,
+        noise,
+        digits=2,
+        fixed=True,
     )
 
 

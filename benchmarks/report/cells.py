@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NAMES = {
-    "shira": "SHiRA, this library",
+    "shira": "SHiRA",
     "library": "SHiRA, `AdapterLibrary`",
     "lora": "LoRA",
     "lora cycle": "LoRA: unfuse, unload, load, fuse",
@@ -56,7 +56,7 @@ def spread(figures: Mapping[str, float]) -> str:
     median = number(figures["median_ms"])
     if figures.get("n", 1) < 3:
         return median
-    return f"{median} ({number(figures['p10_ms'])} to {number(figures['p90_ms'])})"
+    return f"{median} ({number(figures['p10_ms'])}\u2013{number(figures['p90_ms'])})"
 
 
 def percent(share: float) -> str:

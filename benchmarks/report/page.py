@@ -6,7 +6,7 @@ from benchmarks.report import cells
 from benchmarks.report.aims import AIMS
 from benchmarks.report.bars import bar_table, counted, reasons
 from benchmarks.report.demo import demo_table
-from benchmarks.report.figures import Figures, Result
+from benchmarks.report.figures import Figures, Result, Row
 from benchmarks.report.sections import LABELS, PARTS, UNKNOWN, Part
 from benchmarks.report.series import PLOTS, panels
 from benchmarks.report.size import size_table
@@ -104,17 +104,31 @@ def plain_tables(parts: tuple[Part, ...], result: Result) -> Iterator[str]:
         return
     for part in parts:
         taken = [row for row in rows if part.takes(row)]
-        if taken:
-            said = [f"{heading}: {text}" for heading, text in constants(part.columns, taken, result).items()]
-            yield from filter(None, (" ".join(filter(None, (part.title, "; ".join(said)))),))
-            yield table(part.columns, taken, result)
+        if part.title and taken:
+            yield part.title
+        models = dict.fromkeys(row.get("model") for row in taken) if part.by_model else [None]
+        for model in models:
+            yield from one_table(part, [row for row in taken if model in (None, row.get("model"))], result)
+
+
+def one_table(part: Part, rows: list[Row], result: Result) -> Iterator[str]:
+    """A table, after what all its rows have in common."""
+    if not rows:
+        return
+    said = constants(part.columns, rows, result)
+    if said:
+        yield f"{'; '.join(f'{heading}: {text}' for heading, text in said.items())}."
+    yield table(part.columns, rows, result)
 
 
 def origin(result: Result) -> str:
     made = result.origin
-    settings = [
-        f"{cells.heading(key).lower()} {cells.cell(value)}" for key, value in result.about.items() if key != "note"
-    ]
+    told = ((name_of(key), figure) for key, figure in result.about.items() if key != "note")
+    settings = [f"{name} {cells.cell(figure)}" for name, figure in told]
     note = f" {cells.heading(str(result.about['note']))}." if "note" in result.about else ""
     what = "; ".join(filter(None, (f"torch {made['torch']}", ", ".join(settings))))
     return f"**On {result.machine}** ({what}; {made['date']}, commit {made['commit']}):{note}"
+
+
+def name_of(setting: str) -> str:
+    return {"copy_gb_s": "a copy's GB/s", "lora_rank": "LoRA's rank"}.get(setting, setting.replace("_", " "))

@@ -14,11 +14,12 @@ LABELS = ("model", "dim", "dtype", "method", "family", "density", "adapters", "c
 
 @dataclass(frozen=True)
 class Part:
-    """A table: its columns, and the rows that it takes."""
+    """A table, or one a model: its columns, and the rows that it takes."""
 
     columns: tuple[Column, ...]
     takes: Callable[[Row], bool] = lambda row: True
     title: str = ""
+    by_model: bool = False
 
 
 def is_compiled(row: Row) -> bool:
@@ -94,6 +95,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
                 Column("LoRA's cycle over this", over("resident", "resident", **CYCLE), cells.times),
                 Column("LoRA's cycle over the GPU's time", over("resident", "device_ms", **CYCLE), cells.times),
             ),
+            by_model=True,
         ),
     ),
     "fuse": (
@@ -109,6 +111,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
                 Column("Slider over the limit", "slider_over_limit", cells.times),
                 Column("LoRA's slider over this", over("slider", "slider", method="lora"), cells.times),
             ),
+            by_model=True,
         ),
     ),
     "inference": (
@@ -129,6 +132,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
             (
                 MODEL,
                 METHOD,
+                Column("Latents", "latents"),
                 Column("Compiled", "compiled"),
                 Column("Mode", compile_mode, uses=("mode", "compile")),
                 Column("Moves", "switches"),
