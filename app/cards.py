@@ -30,6 +30,8 @@ class Card:
         sha256: of its file, in hexadecimal.
         origin: whether it came with the app or was added in it.
         components: the models that it changes, such as "unet".
+        opened: whether all of its file was read and fits the model; before, entries and note are not known, and the
+            rest is what its file claims.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Card:
     sha256: str = ""
     origin: Origin = "bundled"
     components: tuple[str, ...] = ()
+    opened: bool = True
 
     @property
     def base(self) -> str:

@@ -12,7 +12,6 @@ from app.cards import Card
 from app.session import Session
 from app.settings import SettingsError
 from shira_diffusers.interference import Interference, interference_in_all
-from shira_diffusers.pipeline import resident_of
 
 MAX_ADAPTERS = 6  # 15 pairs
 REMEMBERED = 200  # pairs
@@ -72,8 +71,9 @@ class Comparer:
     def _pair(self, first: Card, second: Card) -> Pair:
         key = (first.name, first.sha256, second.name, second.sha256)
         if key not in self._known:
-            resident = resident_of(self._session.pipe)
-            whole, layers = interference_in_all(resident.adapter(first.name), resident.adapter(second.name))
+            library = self._session.library
+            with library.using((first.name, second.name)):
+                whole, layers = interference_in_all(library.adapter(first.name), library.adapter(second.name))
             ordered = dict(sorted(layers.items(), key=lambda item: _place(item[0])))
             self._known[key] = Pair(first.name, second.name, whole, ordered)
         while len(self._known) > REMEMBERED:

@@ -4,16 +4,19 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.cards import Card, Entry, Origin, one_sentence, sha256_of, shown_metadata
+from app.cards import Card, Entry, Origin
+from app.entries import UNREADABLE, entry_of, glanced, loaded, without_folders
 from app.names import free_name, key_of, tidy_name
 from app.settings import SettingsError
+from app.shelf import OPENED_AT_START, ROOM, Shelf
 from app.uploads import DEFAULT_MAX_MB, UploadError, received
-from shira_diffusers import ShiraError
+from shira_diffusers import ShiraAdapter, ShiraError
 from shira_diffusers.files import adapter_files
 from shira_diffusers.inspection import Inspection, inspect_adapter
 from shira_diffusers.pipeline import resident_of
@@ -22,11 +25,15 @@ logger = logging.getLogger(__name__)
 
 MAX_YOURS = 1000  # adapters that visitors may add
 KEEP_DELETED = 30 * 24 * 60 * 60  # seconds that a deleted adapter can be brought back
+TOLD_AT_ONCE = 25  # files that were looked at meanwhile, so that open pages need not show each by itself
 _BETWEEN = "~"  # in the trash: time deleted, then the name, in which it never is
 
 
 class Library:
-    """The adapters of a folder that is only read, and of a folder of the app's own; all loaded, none active.
+    """The adapters of a folder that is only read, and of a folder of the app's own; none active.
+
+    Of many files, the first are loaded at once; of the others the heads are read, and the rest when they are used
+    (``using``, ``adapter``) or nobody draws (``open_next``).
 
     Safe to use from several threads and beside drawing: what changes the pipeline's adapters waits until the picture in
     progress is done. On disk each change is one rename, so a crash leaves it done or not done.
@@ -37,15 +44,25 @@ class Library:
         data: the app's folder; uploads and trained adapters go to ``adapters`` in it, deleted ones to ``trash``. None
             keeps the library as it is.
         max_upload_mb: of an uploaded file.
+        at_once: how many files are loaded at the start.
+        room: bytes of files that may be loaded at once.
 
     What is damaged, does not fit or bears a name that is taken is in ``refused`` with the reason; the rest goes on.
     """
 
     def __init__(
-        self, pipe: Any, bundled: Path, data: Path | None = None, *, max_upload_mb: float = DEFAULT_MAX_MB
+        self,
+        pipe: Any,
+        bundled: Path,
+        data: Path | None = None,
+        *,
+        max_upload_mb: float = DEFAULT_MAX_MB,
+        at_once: int = OPENED_AT_START,
+        room: int = ROOM,
     ) -> None:
-        self._pipe, self._max_upload = pipe, int(max_upload_mb * 1e6)
-        self._changing = threading.Lock()
+        self._pipe, self._max_upload, self._at_once = pipe, int(max_upload_mb * 1e6), at_once
+        self._shelf = Shelf(pipe, room)
+        self._changing = threading.RLock()
         self._entries: tuple[Entry, ...] = ()
         self.version = 0
         self._folder = data / "adapters" if data else None
@@ -57,7 +74,7 @@ class Library:
             _sweep(self._folder, trash)
             found = [(path.stem, path) for path in sorted(self._folder.glob("*.safetensors")) if path.name[0] != "."]
             entries += self._load_all("yours", found, entries)
-        self._entries = entries
+        self._publish(entries)
 
     # ---------------------------------------------------------------- what is there
 
@@ -103,7 +120,63 @@ class Library:
         try:
             return inspect_adapter(entry.path)
         except (ShiraError, OSError) as error:
-            raise ShiraError(_without_folders(error, entry.path)) from error
+            raise ShiraError(without_folders(error, entry.path)) from error
+
+    # ---------------------------------------------------------------- what is loaded
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the adapters that are in the pipeline now."""
+        return self._shelf.names
+
+    @contextmanager
+    def using(self, names: Iterable[str]) -> Iterator[None]:
+        """Load adapters, if they are not, and keep them for as long as the body runs.
+
+        Raises:
+            SettingsError: one of them is no longer there, or turns out not to fit.
+        """
+        wanted = tuple(names)
+        with self._shelf.pinned(wanted):
+            for name in wanted:
+                self.adapter(name)
+            yield
+
+    def adapter(self, name: str) -> ShiraAdapter:
+        """The adapter of a name, loaded if it is not. Raises as ``using``."""
+        with self._changing:
+            entry = self.entry(name)
+            if entry.card and not entry.card.opened:
+                entry = self._opened(entry)
+                self.version += 1
+            if not entry.card:
+                raise SettingsError(f"{name!r} cannot be used: {entry.reason}")
+            try:
+                adapter = self._shelf.open(name, entry.path)
+            except UNREADABLE as error:
+                raise SettingsError(
+                    f"{name!r} cannot be read any more: {without_folders(error, entry.path)}"
+                ) from error
+            self._shelf.tidy()
+            return adapter
+
+    def open_next(self) -> bool:
+        """Look at a file of which only the head was read so far, in full; whether there may be more."""
+        with self._changing:
+            entry = next((each for each in self._entries if each.card and not each.card.opened), None)
+            if entry is None:
+                return False
+            self._opened(entry)
+            self._shelf.tidy()
+            left = sum(1 for each in self._entries if each.card and not each.card.opened)
+            if left % TOLD_AT_ONCE == 0:
+                self.version += 1
+            return left > 0
+
+    def _opened(self, entry: Entry) -> Entry:
+        known = self._load(entry.origin, entry.name, entry.path)
+        self._entries = tuple(known if each is entry else each for each in self._entries)
+        return known
 
     # ---------------------------------------------------------------- changes
 
@@ -162,8 +235,7 @@ class Library:
         with self._changing:
             leaving = [self._own(name, "deleted") for name in dict.fromkeys(names)]
             for entry in leaving:
-                if entry.card:
-                    self._pipe.delete_shira(entry.name)
+                self._shelf.close(entry.name)
                 os.replace(entry.path, trash / f"{time.time_ns()}{_BETWEEN}{entry.path.name}")
                 self._publish(each for each in self._entries if each is not entry)
 
@@ -202,49 +274,26 @@ class Library:
             if key_of(name) in taken:
                 reason = f"the name {name!r} is in use by another file; rename one of the two"
                 free = free_name(name, taken)
-                entries += (_entry(origin, free, path, reason),)
-            else:
+                entries += (entry_of(origin, free, path, reason),)
+            elif len(entries) < self._at_once:
                 entries += (self._load(origin, name, path),)
+            else:
+                entries += (glanced(origin, name, path),)
         return entries[len(beside) :]
 
     def _load(self, origin: Origin, name: str, path: Path) -> Entry:
         """Load a file; on failure the entry tells the reason."""
-        resident = resident_of(self._pipe)
         try:
-            self._pipe.load_shira(path, name, activate=False)
-            adapter = resident.adapter(name)
-        except (ShiraError, OSError, RuntimeError, MemoryError, OverflowError) as error:
+            adapter = self._shelf.open(name, path)
+        except UNREADABLE as error:
             logger.warning("left out %s: %s", path, error)
-            return _entry(origin, name, path, _without_folders(error, path))
-        entry = _entry(origin, name, path)
-        metadata = shown_metadata(adapter.metadata)
-        other = resident.check(adapter) == "other"
-        trained_on = f" ({metadata['base_model']})" if metadata.get("base_model") else ""
-        card = Card(
-            name=name,
-            density=adapter.density,
-            entries=adapter.nnz,
-            megabytes=entry.megabytes,
-            trigger=metadata.get("instance_prompt", ""),
-            mask=metadata.get("mask", ""),
-            note=f"It fits by shape but was trained on another model{trained_on}: expect poor pictures"
-            if other
-            else "",
-            metadata=metadata,
-            sha256=entry.sha256,
-            origin=origin,
-            components=tuple(sorted(resident.components_of(name))),
-        )
-        return replace(entry, card=card)
+            return entry_of(origin, name, path, without_folders(error, path))
+        return loaded(entry_of(origin, name, path), adapter, resident_of(self._pipe))
 
     def _reload(self, entry: Entry, name: str, path: Path) -> Entry:
         if not entry.card:
             return self._load("yours", name, path)
-        resident = resident_of(self._pipe)
-        with resident.writing():
-            adapter = resident.adapter(entry.name)
-            resident.remove(entry.name)
-            resident.add(adapter, name)
+        self._shelf.rename(entry.name, name)
         return replace(entry, name=name, path=path, card=replace(entry.card, name=name))
 
     def _own(self, name: object, what: str) -> Entry:
@@ -270,18 +319,8 @@ class Library:
     def _publish(self, entries: Iterable[Entry]) -> None:
         order = {"bundled": 0, "yours": 1}
         self._entries = tuple(sorted(entries, key=lambda entry: (order[entry.origin], key_of(entry.name))))
+        self._shelf.tidy()
         self.version += 1
-
-
-def _entry(origin: Origin, name: str, path: Path, reason: str = "") -> Entry:
-    try:
-        return Entry(name, path, origin, path.stat().st_size / 1e6, sha256_of(path), reason=reason)
-    except OSError as error:
-        return Entry(name, path, origin, 0.0, "", reason=reason or _without_folders(error, path))
-
-
-def _without_folders(error: Exception, path: Path) -> str:
-    return one_sentence(error).replace(str(path), path.name)  # visitors need no folders
 
 
 def _deleted_at(path: Path) -> int:

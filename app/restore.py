@@ -63,7 +63,7 @@ def _changed(given: Mapping[str, Any], mix: Mapping[str, Any], hashes: Mapping[s
     return tuple(
         f"“{name}” is another file by now than when the picture was drawn, so it may look different."
         for name, sha256 in then.items()
-        if sha256 and sha256 != hashes[name]
+        if sha256 and hashes[name] and sha256 != hashes[name]  # unknown while only the head of a file was read
     )
 
 

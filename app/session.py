@@ -18,9 +18,9 @@ from app.library import Library
 from app.loading import Dtype, load_pipeline
 from app.picture import Picture
 from app.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, Settings, SettingsError
-from app.strengths import Mix, is_on, require_components
+from app.strengths import Mix, Strength, is_on, require_components
 from app.suggestions import read_suggestions
-from app.turns import Turns
+from app.turns import BACKGROUND, Turns
 from app.uploads import DEFAULT_MAX_MB
 from shira_diffusers import ShiraError, __version__
 from shira_diffusers.pipeline import models_of, resident_of
@@ -205,10 +205,23 @@ class Session:
 
     def draw(self, settings: Settings, on_step: OnStep | None = None) -> Picture:
         """Draw at once; for jobs that have their turn."""
-        resident = resident_of(self._pipe)
         mix = {name: strength for name, strength in settings.mix.items() if is_on(strength)}
         if on_step:
             on_step(0, settings.steps)
+        with self.library.using(mix):
+            return self._draw(settings, mix, on_step)
+
+    def look_at_all(self) -> None:
+        """Read the adapters of which only the heads were read, one by one when nobody draws."""
+
+        def look() -> None:
+            if self.library.open_next():
+                self.turns.submit(BACKGROUND, look)
+
+        self.turns.submit(BACKGROUND, look)
+
+    def _draw(self, settings: Settings, mix: dict[str, Strength], on_step: OnStep | None) -> Picture:
+        resident = resident_of(self._pipe)
         start = self._now()
         with self._pipe.shira(list(mix), list(mix.values()), method=settings.method):
             switched = self._now()

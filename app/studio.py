@@ -88,6 +88,7 @@ class Studio:
         """
         data.mkdir(parents=True, exist_ok=True)
         session = Session.open(base, adapters, data, device=device, dtype=dtype, max_upload_mb=max_upload_mb)
+        session.look_at_all()
         trainings = Trainings(Base.of(session.pipe), session.library, data)
         history = History(data / "pictures")
         return cls(
@@ -100,7 +101,7 @@ class Studio:
             presets=Presets(data / "presets.json"),
             thumbnails=Thumbnails(session, data / "thumbnails"),
             desk=Desk(session, history),
-            lora=session.turns.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.adapter_names)),
+            lora=session.turns.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.library.loaded)),
             max_upload_mb=max_upload_mb,
         )
 

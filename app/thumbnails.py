@@ -18,6 +18,10 @@ SEED, STEPS = 7, 20
 BESIDE = (".webp", ".png", ".jpg", ".jpeg")
 
 
+class _Later(Exception):
+    """Somebody waits for a picture."""
+
+
 class Thumbnails:
     """WebP files in a folder, named by the SHA-256 of the adapter's file, so that each is made once.
 
@@ -35,6 +39,8 @@ class Thumbnails:
 
     def get(self, card: Card) -> Path | None:
         """The thumbnail of an adapter; None while there is none yet, which asks for it."""
+        if not card.opened:
+            return None  # its turn comes when it was looked at
         path = self.folder / f"{card.sha256}.webp"
         if path.is_file():
             return path
@@ -45,14 +51,20 @@ class Thumbnails:
 
     def _make(self, card: Card, path: Path) -> None:
         try:
-            image = self._beside(card) or self._session.draw(self._settings(card)).image
+            image = self._beside(card) or self._session.draw(self._settings(card), self._give_way).image
             thumbnail = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
             temporary = path.with_suffix(".tmp")
             thumbnail.save(temporary, "webp", quality=80)
             temporary.replace(path)
             self.version += 1
+        except _Later:
+            self._session.turns.submit(BACKGROUND, lambda: self._make(card, path))
         except (ShiraError, OSError, ValueError, RuntimeError, MemoryError, Image.DecompressionBombError):
             logger.warning("no thumbnail of %r", card.name, exc_info=True)
+
+    def _give_way(self, done: int, of: int) -> None:
+        if self._session.turns.wanted:
+            raise _Later
 
     def _beside(self, card: Card) -> Image.Image | None:
         path = self._session.library.entry(card.name).path

@@ -36,6 +36,11 @@ class Turns:
         self._thread.submit(self._run_next)
         return future
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits: work of the background does better to end soon and come again."""
+        return any(visit != BACKGROUND for visit in tuple(self._waiting))
+
     def close(self) -> None:
         """Forget the jobs that have not begun."""
         self._thread.shutdown(wait=False, cancel_futures=True)
