@@ -75,3 +75,16 @@ def test_captures_of_cuda_graphs_are_counted(monkeypatch: pytest.MonkeyPatch) ->
         torch.cuda.CUDAGraph.capture_begin(None, "pool")
     assert (counted["captures"], called) == (1, ["pool"])
     assert torch.cuda.CUDAGraph.capture_begin is before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("how", "mode"), [("whole", "reduce-overhead"), ("regional", "default")])
+def test_compiled_unets_follow_on_a_gpu(how: str, mode: str) -> None:
+    from benchmarks import compiled
+    from benchmarks.harness import options
+
+    args = options("").parse_args(["--device", "cuda", "--toy"])
+    figures = compiled.measure(compiled.Case("SD 1.5", how, mode, switches=12), args)
+    assert (figures["recompiles"], figures["recaptures"]) == (0, 0)
+    assert (figures["captures"] > 0) == (mode == "reduce-overhead")
