@@ -33,6 +33,10 @@ def test_what_comes_from_the_figures_is_not_stale() -> None:
     assert not files.stale(Figures()), "run python -m benchmarks.report"
 
 
+def test_no_result_is_of_toys() -> None:
+    assert not [path.name for path in RESULTS.glob("*.json") if '"toy": true' in path.read_text()]
+
+
 def test_another_figure_makes_documents_and_plots_stale(tmp_path: Path) -> None:
     results = shutil.copytree(RESULTS, tmp_path / "results")
     file = results / "switch_cuda.json"

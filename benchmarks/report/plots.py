@@ -23,10 +23,11 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^"
 SETTINGS: Any = {
     "svg.hashsalt": "shira",
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",  # text stays text, in the reader's font; DejaVu Sans, which is wide, gives it room
     "font.size": 9,
     "axes.titlesize": 10,
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
 }
 
 
