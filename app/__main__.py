@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.access import protection, read_credentials, warn_if_open
+from app.access import is_local, protection, read_credentials, warn_if_open
+from app.history import MOST
 from app.loading import DTYPES
 from app.studio import Studio, default_data
 from app.ui import build, launch
@@ -38,6 +39,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="MB",
         help="of a file that a visitor sends (default: %(default)s)",
     )
+    parser.add_argument(
+        "--history", type=int, default=MOST, metavar="N", help="pictures that a history keeps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gallery",
+        choices=("auto", "shared", "own"),
+        default="auto",
+        help="who sees a picture: everybody, or who has drawn it; auto: own with --auth, --share or a --host that "
+        "others reach, or else shared (default: %(default)s)",
+    )
     parser.add_argument("--share", action="store_true", help="also serve the app at a public link, through Gradio")
     parser.add_argument(
         "--auth", metavar="USER:PASSWORD", help="ask visitors to sign in; the list of processes shows it"
@@ -55,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         users = read_credentials(options.auth, options.auth_file)
         warn_if_open(options.host, share=options.share, guarded=users is not None)
+        if options.history < 1:
+            raise ShiraError(f"--history must be a number from 1, got {options.history}")
+        alone = users is None and not options.share and is_local(options.host)
         studio = Studio.open(
             options.base,
             options.adapters,
@@ -62,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device=options.device,
             dtype=options.dtype,
             max_upload_mb=options.max_upload_mb,
+            history=options.history,
+            shared=options.gallery == "shared" or (options.gallery == "auto" and alone),
         )
         os.environ.setdefault("GRADIO_TEMP_DIR", str(options.data.resolve() / "cache"))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` comes to its turn

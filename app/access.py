@@ -4,6 +4,7 @@ import ipaddress
 import json
 import logging
 import os
+import secrets
 import stat
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+BROWSER = "shira-browser"
+"""The cookie by which a browser finds its own history again, where nobody signs in and histories are not shared."""
+_A_YEAR = 365 * 24 * 60 * 60  # seconds
 
 MAX_BODY = 32 * 2**20  # bytes of JSON; files come another way
 _FORMS = (b"multipart/", b"application/x-www-form-urlencoded")
@@ -98,7 +103,9 @@ def protection(studio: Studio) -> dict[str, Any]:
         "max_file_size": int(studio.max_upload_mb * 1e6),
         "blocked_paths": [str(studio.data.resolve() / name) for name in ("adapters", "trash", "trainings")],
         "enable_monitoring": False,
-        "app_kwargs": {"middleware": [Middleware(NothingElsewhere)]},
+        "app_kwargs": {
+            "middleware": [Middleware(NothingElsewhere), *([] if studio.archive.shared else [Middleware(Known)])]
+        },
     }
 
 
@@ -123,6 +130,32 @@ class NothingElsewhere:
             return await self._app(scope, receive, send)
         await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
         await send({"type": "http.response.body", "body": b"This app serves files of its own only."})
+
+
+class Known:
+    """ASGI middleware that gives each browser a name nobody can guess, with the page."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and add a cookie to the page if there was none."""
+        if scope["type"] != "http" or scope["path"] != "/" or _has_cookie(scope):
+            return await self._app(scope, receive, send)
+        secure = "; Secure" if scope.get("scheme") == "https" else ""
+        cookie = f"{BROWSER}={secrets.token_urlsafe(24)}; Path=/; Max-Age={_A_YEAR}; HttpOnly; SameSite=Lax{secure}"
+
+        async def send_with_cookie(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"set-cookie", cookie.encode())]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_cookie)
+
+
+def _has_cookie(scope: Scope) -> bool:
+    told = b";".join(value for name, value in scope["headers"] if name == b"cookie")
+    return f"{BROWSER}=".encode() in told
 
 
 async def _read(receive: Receive) -> bytes | None:

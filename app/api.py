@@ -6,6 +6,8 @@ from typing import Any
 import gradio as gr
 from gradio.events import api
 
+from app.access import BROWSER
+from app.archive import Visitor
 from app.messages import readable
 from app.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, SettingsError
 from app.studio import Studio
@@ -42,7 +44,7 @@ def add_api(studio: Studio) -> None:
         """
         with readable():
             settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method)
-            picture, _ = await studio.desk.draw(visit_of(request), settings)
+            picture, _ = await studio.desk.draw(visitor_of(request), settings)
         file = paper.postprocess(picture.signed())
         return file.model_dump(), dict(picture.report)  # type: ignore[union-attr,return-value]
 
@@ -50,9 +52,13 @@ def add_api(studio: Studio) -> None:
     api(generate, api_name="generate", **DRAWING)
 
 
-def visit_of(request: gr.Request) -> str:
-    """Who asks: a page, or a client."""
-    return request.session_hash or ""
+def visitor_of(request: gr.Request) -> Visitor:
+    """Who asks: a page, or a client; pictures belong to the user who signed in, or else to the browser."""
+    visit = request.session_hash or ""
+    browser = request.request.cookies.get(BROWSER) if request.request else None
+    if request.username:
+        return Visitor(visit, f"user {request.username}")
+    return Visitor(visit, f"browser {browser}" if browser else f"visit {visit}")
 
 
 def as_object(value: Any, what: str) -> Any:

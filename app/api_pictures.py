@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 from gradio.events import api
 
-from app.api import DRAWING, as_object, visit_of
+from app.api import DRAWING, as_object, visitor_of
 from app.checks import require_mapping, whole
 from app.desk import Series
 from app.files import cached
@@ -28,7 +28,7 @@ def add_pictures_api(studio: Studio) -> None:
         return gr.FileData(path=cached(paper, file), mime_type="image/png").model_dump()
 
     async def drawn(series: Series, request: gr.Request) -> list[dict[str, Any]]:
-        pictures = studio.desk.draw_series(visit_of(request), series)
+        pictures = studio.desk.draw_series(visitor_of(request), series)
         return [
             {"label": label, "file": sent(file), "report": dict(picture.report)}
             async for label, picture, file in pictures
@@ -89,19 +89,23 @@ def add_pictures_api(studio: Studio) -> None:
             studio.presets.delete(name)
         return list(studio.presets.names)
 
-    def history(page: float = 1) -> list[dict[str, Any]]:
-        """A page of the pictures that were drawn, the newest first: a list of {name, file, settings}."""
+    def history(request: gr.Request, page: float = 1) -> list[dict[str, Any]]:
+        """A page of the pictures that were drawn, the newest first: a list of {name, file, settings}.
+
+        Where histories are not shared: of those that this user, or else this client, has drawn.
+        """
         with readable():
             return [
                 {"name": kept.name, "file": sent(kept.path), "settings": kept.settings}
-                for kept in studio.history.page(whole("page", page, 1, 10**9))
+                for kept in studio.archive.of(visitor_of(request)).page(whole("page", page, 1, 10**9))
             ]
 
-    def delete_picture(name: str) -> int:
+    def delete_picture(request: gr.Request, name: str) -> int:
         """Remove a picture from the history for good; returns how many are left."""
+        history = studio.archive.of(visitor_of(request))
         with readable():
-            studio.history.delete(name)
-        return len(studio.history)
+            history.delete(name)
+        return len(history)
 
     api(compare, api_name="compare", **DRAWING)
     api(sweep, api_name="sweep", **DRAWING)

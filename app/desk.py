@@ -1,4 +1,4 @@
-"""Draws for visitors who wait, stop and change their mind, and keeps what is finished in the history."""
+"""Draws for visitors who wait, stop and change their mind, and keeps what is finished in their history."""
 
 import asyncio
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.history import History
+from app.archive import Archive, Visitor
 from app.picture import Picture
 from app.session import OnStep, Session, shifted
 from app.settings import Settings
@@ -34,33 +34,33 @@ class Desk:
     An order that is cancelled, or whose page is closed, ends at its next step and leaves nothing active.
     """
 
-    def __init__(self, session: Session, history: History) -> None:
-        self._session, self._history = session, history
+    def __init__(self, session: Session, archive: Archive) -> None:
+        self._session, self._archive = session, archive
         self._orders: dict[str, set[_Order]] = {}
         self._changing = threading.Lock()
 
-    async def draw(self, visit: str, settings: Settings, on_step: OnStep | None = None) -> tuple[Picture, Path]:
+    async def draw(self, visitor: Visitor, settings: Settings, on_step: OnStep | None = None) -> tuple[Picture, Path]:
         """Draw checked settings and keep the picture; returns it and its file.
 
         Raises:
             Stopped: see ``stop``.
             OSError: it cannot be kept.
         """
-        with self._ordered(visit) as order:
-            picture = await self._drawn(visit, order, settings, on_step)
-        kept = await asyncio.to_thread(self._history.add, picture)
+        with self._ordered(visitor.visit) as order:
+            picture = await self._drawn(visitor.visit, order, settings, on_step)
+        kept = await asyncio.to_thread(self._archive.add, visitor, picture)
         return picture, kept.path
 
     async def draw_series(
-        self, visit: str, series: Series, on_step: OnStep | None = None
+        self, visitor: Visitor, series: Series, on_step: OnStep | None = None
     ) -> AsyncIterator[tuple[str, Picture, Path]]:
         """Draw several, a turn each; ``on_step`` counts the steps of all together. Raises as ``draw``."""
         total = sum(settings.steps for _, settings in series)
         done = 0
-        with self._ordered(visit) as order:
+        with self._ordered(visitor.visit) as order:
             for label, settings in series:
-                picture = await self._drawn(visit, order, settings, shifted(on_step, done, total))
-                kept = await asyncio.to_thread(self._history.add, picture)
+                picture = await self._drawn(visitor.visit, order, settings, shifted(on_step, done, total))
+                kept = await asyncio.to_thread(self._archive.add, visitor, picture)
                 done += settings.steps
                 yield label, picture, kept.path
 

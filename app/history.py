@@ -14,6 +14,7 @@ from app.picture import Picture
 from app.png import read_settings, write_png
 
 PAGE = 24
+MOST = 2000  # pictures of a history
 _NAME = re.compile(r"\d{8}-\d{6}-\d{9}\.png")  # date, time, nanoseconds
 
 
@@ -38,18 +39,24 @@ class Kept:
         return read_settings(self.path)
 
 
+def is_kept(name: str) -> bool:
+    """Whether a file bears a name as the history gives them."""
+    return bool(_NAME.fullmatch(name))
+
+
 class History:
     """The pictures in a folder, the newest first. Safe to use from several threads; a restart changes nothing.
 
     Args:
-        folder: made if needed; files in it that are not of the history are left alone and never shown.
+        folder: made with the first picture; files in it that are not of the history are left alone and never shown.
+        most: pictures that are kept; beyond that the oldest goes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, most: int = MOST) -> None:
         self.folder = folder
+        self._most = most
         self._adding = threading.Lock()
         self._last = 0
-        folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".*.tmp"):  # by a crash
             left.unlink(missing_ok=True)
 
@@ -68,6 +75,7 @@ class History:
         seconds, rest = divmod(stamp, 1_000_000_000)
         name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(seconds))}-{rest:09}.png"
         path = self.folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(".tmp", ".", self.folder)
         os.close(handle)
         try:
@@ -75,6 +83,8 @@ class History:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+        for old in self._names()[self._most :]:
+            (self.folder / old).unlink(missing_ok=True)
         return Kept(name, path)
 
     def page(self, number: int = 1, size: int = PAGE) -> tuple[Kept, ...]:
@@ -105,4 +115,7 @@ class History:
         self.get(name).path.unlink(missing_ok=True)
 
     def _names(self) -> list[str]:
-        return sorted(filter(_NAME.fullmatch, os.listdir(self.folder)), reverse=True)
+        try:
+            return sorted(filter(is_kept, os.listdir(self.folder)), reverse=True)
+        except FileNotFoundError:
+            return []

@@ -7,9 +7,10 @@ from typing import Self
 
 from platformdirs import user_data_path
 
+from app.archive import Archive
 from app.desk import Desk
 from app.estimate import Estimator
-from app.history import History
+from app.history import MOST
 from app.interference import Comparer
 from app.loading import Dtype
 from app.lora import fuse_ms
@@ -37,7 +38,7 @@ class Studio:
         trainings: trains adapters, and ``estimator`` says what that will take.
         comparer: tells how much adapters are in each other's way.
         max_upload_mb: of a file that a visitor sends.
-        history: the pictures that were drawn, ``presets`` the settings that were saved, in the data folder.
+        archive: the pictures that were drawn, ``presets`` the settings that were saved, in the data folder.
         thumbnails: of the adapters.
         desk: draws for visits.
         lora: milliseconds that fusing a LoRA takes here; measured when nobody draws.
@@ -48,7 +49,7 @@ class Studio:
     trainings: Trainings
     estimator: Estimator
     comparer: Comparer
-    history: History
+    archive: Archive
     presets: Presets
     thumbnails: Thumbnails
     desk: Desk
@@ -71,6 +72,8 @@ class Studio:
         device: str = "cpu",
         dtype: Dtype = "float32",
         max_upload_mb: float = DEFAULT_MAX_MB,
+        history: int = MOST,
+        shared: bool = True,
     ) -> Self:
         """Load a pipeline and its adapters, and make the data folder.
 
@@ -81,6 +84,8 @@ class Studio:
             device: as torch names it.
             dtype: of the weights.
             max_upload_mb: of a file that a visitor sends.
+            history: pictures that a history keeps.
+            shared: whether everybody sees all pictures, or each visitor those of his own.
 
         Raises:
             ShiraError: as ``Session.open``.
@@ -90,17 +95,17 @@ class Studio:
         session = Session.open(base, adapters, data, device=device, dtype=dtype, max_upload_mb=max_upload_mb)
         session.look_at_all()
         trainings = Trainings(Base.of(session.pipe), session.library, data)
-        history = History(data / "pictures")
+        archive = Archive(data / "pictures", most=history, shared=shared)
         return cls(
             session=session,
             data=data,
             trainings=trainings,
             estimator=Estimator(session, trainings),
             comparer=Comparer(session),
-            history=history,
+            archive=archive,
             presets=Presets(data / "presets.json"),
             thumbnails=Thumbnails(session, data / "thumbnails"),
-            desk=Desk(session, history),
+            desk=Desk(session, archive),
             lora=session.turns.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.library.loaded)),
             max_upload_mb=max_upload_mb,
         )

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from app import look
-from app.api import DRAWING, visit_of
+from app.api import DRAWING, visitor_of
 from app.checks import SettingsError
 from app.desk import Series, Stopped
 from app.files import cached
@@ -103,7 +103,7 @@ class CompareTab:
             idle = gr.Button(interactive=False)
             yield gr.Gallery([], columns=columns, selected_index=None), [], None, look.remark(""), idle
             try:
-                async for label, _, path in self._studio.desk.draw_series(visit_of(request), series, on_step):
+                async for label, _, path in self._studio.desk.draw_series(visitor_of(request), series, on_step):
                     done.append((cached(self.strip, path), _short(label)))
                     names.append(path.name)
                     yield done, names, None, look.remark(f"{len(done)} of {len(series)} drawn."), idle
@@ -134,18 +134,18 @@ class CompareTab:
             raise SettingsError(f"no style named {axis.adapter[:80]!r}")
         return axis
 
-    def _choose(self, names: list[str], event: gr.SelectData) -> tuple[Any, Any, Any]:
+    def _choose(self, names: list[str], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any, Any]:
         index = event.index if isinstance(event.index, int) and 0 <= event.index < len(names) else None
         with readable("the picture could not be shown"):
-            kept = self._studio.history.get(names[index] if index is not None else None)
+            kept = self._studio.archive.of(visitor_of(request)).get(names[index] if index is not None else None)
             return kept.name, look.settings(read_settings(kept.path)), gr.Button(interactive=True)
 
-    def _send(self, name: Any) -> list[Any]:
+    def _send(self, name: Any, request: gr.Request) -> list[Any]:
         with readable("the picture could not be read"):
-            return self._mix.fill(self._studio.history.get(name).settings)
+            return self._mix.fill(self._studio.archive.of(visitor_of(request)).get(name).settings)
 
     def _stop(self, request: gr.Request) -> None:
-        self._studio.desk.stop(visit_of(request))
+        self._studio.desk.stop(visitor_of(request).visit)
 
     def _offer(self, *chosen: Any) -> list[Any]:
         names = list(self._session.adapter_names)

@@ -1,12 +1,14 @@
 """History: all pictures that were kept, the newest first, a page at a time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 
 from app import look
+from app.api import visitor_of
 from app.files import cached
-from app.history import Kept
+from app.history import History, Kept
 from app.messages import readable
 from app.settings import SettingsError
 from app.studio import Studio
@@ -19,7 +21,7 @@ class HistoryTab:
     """The components of the tab and what they do."""
 
     def __init__(self, studio: Studio, mix: MixTab) -> None:
-        self._history = studio.history
+        self._archive = studio.archive
         self._mix = mix
 
     def lay_out(self) -> None:
@@ -27,6 +29,7 @@ class HistoryTab:
         self.page = gr.State(1)
         self.names: gr.State = gr.State([])
         self.chosen: gr.State = gr.State(None)
+        gr.HTML(look.remark(self._whose()), elem_id="whose", padding=False)
         with gr.Row(elem_id="history"):
             with gr.Column(scale=6, min_width=320):
                 self.gallery = gr.Gallery(
@@ -60,23 +63,41 @@ class HistoryTab:
 
     def refresh_on(self, tab: gr.Tab) -> None:
         """Show the newest pictures whenever the tab is opened."""
-        tab.select(lambda: self._turn(1), outputs=self._page_outputs, **QUIET)
+        tab.select(self._newest, outputs=self._page_outputs, **QUIET)
 
     def _connect(self) -> None:
         self._page_outputs = [self.page, self.names, self.gallery, self.where, self.newer, self.older]
         details = [self.chosen, self.picture, self.told, self.send, self.delete]
         for button, step in ((self.newer, -1), (self.older, 1)):
-            button.click(lambda page, step=step: self._turn(page + step), self.page, self._page_outputs, **QUIET)
+            button.click(self._step(step), self.page, self._page_outputs, **QUIET)
         self.gallery.select(self._choose, self.names, details, **QUIET)
         self.send.click(self._send, self.chosen, self._mix.targets, **QUIET)
         self.delete.click(self._delete, [self.chosen, self.page], [*details, *self._page_outputs], **QUIET)
 
-    def _turn(self, page: int) -> tuple[Any, ...]:
-        pages = self._history.pages()
+    def _whose(self) -> str:
+        kept = f"The newest {self._archive.most:,} pictures are kept, also when the app starts anew."
+        if self._archive.shared:
+            return f"Everybody who can open this app sees these pictures. {kept}"
+        return f"Only you see these pictures, by your name where you signed in, or else in this browser. {kept}"
+
+    def _of(self, request: gr.Request) -> History:
+        return self._archive.of(visitor_of(request))
+
+    def _newest(self, request: gr.Request) -> tuple[Any, ...]:
+        return self._turn(self._of(request), 1)
+
+    def _step(self, step: int) -> Callable[[int, gr.Request], tuple[Any, ...]]:
+        def turn(page: int, request: gr.Request) -> tuple[Any, ...]:
+            return self._turn(self._of(request), page + step)
+
+        return turn
+
+    def _turn(self, history: History, page: int) -> tuple[Any, ...]:
+        pages = history.pages()
         page = min(max(1, page), pages)
-        kept = self._history.page(page)
+        kept = history.page(page)
         items = [(cached(self.gallery, each.path), _caption(each)) for each in kept]
-        where = f"page {page} of {pages} · {len(self._history)} pictures" if kept else NOTHING
+        where = f"page {page} of {pages} · {len(history)} pictures" if kept else NOTHING
         return (
             page,
             [each.name for each in kept],
@@ -86,23 +107,23 @@ class HistoryTab:
             gr.Button(interactive=page < pages),
         )
 
-    def _choose(self, names: list[str], event: gr.SelectData) -> tuple[Any, ...]:
+    def _choose(self, names: list[str], event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
         index = event.index if isinstance(event.index, int) and 0 <= event.index < len(names) else None
         with readable("the picture could not be shown"):
-            kept = self._history.get(names[index] if index is not None else None)
+            kept = self._of(request).get(names[index] if index is not None else None)
             settings = kept.settings
         ready = gr.Button(interactive=True)
         return kept.name, cached(self.picture, kept.path), look.settings(settings), ready, ready
 
-    def _send(self, name: Any) -> list[Any]:
+    def _send(self, name: Any, request: gr.Request) -> list[Any]:
         with readable("the picture could not be read"):
-            return self._mix.fill(self._history.get(name).settings)
+            return self._mix.fill(self._of(request).get(name).settings)
 
-    def _delete(self, name: Any, page: int) -> tuple[Any, ...]:
+    def _delete(self, name: Any, page: int, request: gr.Request) -> tuple[Any, ...]:
         with readable("the picture could not be deleted"):
-            self._history.delete(name)
+            self._of(request).delete(name)
         idle = gr.Button(interactive=False)
-        return (None, None, look.remark("Deleted."), idle, idle, *self._turn(page))
+        return (None, None, look.remark("Deleted."), idle, idle, *self._turn(self._of(request), page))
 
 
 def _caption(kept: Kept) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app import look, surprise
-from app.api import DRAWING, visit_of
+from app.api import DRAWING, visitor_of
 from app.desk import Stopped
 from app.files import cached
 from app.lora import RANK
@@ -201,7 +201,7 @@ class MixTab:
         try:
             with readable():
                 settings = self.settings(prompt, mix, seed, steps, guidance, method)
-                picture, path = await self._studio.desk.draw(visit_of(request), settings, on_step)
+                picture, path = await self._studio.desk.draw(visitor_of(request), settings, on_step)
         except Stopped:
             return gr.skip(), gr.skip(), gr.skip()
         return self._results(picture, path, gallery)
@@ -218,7 +218,7 @@ class MixTab:
             return [None, *self.fill(read_settings(Path(file or "")))]
 
     def _stop(self, request: gr.Request) -> None:
-        self._studio.desk.stop(visit_of(request))
+        self._studio.desk.stop(visitor_of(request).visit)
 
     def _surprised(self) -> list[Any]:
         return self._filled(surprise.settings(self._session))
@@ -252,7 +252,7 @@ class MixTab:
         fewer = min(steps, PREVIEW_STEPS) if isinstance(steps, int | float) else PREVIEW_STEPS
         try:
             settings = self.settings(prompt, mix, seed, fewer, guidance, method)
-            picture = await self._studio.desk.preview(visit_of(request), settings)
+            picture = await self._studio.desk.preview(visitor_of(request).visit, settings)
         except (Stopped, SettingsError):  # a newer one is under way, or a prompt is half typed
             return gr.skip(), gr.skip()
         return picture.signed(), look.facts(picture.report, preview=True)

@@ -12,6 +12,7 @@ from gradio_client import Client
 
 from app import trainings
 from app.access import protection
+from app.archive import Visitor
 from app.session import Session
 from app.studio import Studio
 from app.turns import BACKGROUND
@@ -86,8 +87,9 @@ def studio(one_studio: Studio) -> Iterator[Studio]:
     library.delete(*(entry.name for entry in library.entries if entry.origin == "yours"))
     for training in one_studio.trainings.all:
         one_studio.trainings.discard(training.id)
-    for kept in one_studio.history.page(1, len(one_studio.history)):
-        one_studio.history.delete(kept.name)
+    pictures = one_studio.archive.of(Visitor(""))
+    for kept in pictures.page(1, len(pictures)):
+        pictures.delete(kept.name)
 
 
 @pytest.fixture(scope="module")

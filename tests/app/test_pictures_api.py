@@ -10,6 +10,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from app.archive import Visitor
 from app.picture import METADATA_KEY
 from app.session import Session
 from app.studio import Studio
@@ -101,7 +102,7 @@ def test_the_history_holds_what_was_drawn(client: Client, studio: Studio) -> Non
     newest = client.predict(api_name="/history")[0]
     assert newest["settings"] == report
     assert pixels(newest) == Image.open(file).tobytes()
-    left = len(studio.history) - 1
+    left = len(studio.archive.of(Visitor(""))) - 1
     assert client.predict(newest["name"], api_name="/delete_picture") == left
     assert client.predict(api_name="/history")[0]["name"] != newest["name"]
     for name in (newest["name"], "../presets.json", "/etc/passwd", ""):

@@ -35,9 +35,7 @@ def names(library: Library) -> str:
     return "".join(card.name for card in library.cards)
 
 
-def test_at_the_start_heads_are_read_and_the_rest_when_nobody_draws(
-    pipe: StableDiffusionPipeline, shelf: Path
-) -> None:
+def test_at_the_start_heads_are_read_and_the_rest_when_nobody_draws(pipe: StableDiffusionPipeline, shelf: Path) -> None:
     library = Library(pipe, shelf, at_once=2)
     assert library.loaded == tuple(pipe.list_shira()) == ("a", "b")
     assert names(library) == "abcdefgh" and [name for name, _ in library.refused] == ["i"]

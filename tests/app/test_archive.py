@@ -1,0 +1,104 @@
+"""Who sees which pictures, and how many are kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from app.access import BROWSER, protection
+from app.api import visitor_of
+from app.archive import CHECKED_EVERY, Archive, Visitor
+from app.history import History
+from app.picture import Picture
+from app.studio import Studio
+from app.ui import build, launch
+from tests.app.conftest import SUGGESTION, Folders, connect, free_port
+
+PICTURE = Picture(Image.new("RGB", (8, 8)), {"prompt": SUGGESTION, "mix": {}})
+ADA, BOB = Visitor("1", "user ada"), Visitor("2", "user bob")
+
+
+def names(history: History) -> list[str]:
+    return [kept.name for kept in history.page(1, 10**6)]
+
+
+def test_the_oldest_pictures_go(tmp_path: Path) -> None:
+    (tmp_path / "00000000-note.png").write_bytes(b"not of the history")
+    history = History(tmp_path, most=3)
+    added = [history.add(PICTURE).name for _ in range(5)]
+    assert names(history) == names(History(tmp_path)) == added[:1:-1]
+    assert (tmp_path / "00000000-note.png").exists()
+
+
+def test_all_pictures_together_have_a_size(tmp_path: Path) -> None:
+    size = History(tmp_path / "one").add(PICTURE).path.stat().st_size
+    folder = tmp_path / "pictures"
+    archive = Archive(folder, max_bytes=5 * size, shared=False)
+    (folder / "of").mkdir(parents=True)
+    (folder / "0.png").write_bytes(b"not of the history" * size)
+    kept = [archive.add((ADA, BOB)[k % 2], PICTURE).name for k in range(CHECKED_EVERY)]
+    assert sorted([*names(archive.of(ADA)), *names(archive.of(BOB))]) == kept[-5:]
+    assert (folder / "0.png").exists()
+
+
+def test_visitors_share_a_gallery_or_have_their_own(tmp_path: Path) -> None:
+    shared, own = Archive(tmp_path, shared=True), Archive(tmp_path, shared=False)
+    everybodys = shared.add(ADA, PICTURE).name
+    assert names(shared.of(BOB)) == [everybodys]
+    (hers,) = [own.add(ADA, PICTURE).name]
+    assert names(own.of(ADA)) == [hers] and names(own.of(BOB)) == []
+    assert names(Archive(tmp_path, shared=False).of(Visitor("3", "user ada"))) == [hers]  # after a restart
+    assert names(shared.of(ADA)) == [everybodys]
+    assert not [path for path in tmp_path.rglob("*") if "ada" in path.name]
+
+
+@pytest.fixture(scope="module")
+def private(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    studio = Studio.open(str(folders.base), folders.adapters, tmp_path_factory.mktemp("own"), shared=False)
+    yield studio
+    studio.close()
+
+
+def test_who_signs_in_sees_the_pictures_of_that_name(private: Studio) -> None:
+    blocks = build(private)
+    users = [("ada", "engine"), ("bob", "builder")]
+    url = launch(
+        blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, auth=users, **protection(private)
+    )
+    ada, bob = (connect(url, auth=user) for user in users)
+    ada.predict(SUGGESTION, {}, 3, 1, api_name="/generate")
+    (hers,) = ada.predict(api_name="/history")
+    assert bob.predict(api_name="/history") == []
+    with pytest.raises(AppError, match="No picture named"):
+        bob.predict(hers["name"], api_name="/delete_picture")
+    bob.predict(SUGGESTION, {}, 4, 1, api_name="/generate")
+    assert [picture["settings"]["seed"] for picture in bob.predict(api_name="/history")] == [4]
+    assert [picture["name"] for picture in connect(url, auth=users[0]).predict(api_name="/history")] == [hers["name"]]
+    assert ada.predict(hers["name"], api_name="/delete_picture") == 0
+    blocks.close(verbose=False)
+
+
+def test_a_browser_is_known_by_a_cookie_where_histories_are_not_shared(private: Studio, url: str) -> None:
+    assert BROWSER not in httpx.get(url).cookies
+    blocks = build(private)
+    own = launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(private))
+    first, second = httpx.get(own), httpx.get(own)
+    assert first.cookies[BROWSER] != second.cookies[BROWSER] and len(first.cookies[BROWSER]) >= 32
+    assert "HttpOnly; SameSite=Lax" in first.headers["set-cookie"]
+    assert "set-cookie" not in httpx.get(own, cookies={BROWSER: first.cookies[BROWSER]}).headers
+    assert "Only you see these pictures" in first.text and "Everybody" not in first.text
+    blocks.close(verbose=False)
+
+
+def test_whose_a_picture_is() -> None:
+    class Sent:
+        cookies = {BROWSER: "x"}  # noqa: RUF012
+
+    from gradio import Request
+
+    assert visitor_of(Request(Sent(), username="ada", session_hash="7")) == Visitor("7", "user ada")  # type: ignore[arg-type]
+    assert visitor_of(Request(Sent(), session_hash="7")) == Visitor("7", "browser x")  # type: ignore[arg-type]
+    assert visitor_of(Request(session_hash="7")) == Visitor("7", "visit 7")
