@@ -21,14 +21,15 @@ def add_library_api(studio: Studio) -> None:
         """All adapters: name, origin ("bundled" or "yours"), whether it fits the model and, if not, the reason."""
         return [entry.as_dict() for entry in library.entries]
 
-    def upload_adapter(file: str, name: str) -> dict[str, Any]:
+    def upload_adapter(file: str, name: str, config: str | None = None) -> dict[str, Any]:
         """Add a .safetensors file (this project's, or PEFT's SHiRA adapter_model.safetensors) to the library.
 
-        The name is tidied, and numbered if it is taken; an empty one is the file's. Returns the entry; an adapter that
-        does not fit the model is kept, with fits = false and the reason.
+        config is the adapter_config.json that PEFT wrote beside it, which tells base and mask. The name is tidied, and
+        numbered if it is taken; an empty one is the file's. Returns the entry; an adapter that does not fit the model
+        is kept, with fits = false and the reason.
         """
         with readable("the adapter could not be taken in"):
-            return library.add(_required(file), name or None).as_dict()
+            return library.add(_required(file), name or None, Path(config) if config else None).as_dict()
 
     def inspect_adapter(name: str) -> dict[str, Any]:
         """What an adapter's file holds: metadata, and shape, entries and density of each layer."""
@@ -76,9 +77,10 @@ def add_library_api(studio: Studio) -> None:
     api(undo_delete, api_name="undo_delete")
     # files go through components, which take those that the client has uploaded, and no other path
     file = gr.File(label="file", type="filepath", visible=False)
+    config = gr.File(label="config", type="filepath", visible=False)
     name, named = gr.Textbox("", label="name", visible=False), gr.Textbox(label="name", visible=False)
     entry, out = gr.JSON(label="entry", visible=False), gr.File(label="file", visible=False)
-    gr.Button(visible=False).click(upload_adapter, [file, name], entry, api_name="upload_adapter")
+    gr.Button(visible=False).click(upload_adapter, [file, name, config], entry, api_name="upload_adapter")
     gr.Button(visible=False).click(download_adapter, named, out, api_name="download_adapter")
 
 

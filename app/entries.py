@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.cards import Card, Entry, Origin, one_sentence, sha256_of, shown_metadata
+from app.peft import NO_CONFIG
 from app.shelf import glance
 from shira_diffusers import Resident, ShiraAdapter, ShiraError
 
@@ -22,8 +23,12 @@ def entry_of(origin: Origin, name: str, path: Path, reason: str = "") -> Entry:
 def loaded(entry: Entry, adapter: ShiraAdapter, resident: Resident) -> Entry:
     """The entry with the card of its adapter, which is loaded under its name."""
     metadata = shown_metadata(adapter.metadata)
-    trained_on = f" ({metadata['base_model']})" if metadata.get("base_model") else ""
-    other = resident.check(adapter) == "other"
+    told = f" ({metadata['base_model']})" if metadata.get("base_model") else ""
+    notes = []
+    if resident.check(adapter) == "other":
+        notes.append(f"It fits by shape but was trained on another model{told}: expect poor pictures")
+    if adapter.metadata == {"source": "peft"}:
+        notes.append(NO_CONFIG)
     card = Card(
         name=entry.name,
         density=adapter.density,
@@ -31,7 +36,7 @@ def loaded(entry: Entry, adapter: ShiraAdapter, resident: Resident) -> Entry:
         megabytes=entry.megabytes,
         trigger=metadata.get("instance_prompt", ""),
         mask=metadata.get("mask", ""),
-        note=f"It fits by shape but was trained on another model{trained_on}: expect poor pictures" if other else "",
+        note=". ".join(notes),
         metadata=metadata,
         sha256=entry.sha256,
         origin=entry.origin,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -13,10 +14,11 @@ from typing import Any
 from app.cards import Card, Entry, Origin
 from app.entries import UNREADABLE, entry_of, glanced, loaded, without_folders
 from app.names import free_name, key_of, tidy_name
+from app.peft import with_config
 from app.settings import SettingsError
 from app.shelf import OPENED_AT_START, ROOM, Shelf
 from app.uploads import DEFAULT_MAX_MB, UploadError, received
-from shira_diffusers import ShiraAdapter, ShiraError
+from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
 from shira_diffusers.files import adapter_files
 from shira_diffusers.inspection import Inspection, inspect_adapter
 from shira_diffusers.pipeline import resident_of
@@ -180,11 +182,12 @@ class Library:
 
     # ---------------------------------------------------------------- changes
 
-    def add(self, file: Path, name: object = None) -> Entry:
+    def add(self, file: Path, name: object = None, config: Path | None = None) -> Entry:
         """Take in a copy of a file, and load it if it fits.
 
         Args:
             file: an adapter of this project or of PEFT's SHiRA tuner.
+            config: the ``adapter_config.json`` that PEFT wrote beside it; the two become one file of this project.
             name: as the user calls it, a file's name or anything; it is tidied, and numbered if it is taken.
 
         Returns:
@@ -200,6 +203,9 @@ class Library:
                 raise UploadError(f"the library is full: {MAX_YOURS} adapters at most; delete some first")
             name = free_name(wanted, self._keys())
             path = folder / f"{name}.safetensors"
+            adapter = with_config(self._pipe, copy, config, f"“{wanted}”") if config else None
+            if adapter:
+                save_adapter(adapter, copy)
             copy.chmod(0o644)
             os.replace(copy, path)
             entry = self._load("yours", name, path)
@@ -332,4 +338,7 @@ def _sweep(folder: Path, trash: Path) -> None:
     """Remove what a crash in the middle of an upload left, and what was deleted long ago."""
     old = [path for path in trash.glob("*") if _deleted_at(path) < time.time_ns() - KEEP_DELETED * 1e9]
     for path in [*folder.glob(".upload-*"), *old]:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -16,8 +16,11 @@ TEMPLATE = """
 <div class="rack-head"><input type="search" class="rack-filter" placeholder="Filter styles" aria-label="Filter styles">
 <span class="rack-count" role="status"></span><button type="button" class="rack-clear">all off</button></div>
 <ul class="rack-cards" aria-label="Styles"></ul>
+<button type="button" class="rack-more" hidden></button>
+<p class="rack-lost" hidden>No style has this in its name or words.</p>
 <p class="rack-none" hidden>No styles yet: the folder of adapters holds none that fit. Add some in Library or Train.</p>
 """
+PAGE = 24  # cards that are shown before somebody asks for more; those that are on always are
 BLOCKED = ("unet",)  # components whose strength can differ by block
 
 
@@ -36,6 +39,7 @@ def make_rack(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
         cards=list(cards),
         limits=[MIN_STRENGTH, MAX_STRENGTH],
         blocked=list(BLOCKED),
+        page=PAGE,
         live=False,
     )
 
@@ -46,7 +50,9 @@ def shown(card: Card, thumbnails: Thumbnails) -> dict[str, Any]:
     return {
         "name": card.name,
         "trigger": card.trigger,
-        "facts": f"{100 * card.density:.2g} % · {card.megabytes:.2g} MB",
+        "facts": f"{100 * card.density:.2g} % · {card.megabytes:.2g} MB"
+        if card.density
+        else f"{card.megabytes:.2g} MB",
         "note": card.note,
         "components": list(card.components),
         "thumbnail": address(path) if path else "",

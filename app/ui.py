@@ -35,7 +35,7 @@ def build(studio: Studio) -> gr.Blocks:
                 "Mix": mix,
                 "Compare": CompareTab(studio, mix),
                 "Interference": InterferenceTab(studio),
-                "Train": TrainTab(studio),
+                "Train": TrainTab(studio, mix),
                 "Library": LibraryTab(studio),
                 "History": HistoryTab(studio, mix),
             }

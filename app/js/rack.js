@@ -1,9 +1,11 @@
-// The list of styles: built once for each list of cards, in the DOM alone, since names and words come from strangers.
-// props.value is the mix {name: strength}; props.cards, .live and .limits come from the server.
+// The list of styles, built in the DOM alone, since names and words come from strangers; of hundreds a few at a time.
+// props.value is the mix {name: strength}; props.cards, .live, .limits and .page come from the server.
 const cards = element.querySelector('.rack-cards')
+const more = element.querySelector('.rack-more')
 const filter = element.querySelector('.rack-filter')
 const count = element.querySelector('.rack-count')
-const rows = new Map()
+const rows = new Map() // by name: {card, on, strength, text}, and what it shows once it was shown: node, show()
+let limit = props.page
 const PARTS = ['down', 'mid', 'up']
 
 function make(tag, attributes = {}, ...children) {
@@ -36,15 +38,16 @@ function dial(label, set, small) {
 }
 
 let waiting = null
+let told = null // the mix that was made here
 function tell() {
-  props.value = Object.fromEntries([...rows].filter(([, row]) => row.on.checked).map(([name, row]) => [name, row.strength]))
+  told = props.value = Object.fromEntries([...rows].filter(([, row]) => row.on).map(([name, row]) => [name, row.strength]))
   recount()
   if (!props.live) return
   waiting ??= setTimeout(() => { waiting = null; trigger('input') }, 120)
 }
 
 function recount() {
-  const on = [...rows.values()].filter((row) => row.on.checked).length
+  const on = [...rows.values()].filter((row) => row.on).length
   count.textContent = `${on} of ${rows.size} on`
 }
 
@@ -84,9 +87,20 @@ function advanced(card, row) {
   return lines
 }
 
-function build(card) {
-  const row = { strength: 1, showParts() {} }
-  row.on = make('input', { type: 'checkbox', id: `on-${card.name}`, 'aria-label': card.name, onchange: () => { paint(); tell() } })
+function rowOf(card, before) {
+  const row = { card, on: false, strength: before?.strength ?? 1, text: `${card.name} ${card.trigger}`.toLowerCase(), show() {}, showParts() {} }
+  row.set = (strength) => {
+    row.on = true // whoever moves a style wants to see it
+    row.strength = strength
+    row.show()
+    tell()
+  }
+  return row
+}
+
+function build(row) {
+  const card = row.card
+  const box = make('input', { type: 'checkbox', id: `on-${card.name}`, 'aria-label': card.name, onchange: () => { row.on = box.checked; row.show(); tell() } })
   const main = dial(`strength of ${card.name}`, (value) => row.set(value))
   const fold = make('details', { class: 'parts' }, make('summary', { text: 'by part', 'aria-label': `strength of ${card.name} by part of the model` }))
   fold.addEventListener('toggle', () => { if (fold.open && fold.children.length === 1) fold.append(...advanced(card, row)) })
@@ -94,43 +108,50 @@ function build(card) {
     ? make('img', { src: card.thumbnail, alt: '', loading: 'lazy', width: 56, height: 56 })
     : make('span', { class: 'no-thumbnail', text: card.name.slice(0, 1).toUpperCase(), 'aria-hidden': 'true' })
   const words = card.trigger && make('button', { type: 'button', class: 'words', title: 'put these words into the prompt', 'aria-label': `use the words “${card.trigger}”`, text: `+ ${card.trigger}`, onclick: () => trigger('words', { words: card.trigger }) })
-  const paint = () => row.node.classList.toggle('on', row.on.checked)
-  row.show = (strength) => {
-    row.strength = strength
-    const mixed = typeof strength === 'object'
-    main.show(mixed ? partOf(strength, card.components[0], 'mid') : strength, mixed)
-    row.showParts()
-    paint()
-  }
-  row.set = (strength) => {
-    row.on.checked = true // whoever moves a style wants to see it
-    row.show(strength)
-    tell()
-  }
-  row.text = `${card.name} ${card.trigger}`.toLowerCase()
   row.node = make('li', { class: 'rack-card' },
     make('label', { class: 'face', title: card.name }, picture),
     make('div', { class: 'body' },
       make('div', { class: 'top' },
-        make('label', { class: 'name' }, row.on, make('span', { text: card.name })),
+        make('label', { class: 'name' }, box, make('span', { text: card.name })),
         make('span', { class: 'size', text: card.facts })),
       main.node,
       make('div', { class: 'below' }, words, fold),
       card.note && make('p', { class: 'note', text: `⚠ ${card.note}` })))
-  row.node.querySelector('.face').addEventListener('click', () => row.on.click())
-  return row
+  row.node.querySelector('.face').addEventListener('click', () => box.click())
+  row.show = () => {
+    const mixed = typeof row.strength === 'object'
+    box.checked = row.on
+    row.node.classList.toggle('on', row.on)
+    main.show(mixed ? partOf(row.strength, card.components[0], 'mid') : row.strength, mixed)
+    row.showParts()
+  }
+  row.show()
+  return row.node
 }
 
-function sift() {
+// those that are on come first where there are many, and stay where they are until the list is asked for anew
+function arrange() {
   const wanted = filter.value.trim().toLowerCase()
-  for (const row of rows.values()) row.node.hidden = !row.text.includes(wanted)
+  const all = [...rows.values()]
+  const found = all.filter((row) => row.text.includes(wanted) || row.on)
+  const many = all.length > props.page
+  const first = many ? [...found.filter((row) => row.on), ...found.filter((row) => !row.on)] : found
+  const shown = first.slice(0, Math.max(limit, found.filter((row) => row.on).length))
+  const focused = document.activeElement
+  cards.replaceChildren(...shown.map((row) => row.node ?? build(row)))
+  if (cards.contains(focused)) focused.focus()
+  const left = found.length - shown.length
+  more.hidden = left === 0
+  more.textContent = `Show ${Math.min(left, props.page)} of ${left} more`
+  element.querySelector('.rack-lost').hidden = rows.size === 0 || found.some((row) => row.text.includes(wanted))
 }
 
 function showMix() {
   for (const [name, row] of rows) {
     const strength = (props.value ?? {})[name]
-    row.on.checked = strength !== undefined
-    row.show(strength ?? row.strength)
+    row.on = strength !== undefined
+    row.strength = strength ?? row.strength
+    row.show()
   }
   recount()
 }
@@ -138,24 +159,29 @@ function showMix() {
 function showCards() {
   const before = new Map(rows)
   rows.clear()
-  for (const card of props.cards) {
-    rows.set(card.name, build(card))
-    if (before.has(card.name)) rows.get(card.name).strength = before.get(card.name).strength
-  }
-  cards.replaceChildren(...[...rows.values()].map((row) => row.node))
+  for (const card of props.cards) rows.set(card.name, rowOf(card, before.get(card.name)))
   filter.parentElement.classList.toggle('few', rows.size < 7)
   element.querySelector('.rack-none').hidden = rows.size > 0
   showMix()
-  sift()
+  arrange()
 }
 
-filter.addEventListener('input', sift)
+filter.addEventListener('input', () => { limit = props.page; arrange() })
+more.addEventListener('click', () => {
+  const place = cards.children.length
+  limit += props.page
+  arrange()
+  cards.children[place]?.querySelector('input').focus()
+})
 element.querySelector('.rack-clear').addEventListener('click', () => {
-  for (const row of rows.values()) { row.on.checked = false; row.show(row.strength) }
+  for (const row of rows.values()) { row.on = false; row.show() }
   tell()
 })
 watch('cards', showCards)
-watch('value', showMix)
+watch('value', () => {
+  showMix()
+  if (rows.size > props.page && JSON.stringify(props.value) !== JSON.stringify(told)) arrange()
+})
 showCards()
 
 // a picture dropped anywhere on the page goes to the box that restores settings

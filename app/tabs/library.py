@@ -9,6 +9,7 @@ from app import library_html
 from app.files import cached
 from app.messages import readable
 from app.studio import Studio
+from shira_diffusers.interop import PEFT_CONFIG
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -36,14 +37,15 @@ class LibraryTab:
         self.files = gr.File(
             label="Adapters (.safetensors)",
             file_count="multiple",
-            file_types=[".safetensors"],
+            file_types=[".safetensors", ".json"],
             type="filepath",
             height=150,
             elem_id="adapter-upload",
         )
         gr.Markdown(
-            "SHiRA adapters of this project, or PEFT's `adapter_model.safetensors` (its config is not needed); "
-            f"up to {self._limit:g} MB each. They are copied into the app's own folder.",
+            "SHiRA adapters of this project, or PEFT's `adapter_model.safetensors` together with its "
+            f"`{PEFT_CONFIG}`, which tells base and mask; up to {self._limit:g} MB each. They are copied into the "
+            "app's own folder.",
             elem_classes="remark",
         )
 
@@ -86,11 +88,15 @@ class LibraryTab:
 
     def _upload(self, files: list[str] | None) -> Any:
         added, problems = [], []
-        for file in files or []:
+        configs = [Path(file) for file in files or [] if file.endswith(".json")]
+        adapters = [Path(file) for file in files or [] if not file.endswith(".json")]
+        if configs and (len(configs), len(adapters)) != (1, 1):
+            problems.append(f"An {PEFT_CONFIG} belongs to one adapter: upload the two together, by themselves")
+            adapters = []
+        for file in adapters:
             try:
                 with readable("the adapter could not be taken in"):
-                    entry = self._library.add(Path(file))
-                added.append(entry)
+                    added.append(self._library.add(file, config=next(iter(configs), None)))
             except gr.Error as error:
                 problems.append(str(error.message))
         for problem in problems:

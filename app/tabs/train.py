@@ -10,6 +10,7 @@ from app.files import cached
 from app.messages import readable
 from app.recipe import Recipe
 from app.studio import Studio
+from app.tabs.mix import MixTab
 from app.training_pictures import FORMATS, MAX_PICTURES, Sent, captions_of, require_pictures, sort_out
 from app.trainings import Training
 from shira_diffusers.targets import PRESETS
@@ -38,7 +39,8 @@ Values = dict[Any, Any]  # component -> its value
 class TrainTab:
     """The components of the tab and what they do."""
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, mix: MixTab) -> None:
+        self._mix = mix
         self._trainings, self._estimator = studio.trainings, studio.estimator
         self._library = studio.session.library
         self._usual = Recipe.for_base(studio.trainings.base)
@@ -133,6 +135,7 @@ class TrainTab:
         )
         self.progress = gr.HTML(self._told(None), elem_id="progress", padding=False)
         with gr.Row(elem_id="train-actions"):
+            self.mix = gr.Button("Mix it", variant="primary", visible=False, min_width=90)
             self.cancel = gr.Button("Cancel", variant="stop", visible=False, min_width=90)
             self.resume = gr.Button("Resume", variant="primary", visible=False, min_width=90)
             self.keep = gr.Button("Add what it has learned", visible=False, min_width=170)
@@ -166,6 +169,7 @@ class TrainTab:
         self.cancel.click(self._cancel, None, view, show_progress_on=self.progress, api_visibility="private")
         for button, act in ((self.resume, self._resume), (self.keep, self._keep), (self.discard, self._discard)):
             button.click(act, self.past, view, show_progress_on=self.progress, api_visibility="private")
+        self.mix.click(self._mix_it, self.past, self._mix.targets, **QUIET)
 
     def refresh_on(self, shown: gr.Tab) -> None:
         """Show trainings as they are when the tab is opened."""
@@ -175,7 +179,7 @@ class TrainTab:
         shown.select(self._estimate, settings, self.estimate, **QUIET)
 
     def _view(self) -> list[Any]:
-        buttons = [self.cancel, self.resume, self.keep, self.discard]
+        buttons = [self.mix, self.cancel, self.resume, self.keep, self.discard]
         return [self.progress, *buttons, self.samples, self.shown, self.timer]
 
     def _component(self, setting: str) -> Any:
@@ -241,6 +245,12 @@ class TrainTab:
             self._trainings.discard(id)
         return self._all(None)
 
+    def _mix_it(self, id: str | None) -> Any:
+        """The adapter alone in Mix, with the words that it was trained with."""
+        with readable("the adapter could not be sent to Mix"):
+            training = self._trainings.training(id)
+            return self._mix.fill({"prompt": training.recipe.prompt, "mix": {training.adapter: 1.0}})
+
     def _all(self, id: str | None) -> tuple[Any, ...]:
         """The choice of trainings, and the view of one; of None the newest."""
         id = id or self._newest()
@@ -251,11 +261,12 @@ class TrainTab:
         """The view of a training; its samples only if they are others than those shown."""
         known = {training.id: training for training in self._trainings.all}
         if id not in known:
-            hidden = [gr.Button(visible=False)] * 4
+            hidden = [gr.Button(visible=False)] * 5
             return self._told(None), *hidden, gr.Gallery(visible=False), "", gr.Timer(active=False)
         told = self._trainings.progress(id)
         running, ended = told.training.state == "running", told.training.state not in ("running", "finished")
-        buttons = [running, ended, ended and told.checkpoint > 0, not running]
+        mixable = told.training.adapter in self._names()
+        buttons = [mixable, running, ended, ended and told.checkpoint > 0, not running]
         key = f"{id} {len(told.samples)}"
         gallery: Any = gr.skip()
         if key != shown:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from app import library as library_module
 from app.cards import one_sentence, sha256_of
@@ -144,14 +144,71 @@ def test_an_adapter_of_another_model_is_kept_with_the_reason_and_can_be_deleted(
     assert files(library) == []
 
 
-def test_what_peft_wrote_is_taken_in(library: Library, pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+@pytest.fixture
+def peft(tmp_path: Path) -> Path:
+    """The folder that PEFT's SHiRA tuner writes."""
     from peft import ShiraConfig, get_peft_model
 
-    peft = get_peft_model(tiny.unet(), ShiraConfig(r=2, target_modules=["to_q"], init_weights=False))
-    peft.save_pretrained(tmp_path / "peft")
-    entry = library.add(tmp_path / "peft" / "adapter_model.safetensors")
+    model = get_peft_model(tiny.unet(), ShiraConfig(r=2, target_modules=["to_q"], init_weights=False))
+    model.save_pretrained(tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "tiny"}))
+    return tmp_path / "peft"
+
+
+def test_what_peft_wrote_is_taken_in(library: Library, peft: Path) -> None:
+    entry = library.add(peft / "adapter_model.safetensors")
     assert entry.card and entry.card.components == ("unet",) and entry.card.metadata == {"source": "peft"}
+    assert "adapter_config.json did not come with it" in entry.card.note
     assert library.inspect("adapter_model").kind == "PEFT SHiRA adapter"
+
+
+def test_what_peft_wrote_becomes_ours_with_its_config(library: Library, peft: Path, folders: Folders) -> None:
+    bare = library.add(peft / "adapter_model.safetensors", "bare")
+    entry = library.add(peft / "adapter_model.safetensors", "whole", peft / "adapter_config.json")
+    card = entry.card
+    assert card and (card.base, card.mask, card.note, card.components) == ("tiny", "random", "", ("unet",))
+    assert library.inspect("whole").kind == "SHiRA adapter" and entry.sha256 == sha256_of(entry.path)
+    tiny.assert_same_adapter(library.adapter("whole"), library.adapter("bare"))
+    again = Library(StableDiffusionPipeline.from_pretrained(folders.base), folders.adapters, peft.parent / "data")
+    assert {each.name: each.base for each in again.cards} | {"bare": "", "whole": "tiny"} == {
+        each.name: each.base for each in again.cards
+    }
+    library.delete(bare.name, entry.name)
+    assert files(library) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (b"{", "adapter_config.json is not JSON"),
+        (b"\xff\xfe", "do not go together"),
+        (b"[" * 10**5, "do not go together"),
+        (b'{"peft_type": "LORA"}', "type 'LORA', expected 'SHIRA'"),
+        (b" " * 1_000_001, "too large"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(library: Library, peft: Path, config: bytes, sentence: str) -> None:
+    (peft / "adapter_config.json").write_bytes(config)
+    with pytest.raises(UploadError, match=sentence) as caught:
+        library.add(peft / "adapter_model.safetensors", "x", peft / "adapter_config.json")
+    assert (
+        str(peft.parent) not in str(caught.value)
+        and files(library) == []
+        and names(library)
+        == [
+            "bluefire",
+            "paintings",
+        ]
+    )
+
+
+def test_peft_layers_of_another_model_are_listed_with_the_reason(library: Library, peft: Path) -> None:
+    weights = load((peft / "adapter_model.safetensors").read_bytes())
+    strange = {key.replace("down_blocks.1", "down_blocks.7"): tensor for key, tensor in weights.items()}
+    (peft / "adapter_model.safetensors").write_bytes(save(strange))
+    entry = library.add(peft / "adapter_model.safetensors", "x", peft / "adapter_config.json")
+    assert entry.card is None and "does not fit" in entry.reason
 
 
 def zipped() -> bytes:

@@ -1,0 +1,75 @@
+"""Thumbnails come from beside the file or are drawn when nobody waits; the time of a LoRA's fuse is measured here."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from app.cards import Card
+from app.lora import fuse_ms
+from app.session import Session
+from app.thumbnails import SIDE, Thumbnails
+from app.turns import BACKGROUND
+from shira_diffusers.pipeline import resident_of
+from tests import tiny
+from tests.app.conftest import Folders
+
+
+@pytest.fixture
+def own(folders: Folders, tmp_path: Path) -> Session:
+    """A session over a copy of the adapters, one of them with a picture beside it."""
+    shutil.copytree(folders.adapters, tmp_path / "adapters")
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "adapters" / "bluefire.png")
+    return Session.open(str(folders.base), tmp_path / "adapters")
+
+
+def card(session: Session, name: str) -> Card:
+    return next(card for card in session.cards if card.name == name)
+
+
+def idle(session: Session) -> None:
+    session.turns.submit(BACKGROUND, lambda: None).result(60)
+
+
+def test_the_picture_beside_the_file(own: Session, tmp_path: Path) -> None:
+    thumbnails = Thumbnails(own, tmp_path / "thumbnails")
+    assert thumbnails.get(card(own, "bluefire")) is None  # asks for it
+    idle(own)
+    made = thumbnails.get(card(own, "bluefire"))
+    assert made and thumbnails.version == 1
+    with Image.open(made) as image:
+        assert (image.format, image.size) == ("WEBP", (SIDE, SIDE))
+        assert image.convert("RGB").getpixel((5, 5))[0] > 240  # type: ignore[index]
+    assert Thumbnails(own, tmp_path / "thumbnails").get(card(own, "bluefire")) == made  # after a restart
+
+
+def test_one_is_drawn_and_gives_way_to_visitors(own: Session, tmp_path: Path) -> None:
+    thumbnails = Thumbnails(own, tmp_path / "thumbnails")
+    started = own.turns.submit("visitor", lambda: thumbnails.get(card(own, "paintings")))
+    drawn = [own.submit(own.checked("a red cat", {}, seed, 1), visit="visitor") for seed in range(3)]
+    assert started.result(60) is None and all(picture.result(60) for picture in drawn)
+    while not (made := thumbnails.get(card(own, "paintings"))):
+        idle(own)
+    with Image.open(made) as image:
+        assert image.size == (SIDE, SIDE) and thumbnails.version == 1
+    assert own.active == {}
+
+
+def test_a_picture_beside_that_is_none_is_passed_over(own: Session, tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "bluefire.png").write_bytes(b"no picture")
+    thumbnails = Thumbnails(own, tmp_path / "thumbnails")
+    thumbnails.get(card(own, "bluefire"))
+    idle(own)
+    assert thumbnails.get(card(own, "bluefire")) is None and thumbnails.version == 0
+    assert not list((tmp_path / "thumbnails").glob("*.tmp"))
+
+
+def test_fusing_a_lora_is_timed_and_changes_nothing(own: Session) -> None:
+    before = tiny.snapshot(own.pipe)
+    state = torch.get_rng_state()
+    assert 0 < fuse_ms(own.pipe, own.adapter_names) < 60_000
+    assert fuse_ms(own.pipe, ()) == 0  # nothing to compare with
+    tiny.assert_same_bits(own.pipe, before)
+    assert torch.equal(torch.get_rng_state(), state) and resident_of(own.pipe).active == {}
