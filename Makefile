@@ -42,7 +42,7 @@ bench-size: $(VENV)/.dev ## measure file sizes, 10 minutes; they are the same on
 	$(BIN)/python -m benchmarks.size
 	$(BIN)/python -m benchmarks.report
 
-bench-toy: $(VENV)/.dev ## try all benchmarks on tiny models, 2 minutes; leaves the results as they are
+bench-toy: $(VENV)/.dev ## try all benchmarks on tiny models, 3 minutes; leaves the results as they are
 	$(BIN)/python -m benchmarks.size --toy
 	for one in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.$${one%:*} --device cpu --toy || exit 1; done

@@ -73,7 +73,14 @@ def size(count: float) -> str:
 
 def heading(key: str) -> str:
     """A key of the results as the heading of a column, where no better one is given."""
-    for end, unit in (("_gb_s", ", GB/s"), ("_ms", ", ms"), ("_s", ", s"), ("_bytes", ", bytes"), ("_mib", ", MiB")):
+    for end, unit in (
+        ("_gb_s", ", GB/s"),
+        ("_ms", ", ms"),
+        ("_s", ", s"),
+        ("_bytes", ", bytes"),
+        ("_mib", ", MiB"),
+        ("_mb", ", MB"),
+    ):
         if key.endswith(end):
             return heading(key.removesuffix(end)) + unit
     text = key.replace("_", " ")

@@ -131,4 +131,5 @@ def origin(result: Result) -> str:
 
 
 def name_of(setting: str) -> str:
-    return {"copy_gb_s": "a copy's GB/s", "lora_rank": "LoRA's rank"}.get(setting, setting.replace("_", " "))
+    names = {"copy_gb_s": "a copy's GB/s", "lora_rank": "LoRA's rank", "growth_mb": "growth in MB"}
+    return names.get(setting, setting.replace("_", " "))

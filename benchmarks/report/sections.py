@@ -167,6 +167,15 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "drift": (
         Part((MODEL, TYPE, METHOD, *(Column(f"After {n}", f"changed.{n}", cells.percent) for n in (1, 10, 100)))),
     ),
+    "app_memory": (
+        Part(
+            (
+                Column("Pictures drawn", "pictures"),
+                Column("Resident memory, MB", "rss_mb"),
+                Column("Since the start, s", "s"),
+            ),
+        ),
+    ),
 }
 UNKNOWN = (Part((MODEL, METHOD, MASK, DENSITY)),)
 """For a script that is not in ``PARTS``: names of rows first, then whatever it measured."""

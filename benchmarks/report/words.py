@@ -78,7 +78,8 @@ WORDS = {
         and at the end every parameter's bits are compared. A picture has 20 steps with guidance.""",
     ),
     "app_memory": Words(
-        "How much memory does the app take?",
-        "The whole process of the app.",
+        "Does the app's memory grow with the pictures it draws?",
+        """Pictures with changing mixes on the demo model, drawn the way the app draws them: checked, in turn, switched,
+        kept in the history; every tenth a rough preview, every seventh stopped amid.""",
     ),
 }
