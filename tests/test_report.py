@@ -109,6 +109,7 @@ def test_no_heading_of_a_table_is_a_raw_key() -> None:
 def test_links_of_the_page_lead_somewhere() -> None:
     from benchmarks.report.page import anchor
 
+    assert anchor("Does 1 % of `a_b.c` change, once?") == "does-1--of-a_bc-change-once"  # as GitHub makes it
     text = page(Figures())
     anchors = {anchor(line.removeprefix("## ")) for line in text.splitlines() if line.startswith("## ")}
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
