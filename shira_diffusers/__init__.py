@@ -16,6 +16,7 @@ from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, Res
 from shira_diffusers.files import load_adapter, save_adapter
 from shira_diffusers.fuse import fuse
 from shira_diffusers.gradients import mask_gradients
+from shira_diffusers.library import AdapterLibrary
 from shira_diffusers.masks import build_masks
 from shira_diffusers.pipeline import install
 from shira_diffusers.resident import Resident
@@ -24,6 +25,7 @@ install()
 
 __all__ = [
     "AdapterFormatError",
+    "AdapterLibrary",
     "AdapterMismatchError",
     "Resident",
     "ResidentStateError",

@@ -5,7 +5,7 @@ wrong.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -66,7 +66,8 @@ def decode_parts(parts: Mapping[str, Coded], *, copy: bool = False) -> Decoded:
     def decode(group: Sequence[str]) -> Decoded:
         return _decode_group({name: plain[name] for name in group}, [out[name] for name in group], copy)
 
-    groups = list(group_names(plain, _GROUP))
+    kinds = {name: (part.gaps.dtype, part.values.dtype, part.gaps.numel()) for name, part in plain.items()}
+    groups = list(group_names(kinds, _GROUP))
     threads = min(torch.get_num_threads(), len(groups))
     if threads < 2 or sum(map(len, indices)) < _THREADED:
         results = [decode(group) for group in groups]
@@ -78,16 +79,21 @@ def decode_parts(parts: Mapping[str, Coded], *, copy: bool = False) -> Decoded:
     return decoded
 
 
-def group_names(parts: Mapping[str, Coded], size: int) -> Iterator[list[str]]:
-    """Names in their order, in groups of one dtype of gaps and of values, up to ``size`` coded elements each."""
-    kinds: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
-    for name, part in parts.items():
-        kinds.setdefault((part.gaps.dtype, part.values.dtype), []).append(name)
+def group_names(parts: Mapping[str, tuple[Hashable, Hashable, int]], size: int) -> Iterator[list[str]]:
+    """Names in their order, in groups of one kind of gaps and of values, up to ``size`` coded elements each.
+
+    Args:
+        parts: by name the dtypes of gaps and of values, and how many coded elements there are.
+        size: a larger part is a group of its own.
+    """
+    kinds: dict[tuple[Hashable, Hashable], list[str]] = {}
+    for name, (gaps, values, _) in parts.items():
+        kinds.setdefault((gaps, values), []).append(name)
     for names in kinds.values():
         group: list[str] = []
         held = 0
         for name in names:
-            length = parts[name].gaps.numel()
+            length = parts[name][2]
             if group and held + length > size:
                 yield group
                 group, held = [], 0

@@ -31,31 +31,28 @@ _ARRAYS: dict[str, Any] = {
 }
 
 
-def read_safetensors(
-    file: Path, read: Callable[[Path], Bytes] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the header metadata of a safetensors file, on the CPU.
-
-    Args:
-        file: path of the file.
-        read: gives the file's bytes; None maps the file privately, so that only what is used is read.
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the header metadata of a safetensors file, on the CPU; mapped, so that only what is used is read.
 
     Raises:
         OSError: the file cannot be opened.
         AdapterFormatError: the file is truncated, is a pickle, or is otherwise no safetensors file.
     """
+    tensors, metadata, _ = open_safetensors(file, mapped)
+    return tensors, metadata
+
+
+def open_safetensors(file: Path, read: Callable[[Path], Bytes]) -> tuple[dict[str, Tensor], dict[str, str], Bytes]:
+    """As ``read_safetensors``, and the file's bytes as ``read`` gives them, which the tensors are parts of."""
     with open(file, "rb") as raw:  # safetensors calls a file that may not be read a missing one
         start = raw.read(2)
     try:
         with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
-            metadata = dict(opened.metadata() or {})
-            content = (read or _mapped)(file)
-            size = int.from_bytes(content[:8].tobytes(), "little")
-            header, body = json.loads(content[8 : 8 + size].tobytes()), content[8 + size :]
-            return {
-                key: _tensor(body, header[key]) if header[key]["dtype"] in _ARRAYS else opened.get_tensor(key)
-                for key in opened.keys()  # noqa: SIM118
-            }, metadata
+            content = read(file)
+            cut_out = cut(content)
+            keys = opened.keys()
+            tensors = {key: cut_out[key] if key in cut_out else opened.get_tensor(key) for key in keys}
+            return tensors, dict(opened.metadata() or {}), content
     except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         kind = "like a pickle, which is never loaded" if _starts_pickle(start) else "damaged or truncated"
         raise AdapterFormatError(
@@ -64,7 +61,19 @@ def read_safetensors(
         ) from error
 
 
-def _mapped(file: Path) -> Bytes:
+def cut(content: Bytes) -> dict[str, Tensor]:
+    """The tensors in the bytes of an intact file, as parts of them, but for those of dtypes that adapters never have.
+
+    A tensor that is not aligned there is copied.
+    """
+    size = int.from_bytes(content[:8].tobytes(), "little")
+    header, body = json.loads(content[8 : 8 + size].tobytes()), content[8 + size :]
+    header.pop("__metadata__", None)
+    return {key: _tensor(body, entry) for key, entry in header.items() if entry["dtype"] in _ARRAYS}
+
+
+def mapped(file: Path) -> Bytes:
+    """A file's bytes, mapped privately: what is written to them never reaches the file."""
     with open(file, "rb") as raw:
         return np.frombuffer(mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
 

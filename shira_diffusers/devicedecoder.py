@@ -1,0 +1,175 @@
+"""Decode packed adapters on an accelerator: groups of parameters are copied to it while others are decoded there."""
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shira_diffusers.decoding import group_names
+from shira_diffusers.delta import SparseDelta, all_finite, index_dtype
+from shira_diffusers.gaps_device import decode_many_on_device
+from shira_diffusers.tensorfile import Bytes
+
+_GROUP = 2**23  # coded elements; temporary memory is about 30 bytes for each
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One parameter in the bytes of a file: where gaps and values begin and end, their dtypes, the weight's shape."""
+
+    gap_bytes: tuple[int, int]
+    gap_dtype: torch.dtype
+    value_bytes: tuple[int, int]
+    value_dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Coded elements."""
+        return (self.gap_bytes[1] - self.gap_bytes[0]) // self.gap_dtype.itemsize
+
+    @property
+    def count(self) -> int:
+        """Values."""
+        return (self.value_bytes[1] - self.value_bytes[0]) // self.value_dtype.itemsize
+
+
+Decoded = tuple[dict[str, SparseDelta], tuple[Tensor, ...]]
+
+
+class DeviceDecoder:
+    """Decodes on one device, one adapter at a time, on streams of its own, so beside what runs there already.
+
+    Args:
+        device: where to; of a CPU, it does the same without streams.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._one_at_a_time = threading.Lock()
+        on_cuda = device.type == "cuda"
+        self._copying = torch.cuda.Stream(device) if on_cuda else None
+        self._working = torch.cuda.Stream(device) if on_cuda else None
+
+    def decode(self, content: Bytes, places: Mapping[str, Place]) -> Decoded | None:
+        """Decode all parameters. The device is waited for once, at the end.
+
+        Args:
+            content: the bytes of a file, best in pinned memory.
+            places: by parameter.
+
+        Returns:
+            The deltas and the tensors that they are views of; None if anything is not intact, or of a kind that is
+            decoded on the CPU only (no entries, or 2^31 and more in the dense weight).
+        """
+        if not all(_is_plain(place) for place in places.values()):
+            return None
+        source = torch.from_numpy(content)
+        groups = list(_groups(places))
+        with self._one_at_a_time, self._until_done():
+            # all is sent before anything is decoded: memory that decoding frees is never what a copy goes to
+            sent = [self._send(source, list(group.values())) for group in groups]
+            results = [self._decode_group(group) for group in sent]
+            with _on(self._working):
+                intact = bool(torch.stack([result.good for result in results]).all())
+        if not intact:
+            return None
+        deltas: dict[str, SparseDelta] = {}
+        for group, result in zip(groups, results, strict=True):
+            counts = [place.count for place in group.values()]
+            parts = zip(group.items(), result.indices.split(counts), result.values.split(counts), strict=True)
+            deltas |= {name: SparseDelta.unchecked(at, values, place.shape) for (name, place), at, values in parts}
+        held = tuple(tensor for result in results for tensor in (result.indices, result.values))
+        lend(held, default=True)
+        return deltas, held
+
+    def _send(self, source: Tensor, places: Sequence[Place]) -> "_Sent":
+        """Launch the copies of some parameters of one dtype of gaps and of values."""
+        lengths, counts = [place.length for place in places], [place.count for place in places]
+        gap_dtype = places[0].gap_dtype
+        as_bits = torch.int16 if gap_dtype == torch.uint16 else gap_dtype  # which every device can read
+        with _on(self._working):  # all memory is of this stream, which is idle when a decoding begins
+            raw = torch.empty(sum(lengths), dtype=as_bits, device=self.device)
+            values = torch.empty(sum(counts), dtype=places[0].value_dtype, device=self.device)
+            sizes = torch.tensor([lengths, counts, [math.prod(place.shape) for place in places]], device=self.device)
+        with _on(self._copying):
+            _copy(source, [place.gap_bytes for place in places], raw)
+            _copy(source, [place.value_bytes for place in places], values)
+        arrived = self._copying.record_event() if self._copying is not None else None
+        return _Sent(raw, values, sizes, gap_dtype, lengths, counts, arrived)
+
+    def _decode_group(self, sent: "_Sent") -> "_Result":
+        """Launch the decoding of what was sent, once it has arrived."""
+        if self._working is not None and sent.arrived is not None:
+            self._working.wait_event(sent.arrived)
+        with _on(self._working):
+            found = decode_many_on_device(sent.raw, sent.gap_dtype, sent.lengths, sent.counts, sent.sizes)
+            return _Result(found.indices, sent.values, found.good & all_finite(sent.values))
+
+    @contextmanager
+    def _until_done(self) -> Iterator[None]:
+        """Before anything is given back, let the device finish with it: the packed bytes, and memory on errors too."""
+        try:
+            yield
+        finally:
+            for stream in (self._copying, self._working):
+                if stream is not None:
+                    stream.synchronize()
+
+
+class _Sent(NamedTuple):
+    """A group on its way to the device; see ``decode_many_on_device``."""
+
+    raw: Tensor
+    values: Tensor
+    sizes: Tensor
+    gap_dtype: torch.dtype
+    lengths: list[int]
+    counts: list[int]
+    arrived: "torch.cuda.Event | None"
+
+
+class _Result(NamedTuple):
+    """A group being decoded."""
+
+    indices: Tensor
+    values: Tensor
+    good: Tensor
+
+
+def lend(held: Sequence[Tensor], *, default: bool = False) -> None:
+    """Tell the allocator that the current (or the default) stream uses tensors, before which it reuses no memory."""
+    for tensor in held:
+        if tensor.is_cuda:
+            of = torch.cuda.default_stream if default else torch.cuda.current_stream
+            tensor.record_stream(of(tensor.device))
+
+
+def _groups(places: Mapping[str, Place]) -> Iterator[dict[str, Place]]:
+    for names in group_names({name: (p.gap_dtype, p.value_dtype, p.length) for name, p in places.items()}, _GROUP):
+        yield {name: places[name] for name in names}
+
+
+def _is_plain(place: Place) -> bool:
+    return place.count > 0 and place.length > 0 and index_dtype(math.prod(place.shape)) == torch.int32
+
+
+def _copy(source: Tensor, ranges: Sequence[tuple[int, int]], target: Tensor) -> None:
+    """Copy ranges of bytes, end to end; those that adjoin in the source, as they do in our files, at once."""
+    target, at = target.view(torch.uint8), 0
+    first, end = ranges[0]
+    for start, stop in [*ranges[1:], (-1, -1)]:
+        if start == end:
+            end = stop
+            continue
+        target[at : at + end - first].copy_(source[first:end], non_blocking=True)
+        at, first, end = at + end - first, start, stop
+
+
+def _on(stream: "torch.cuda.Stream | None") -> AbstractContextManager[object]:
+    return torch.cuda.stream(stream) if stream is not None else nullcontext()

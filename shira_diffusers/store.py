@@ -1,0 +1,283 @@
+"""Adapters of a folder in two tiers: packed bytes in the host's memory, decoded ones on the device of the weights.
+
+What it knows of models is only what it is told: which adapters may leave.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.catalog import Version
+from shira_diffusers.devicedecoder import DeviceDecoder
+from shira_diffusers.errors import AdapterFormatError, ShiraError
+from shira_diffusers.hostmemory import HostMemory
+from shira_diffusers.interop import decode_peft, is_peft_state_dict, load_peft_adapter
+from shira_diffusers.packed import PackedAdapter, pack, packed
+from shira_diffusers.tensorfile import Bytes, mapped, open_safetensors
+from shira_diffusers.tiers import Tier
+
+Models = Mapping[str, nn.Module]
+
+_DENOISERS = ("", "unet", "transformer", "prior")  # what PEFT's adapters are for; a bare module has no name
+
+
+class Decoded(NamedTuple):
+    """A decoded adapter, and the tensors that its deltas are views of, where a device has decoded it."""
+
+    adapter: ShiraAdapter
+    held: tuple[Tensor, ...]
+
+
+T = TypeVar("T")
+MayLeave = Callable[[Version, Decoded], bool]
+Leaving = Callable[[Version, Decoded], None]
+
+
+class Store:
+    """Loads each version once, whoever asks and however many at a time. Safe to use from several threads.
+
+    Args:
+        ram_bytes: for packed adapters, each as large as its file.
+        device_bytes: for decoded ones.
+        device: where these are.
+    """
+
+    def __init__(self, ram_bytes: int, device_bytes: int, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        self.ram: Tier[Version, PackedAdapter] = Tier(ram_bytes)
+        self.device: Tier[Version, Decoded] = Tier(device_bytes)
+        self.refused: dict[str, tuple[Version, AdapterFormatError]] = {}
+        self._decoder = None if device.type == "cpu" else DeviceDecoder(device)
+        self._pin_for = device if device.type == "cuda" else None
+        self._loading: dict[Version, Future[None]] = {}
+        self._wanted: Counter[Version] = Counter()
+
+    # ---------------------------------------------------------------- decoded
+
+    def acquire(self, version: Version, models: Models, may_leave: MayLeave, leaving: Leaving) -> Decoded:
+        """The decoded adapter, pinned: ``release`` it when it may leave again.
+
+        Args:
+            version: which.
+            models: by component, for PEFT's adapters, which do not tell the weights' shapes.
+            may_leave: which of the adapters that are not pinned may be put out to make room.
+            leaving: told of each that is.
+
+        Raises:
+            AdapterFormatError: the file is damaged.
+            ShiraError: there is no room for it on the device.
+            OSError: the file cannot be read.
+        """
+        while True:
+            with self.lock:
+                found = self.device.find(version)
+                if found is not None:
+                    self.device.pin(version)
+                    return found
+            loaded = self._load(version, models, may_leave, leaving)
+            if loaded is not None:
+                return loaded
+
+    def release(self, version: Version) -> None:
+        """Let an acquired adapter leave when room is needed."""
+        with self.lock:
+            self.device.unpin(version)
+
+    def warm(self, version: Version, models: Models | None, may_leave: MayLeave) -> None:
+        """Load it as far as there is room without putting out what waiting clients want; errors are told at use."""
+
+        def unwanted(other: Version, decoded: Decoded) -> bool:
+            return not self._wanted[other] and may_leave(other, decoded)
+
+        with self.lock:
+            if self.device.find(version) is not None:
+                return
+        self._load(version, models, unwanted, None)
+
+    @contextmanager
+    def wanting(self, versions: list[Version]) -> Iterator[None]:
+        """While a client waits for these, no other client's warming puts them out. Counts hits and misses."""
+        with self.lock:
+            for version in versions:
+                self.device.note(version in self.device)
+            self._wanted.update(versions)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._wanted.subtract(versions)
+                self._wanted = +self._wanted
+
+    def forget_older(self, version: Version, may_leave: MayLeave) -> None:
+        """Drop what is kept of earlier versions of a name, as far as nobody uses it."""
+        with self.lock:
+            _drop(self.ram, lambda key, _: _is_older(key, version))
+            _drop(self.device, lambda key, item: _is_older(key, version) and may_leave(key, item))
+
+    def clear(self, may_leave: MayLeave) -> None:
+        """Drop all that nobody uses."""
+        with self.lock:
+            _drop(self.ram, lambda *_: True)
+            _drop(self.device, may_leave)
+
+    # ---------------------------------------------------------------- loading
+
+    def _load(
+        self, version: Version, models: Models | None, may_leave: MayLeave, leaving: Leaving | None
+    ) -> Decoded | None:
+        """Load one version into the device's tier, or wait for the thread that does.
+
+        Returns:
+            It, pinned, if this thread has loaded it and ``leaving`` is given; else None.
+        """
+        with self.lock:
+            self._require_not_refused(version)
+            running = self._loading.get(version)
+            mine: Future[None] = Future()
+            if running is None:
+                self._loading[version] = mine
+        if running is not None:
+            wait([running])  # what that thread could not do, a caller that insists tries again by itself
+            return None
+        try:
+            return self._decode(version, models, may_leave, leaving)
+        except AdapterFormatError as error:
+            with self.lock:
+                self.refused[version.name] = version, error
+            raise
+        finally:
+            with self.lock:
+                del self._loading[version]
+            mine.set_result(None)
+
+    def _require_not_refused(self, version: Version) -> None:
+        refused, error = self.refused.get(version.name, (None, None))
+        if refused == version:
+            raise AdapterFormatError(str(error))
+        self.refused.pop(version.name, None)
+
+    def _decode(
+        self, version: Version, models: Models | None, may_leave: MayLeave, leaving: Leaving | None
+    ) -> Decoded | None:
+        with self._packed(version, models) as (source, was_there):
+            if source is None or not self._make_room(version, source.unpacked_nbytes, may_leave, leaving):
+                return None
+            if was_there:
+                with self.lock:
+                    self.ram.note(True)
+            try:
+                decoded = Decoded(*source.unpack(self._decoder))
+            except BaseException:
+                with self.lock:
+                    self.device.release(version)
+                raise
+            with self.lock:
+                self.device.put(version, decoded, source.unpacked_nbytes)
+                if leaving is not None:
+                    self.device.pin(version)
+            return decoded if leaving is not None else None
+
+    def _make_room(self, version: Version, nbytes: int, may_leave: MayLeave, leaving: Leaving | None) -> bool:
+        with self.lock:
+            left = self.device.reserve(version, nbytes, may_leave)
+            for other in left or ():
+                if leaving is not None:
+                    leaving(*other)
+            if left is None and leaving is not None:
+                used = [key.name for key, item in self.device if self.device.pinned(key) or not may_leave(key, item)]
+                raise ShiraError(
+                    f"no room for adapter {version.name!r}, which takes {nbytes:,} bytes decoded: device_bytes is "
+                    f"{self.device.budget:,}, and in use are {', '.join(map(repr, used)) or 'none'}; "
+                    "raise device_bytes, or make fewer adapters active at a time"
+                )
+            return left is not None
+
+    @contextmanager
+    def _packed(self, version: Version, models: Models | None) -> Iterator[tuple[PackedAdapter | None, bool]]:
+        """The packed adapter, kept from leaving meanwhile, and whether it was in memory before.
+
+        None where PEFT's needs a model that is not given.
+        """
+        with self.lock:
+            found = there = self.ram.find(version)
+            if there is None:
+                self.ram.note(False)
+            else:
+                self.ram.pin(version)
+        if there is None:
+            found = self._read(version, models)
+        try:
+            yield found, there is not None
+        finally:
+            with self.lock:
+                if version in self.ram:
+                    self.ram.unpin(version)
+
+    def _read(self, version: Version, models: Models | None) -> PackedAdapter | None:
+        """Read a file into the tier of packed adapters, pinned; or map it, where there is no room for its bytes."""
+        if version.path.is_dir():
+            return self._keep(version, _of_peft(models, lambda model: load_peft_adapter(version.path, model), version))
+        with self.lock:
+            has_room = self.ram.reserve(version, version.size, lambda *_: True) is not None
+        try:
+            memory: list[HostMemory] = []
+
+            def read(file: Path) -> Bytes:
+                memory.append(HostMemory(version.size, self._pin_for))
+                return memory[0].fill(file)
+
+            source = str(version.path)
+            tensors, metadata, content = open_safetensors(version.path, read if has_room else mapped)
+            if is_peft_state_dict(tensors):
+                with self.lock:
+                    self.ram.release(version)
+                return self._keep(version, _of_peft(models, lambda model: decode_peft(tensors, model, source), version))
+            found = packed(tensors, metadata, source, content, memory[0] if memory else None)
+        except BaseException:
+            with self.lock:
+                self.ram.release(version)
+            raise
+        with self.lock:
+            if has_room and self.ram.put(version, found, found.nbytes):
+                self.ram.pin(version)
+        return found
+
+    def _keep(self, version: Version, found: PackedAdapter | None) -> PackedAdapter | None:
+        """Keep a packed adapter whose size was not known before, pinned, if there is room."""
+        if found is not None:
+            with self.lock:
+                if self.ram.reserve(version, found.nbytes, lambda *_: True) is not None:
+                    self.ram.put(version, found, found.nbytes)
+                    self.ram.pin(version)
+        return found
+
+
+def _of_peft(
+    models: Models | None, decode: Callable[[nn.Module], ShiraAdapter], version: Version
+) -> PackedAdapter | None:
+    """What PEFT's SHiRA tuner wrote, packed as one of ours for the denoiser of the models."""
+    if models is None:
+        return None
+    component = next((name for name in _DENOISERS if name in models), None)
+    if component is None:
+        raise ShiraError(f"{version.path} is PEFT's: expected a model with one of {', '.join(_DENOISERS[1:])}")
+    adapter = decode(models[component])
+    return pack(adapter.prefixed(component) if component else adapter, str(version.path))
+
+
+def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool]) -> None:
+    for key, item in tier:
+        if not tier.pinned(key) and leaves(key, item):
+            tier.drop(key)
+
+
+def _is_older(key: Version, version: Version) -> bool:
+    return key.name == version.name and key != version
