@@ -10,6 +10,7 @@ from shira_diffusers.errors import AdapterMismatchError
 from shira_diffusers.fuse import plan_union
 from shira_diffusers.locate import Located
 from shira_diffusers.state import Layout
+from shira_diffusers.tiles import in_runs
 
 _Kind = tuple[torch.device, torch.dtype]
 
@@ -79,12 +80,14 @@ def _one_layout(
     own = [{weight: name for name, weight in chosen.items()} for chosen in members]
     held = [[its[name] for name in names if name in its] for its in own]
     values = [_values(adapter, its).to(device) for adapter, its in zip(adapters, held, strict=True)]
+    numels = [located[name].weight.numel() for name in names]
     if len(adapters) == 1:
         deltas = [adapters[0].deltas[name] for name in held[0]]
         bounds = _cumulative([delta.nnz for delta in deltas])
         indices = torch.cat([delta.indices for delta in deltas]).to(device)
-        return Layout(tuple(names), bounds, indices, tuple(adapters), (tuple(held[0]),), (values[0],), (None,))
-    starts = _cumulative([located[name].weight.numel() for name in names])
+        runs = in_runs(indices, bounds, numels)
+        return Layout(tuple(names), bounds, indices, tuple(adapters), (tuple(held[0]),), (values[0],), (None,), runs)
+    starts = _cumulative(numels)
     start_of = dict(zip(names, starts[:-1], strict=True))
     keys = [
         torch.cat([adapter.deltas[name].indices.to(device).long() + start_of[chosen[name]] for name in its])
@@ -101,7 +104,9 @@ def _one_layout(
     )
     indices = local.to(torch.int32 if widest == 4 else torch.int64)
     bounds = tuple(cuts.tolist())
-    return Layout(tuple(names), bounds, indices, tuple(adapters), tuple(map(tuple, held)), tuple(values), union.places)
+    runs = in_runs(indices, bounds, numels)
+    members_held = tuple(map(tuple, held))
+    return Layout(tuple(names), bounds, indices, tuple(adapters), members_held, tuple(values), union.places, runs)
 
 
 def _values(adapter: ShiraAdapter, names: Sequence[str]) -> Tensor:

@@ -5,6 +5,7 @@ This module only looks; what it returns is written by ``resident``. compat notes
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,42 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
+_Look = tuple[int, tuple[int, ...]]
+
+
+def _look(module: nn.Module | None) -> _Look | None:
+    """What of a module changes when it is hooked, compiled or gets other layers; None when it is gone."""
+    if module is None:
+        return None
+    own = module.__dict__
+    return len(own), tuple(map(id, own["_modules"].values()))
+
+
+class _Plain(NamedTuple):
+    """A weight that is nothing but a contiguous parameter of its layer, and where it was; keeps nothing alive."""
+
+    name: str
+    layer: ref[nn.Module]
+    leaf: str
+    address: int
+    dtype: torch.dtype
+
+    def locate(self) -> Located | None:
+        """The weight, if it still is where it was."""
+        layer = self.layer()
+        parameter = None if layer is None else layer._parameters.get(self.leaf)
+        if (
+            type(parameter) is nn.Parameter
+            and parameter.data_ptr() == self.address
+            and parameter.dtype == self.dtype
+            and parameter.is_contiguous()
+        ):
+            return Located(self.name, (Holder(parameter.data),))
+        return None
+
+
 class Locator:
-    """Resolves names in one module; made anew for each operation, since offloading moves tensors.
+    """Resolves names in one module. What it has found of plain weights it looks at again, not for again.
 
     Args:
         module: the component, compiled or not.
@@ -71,28 +106,53 @@ class Locator:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._root = unwrap(module)
-        self._modules: dict[str, nn.Module] = {}
-        self._compiled = [module] if _is_compiled(module.__dict__) else []
+        # no layer and no weight is kept alive, so that they go as soon as their user drops or moves them
+        self._model, self._top = ref(module), ref(unwrap(module))
+        self._modules: dict[str, ref[nn.Module]] = {}
+        self._seen: list[tuple[ref[nn.Module], _Look | None]] = []
+        self._plain: dict[str, _Plain] = {}
+        self._compiled = [self._model] if _is_compiled(module.__dict__) else []
         self._offloaded: dict[int, Tensor] = {}
+        self._hooked = False
         self._walk()
+
+    @property
+    def _root(self) -> nn.Module:
+        root = self._top()
+        assert root is not None  # whoever asks holds it
+        return root
 
     def _walk(self) -> None:
         """Look at each module once: its path (without wrappers), whether it is compiled or offloaded in a group."""
         left = [("", self._root)]
         while left:
             path, module = left.pop()
-            if path not in self._modules:  # a wrapper comes before what it wraps
-                self._modules[path] = module
             own = module.__dict__  # read past nn.Module.__getattr__, which is slow for what is not there
+            this = ref(module)
+            self._modules.setdefault(path, this)  # a wrapper comes before what it wraps
+            self._seen.append((this, _look(module)))
             if "_diffusers_hook" in own:
+                self._hooked = True
                 self._offloaded |= _group_offloaded(module, own["_diffusers_hook"])
             if _is_compiled(own):
-                self._compiled.append(module)
+                self._compiled.append(this)
             for name, child in own["_modules"].items():
                 if child is not None:
                     inside = path if name in WRAPPERS else f"{path}.{name}" if path else name
                     left.append((inside, child))
+
+    def _at(self, path: str) -> nn.Module | None:
+        found = self._modules.get(path)
+        return None if found is None else found()
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether a new locator of a module would see the same layers: none added or replaced, none hooked since.
+
+        Compiling, hooks and offloading add attributes to a layer; its weights may be others, which ``locate`` sees.
+        """
+        if self._hooked or module is not self._model():
+            return False
+        return all(_look(layer()) == look for layer, look in self._seen)  # of living layers, so ids tell them apart
 
     def require_not_frozen(self) -> None:
         """Refuse a model that inductor has compiled with freezing: its graph holds copies of the weights.
@@ -104,7 +164,8 @@ class Locator:
             return
         from torch._inductor import config  # slow to import, and only needed where something is compiled
 
-        options = [getattr(getattr(m, "dynamo_ctx", None), "compiler_config", None) or {} for m in self._compiled]
+        contexts = [getattr(module(), "dynamo_ctx", None) for module in self._compiled]
+        options = [getattr(context, "compiler_config", None) or {} for context in contexts]
         if config.freezing or any(option.get("freezing") for option in options):
             raise ResidentStateError(
                 f"{type(self._root).__name__} is compiled with inductor's freezing, which copies the weights into the "
@@ -119,6 +180,10 @@ class Locator:
             ResidentStateError: the weight cannot be overwritten: quantized, parametrized, sharded, merged with a
                 LoRA, kept on disk, or fused by inductor's freezing.
         """
+        known = self._plain.get(name)
+        return (known and known.locate()) or self._find(name)
+
+    def _find(self, name: str) -> Located:
         path, _, leaf = name.rpartition(".")
         path, parent, owner = self._owner(path, name)
         parameter = owner._parameters.get(leaf)
@@ -134,7 +199,10 @@ class Locator:
             holders.append(Holder(original))
         if leaf == "weight" and path.rpartition(".")[2] in _FUSED:
             holders += self._fused_copies(path, weight)
-        return Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
+        located = Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
+        if parent is owner and len(holders) == 1 and not parameter.is_meta:
+            self._plain[name] = _Plain(located.name, ref(owner), leaf, weight.data_ptr(), weight.dtype)
+        return located
 
     def layer(self, name: str) -> nn.Module:
         """The layer of a parameter, however it holds its values; under PEFT the layer that is wrapped.
@@ -146,16 +214,16 @@ class Locator:
 
     def module(self, path: str) -> nn.Module | None:
         """The module at a path without wrappers, itself out of its wrappers."""
-        found = self._modules.get(path)
+        found = self._at(path)
         return None if found is None else unwrap(found)
 
     def _owner(self, path: str, name: str) -> tuple[str, nn.Module, nn.Module]:
         """The layer's path, the layer as found and the one that owns the parameter, which differ under PEFT."""
-        found = self._modules.get(path)
+        found = self._at(path)
         if found is None:
             # transformers 5.6 dropped `text_model.` from CLIPTextModel; files may have it or not
             path = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
-            found = self._modules.get(path)
+            found = self._at(path)
         if found is None:
             raise AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")
         owner = unwrap(found)
@@ -192,7 +260,8 @@ class Locator:
 
     def _fused_copies(self, path: str, weight: Tensor) -> list[Holder]:
         attention_path, _, projection = path.rpartition(".")
-        attention = unwrap(self._modules[attention_path])
+        attention = self.module(attention_path)
+        assert attention is not None  # it holds the projection
         holders = []
         for fused, before in _FUSED[projection]:
             layer = attention._modules.get(fused)
@@ -204,6 +273,22 @@ class Locator:
             stored = self._stored(layer, "weight", fused_weight, f"{attention_path}.{fused}.weight")
             holders.append(Holder(stored, offset))
         return holders
+
+
+_locators: WeakKeyDictionary[nn.Module, Locator] = WeakKeyDictionary()
+
+
+def locator_of(module: nn.Module) -> Locator:
+    """A locator of a module, compiled or not: the last one, as long as it is true. For one thread at a time.
+
+    Raises:
+        ResidentStateError: as ``Locator``.
+    """
+    root = unwrap(module)
+    found = _locators.get(root)
+    if found is None or not found.is_current(module):
+        found = _locators[root] = Locator(module)
+    return found
 
 
 def _out_features(attention: nn.Module, projection: str) -> int:

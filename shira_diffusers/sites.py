@@ -80,8 +80,12 @@ class Span:
 
     def _memory(self) -> Tensor:
         """The range as integers of the weights' size. Only what belongs to the weights is ever touched."""
-        memory = (ctypes.c_char * self.positions.length).from_address(self.positions.start)
-        return torch.frombuffer(memory, dtype=bits_dtype(self.weights[0].dtype))
+        return memory_at(self.positions.start, self.positions.length, self.weights[0].dtype)
+
+
+def memory_at(start: int, length: int, dtype: torch.dtype) -> Tensor:
+    """``length`` bytes of CPU memory from an address on as integers of a dtype's size; nothing keeps them alive."""
+    return torch.frombuffer((ctypes.c_char * length).from_address(start), dtype=bits_dtype(dtype))
 
 
 def spans(weights: Sequence[Tensor]) -> bool:

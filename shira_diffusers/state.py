@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.launches import Table
 from shira_diffusers.locate import Locator
 from shira_diffusers.scales import Scale
 from shira_diffusers.scatter import overwrite
-from shira_diffusers.sites import Key, Positions
 
 ATTRIBUTE = "_shira"
 _REMEMBERED_BYTES = 2**26  # of layouts beyond the last two
@@ -45,7 +43,8 @@ class Layout:
         members: for each adapter the weights it has, in the order of its values.
         values: of each adapter ``[its nnz]``, in its own dtype.
         places: for each adapter int64 ``[its nnz]``, where its values go in ``[n]``; None when they are all of it.
-        positions: where the entries lie in memory, remembered until the weights move; see ``sites``.
+        runs: whether all entries come in aligned runs of ``tiles.RUN``.
+        found: what was computed from the indices once and is used again; see ``weights``.
     """
 
     names: tuple[str, ...]
@@ -55,7 +54,8 @@ class Layout:
     members: tuple[tuple[str, ...], ...]
     values: tuple[Tensor, ...]
     places: tuple[Tensor | None, ...]
-    positions: dict[Key, Positions | Table | None] = field(default_factory=dict, compare=False, repr=False)
+    runs: bool = False
+    found: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def sizes(self) -> list[int]:
@@ -67,14 +67,13 @@ class Layout:
         device = indices.device
         values = tuple(value.to(device) for value in self.values)
         places = tuple(None if place is None else place.to(device) for place in self.places)
-        return replace(self, indices=indices, values=values, places=places, positions={})
+        return replace(self, indices=indices, values=values, places=places, found={})
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         places = (place for place in self.places if place is not None)
-        found = (positions.at for positions in self.positions.values() if positions is not None)
-        held = {id(tensor): tensor for tensor in (self.indices, *self.values, *places, *found)}
+        held = {id(tensor): tensor for tensor in (self.indices, *self.values, *places, *self.found.values())}
         return sum(tensor.nbytes for tensor in held.values())
 
 

@@ -4,26 +4,30 @@ Everything is planned and checked first; then the entries are overwritten. Nothi
 were overwritten are saved and written back.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from shira_diffusers.errors import ResidentStateError, listing
 from shira_diffusers.fitting import join_name
-from shira_diffusers.fuse import MergeMethod, Union, merge_method
+from shira_diffusers.fuse import MergeMethod, Union, merge_method, sum_deltas
 from shira_diffusers.layout import lay_out
-from shira_diffusers.locate import Locator, unwrap
+from shira_diffusers.locate import locator_of, unwrap
 from shira_diffusers.scales import Scale, scale_of
 from shira_diffusers.scatter import bits_of, cast, gather
 from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state
-from shira_diffusers.weights import Weights
+from shira_diffusers.sweep import Step
+from shira_diffusers.sweep_cuda import sweeps_of
+from shira_diffusers.weights import Change, Kind, Weights
 
 
 @dataclass(slots=True)
 class Plan:
-    """One module's part of a switch; ``fresh`` grows as base bits become known, ``current`` is what is there before."""
+    """One module's part of a switch; ``fresh`` is what will be overwritten after it."""
 
     component: str
     module: nn.Module
@@ -48,19 +52,19 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
 
     Raises:
         AdapterMismatchError: an adapter with different deltas for one tied weight.
-        ResidentStateError: weights that cannot be overwritten now or that somebody else has written.
+        ResidentStateError: weights that cannot be overwritten now.
     """
     module = unwrap(model)
     state = ensure_state(module)
     adapters = [state.adapters[name] for name in sorted(mix.scales)]
     names = {name for adapter in adapters for name in adapter.deltas}
     names |= {name for group in state.overwritten for name in group.layout.names}
-    locator = Locator(model)
+    locator = locator_of(model)
     if names:
         locator.require_not_frozen()
     located = {name: locator.locate(name) for name in sorted(names)}
     weights = Weights(located)
-    current = read_current(component, state.overwritten, weights)
+    current = [part for group in state.overwritten for part in weights.as_now(group)]
     layouts = lay_out(adapters, located, [tuple(group.layout for group in current), *state.remembered])
     state.remember(layouts)
     return Plan(component, module, state, mix, disabled, weights, current, layouts, merge_method(mix.method))
@@ -70,14 +74,18 @@ def run(plans: Sequence[Plan]) -> None:
     """Carry out the plans of all components, or none: on any exception what was written is taken back.
 
     Only masked entries change; no tensor is replaced, so addresses stay. The caller holds the models' write locks.
+
+    Raises:
+        ResidentStateError: somebody else has written the weights that leave.
     """
-    try:
-        for plan in plans:
-            _carry_out(plan)
-    except BaseException:
-        for plan in plans:
-            _take_back(plan)
-        raise
+    with ExitStack() as undo:
+        if not _carry_out(plans, undo):
+            undo.close()
+            for plan in plans:
+                plan.current = read_current(plan.component, plan.current, plan.weights)
+            if not _carry_out(plans, undo):
+                raise ResidentStateError("adapted weights are being written by somebody else while they are switched")
+        undo.pop_all()
     for plan in plans:
         plan.state.mix, plan.state.disabled = plan.mix, plan.disabled
         plan.state.overwritten = tuple(plan.fresh)
@@ -85,34 +93,69 @@ def run(plans: Sequence[Plan]) -> None:
             _reset_step_cache(plan.module)
 
 
-def _carry_out(plan: Plan) -> None:
-    """Restore what leaves, save what is overwritten next, overwrite it."""
-    kept = {id(layout) for layout in plan.layouts}
-    leaving = [group for group in plan.current if id(group.layout) not in kept]
-    staying = {id(group.layout): group for group in plan.current}
-    for group in leaving:
-        plan.weights.write(group.layout, group.base)
-    for layout in plan.layouts:
-        held = staying.get(id(layout))
-        base = plan.weights.read(layout) if held is None else plan.weights.as_now(layout, held.base)
-        plan.fresh.append(Overwritten(layout, base, _mixed(plan, layout, base)))
-    for group in plan.fresh:
-        plan.weights.write(group.layout, group.written)
+def _carry_out(plans: Sequence[Plan], undo: ExitStack) -> bool:
+    """Restore what leaves, save what is overwritten next, overwrite it.
+
+    Returns:
+        Whether all that left was what had been written; if not, ``undo`` is due.
+    """
+    for plan in plans:
+        plan.fresh = []
+    for steps in zip_longest(*(_steps(plan) for plan in plans)):
+        taken = [step for own in steps if own for step in own]
+        for sweep in sweeps_of([step for step, _, _, _ in taken]):
+            undo.callback(sweep.undo)
+            if not sweep.run():
+                return False
+        for step, weights, old, new in taken:
+            undo.callback(_undo_copies, step, weights, old, new)
+            _write_copies(weights, old, new)
+    return True
+
+
+_Taken = tuple[Step, Weights, Overwritten | None, Overwritten | None]
+
+
+def _steps(plan: Plan) -> Iterator[list[_Taken]]:
+    """The steps of one component: those of a list touch different weights, each list comes after the one before.
+
+    Nearly always one step in all: weights of one dtype on one device, one mix that leaves and one that arrives.
+    """
+    kind_of = plan.weights.kind
+    arriving = {kind_of(layout.names[0]): layout for layout in plan.layouts}
+    leaving: dict[Kind, list[Overwritten]] = {}
+    for group in plan.current:
+        leaving.setdefault(kind_of(group.layout.names[0]), []).append(group)
+    pairs = [(leaving[kind][-1] if kind in leaving else None, arriving.get(kind)) for kind in {**leaving, **arriving}]
+    for k in range(max((len(groups) for groups in leaving.values()), default=1) - 1):
+        yield [_step(plan, groups[k], None) for groups in leaving.values() if k < len(groups) - 1]
+    yield [_step(plan, old, layout) for old, layout in pairs]
+
+
+def _step(plan: Plan, old: Overwritten | None, layout: Layout | None) -> _Taken:
+    step, new = plan.weights.step(old, None if layout is None else _change(plan, layout))
+    if new is not None:
+        plan.fresh.append(new)
+    return step, plan.weights, old, new
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _mixed(plan: Plan, layout: Layout, base: Tensor) -> Tensor:
-    """``round(base + sum of scale * delta)``, ``[n]``, of the base's dtype."""
+def _change(plan: Plan, layout: Layout) -> Change:
+    """``sum of scale * delta``, where there is one adapter without the multiplication, which the step does."""
+    names = sorted(plan.mix.scales)
+    if plan.merge is sum_deltas and len(names) == 1:
+        scale = plan.mix.scales[names[0]]
+        if isinstance(scale, int | float):
+            return Change(layout, layout.values[0], float(scale))
+        return Change(layout, layout.values[0], {n: scale_of(scale, plan.component, n) for n in layout.names})
     values, scales, places = [], [], []
-    for k, name in enumerate(sorted(plan.mix.scales)):
+    for k, name in enumerate(names):
         if layout.members[k]:
             values.append(layout.values[k])
             scales.append(_scales(plan, layout, k, plan.mix.scales[name]))
             places.append(layout.places[k])
-    total = plan.merge(Union(layout.indices, tuple(places)), values, scales)
-    wide = base if base.dtype == torch.float64 else base.float()
-    return (wide + total).to(base.dtype)
+    return Change(layout, plan.merge(Union(layout.indices, tuple(places)), values, scales), 1.0)
 
 
 def _scales(plan: Plan, layout: Layout, adapter: int, scale: Scale) -> float | Tensor:
@@ -124,12 +167,18 @@ def _scales(plan: Plan, layout: Layout, adapter: int, scale: Scale) -> float | T
     return torch.tensor(by_weight, dtype=torch.float32).repeat_interleave(sizes).to(layout.indices.device)
 
 
-def _take_back(plan: Plan) -> None:
-    """Put back every bit as it was before the switch, wherever that broke off."""
-    for group in plan.fresh:
-        plan.weights.write(group.layout, group.base)
-    for group in plan.current:
-        plan.weights.write(group.layout, group.written)
+def _write_copies(weights: Weights, old: Overwritten | None, new: Overwritten | None) -> None:
+    if old is not None:
+        weights.write_copies(old.layout, old.base)
+    if new is not None:
+        weights.write_copies(new.layout, new.written)
+
+
+def _undo_copies(step: Step, weights: Weights, old: Overwritten | None, new: Overwritten | None) -> None:
+    if new is not None:
+        weights.write_copies(new.layout, new.base)
+    if old is not None and step.seen is not None:
+        weights.write_copies(old.layout, step.seen.view(old.base.dtype))
 
 
 def read_current(component: str, groups: Iterable[Overwritten], weights: Weights) -> list[Overwritten]:
@@ -143,10 +192,7 @@ def read_current(component: str, groups: Iterable[Overwritten], weights: Weights
     current: list[Overwritten] = []
     foreign: list[str] = []
     for group in groups:
-        if _same_bits(now := weights.read(group.layout), group.written):
-            current.append(group)
-            continue
-        current.append(replace(group, written=now))
+        current.append(replace(group, written=weights.now(group.layout)))
         foreign += [
             join_name(component, name)
             for name, entry in group.entries()

@@ -4,10 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from shira_diffusers import Resident, ShiraAdapter
+from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.launches import available
-from shira_diffusers.locate import Locator
-from shira_diffusers.weights import Weights
+from shira_diffusers.sweep_cuda import TritonSweep, _works, usable
 from tests import reference, tiny
 
 pytestmark = [
@@ -65,7 +64,7 @@ def test_switching_gives_the_bits_that_a_cpu_gives(dtype: torch.dtype, channels_
 
 
 def test_without_triton_it_goes_weight_by_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shira_diffusers.launches.available", lambda: False)
+    monkeypatch.setattr("shira_diffusers.sweep_cuda.available", lambda: False)
     model, resident, adapters = resident_on_cuda(torch.float16)
     base = on_cpu(model)
     for mix in MIXES:
@@ -74,11 +73,27 @@ def test_without_triton_it_goes_weight_by_weight(monkeypatch: pytest.MonkeyPatch
 
 
 def test_triton_is_used_where_it_is_there() -> None:
-    assert available()
-    model, resident, _ = resident_on_cuda(torch.float16)
-    resident.set({"a": 1.0})
-    group = model._shira.overwritten[0]
-    assert [type(found).__name__ for found in group.layout.positions.values()] == ["Table"]
+    for dtype in DTYPES:
+        assert available() and usable(torch.device("cuda", 0), dtype)
+
+
+def test_a_compiler_that_fails_is_told_and_torch_takes_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*args: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(TritonSweep, "_launch", no_compiler)
+    _works.cache_clear()
+    try:
+        model, resident, adapters = resident_on_cuda(torch.float16)
+        base = on_cpu(model)
+        for mix in MIXES:
+            resident.set(mix)
+            assert_mix(model, base, adapters, mix)
+        assert caplog.text.count("Failed to find C compiler") == 1
+    finally:
+        _works.cache_clear()
 
 
 @pytest.mark.parametrize("mix", [{"a": 1.0}, {"a": 0.3, "b": -1.2}])
@@ -135,15 +150,40 @@ def test_a_recorded_graph_sees_every_switch() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_all_entries_are_written_by_one_launch() -> None:
-    model, resident, _ = resident_on_cuda(torch.float16)
-    resident.set({"a": 1.0})
-    group, locator = model._shira.overwritten[0], Locator(model)
-    weights = Weights({name: locator.locate(name) for name in group.layout.names})
-    weights.write(group.layout, group.written)  # found and compiled
+@pytest.mark.parametrize("mix", [{"a": 0.5}, {"b": 1.0}, {}, {"c": 1.0}])
+def test_a_switch_is_one_launch(mix: dict[str, float]) -> None:
+    parts = {"unet": tiny.unet(), "other": tiny.unet(seed=1)}
+    model = torch.nn.ModuleDict(parts).to("cuda", torch.float16)
+    resident = Resident(parts)
+    for seed, name in enumerate("abc"):
+        only = ("",) if name != "c" else ("unet.mid_block",)
+        resident.add(tiny.adapter_for(model, seed, only=only), name)
+    for warm in (mix, {"a": 1.0}, mix, {"a": 1.0}):
+        resident.set(warm)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        weights.write(group.layout, group.written)
+        resident.set(mix)
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert kernels == ["move"]
+    assert [name for name in kernels if "Mem" not in name] == ["sweep"]
+
+
+def test_runs_of_entries_on_cuda_give_the_same_bits() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)).to("cuda", torch.float16)
+    resident = Resident(model)
+    adapters = {}
+    for seed, (name, family) in enumerate((("runs", "block_rand"), ("other", "block_rand"), ("single", "rand"))):
+        masks = build_masks(model, family, 0.1, "all", seed=seed)
+        deltas = {
+            n: SparseDelta(mask.cpu(), torch.randn(mask.numel()), tuple(model.get_parameter(n).shape))
+            for n, mask in masks.items()
+        }
+        adapters[name] = ShiraAdapter(deltas)
+        resident.add(adapters[name], name)
+    base = on_cpu(model)
+    for names in (["runs"], ["other"], ["single"], ["runs"], ["runs", "other"], [], ["single"]):
+        mix = dict.fromkeys(names, 0.7)
+        resident.set(mix)
+        assert_mix(model, base, adapters, mix)
+    assert {layout.runs for mix in model._shira.remembered for layout in mix} == {True, False}

@@ -20,8 +20,9 @@ FLOORS = (
     "masks devicedecoder",
     "adapter branch",
     "files fuse interference scatter",
-    "locate launches packed",
-    "sites",
+    "locate launches tiles packed",
+    "sites sweep",
+    "sweep_cuda",
     "state interop",
     "layout fitting hub gradients weights catalog",
     "switching store",
@@ -37,7 +38,7 @@ FLOORS = (
 TOP = ("app", "benchmarks", "train_dreambooth_shira")  # above the library, beside each other
 KNOWS_PIPELINES = {"pipeline", "training", "bases"}
 # state hands out copies of weights; training writes through sites
-WRITES_WEIGHTS = {"sites", "weights", "state", "gradients"}
+WRITES_WEIGHTS = {"weights", "sites", "state", "gradients"}
 
 Sources = dict[str, str]  # dotted module -> its text
 
@@ -182,8 +183,12 @@ def test_one_module_writes_weights_at_inference() -> None:
     assert importers(r"shira_diffusers\.scatter\.overwrite", SOURCES) == WRITES_WEIGHTS
     as_module = re.compile(r"import (shira_diffusers\.)?scatter\b|scatter import \*")
     assert not [module for module, source in SOURCES.items() if as_module.search(source)]
-    kernels = re.compile(r"\.(index_copy_|masked_scatter_|put_|index_put_)\(")
-    assert {unit_of(module) for module, source in SOURCES.items() if kernels.search(source)} == {"scatter", "sites"}
+    kernels = re.compile(r"\.(index_copy_|scatter_|masked_scatter_|put_|index_put_)\(")
+    assert {unit_of(module) for module, source in SOURCES.items() if kernels.search(source)} == {
+        "scatter",
+        "sites",
+        "sweep",
+    }
 
 
 def test_nobody_writes_bits_into_a_state_that_is_not_a_copy() -> None:

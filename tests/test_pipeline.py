@@ -29,7 +29,6 @@ from shira_diffusers import (
     save_adapter,
 )
 from shira_diffusers.files import WEIGHTS_NAME, encode
-from shira_diffusers.sites import Span
 from tests import reference, tiny
 
 
@@ -382,17 +381,17 @@ def test_disable_enable_delete(loaded: StableDiffusionPipeline) -> None:
 def test_a_failing_delete_deletes_nothing(loaded: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded.set_shira(["bluefire", "paintings"])
     count = 0
-    write = Span.write
+    write = torch.Tensor.scatter_
 
-    def fails_late(*args: object) -> None:
+    def fails_late(*args: object) -> torch.Tensor:
         nonlocal count
         count += 1
         if count == writes:
             raise RuntimeError("power cut")
-        write(*args)
+        return write(*args)
 
     writes = 0
-    monkeypatch.setattr(Span, "write", fails_late)
+    monkeypatch.setattr(torch.Tensor, "scatter_", fails_late)
     loaded.delete_shira(["bluefire", "paintings"])
     total = count
     monkeypatch.undo()
@@ -401,7 +400,7 @@ def test_a_failing_delete_deletes_nothing(loaded: StableDiffusionPipeline, monke
     loaded.load_shira(encode(tiny.adapter_for(loaded, 2))[0], "paintings")
     loaded.set_shira(["bluefire", "paintings"])
     count, writes = 0, total
-    monkeypatch.setattr(Span, "write", fails_late)
+    monkeypatch.setattr(torch.Tensor, "scatter_", fails_late)
     assert_unchanged(loaded, lambda: loaded.delete_shira(["bluefire", "paintings"]), RuntimeError, "power cut")
 
 

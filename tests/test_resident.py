@@ -18,7 +18,6 @@ from shira_diffusers import (
     SparseDelta,
     state,
 )
-from shira_diffusers.sites import Span
 from tests import reference, tiny
 
 
@@ -27,7 +26,7 @@ def same_as_oracle(model: nn.Module, base: dict, adapters: dict, scales: dict) -
     return all(tiny.same_bits(parameter, expected[name]) for name, parameter in model.named_parameters())
 
 
-_WRITE = Span.write
+_WRITE = torch.Tensor.scatter_
 
 
 @pytest.fixture
@@ -204,20 +203,20 @@ def test_unknown_adapters_and_methods_change_nothing(resident: Resident, model: 
 
 
 class WriteFailsAt:
-    """Stands in for ``Span.write`` and breaks off in the middle of one of its calls."""
+    """Stands in for ``Tensor.scatter_``, by which all is written, and breaks off in the middle of one call."""
 
     def __init__(self, at: int | None, error: type[BaseException]) -> None:
         self.calls, self._at, self._error = 0, at, error
 
-    def __get__(self, span: Span, owner: type) -> Callable[[torch.Tensor], None]:
-        return lambda values: self._write(span, values)
+    def __get__(self, tensor: torch.Tensor, owner: type) -> Callable[..., torch.Tensor]:
+        return lambda dim, index, values: self._write(tensor, dim, index, values)
 
-    def _write(self, span: Span, values: torch.Tensor) -> None:
+    def _write(self, tensor: torch.Tensor, dim: int, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         if self.calls - 1 != self._at:
-            return _WRITE(span, values)
+            return _WRITE(tensor, dim, index, values)
         half = len(values) // 2
-        _WRITE(Span(span.weights, span.positions._replace(at=span.positions.at[:half])), values[:half])
+        _WRITE(tensor, dim, index[:half], values[:half])
         raise self._error("power cut")
 
 
@@ -244,13 +243,13 @@ def test_an_exception_at_any_write_restores_everything(
     resident.set(before)
     bits = tiny.snapshot(model)
     counter = WriteFailsAt(None, error)
-    monkeypatch.setattr(Span, "write", counter)
+    monkeypatch.setattr(torch.Tensor, "scatter_", counter)
     resident.set(after)
     writes = counter.calls
     resident.set(before)
     assert writes >= 2
     for at in range(writes):
-        monkeypatch.setattr(Span, "write", WriteFailsAt(at, error))
+        monkeypatch.setattr(torch.Tensor, "scatter_", WriteFailsAt(at, error))
         with pytest.raises(error, match="power cut"):
             resident.set(after)
         tiny.assert_same_bits(model, bits)
@@ -298,7 +297,7 @@ def test_the_base_put_back_by_somebody_else_is_no_harm(
     bits = tiny.snapshot(model)
     with pytest.raises(ResidentStateError, match="written by somebody else"):
         resident.verify()
-    monkeypatch.setattr(Span, "write", WriteFailsAt(1, RuntimeError))
+    monkeypatch.setattr(torch.Tensor, "scatter_", WriteFailsAt(1, RuntimeError))
     with pytest.raises(RuntimeError, match="power cut"):
         resident.set({"b": 1.0})
     monkeypatch.undo()

@@ -1,0 +1,238 @@
+"""The switch itself: one sweep over the tiles of the weights that restores what leaves and overwrites what arrives.
+
+``TorchSweep`` runs anywhere, on a CPU with one thread for each of torch's; ``launches.TritonSweep`` is one launch on
+CUDA. Both check on the way that what leaves is still what was written, and can undo what they did bit by bit.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shira_diffusers.scatter import bits_of, flat_view
+from shira_diffusers.tiles import RUN
+
+_ALONE = 2**16  # entries; fewer are not worth a second thread
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Entries that leave, or that arrive, by tile.
+
+    Args:
+        at: int32 or int64, places in each weight's memory: ``[n]``, or ``[n / RUN]`` whole runs, counted in runs.
+        runs: whether ``at`` counts runs.
+        starts: int32 ``[tiles + 1]``, where each tile's entries begin.
+        base: ``[n]``, bits below them: read for a side that leaves, filled for one that arrives.
+        written: ``[n]``, bits of the adapters in their place: likewise.
+    """
+
+    at: Tensor
+    runs: bool
+    starts: Tensor
+    base: Tensor
+    written: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a switch does to weights of one dtype on one device.
+
+    Args:
+        weights: dense, in the order of the tiles.
+        tiles: how many tiles each has.
+        leaving, arriving: either may be None; with one ``at`` for both, ``arriving.base`` is the saved base already.
+        seen: ``[n]`` of what leaves, filled with the bits that were there.
+        delta: of what arrives, float32, float16 or bfloat16 ``[n]``.
+        scales: one for each weight.
+    """
+
+    weights: Sequence[Tensor]
+    tiles: Sequence[int]
+    leaving: Side | None
+    arriving: Side | None
+    seen: Tensor | None
+    delta: Tensor | None
+    scales: Sequence[float]
+
+    @property
+    def stays(self) -> bool:
+        """Whether the same entries leave and arrive: a strength was changed."""
+        return self.leaving is not None and self.arriving is not None and self.leaving.at is self.arriving.at
+
+    @property
+    def entries(self) -> int:
+        """How many entries are touched."""
+        return sum(side.written.numel() for side in (self.leaving, self.arriving) if side is not None)
+
+
+class Sweep(Protocol):
+    """Carries out steps."""
+
+    def run(self) -> bool:
+        """Do it. Returns whether all that left was what ``written`` tells; if not, ``undo`` is due."""
+
+    def undo(self) -> None:
+        """Put back every bit of what was done, wherever ``run`` broke off."""
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="shira")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+class TorchSweep:
+    """Tile by tile with torch's index kernels."""
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self._tiles = [(step, *place) for step in map(Prepared, steps) for place in step.tiles()]
+        self._entries = sum(step.step.entries for step in {id(t[0]): t[0] for t in self._tiles}.values())
+        self._begun: list[_Tile] = []
+
+    def run(self) -> bool:
+        """As ``Sweep.run``."""
+        threads = torch.get_num_threads()
+        if threads == 1 or self._entries < _ALONE or not self._tiles[0][0].memory[0].is_cpu:
+            return self._run(self._tiles)
+        size = -(-len(self._tiles) // threads)
+        parts = [self._tiles[first : first + size] for first in range(0, len(self._tiles), size)]
+        jobs = [_pool(threads).submit(self._run, part) for part in parts]
+        try:
+            return all([job.result() for job in jobs])
+        finally:
+            wait(jobs)  # after Ctrl-C too: nothing is written any more once this has returned
+
+    @torch.inference_mode()  # both normal and inference tensors can be written in it
+    def _run(self, places: Iterable[tuple["Prepared", int, int]]) -> bool:
+        same = True
+        for step, weight, number in places:
+            tile = step.tile(weight, number)
+            self._begun.append(tile)
+            same &= tile.run()
+        return same
+
+    @torch.inference_mode()
+    def undo(self) -> None:
+        """As ``Sweep.undo``."""
+        while self._begun:
+            self._begun.pop().undo()
+
+
+class Prepared:
+    """A step with the memory of its weights as integers, and its starts as numbers."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.memory = [bits_of(flat_view(weight.detach())) for weight in step.weights]
+        self._first = list(accumulate(step.tiles, initial=0))
+        self._sides = [(side, side.starts.tolist()) for side in (step.leaving, step.arriving) if side is not None]
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """The weight and the number of each tile that has entries."""
+        for weight, (first, end) in enumerate(pairwise(self._first)):
+            for number in range(first, end):
+                if any(starts[number] < starts[number + 1] for _, starts in self._sides):
+                    yield weight, number
+
+    def write(self, side: Side, values: Tensor) -> None:
+        """Overwrite all entries of a side, weight by weight."""
+        starts = dict((id(one), numbers) for one, numbers in self._sides)[id(side)]
+        for memory, (first, end) in zip(self.memory, pairwise(self._first), strict=True):
+            part = _part(replace(side, base=values), slice(starts[first], starts[end]), memory)
+            _put(part.memory, part.at.long(), part.base)
+
+    def tile(self, weight: int, number: int) -> "_Tile":
+        step, memory = self.step, self.memory[weight]
+        cuts = {id(side): slice(starts[number], starts[number + 1]) for side, starts in self._sides}
+        leaving = None if step.leaving is None else _part(step.leaving, cuts[id(step.leaving)], memory)
+        arriving = None if step.arriving is None else _part(step.arriving, cuts[id(step.arriving)], memory)
+        seen = None if step.seen is None else step.seen[cuts[id(step.leaving)]]
+        delta = None if step.delta is None else step.delta[cuts[id(step.arriving)]]
+        dtype = step.weights[weight].dtype
+        return _Tile(leaving, arriving, seen, delta, step.scales[weight], dtype, step.stays)
+
+
+@dataclass(slots=True)
+class _Part:
+    """A side's entries in one tile: ``[n]``, or whole runs ``[n / RUN, RUN]``, as ``memory`` is then."""
+
+    memory: Tensor
+    at: Tensor
+    base: Tensor
+    written: Tensor
+
+
+def _put(memory: Tensor, at: Tensor, bits: Tensor) -> None:
+    """The fastest that torch has for integers in a tile; on floats of 16 bits ``scatter_`` would be the slowest."""
+    if memory.ndim == 1:
+        memory.scatter_(0, at, bits)
+    else:
+        memory.index_copy_(0, at, bits)
+
+
+def _part(side: Side, cut: slice, memory: Tensor) -> _Part:
+    base, written = side.base[cut], side.written[cut]
+    if not side.runs:
+        return _Part(memory, side.at[cut], base, written)
+    at = side.at[cut.start // RUN : cut.stop // RUN]
+    return _Part(memory.view(-1, RUN), at, base.view(-1, RUN), written.view(-1, RUN))
+
+
+@dataclass(slots=True)
+class _Tile:
+    """One tile of a step, and how far it has come."""
+
+    leaving: _Part | None
+    arriving: _Part | None
+    seen: Tensor | None
+    delta: Tensor | None
+    scale: float
+    dtype: torch.dtype
+    stays: bool
+    left: bool = False
+    arrived: bool = False
+
+    def run(self) -> bool:
+        """Returns whether what leaves was there."""
+        same = True if self.leaving is None else self._leave(self.leaving)
+        if self.arriving is not None:
+            self._arrive(self.arriving)
+        return same
+
+    def _leave(self, part: _Part) -> bool:
+        assert self.seen is not None
+        seen, at = self.seen.view(part.base.shape), part.at.long()  # nothing writes by int32; resident ones stay so
+        torch.index_select(part.memory, 0, at, out=seen)
+        self.left = True
+        if not self.stays:
+            _put(part.memory, at, part.base)
+        return torch.equal(seen, part.written)
+
+    def _arrive(self, part: _Part) -> None:
+        assert self.delta is not None
+        at = part.at.long()
+        if not self.stays:
+            torch.index_select(part.memory, 0, at, out=part.base)
+        base = part.base.view(self.dtype)
+        total = self.delta.view(base.shape).to(torch.float32, copy=True)
+        total.mul_(self.scale).add_(0.0)  # as a sum that begins at zero: no -0
+        part.written.view(self.dtype).copy_((base if self.dtype == torch.float64 else base.float()) + total)
+        self.arrived = True
+        _put(part.memory, at, part.written)
+
+    def undo(self) -> None:
+        """Put back what was there, in reverse."""
+        if self.arriving is not None and self.arrived and not self.stays:
+            _put(self.arriving.memory, self.arriving.at.long(), self.arriving.base)
+        if self.leaving is not None and self.left:
+            assert self.seen is not None
+            _put(self.leaving.memory, self.leaving.at.long(), self.seen.view(self.leaving.base.shape))
