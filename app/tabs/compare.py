@@ -101,7 +101,14 @@ class CompareTab:
         with readable():
             series, columns = self._series(values)
             idle = gr.Button(interactive=False)
-            yield gr.Gallery([], columns=columns, selected_index=None), [], None, look.remark(""), idle
+            kind = ["as-grid"] if KINDS.get(values[self.kind]) == "grid" else []
+            yield (
+                gr.Gallery([], columns=columns, elem_classes=kind, selected_index=None),
+                [],
+                None,
+                look.remark(""),
+                idle,
+            )
             try:
                 async for label, _, path in self._studio.desk.draw_series(visitor_of(request), series, on_step):
                     done.append((cached(self.strip, path), _short(label)))

@@ -54,7 +54,6 @@ def pages(browser: Any, url: str) -> Iterator[Open]:
     opened, requests, faults = [], [], []
 
     def open_at(size: tuple[int, int], tab: str = "Mix") -> Any:
-        phone = size == PHONE
         page = _shared_context(browser, size).new_page()
         opened.append(page)
         page.set_default_timeout(PATIENCE)
@@ -64,9 +63,6 @@ def pages(browser: Any, url: str) -> Iterator[Open]:
         page.goto(url)
         if tab == "Mix":  # the first one
             page.get_by_role("button", name="Generate").wait_for()
-        elif phone:  # its width has room for two
-            page.get_by_role("button", name="More tabs").click()
-            page.locator(".overflow-dropdown").get_by_role("button", name=tab, exact=True).click()
         else:
             page.get_by_role("tab", name=tab, exact=True).click()
         return page

@@ -1,0 +1,259 @@
+"""In a real browser: the keyboard alone, two visitors at once, presets, sharing, preview, sweeps and dropped files."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from app.access import protection
+from app.archive import Visitor
+from app.png import write_png
+from app.session import Session
+from app.studio import Studio
+from app.ui import build, launch
+from tests.app.browsing import MARKS, PATIENCE, WIDE, Open, expect, new_context, pages
+from tests.app.conftest import SUGGESTION, Folders, free_port
+
+pytestmark = MARKS
+FOCUS = """() => {
+  const e = document.activeElement
+  const style = getComputedStyle(e)
+  const around = getComputedStyle(e.closest('.rack-card, label, .wrap, .container') ?? e)
+  const outlined = (s) => s.outlineStyle !== 'none' && s.outlineWidth !== '0px'
+  const seen = outlined(style) || outlined(around) || style.boxShadow !== 'none'
+  const name = e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText || e.id || e.tagName
+  return [name.trim().split('\\n')[0], seen]
+}"""
+
+
+@pytest.fixture
+def open_page(browser: Any, url: str) -> Iterator[Open]:
+    """Opens Mix, with few steps."""
+    with pages(browser, url) as open_at:
+
+        def open_mix(tab: str = "Mix") -> Any:
+            page = open_at(WIDE)
+            page.get_by_label("number input for Steps").fill("2")
+            if tab != "Mix":
+                page.get_by_role("tab", name=tab, exact=True).click()
+            return page
+
+        yield open_mix
+
+
+def wait_for_picture(page: Any, count: int = 1) -> bytes:
+    """The newest of this visit's pictures, as bytes of its pixels, once there are so many."""
+    expect(page.locator("#gallery .grid-container button")).to_have_count(count, timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE)
+    return pixels(page, "#picture img")
+
+
+def pixels(page: Any, selector: str) -> bytes:
+    told = page.locator(selector).evaluate(
+        """async (image) => {
+          const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer())
+          return btoa(String.fromCharCode(...bytes))
+        }"""
+    )
+    with Image.open(io.BytesIO(base64.b64decode(told))) as image:
+        return image.convert("RGB").tobytes()
+
+
+# -------------------------------------------------------------------- the keyboard
+
+
+def tab_to(page: Any, name: str, most: int = 40) -> list[tuple[str, bool]]:
+    """Press Tab until something of this name has the focus; what had it on the way."""
+    way: list[tuple[str, bool]] = []
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        way.append(tuple(page.evaluate(FOCUS)))
+        if way[-1][0] == name:
+            return way
+    raise AssertionError(f"{name} was not reached: {way}")
+
+
+def test_a_picture_without_a_mouse(open_page: Open, session: Session) -> None:
+    page = open_page()
+    page.get_by_label("Prompt", exact=True).focus()
+    way = tab_to(page, "paintings")
+    page.keyboard.press("Space")
+    expect(page.get_by_role("checkbox", name="paintings")).to_be_checked()
+    way += tab_to(page, "strength of paintings")
+    for _ in range(4):
+        page.keyboard.press("ArrowLeft")
+    expect(page.get_by_label("strength of paintings, as a number")).to_have_value("0.8")
+    way += tab_to(page, "Generate")
+    page.keyboard.press("Enter")
+    drawn = wait_for_picture(page)
+    mix = {"bluefire": 1.0, "paintings": 0.8}
+    assert drawn == session.generate(SUGGESTION, mix, 7, 2).image.tobytes()
+    names = [name for name, _ in way]
+    order = ["bluefire", "strength of bluefire", "paintings", "strength of paintings", "Seed", "Generate"]
+    assert [name for name in names if name in order] == order  # as they stand on the page, each once
+    assert not [name for name, seen in way if not seen], "no focus is seen"
+
+
+# -------------------------------------------------------------------- two visitors
+
+
+@contextmanager
+def visitor(browser: Any, url: str) -> Iterator[Any]:
+    """A browser of its own."""
+    context = new_context(browser, WIDE)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(url)
+    page.get_by_role("button", name="Generate").wait_for()
+    page.get_by_label("number input for Steps").fill("4")
+    yield page
+    context.close()
+
+
+def test_two_browsers_at_once(browser: Any, url: str, session: Session) -> None:
+    """Each gets what it would get alone, and sees nothing of the other's mix."""
+    with visitor(browser, url) as ada, visitor(browser, url) as bob:
+        ada.get_by_role("checkbox", name="bluefire").uncheck()
+        ada.get_by_role("checkbox", name="paintings").check()
+        bob.get_by_label("strength of bluefire, as a number").fill("0.5")
+        bob.get_by_label("strength of bluefire, as a number").press("Tab")
+        for page in (ada, bob):
+            page.get_by_role("button", name="Generate").click()
+        hers, his = wait_for_picture(ada), wait_for_picture(bob)
+        assert hers == session.generate(SUGGESTION, {"paintings": 1.0}, 7, 4).image.tobytes()
+        assert his == session.generate(SUGGESTION, {"bluefire": 0.5}, 7, 4).image.tobytes()
+        expect(ada.get_by_role("checkbox", name="bluefire")).not_to_be_checked()
+        expect(bob.get_by_role("checkbox", name="paintings")).not_to_be_checked()
+        expect(ada.get_by_label("strength of bluefire, as a number")).to_have_value("1")
+        expect(bob.locator("#gallery .grid-container button")).to_have_count(1)
+
+
+def test_two_browsers_have_histories_of_their_own_if_asked_for(browser: Any, folders: Folders, tmp_path: Path) -> None:
+    studio = Studio.open(str(folders.base), folders.adapters, tmp_path / "data", shared=False)
+    blocks = build(studio)
+    url = launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
+    with visitor(browser, url) as ada, visitor(browser, url) as bob:
+        ada.get_by_role("button", name="Generate").click()
+        wait_for_picture(ada)
+        for page, count in ((ada, 1), (bob, 0)):
+            page.get_by_role("tab", name="History").click()
+            expect(page.locator("#pages")).to_contain_text("1 pictures" if count else "Nothing yet")
+            expect(page.locator("#kept .grid-container button")).to_have_count(count)
+        ada.reload()
+        ada.get_by_role("tab", name="History").click()
+        expect(ada.locator("#kept .grid-container button")).to_have_count(1)
+    assert len(studio.archive.of(Visitor(""))) == 0
+    blocks.close(verbose=False)
+    studio.close()
+
+
+# -------------------------------------------------------------------- presets and sharing
+
+
+def set_mix(page: Any) -> None:
+    page.get_by_label("Prompt", exact=True).fill("a big dog")
+    page.get_by_role("checkbox", name="bluefire").uncheck()
+    page.get_by_label("strength of paintings, as a number").fill("0.6")
+    page.get_by_label("strength of paintings, as a number").press("Tab")
+    page.get_by_label("Seed").fill("21")
+    page.get_by_label("Seed").press("Tab")
+
+
+def expect_mix(page: Any) -> None:
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a big dog")
+    expect(page.get_by_role("checkbox", name="bluefire")).not_to_be_checked()
+    expect(page.get_by_role("checkbox", name="paintings")).to_be_checked()
+    expect(page.get_by_label("strength of paintings, as a number")).to_have_value("0.6")
+    expect(page.get_by_label("Seed")).to_have_value("21")
+
+
+def test_presets_links_and_json(open_page: Open, browser: Any, url: str, studio: Studio) -> None:
+    page = open_page()
+    set_mix(page)
+    page.get_by_role("button", name="Presets, sharing").click()
+    page.get_by_label("Save these settings as").fill("night dog")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_label("Preset", exact=True)).to_have_value("night dog")
+    page.get_by_role("button", name="Share").click()
+    expect(page.get_by_label("Settings as JSON")).to_have_value(re.compile('"prompt": "a big dog"'))
+    link = page.get_by_label("Link").input_value()
+    text = page.get_by_label("Settings as JSON").input_value()
+    assert json.loads(text)["mix"] == {"paintings": 0.6} and link.startswith(url)
+
+    with visitor(browser, link) as other:  # the link holds all
+        expect_mix(other)
+    with visitor(browser, url) as other:  # presets are there for all
+        other.get_by_role("button", name="Presets, sharing").click()
+        other.get_by_label("Preset", exact=True).click()
+        other.get_by_role("option", name="night dog").click()
+        expect_mix(other)
+        other.get_by_label("Seed").fill("1")
+        other.get_by_label("Settings as JSON").fill(text)
+        other.get_by_role("button", name="Apply the JSON below").click()
+        expect_mix(other)
+        other.get_by_role("button", name="Delete", exact=True).click()
+        expect(other.get_by_label("Preset", exact=True)).to_have_value("")
+    assert studio.presets.names == ()
+
+
+# -------------------------------------------------------------------- preview, sweep, restoring
+
+
+def test_the_preview_follows_a_slider(open_page: Open, session: Session) -> None:
+    page = open_page()
+    page.get_by_label("Live preview").check()
+    expect(page.locator("#facts")).to_contain_text("to draw, as a preview", timeout=PATIENCE)
+    before = page.locator("#picture img").get_attribute("src")
+    page.get_by_label("strength of bluefire", exact=True).press("ArrowLeft")
+    expect(page.locator("#picture img")).not_to_have_attribute("src", before, timeout=PATIENCE)
+    expected = session.generate(SUGGESTION, {"bluefire": 0.95}, 7, 2).image.tobytes()
+    page.wait_for_function("() => !document.querySelector('#picture .eta-bar')")
+    assert pixels(page, "#picture img") == expected
+    expect(page.locator("#gallery")).to_be_hidden()  # previews are not kept
+
+
+def test_a_sweep_shows_progress_can_be_stopped_and_goes_back_to_mix(open_page: Open, session: Session) -> None:
+    page = open_page("Compare")
+    page.get_by_label("One style at several strengths").check()
+    page.get_by_role("button", name="Draw").click()
+    captions = ["bluefire 0", "bluefire 0.25", "bluefire 0.5", "bluefire 0.75", "bluefire 1"]
+    expect(page.locator("#strip .caption-label")).to_have_text(captions, timeout=PATIENCE)
+    expect(page.get_by_text("Choose a picture to send it to Mix.")).to_be_visible(timeout=PATIENCE)
+    page.locator("#strip .grid-container button").nth(1).click()
+    page.locator("#compare").get_by_role("button", name="Send to Mix").click()
+    expect(page.get_by_label("strength of bluefire, as a number")).to_have_value("0.25")
+
+    page.get_by_label("number input for Steps").fill("30")
+    page.get_by_label("number input for Steps").press("Tab")
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("Two styles, a grid").check()
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#strip .progress-level, #strip .progress-text").first).to_be_visible(timeout=PATIENCE)
+    page.locator("#compare").get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Draw")).to_be_visible(timeout=PATIENCE)
+    assert page.locator("#strip .grid-container button").count() < 15 and session.active == {}
+
+
+def test_a_picture_dropped_anywhere_restores_its_settings(open_page: Open, session: Session, tmp_path: Path) -> None:
+    picture = session.generate("a big dog", {"paintings": 0.6}, 21, 2)
+    write_png(picture, tmp_path / "dog.png")
+    content = base64.b64encode((tmp_path / "dog.png").read_bytes()).decode()
+    for tab, target in (("Mix", "#facts"), ("History", "#kept")):
+        page = open_page(tab)
+        page.locator(target).evaluate(
+            """(target, content) => {
+              const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0))
+              const files = new DataTransfer()
+              files.items.add(new File([bytes], 'dog.png', { type: 'image/png' }))
+              target.dispatchEvent(new DragEvent('drop', { dataTransfer: files, bubbles: true, cancelable: true }))
+            }""",
+            content,
+        )
+        expect_mix(page)
