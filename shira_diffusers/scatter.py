@@ -73,6 +73,21 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
     return flat.index_select(0, at)
 
 
+def put_bits(memory: Tensor, at: Tensor, bits: Tensor) -> None:
+    """Write bits to places in memory: of the entries ``[m]``, or of whole rows ``[m, run]``.
+
+    Args:
+        memory: integers, as ``bits_of`` gives them. Of integers ``scatter_`` writes three times as fast as
+            ``index_copy_`` on a CPU; of float16 and bfloat16 it would be many times slower.
+        at: int64, without duplicates: ``[n]``.
+        bits: ``[n]`` or ``[n, run]``.
+    """
+    if memory.ndim == 1:
+        memory.scatter_(0, at, bits)
+    else:
+        memory.index_copy_(0, at, bits)
+
+
 def overwrite(weight: Tensor, indices: Tensor, values: Tensor, offset: int = 0) -> None:
     """Write ``values`` into a weight in place at flat row-major ``indices + offset``, bit for bit.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shira_diffusers.launches import Launch, Table, launches, table
-from shira_diffusers.scatter import bits_dtype, bits_of, cast, gather, overwrite, physical
+from shira_diffusers.scatter import bits_dtype, bits_of, cast, gather, overwrite, physical, put_bits
 
 Key = tuple[tuple[int, tuple[int, ...], torch.dtype, torch.device], ...]
 """Where weights lie and how: positions that were found for one key hold as long as it stays."""
@@ -76,7 +76,7 @@ class Span:
 
     def write(self, values: Tensor) -> None:
         """As ``Sites.write``."""
-        self._memory().index_copy_(0, self.positions.at, bits_of(values))
+        put_bits(self._memory(), self.positions.at, bits_of(values))
 
     def _memory(self) -> Tensor:
         """The range as integers of the weights' size. Only what belongs to the weights is ever touched."""

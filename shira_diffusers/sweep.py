@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shira_diffusers.scatter import bits_of, flat_view
+from shira_diffusers.scatter import bits_of, flat_view, put_bits
 from shira_diffusers.tiles import RUN
 
 _ALONE = 2**16  # entries; fewer are not worth a second thread
@@ -148,7 +148,7 @@ class Prepared:
         starts = dict((id(one), numbers) for one, numbers in self._sides)[id(side)]
         for memory, (first, end) in zip(self.memory, pairwise(self._first), strict=True):
             part = _part(replace(side, base=values), slice(starts[first], starts[end]), memory)
-            _put(part.memory, part.at.long(), part.base)
+            put_bits(part.memory, part.at.long(), part.base)
 
     def tile(self, weight: int, number: int) -> "_Tile":
         step, memory = self.step, self.memory[weight]
@@ -169,14 +169,6 @@ class _Part:
     at: Tensor
     base: Tensor
     written: Tensor
-
-
-def _put(memory: Tensor, at: Tensor, bits: Tensor) -> None:
-    """The fastest that torch has for integers in a tile; on floats of 16 bits ``scatter_`` would be the slowest."""
-    if memory.ndim == 1:
-        memory.scatter_(0, at, bits)
-    else:
-        memory.index_copy_(0, at, bits)
 
 
 def _part(side: Side, cut: slice, memory: Tensor) -> _Part:
@@ -214,7 +206,7 @@ class _Tile:
         torch.index_select(part.memory, 0, at, out=seen)
         self.left = True
         if not self.stays:
-            _put(part.memory, at, part.base)
+            put_bits(part.memory, at, part.base)
         return torch.equal(seen, part.written)
 
     def _arrive(self, part: _Part) -> None:
@@ -227,12 +219,12 @@ class _Tile:
         total.mul_(self.scale).add_(0.0)  # as a sum that begins at zero: no -0
         part.written.view(self.dtype).copy_((base if self.dtype == torch.float64 else base.float()) + total)
         self.arrived = True
-        _put(part.memory, at, part.written)
+        put_bits(part.memory, at, part.written)
 
     def undo(self) -> None:
         """Put back what was there, in reverse."""
         if self.arriving is not None and self.arrived and not self.stays:
-            _put(self.arriving.memory, self.arriving.at.long(), self.arriving.base)
+            put_bits(self.arriving.memory, self.arriving.at.long(), self.arriving.base)
         if self.leaving is not None and self.left:
             assert self.seen is not None
-            _put(self.leaving.memory, self.leaving.at.long(), self.seen.view(self.leaving.base.shape))
+            put_bits(self.leaving.memory, self.leaving.at.long(), self.seen.view(self.leaving.base.shape))
