@@ -2,10 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 7860
+SHOTS ?= $(or $(TMPDIR),/tmp)/shira-screenshots
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help app demo test check format lint types bench bench-size bench-toy clean
+.PHONY: help app demo test check format lint types bench bench-size bench-toy screenshots clean
 # Seconds after which a script begins no further case.
 BENCHMARKS := overwrite_vs_fuse:60 switch:220 fuse:150 inference:150 load_many:60 drift:120
 
@@ -46,6 +47,10 @@ bench-toy: $(VENV)/.dev ## try all benchmarks on tiny models, 3 minutes; leaves 
 	$(BIN)/python -m benchmarks.size --toy
 	for one in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.$${one%:*} --device cpu --toy || exit 1; done
+
+screenshots: $(VENV)/.dev ## draw the app's pictures in docs/ anew, in a run of the browser tests
+	SCREENSHOTS=$(SHOTS) $(BIN)/python -m pytest tests/app/test_screenshots.py
+	cp $(SHOTS)/app.png $(SHOTS)/app-dark.png $(SHOTS)/app-phone.png docs/
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -21,15 +21,22 @@ def add_library_api(studio: Studio) -> None:
         """All adapters: name, origin ("bundled" or "yours"), whether it fits the model and, if not, the reason."""
         return [entry.as_dict() for entry in library.entries]
 
-    def upload_adapter(file: str, name: str, config: str | None = None) -> dict[str, Any]:
+    def upload_adapter(file: str, name: str) -> dict[str, Any]:
         """Add a .safetensors file (this project's, or PEFT's SHiRA adapter_model.safetensors) to the library.
 
-        config is the adapter_config.json that PEFT wrote beside it, which tells base and mask. The name is tidied, and
-        numbered if it is taken; an empty one is the file's. Returns the entry; an adapter that does not fit the model
-        is kept, with fits = false and the reason.
+        The name is tidied, and numbered if it is taken; an empty one is the file's. Returns the entry; an adapter that
+        does not fit the model is kept, with fits = false and the reason.
         """
         with readable("the adapter could not be taken in"):
-            return library.add(_required(file), name or None, Path(config) if config else None).as_dict()
+            return library.add(_required(file), name or None).as_dict()
+
+    def upload_peft_adapter(file: str, config: str, name: str) -> dict[str, Any]:
+        """Add PEFT's SHiRA adapter_model.safetensors with its adapter_config.json, which tells base and mask.
+
+        The two become one file of this project. Otherwise as /upload_adapter.
+        """
+        with readable("the adapter could not be taken in"):
+            return library.add(_required(file), name or None, _required(config)).as_dict()
 
     def inspect_adapter(name: str) -> dict[str, Any]:
         """What an adapter's file holds: metadata, and shape, entries and density of each layer."""
@@ -80,7 +87,8 @@ def add_library_api(studio: Studio) -> None:
     config = gr.File(label="config", type="filepath", visible=False)
     name, named = gr.Textbox("", label="name", visible=False), gr.Textbox(label="name", visible=False)
     entry, out = gr.JSON(label="entry", visible=False), gr.File(label="file", visible=False)
-    gr.Button(visible=False).click(upload_adapter, [file, name, config], entry, api_name="upload_adapter")
+    gr.Button(visible=False).click(upload_adapter, [file, name], entry, api_name="upload_adapter")
+    gr.Button(visible=False).click(upload_peft_adapter, [file, config, name], entry, api_name="upload_peft_adapter")
     gr.Button(visible=False).click(download_adapter, named, out, api_name="download_adapter")
 
 

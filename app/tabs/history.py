@@ -97,7 +97,8 @@ class HistoryTab:
         page = min(max(1, page), pages)
         kept = history.page(page)
         items = [(cached(self.gallery, each.path), _caption(each)) for each in kept]
-        where = f"page {page} of {pages} · {len(history)} pictures" if kept else NOTHING
+        count = f"{len(history):,} picture{'' if len(history) == 1 else 's'}"
+        where = f"page {page} of {pages} · {count}" if kept else NOTHING
         return (
             page,
             [each.name for each in kept],

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,23 +136,53 @@ def test_two_browsers_at_once(browser: Any, url: str, session: Session) -> None:
         expect(bob.locator("#gallery .grid-container button")).to_have_count(1)
 
 
-def test_two_browsers_have_histories_of_their_own_if_asked_for(browser: Any, folders: Folders, tmp_path: Path) -> None:
-    studio = Studio.open(str(folders.base), folders.adapters, tmp_path / "data", shared=False)
+@pytest.fixture(scope="module")
+def crowded(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an app with 40 adapters, whose visitors have histories of their own."""
+    root = tmp_path_factory.mktemp("crowded")
+    for number in range(40):
+        shutil.copy(folders.adapters / "bluefire.safetensors", root / f"style {number:02}.safetensors")
+    studio = Studio.open(str(folders.base), root, root / "data", shared=False)
     blocks = build(studio)
-    url = launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
-    with visitor(browser, url) as ada, visitor(browser, url) as bob:
+    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
+    blocks.close(verbose=False)
+    studio.close()
+    assert len(studio.archive.of(Visitor(""))) == 0
+
+
+def test_of_many_styles_a_page_is_shown_and_those_that_are_on(browser: Any, crowded: str) -> None:
+    with visitor(browser, crowded) as page:
+        cards = page.locator(".rack-card")
+        expect(cards).to_have_count(24)
+        expect(page.locator(".rack-count")).to_have_text("1 of 40 on")
+        page.get_by_label("Filter styles").fill("style 3")
+        expect(cards).to_have_count(11)  # 30 to 39, and the one that is on
+        page.get_by_role("checkbox", name="style 35").check()
+        page.get_by_label("Filter styles").fill("nothing like it")
+        expect(page.locator(".rack-card .name")).to_have_text(["style 00", "style 35"])
+        expect(page.get_by_text("No style has this in its name or words.")).to_be_visible()
+        page.get_by_label("Filter styles").fill("")
+        expect(page.locator(".rack-card .name").nth(1)).to_have_text("style 35")
+        page.get_by_role("button", name="Show 16 of 16 more").click()
+        expect(cards).to_have_count(40)
+        expect(page.get_by_role("checkbox", name="style 23")).to_be_focused()  # the first of those that came
+        page.get_by_role("checkbox", name="style 00").uncheck()
+        page.get_by_role("button", name="Generate").click()
+        wait_for_picture(page)
+        expect(page.locator("#gallery .caption-label")).to_have_text(["style 35"])
+
+
+def test_two_browsers_have_histories_of_their_own_if_asked_for(browser: Any, crowded: str) -> None:
+    with visitor(browser, crowded) as ada, visitor(browser, crowded) as bob:
         ada.get_by_role("button", name="Generate").click()
         wait_for_picture(ada)
         for page, count in ((ada, 1), (bob, 0)):
             page.get_by_role("tab", name="History").click()
-            expect(page.locator("#pages")).to_contain_text("1 pictures" if count else "Nothing yet")
+            expect(page.locator("#pages")).to_contain_text("1 picture" if count else "Nothing yet")
             expect(page.locator("#kept .grid-container button")).to_have_count(count)
         ada.reload()
         ada.get_by_role("tab", name="History").click()
         expect(ada.locator("#kept .grid-container button")).to_have_count(1)
-    assert len(studio.archive.of(Visitor(""))) == 0
-    blocks.close(verbose=False)
-    studio.close()
 
 
 # -------------------------------------------------------------------- presets and sharing

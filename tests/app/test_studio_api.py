@@ -44,6 +44,21 @@ def test_an_adapter_comes_and_goes(client: Client, moss: Path) -> None:
     assert listed == {"bluefire": True, "paintings": True, "broken": False, "stranger": False}
 
 
+def test_what_peft_wrote_comes_with_its_config(client: Client, tmp_path: Path) -> None:
+    from peft import ShiraConfig, get_peft_model
+
+    model = get_peft_model(tiny.unet(), ShiraConfig(r=2, target_modules=["to_q"], init_weights=False))
+    model.save_pretrained(tmp_path / "peft")
+    weights, config = (handle_file(str(tmp_path / "peft" / f"adapter_{name}")) for name in (
+        "model.safetensors", "config.json",
+    ))  # fmt: skip
+    entry = client.predict(weights, config, "fern", api_name="/upload_peft_adapter")
+    assert (entry["name"], entry["fits"], entry["mask"], entry["note"]) == ("fern", True, "random", "")
+    with pytest.raises(AppError, match=r"adapter_config\.json is not JSON"):
+        client.predict(weights, weights, "x", api_name="/upload_peft_adapter")
+    client.predict("fern", api_name="/delete_adapter")
+
+
 def test_interference_of_each_pair(client: Client) -> None:
     (pair,) = client.predict(["bluefire", "paintings"], api_name="/interference")
     assert pair["first"] == "bluefire" and 0 < pair["overlap"] < 1 and pair["words"] and pair["layers"]
