@@ -205,12 +205,15 @@ class AdapterLibrary:
             for version in versions:  # before the lock is waited for
                 self._store.warm(version, user.models, self._is_free)
             _guard_generations()
-            with user.resident.writing(), ExitStack() as pins:
-                self._keep_active(user, pins)
-                for version in versions:
-                    self._register(user, version, pins)
-                yield user.resident, mix
-                self._trim(user)
+            with user.resident.writing():
+                try:
+                    with ExitStack() as pins:
+                        self._keep_active(user, pins)
+                        for version in versions:
+                            self._register(user, version, pins)
+                        yield user.resident, mix
+                finally:
+                    self._trim(user)
             for version in versions:
                 self._store.forget_older(version, self._is_free)
 
@@ -246,30 +249,36 @@ class AdapterLibrary:
         user.resident.add(decoded.adapter, version.name)
 
     def _trim(self, user: "_User") -> None:
-        """Take what is not active off the model, beyond half of the budget, so that there is room to prefetch."""
+        """Take what is not active off a model, until all that is so on any is at most half of what the device may hold.
+
+        It stays decoded, but now may leave while the model is busy: there is room to prefetch.
+        """
         with self._store.lock:
-            tier, may_leave = self._store.device, self._may_leave(user)
+            tier = self._store.device
             idle = [
-                version
-                for version, decoded in tier
-                if user.holding(version, decoded) and not tier.pinned(version) and may_leave(version, decoded)
+                version for version, decoded in tier if not tier.pinned(version) and self._is_idle(version, decoded)
             ]
             excess = sum(map(tier.size, idle)) - tier.budget // 2
-            for version in idle:
+            own = [version for version, decoded in tier if version in idle and self._may_leave(user)(version, decoded)]
+            for version in own:
                 if excess > 0:
                     user.resident.remove(version.name)
                     excess -= tier.size(version)
+
+    def _is_idle(self, version: Version, decoded: Decoded) -> bool:
+        """Whether models have it, and it is active on none."""
+        states = [state for module in self._served if (state := _holds(module, version, decoded))]
+        return bool(states) and not any(_is_active(state, version) for state in states)
 
     def _is_free(self, version: Version, decoded: Decoded) -> bool:
         """Whether no model has it."""
         return not any(_holds(module, version, decoded) for module in self._served)
 
     def _may_leave(self, user: "_User") -> MayLeave:
-        """What no other model has and is not active on this one."""
+        """What no other model has."""
 
         def may_leave(version: Version, decoded: Decoded) -> bool:
-            holders = [(module, state) for module in self._served if (state := _holds(module, version, decoded))]
-            return all(module in user.modules and not _is_active(state, version) for module, state in holders)
+            return all(module in user.modules for module in self._served if _holds(module, version, decoded))
 
         return may_leave
 

@@ -11,6 +11,7 @@ import shira_diffusers.decoding
 from shira_diffusers import AdapterFormatError, SparseDelta
 from shira_diffusers.decoding import Coded, decode_parts, group_names, strictly
 from shira_diffusers.gaps import ESCAPES, GAP_DTYPES, decode_many, encode_gaps, fits_int32
+from shira_diffusers.gaps_device import decode_many_on_device
 from tests import reference
 
 
@@ -79,6 +80,34 @@ def test_any_bytes_are_told_apart(elements: list[list[int]], data: st.DataObject
     )
     assert decode_many([torch.tensor(each, dtype=torch.uint8) for each in elements], counts, numels, out) is right
     assert not right or [own.tolist() for own in out] == indices
+
+
+@pytest.mark.parametrize("dtype", GAP_DTYPES)
+def test_accelerators_tell_the_same_bytes_apart(dtype: torch.dtype) -> None:
+    """The decoder for accelerators, here on a CPU: the same yes, the same no, the same indices."""
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(coded_parts(dtype), min_size=1, max_size=4))
+    def check(group: list[Coded]) -> None:
+        lengths, counts = [one.gaps.numel() for one in group], [one.values.numel() for one in group]
+        numels = [one.shape[0] for one in group]
+        out = [torch.zeros(count, dtype=torch.int32).numpy() for count in counts]
+        right = decode_many([one.gaps for one in group], counts, numels, out)
+        raw = torch.cat([one.gaps.view(torch.int16) if dtype == torch.uint16 else one.gaps for one in group])
+        found = decode_many_on_device(raw, dtype, lengths, counts, torch.tensor([lengths, counts, numels]))
+        assert bool(found.good) is right and found.indices.dtype == torch.int32
+        assert not right or [at.tolist() for at in found.indices.split(counts)] == [own.tolist() for own in out]
+
+    check()
+
+
+@pytest.mark.parametrize("elements", [[[3, 255], [1]], [[1], [3, 255]]])
+def test_an_unfinished_gap_in_a_wide_weight_is_seen(elements: list[list[int]]) -> None:
+    coded = [torch.tensor(each, dtype=torch.uint8) for each in elements]
+    out = [torch.zeros(1, dtype=torch.int32).numpy() for _ in coded]
+    assert not decode_many(coded, [1, 1], [10_000] * 2, out)
+    sizes = torch.tensor([[len(each) for each in elements], [1, 1], [10_000] * 2])
+    assert not decode_many_on_device(torch.cat(coded), torch.uint8, sizes[0].tolist(), [1, 1], sizes).good
 
 
 def test_intact_parameters_are_all_decoded_in_groups(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
