@@ -12,6 +12,7 @@ from app.desk import Stopped
 from app.files import cached
 from app.lora import RANK
 from app.messages import readable
+from app.pace import Pace
 from app.picture import Picture
 from app.png import read_settings
 from app.rack import make_rack, shown
@@ -30,7 +31,6 @@ from app.tabs.presets import PresetsFold
 
 SUGGESTIONS_SHOWN = 4
 GALLERY_HOLDS = 24
-PREVIEW_STEPS = 6
 WATCH_SECONDS = 2.0
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 PREVIEWING: dict[str, Any] = {
@@ -54,6 +54,7 @@ class MixTab:
         self._studio = studio
         self._session = studio.session
         self._tabs = tabs
+        self._pace = Pace()
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
@@ -249,12 +250,13 @@ class MixTab:
     ) -> Any:
         if not live:
             return gr.skip(), gr.skip()
-        fewer = min(steps, PREVIEW_STEPS) if isinstance(steps, int | float) else PREVIEW_STEPS
+        fewer = self._pace.steps(int(steps)) if isinstance(steps, int | float) else steps
         try:
             settings = self.settings(prompt, mix, seed, fewer, guidance, method)
             picture = await self._studio.desk.preview(visitor_of(request).visit, settings)
         except (Stopped, SettingsError):  # a newer one is under way, or a prompt is half typed
             return gr.skip(), gr.skip()
+        self._pace.drew(settings.steps, picture.report["generation_s"])
         return picture.signed(), look.facts(picture.report, preview=True)
 
     # ---------------------------------------------------------------- what changes by itself
