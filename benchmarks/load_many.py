@@ -2,11 +2,13 @@
 
 python -m benchmarks.load_many [--device cpu|cuda] [--toy] [--models "SD 1.5"] [--count 200] [--out FILE]
 
-One file is loaded under ever new names (not made active), so a file is read from the page cache. Memory: of tensors on
-a GPU, and of the process; what each adapter added. LoRAs have rank 16 here, a quarter of the usual, so that many fit.
-Files of 1 % at random. Once half of ``--budget`` is over no further adapter of a method is loaded.
+One file is loaded under ever new names (not made active), so a file is read from the page cache. ``library`` is
+``AdapterLibrary.get`` of as many links to it: all stay in RAM as they are in the file, two of them decoded. Memory: of
+tensors on a GPU, and of the process; what each adapter added. LoRAs have rank 16 here, a quarter of the usual, so that
+many fit. Files of 1 % at random. Once half of ``--budget`` is over no further adapter of a method is loaded.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,8 +20,18 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import spread, timed
-from benchmarks.harness import SECONDS, Run, copies, lora_state, make_pipe, options, require_base, shira_adapter
-from shira_diffusers import save_adapter
+from benchmarks.harness import (
+    SECONDS,
+    Run,
+    copies,
+    lora_state,
+    make_pipe,
+    options,
+    require_active,
+    require_base,
+    shira_adapter,
+)
+from shira_diffusers import AdapterLibrary, save_adapter
 
 LORA_RANK = 16
 AT = (1, 2, 10, 50, 100, 200)
@@ -34,6 +46,7 @@ def main() -> None:
     pipe = make_pipe(args.models[0], args)
     seconds = (args.budget or SECONDS[args.device]) / 2
     run.case(lambda: ours(pipe, count, seconds), model=args.models[0], method="shira")
+    run.case(lambda: library(pipe, count, seconds), model=args.models[0], method="library")
     run.case(lambda: loras(pipe, count, seconds), model=args.models[0], method="lora")
 
 
@@ -48,6 +61,23 @@ def ours(pipe: Any, count: int, seconds: float) -> dict[str, Any]:
             pipe.unload_shira()
         require_base(pipe.unet, base)
         return {"file_bytes": file.stat().st_size, **figures}
+
+
+def library(pipe: Any, count: int, seconds: float) -> dict[str, Any]:
+    base, adapter = copies(pipe.unet), shira_adapter(pipe.unet, "rand", 0.01, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        file = save_adapter(adapter, Path(folder, "a1.safetensors"))
+        for number in range(2, count + 1):
+            os.link(file, Path(folder, f"a{number}.safetensors"))
+        size = file.stat().st_size
+        budgets = {"ram_bytes": count * size, "device_bytes": 2 * adapter.nbytes}
+        with AdapterLibrary(folder, device=pipe.unet.device, **budgets) as adapters:
+            figures = loaded(adapters.get, count, seconds)
+            assert adapters.stats().ram.adapters == figures["loaded"], "some are not in memory"
+            with adapters.use(pipe, {"a1": 1.0}):
+                require_active(pipe.unet, base, [(adapter, 1.0)])
+            require_base(pipe.unet, base)
+        return {"file_bytes": size, **figures}
 
 
 def loras(pipe: Any, count: int, seconds: float) -> dict[str, Any]:

@@ -22,8 +22,7 @@ class HostMemory:
 
     Args:
         nbytes: how much; at least one.
-        pin_for: the CUDA device that shall read it by itself: its pages are locked. (torch's own pinned memory would
-            take up to twice as much, its sizes being powers of two.) Where the system refuses, that is logged.
+        pin_for: the CUDA device that it is pinned for, see ``pin``.
     """
 
     def __init__(self, nbytes: int, pin_for: torch.device | None = None) -> None:
@@ -31,7 +30,16 @@ class HostMemory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.content: Bytes = np.frombuffer(memory, np.uint8)
-        self.pinned = pin_for is not None and _pin(self.content, pin_for)
+        self.pinned = False
+        if pin_for is not None:
+            self.pin(pin_for)
+
+    def pin(self, device: torch.device) -> None:
+        """Lock the pages, so that a CUDA device reads them by itself; where the system refuses, that is logged.
+
+        (torch's own pinned memory would take up to twice as much: its sizes are powers of two.)
+        """
+        self.pinned = _pin(self.content, device)
         if self.pinned:
             weakref.finalize(self, _unpin, self.content.ctypes.data).atexit = False
 

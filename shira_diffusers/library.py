@@ -174,11 +174,15 @@ class AdapterLibrary:
         lend(decoded.held)
         return decoded.adapter
 
+    def clear(self, *, packed: bool = True) -> None:
+        """Give back the memory of all that is on no model; ``packed=False`` keeps the bytes of files in RAM."""
+        self._store.clear(self._is_free, packed=packed)
+
     def close(self) -> None:
         """Stop prefetching and give back the memory, but for what is on models. A closed library is of no more use."""
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
-        self._store.clear(self._is_free)
+        self.clear()
 
     def __enter__(self) -> "AdapterLibrary":
         return self

@@ -122,10 +122,10 @@ class Store:
             _drop(self.ram, lambda key, _: _is_older(key, version))
             _drop(self.device, lambda key, item: _is_older(key, version) and may_leave(key, item))
 
-    def clear(self, may_leave: MayLeave) -> None:
-        """Drop all that nobody uses."""
+    def clear(self, may_leave: MayLeave, *, packed: bool) -> None:
+        """Drop all that nobody uses, of packed adapters too or of decoded ones only."""
         with self.lock:
-            _drop(self.ram, lambda *_: True)
+            _drop(self.ram, lambda *_: packed)
             _drop(self.device, may_leave)
 
     # ---------------------------------------------------------------- loading

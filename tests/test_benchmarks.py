@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-SCRIPTS = ("overwrite_vs_fuse", "switch", "fuse", "load_many", "drift", "inference", "size")
+SCRIPTS = ("overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "size")
 
 
 @pytest.fixture

@@ -629,6 +629,17 @@ def test_2000_loads_leak_nothing(
     tiny.assert_same_bits(model, base)
 
 
+def test_memory_can_be_given_back(open_library: Callable[..., AdapterLibrary], model: nn.Sequential) -> None:
+    library = open_library()
+    library.set(model, {"a0": 1.0})
+    library.get("a1")
+    library.clear(packed=False)
+    assert (decoded_names(library), packed_names(library)) == (["a0"], ["a0", "a1"])
+    library.clear()
+    assert (decoded_names(library), packed_names(library)) == (["a0"], [])
+    assert library.stats().ram.nbytes == 0
+
+
 def test_a_closed_library(open_library: Callable[..., AdapterLibrary], model: nn.Sequential) -> None:
     library = open_library()
     library.set(model, {"a0": 1.0})
