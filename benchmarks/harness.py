@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ from shira_diffusers.pipeline import resident_of
 from shira_diffusers.targets import select
 
 SECONDS = {"cuda": 100, "cpu": 200}
-LINE = {"cuda": 32, "cpu": 64}
-"""Bytes that memory moves at least: a sector, a cache line."""
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
@@ -221,13 +220,23 @@ def copy_bandwidth(device: str, toy: bool) -> float:
     return 2 * source.nbytes / (timed(lambda: target.copy_(source), 10)["median_ms"] / 1000)
 
 
+@cache
+def line_bytes(device: str) -> int:
+    """The fewest bytes that memory moves: a cache line; on a GPU a sector of 32 or two, which is measured."""
+    if device == "cpu":
+        return 64
+    memory = torch.zeros(2**28, dtype=torch.int16, device=device)
+    apart = {step: timed(lambda step=step: memory[:: step // 2].add_(1), 10)["median_ms"] for step in (32, 64)}
+    return 64 if apart[64] > 0.9 * apart[32] else 32  # half the values, in the same time
+
+
 def touched(adapters: list[ShiraAdapter], weights: dict[str, Tensor], device: str) -> int:
-    """Bytes of the lines (see ``LINE``) of the weights that hold an entry of any of the adapters."""
-    lines = 0
+    """Bytes of the lines (see ``line_bytes``) of the weights that hold an entry of any of the adapters."""
+    lines, line = 0, line_bytes(device)
     for name in adapters[0].deltas:
         held = torch.cat([adapter.deltas[name].indices for adapter in adapters]).long()
-        lines += (held * weights[name].element_size() // LINE[device]).unique().numel()
-    return lines * LINE[device]
+        lines += (held * weights[name].element_size() // line).unique().numel()
+    return lines * line
 
 
 def memory_limit(adapters: list[ShiraAdapter], unet: nn.Module, bandwidth: float) -> dict[str, float]:

@@ -5,8 +5,8 @@ python -m benchmarks.switch [--device cpu|cuda] [--toy] [--models "SD 1.5"] [--o
 Attention and feed-forward of a UNet of random weights. ``resident``: both adapters loaded, ``set_shira`` from one to
 the other in turns. ``from_disk``: ``load_shira`` of a file until it is active, the one before deleted first.
 ``device_ms`` is the sum of the GPU's kernels and copies by torch.profiler. ``limit_ms`` is the least that memory
-allows: lines that hold entries, read and written, saved bits and the adapters' bytes, over the bandwidth of a copy
-measured in the same run.
+allows: lines that hold entries, read and written, saved bits and the adapters' bytes, over the bandwidth of a copy;
+both it and ``line_bytes``, the fewest that memory moves, are measured in the same run.
 Masks of grad and snip have the shape of rand's; two adapters of wm (block) on one base have the same entries.
 """
 
@@ -24,16 +24,17 @@ from benchmarks.harness import (
     copies,
     copy_bandwidth,
     device_ms,
+    line_bytes,
     lora_state,
     make_pipe,
+    memory_limit,
     options,
     require_active,
     require_base,
     shira_adapter,
-    touched,
 )
 from benchmarks.training import RANK
-from shira_diffusers import ShiraAdapter, save_adapter
+from shira_diffusers import save_adapter
 from shira_diffusers.pipeline import resident_of
 from shira_diffusers.targets import select
 
@@ -43,7 +44,8 @@ CASES = (("rand", 0.02), ("block_rand", 0.02), ("struct", 0.02), ("rand", 0.01),
 def main() -> None:
     args = options(__doc__).parse_args()
     bandwidth = copy_bandwidth(args.device, args.toy)
-    run = Run("switch", args, copy_gb_s=round(bandwidth / 1e9, 1), lora_rank=RANK)
+    line = line_bytes(args.device)
+    run = Run("switch", args, copy_gb_s=round(bandwidth / 1e9, 1), line_bytes=line, lora_rank=RANK)
     repeats = 3 if args.toy else 20 if args.device == "cuda" else 7
     for model in args.models:
         pipe = make_pipe(model, args)
@@ -81,6 +83,7 @@ def ours(
             for name, adapter in adapters.items():
                 resident_of(pipe).add(adapter, name)
             figures: dict[str, Any] = {"entries": adapters["a"].nnz, "resident": timed(turns(pipe), repeats)}
+            figures["engine"] = ", ".join(sorted(set(resident_of(pipe).engines.values())))
             figures["device_ms"] = device_ms(turns(pipe))
             pipe.set_shira("b")
             require_active(pipe.unet, base, [(adapters["b"], 1.0)])
@@ -91,7 +94,9 @@ def ours(
         finally:
             pipe.unload_shira()
         require_base(pipe.unet, base)
-    return {**figures, **limit(pipe, adapters, figures, bandwidth)}
+    least = memory_limit(list(adapters.values()), pipe.unet, bandwidth)
+    took = figures["device_ms"] or figures["resident"]["median_ms"]
+    return {**figures, **least, "over_limit": round(took / least["limit_ms"], 2)}
 
 
 def turns(pipe: Any) -> Callable[[], None]:
@@ -115,18 +120,6 @@ def from_disk(pipe: Any, files: dict[str, Path]) -> Callable[[], None]:
         pipe.load_shira(files[names[0]], names[0])
 
     return switch
-
-
-def limit(pipe: Any, adapters: dict[str, ShiraAdapter], figures: dict[str, Any], bandwidth: float) -> dict[str, Any]:
-    """The bytes that a switch must move, and how far from the copy's bandwidth it is."""
-    weights = select({"unet": pipe.unet})
-    lines = touched(list(adapters.values()), weights, pipe.unet.device.type)
-    own = sum(delta.nbytes for adapter in adapters.values() for delta in adapter.deltas.values())
-    saved = sum(adapter.nnz for adapter in adapters.values()) * pipe.unet.dtype.itemsize
-    least = 2 * lines + own + saved
-    least_ms = 1000 * least / bandwidth
-    took = figures["device_ms"] or figures["resident"]["median_ms"]
-    return {"bytes": least, "limit_ms": round(least_ms, 4), "over_limit": round(took / least_ms, 2)}
 
 
 def lora_cycle(pipe: Any, repeats: int) -> dict[str, Any]:

@@ -61,17 +61,6 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
-_Look = tuple[int, tuple[int, ...]]
-
-
-def _look(module: nn.Module | None) -> _Look | None:
-    """What of a module changes when it is hooked, compiled or gets other layers; None when it is gone."""
-    if module is None:
-        return None
-    own = module.__dict__
-    return len(own), tuple(map(id, own["_modules"].values()))
-
-
 class _Plain(NamedTuple):
     """A weight that is nothing but a contiguous parameter of its layer, and where it was; keeps nothing alive."""
 
@@ -84,7 +73,7 @@ class _Plain(NamedTuple):
     def locate(self) -> Located | None:
         """The weight, if it still is where it was."""
         layer = self.layer()
-        parameter = None if layer is None else layer._parameters.get(self.leaf)
+        parameter = None if layer is None else layer.__dict__["_parameters"].get(self.leaf)
         if (
             type(parameter) is nn.Parameter
             and parameter.data_ptr() == self.address
@@ -109,7 +98,7 @@ class Locator:
         # no layer and no weight is kept alive, so that they go as soon as their user drops or moves them
         self._model, self._top = ref(module), ref(unwrap(module))
         self._modules: dict[str, ref[nn.Module]] = {}
-        self._seen: list[tuple[ref[nn.Module], _Look | None]] = []
+        self._seen: list[tuple[ref[nn.Module], int, tuple[int, ...]]] = []
         self._plain: dict[str, _Plain] = {}
         self._compiled = [self._model] if _is_compiled(module.__dict__) else []
         self._offloaded: dict[int, Tensor] = {}
@@ -130,7 +119,7 @@ class Locator:
             own = module.__dict__  # read past nn.Module.__getattr__, which is slow for what is not there
             this = ref(module)
             self._modules.setdefault(path, this)  # a wrapper comes before what it wraps
-            self._seen.append((this, _look(module)))
+            self._seen.append((this, len(own), tuple(map(id, own["_modules"].values()))))
             if "_diffusers_hook" in own:
                 self._hooked = True
                 self._offloaded |= _group_offloaded(module, own["_diffusers_hook"])
@@ -152,7 +141,17 @@ class Locator:
         """
         if self._hooked or module is not self._model():
             return False
-        return all(_look(layer()) == look for layer, look in self._seen)  # of living layers, so ids tell them apart
+        for layer, attributes, children in self._seen:  # one plain loop: at each switch over all layers
+            found = layer()
+            if found is None:
+                return False
+            own = found.__dict__
+            now = own["_modules"]
+            if len(own) != attributes or len(now) != len(children):
+                return False
+            if now and tuple(map(id, now.values())) != children:  # all alive, so that ids tell them apart
+                return False
+        return True
 
     def require_not_frozen(self) -> None:
         """Refuse a model that inductor has compiled with freezing: its graph holds copies of the weights.

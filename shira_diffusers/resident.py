@@ -18,6 +18,7 @@ from shira_diffusers.locks import hold
 from shira_diffusers.probes import BaseMatch
 from shira_diffusers.scales import Scale, check_scale, scale_of
 from shira_diffusers.state import Mix, ShiraState, ensure_state, state_of
+from shira_diffusers.sweep_cuda import engine_for
 from shira_diffusers.switching import plan_switch, require_written, run
 from shira_diffusers.weights import Weights
 
@@ -111,6 +112,16 @@ class Resident:
         entries = sum(group.base.numel() for state in self._states().values() for group in state.overwritten)
         total = sum(p.numel() for module in self._modules() for p in module.parameters())
         return entries, total
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """By what the weights overwritten now were: component -> ``triton`` (one launch) or ``torch``, or both."""
+        found = {}
+        for part, state in self._states().items():
+            kinds = {(group.base.device, group.base.dtype) for group in state.overwritten}
+            if kinds:
+                found[part] = ", ".join(sorted({engine_for(*kind) for kind in kinds}))
+        return found
 
     @contextmanager
     def reading(self) -> Iterator[None]:

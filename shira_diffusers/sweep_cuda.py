@@ -27,6 +27,11 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in FLOATS and available() and _works(device, dtype)
 
 
+def engine_for(device: torch.device, dtype: torch.dtype) -> str:
+    """By what weights are switched: ``triton`` (one launch), or ``torch`` (on a CPU by tiles, else by weight)."""
+    return "triton" if usable(device, dtype) else "torch"
+
+
 def sweeps_of(steps: Sequence[Step]) -> list[Sweep]:
     """What carries out steps over different weights: one launch for those that ``TritonSweep`` can write."""
     launched = [step for step in steps if _usable_for(step)]
@@ -169,4 +174,8 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
             logger.warning("switching on %s goes weight by weight, many times slower: Triton fails (%s)", device, error)
             return False
         results.append(weight)
-    return torch.equal(*results)
+    if not torch.equal(*results):
+        logger.warning("switching on %s goes weight by weight, many times slower: Triton gives other values", device)
+        return False
+    logger.info("%s weights on %s are switched by one Triton launch", dtype, device)
+    return True

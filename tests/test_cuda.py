@@ -75,6 +75,10 @@ def test_without_triton_it_goes_weight_by_weight(monkeypatch: pytest.MonkeyPatch
 def test_triton_is_used_where_it_is_there() -> None:
     for dtype in DTYPES:
         assert available() and usable(torch.device("cuda", 0), dtype)
+        _, resident, _ = resident_on_cuda(dtype)
+        assert resident.engines == {}
+        resident.set({"a": 1.0})
+        assert resident.engines == {"": "triton"}
 
 
 def test_a_compiler_that_fails_is_told_and_torch_takes_over(
@@ -92,6 +96,8 @@ def test_a_compiler_that_fails_is_told_and_torch_takes_over(
             resident.set(mix)
             assert_mix(model, base, adapters, mix)
         assert caplog.text.count("Failed to find C compiler") == 1
+        resident.set({"a": 1.0})
+        assert resident.engines == {"": "torch"}
     finally:
         _works.cache_clear()
 

@@ -47,7 +47,11 @@ def large(seed: int = 0) -> ShiraAdapter:
 def assert_same(found: ShiraAdapter, expected: ShiraAdapter) -> None:
     assert found.deltas.keys() == expected.deltas.keys()
     for name, delta in found.deltas.items():
-        assert delta.indices.is_cuda and delta.values.is_cuda and delta.indices.dtype == torch.int32
+        assert (
+            delta.indices.is_cuda
+            and delta.values.is_cuda
+            and delta.indices.dtype == expected.deltas[name].indices.dtype
+        )
         assert torch.equal(delta.indices.cpu(), expected.deltas[name].indices)
         assert torch.equal(delta.values.cpu(), expected.deltas[name].values)
 

@@ -113,6 +113,12 @@ def test_a_switch_leaves_no_trace_of_what_was_active_before(
     tiny.assert_same_bits(model, base)
 
 
+def test_the_engine_is_told(resident: Resident) -> None:
+    assert resident.engines == {}
+    resident.set({"a": 1.0})
+    assert resident.engines == {"": "torch"}
+
+
 def test_addresses_and_unmasked_entries_never_change(resident: Resident, model: nn.Module, adapters: dict) -> None:
     base = tiny.snapshot(model)
     parameters = dict(model.named_parameters())
