@@ -7,7 +7,6 @@ wrong.
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -102,21 +101,21 @@ def group_names(parts: Mapping[str, tuple[Hashable, Hashable, int]], size: int) 
         yield group
 
 
-def allocate(counts: Sequence[int]) -> list[NDArray[np.int32]]:
-    """Room for the indices of several parameters, ``[count]`` each, in one piece of memory."""
+def allocate(counts: Sequence[int]) -> list[Tensor]:
+    """Room for the indices of several parameters, int32 ``[count]`` each, end to end in one piece of memory."""
     whole = np.empty(sum(counts), np.int32)  # one large array: NumPy asks the system for huge pages
-    ends = list(accumulate(counts, initial=0))
-    return [whole[start:end] for start, end in pairwise(ends)]
+    return list(torch.from_numpy(whole).split(list(counts)))
 
 
-def _decode_group(parts: Mapping[str, Coded], out: Sequence[NDArray[np.int32]], copy: bool) -> Decoded:
+def _decode_group(parts: Mapping[str, Coded], out: Sequence[Tensor], copy: bool) -> Decoded:
     gaps = [part.gaps for part in parts.values()]
     counts = [part.values.numel() for part in parts.values()]
     numels = [math.prod(part.shape) for part in parts.values()]
-    if not (decode_many(gaps, counts, numels, out) and all(_is_finite(part.values) for part in parts.values())):
+    whole = decode_many(gaps, counts, numels, [indices.numpy() for indices in out])
+    if not (whole and all(_is_finite(part.values) for part in parts.values())):
         return {name: strictly(part, copy) for name, part in parts.items()}
     return {
-        name: SparseDelta.unchecked(torch.from_numpy(indices), _values(part, copy), part.shape)
+        name: SparseDelta.unchecked(indices, _values(part, copy), part.shape)
         for (name, part), indices in zip(parts.items(), out, strict=True)
     }
 

@@ -84,7 +84,7 @@ def _one_layout(
     if len(adapters) == 1:
         deltas = [adapters[0].deltas[name] for name in held[0]]
         bounds = _cumulative([delta.nnz for delta in deltas])
-        indices = torch.cat([delta.indices for delta in deltas]).to(device)
+        indices = end_to_end([delta.indices for delta in deltas]).to(device)
         runs = in_runs(indices, bounds, numels)
         return Layout(tuple(names), bounds, indices, tuple(adapters), (tuple(held[0]),), (values[0],), (None,), runs)
     starts = _cumulative(numels)
@@ -110,7 +110,23 @@ def _one_layout(
 
 
 def _values(adapter: ShiraAdapter, names: Sequence[str]) -> Tensor:
-    return torch.cat([adapter.deltas[name].values for name in names]) if names else torch.empty(0)
+    return end_to_end([adapter.deltas[name].values for name in names]) if names else torch.empty(0)
+
+
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one dimension as one: a view where they lie so in memory, as those of one file do, else a copy."""
+    held = [part for part in parts if part.numel()]
+    if not held:
+        return parts[0]
+    first = held[0]
+    storage = first.untyped_storage().data_ptr()
+    following = first.data_ptr()
+    for part in held:
+        adjoins = part.data_ptr() == following and part.dtype == first.dtype and part.is_contiguous()
+        if not (adjoins and part.untyped_storage().data_ptr() == storage):
+            return torch.cat(held)
+        following += part.nbytes
+    return first.as_strided((sum(map(len, held)),), (1,))
 
 
 def _cumulative(sizes: Sequence[int]) -> tuple[int, ...]:
