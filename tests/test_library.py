@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -187,6 +188,22 @@ def test_generations_of_others_wait_while_a_mix_is_used(
                 other.result(timeout=0.5)
         assert torch.equal(other.result(), plain)
     assert not torch.equal(styled, plain)
+
+
+def test_the_examples_of_the_document(
+    pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = (Path(__file__).parents[1] / "docs" / "library.md").read_text()
+    for seed, name in enumerate(("bluefire", "gold")):
+        save_adapter(tiny.adapter_for(pipe, seed), tmp_path / "styles" / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    base = tiny.snapshot(pipe)
+    namespace: dict[str, object] = {"pipe": pipe}
+    for program in re.findall(r"```python\n(.*?)```", document, re.DOTALL):
+        exec(program.replace("num_inference_steps=20", "num_inference_steps=1"), namespace)
+    assert namespace["picture"].size == (tiny.SIZE, tiny.SIZE)
+    assert namespace["stats"].device.adapters == 2
+    tiny.assert_same_bits(pipe, base)
 
 
 # -------------------------------------------------------------------- budgets
