@@ -17,6 +17,7 @@ from benchmarks.harness import (
     Run,
     copies,
     copy_bandwidth,
+    line_bytes,
     make_pipe,
     memory_limit,
     options,
@@ -36,7 +37,8 @@ def main() -> None:
     args = options(__doc__).parse_args()
     args.budget = args.budget or SECONDS[args.device]
     bandwidth = copy_bandwidth(args.device, args.toy)
-    run = Run("fuse", args, density=DENSITY, family="rand", lora_rank=RANK, copy_gb_s=round(bandwidth / 1e9, 1))
+    memory = {"copy_gb_s": round(bandwidth / 1e9, 1), "line_bytes": line_bytes(args.device)}
+    run = Run("fuse", args, density=DENSITY, family="rand", lora_rank=RANK, **memory)
     repeats = 2 if args.toy else 10 if args.device == "cuda" else 5
     for model in args.models if args.toy or args.device == "cuda" else args.models[:1]:
         pipe = make_pipe(model, args)

@@ -8,14 +8,11 @@ BLOCKS = {**RANDOM, "family": "block_rand"}
 SD15, SDXL = "SD 1.5", "SDXL"
 
 WEIGHT = {"dim": 4096, "dtype": "float32"}
-SECTORS = (
-    "At 2 % every second 32-byte sector of a weight holds an entry of one of the two adapters. Those sectors are read "
-    "and written whole, and reaching them at random gets only a part of a copy's bandwidth."
+LINES = (
+    "At 2 % most lines of memory hold an entry of one of the two adapters, so a switch reads and writes most of the "
+    "weights: {limit} at the bandwidth of a copy, which lines that are reached at random do not get."
 )
-CPU_LINES = (
-    "At 2 % every second cache line of a weight holds an entry of one of the two adapters and is read and written "
-    "whole; LoRA's fuse moves all lines, but in order, as a copy does."
-)
+CYCLE = "The GPU's time is bound as above; the cycle is mostly the host's work, reading files and wrapping layers."
 LAUNCHES = (
     "Steps at batch 1 are bound by launching kernels, and gathering the gradients at the masks adds some to each layer."
 )
@@ -36,16 +33,16 @@ def cycle(device: str, model: str) -> Read:
 
 def device_bars(model: str, aim: float) -> tuple[Bar, ...]:
     device_time = time_of_switch("cuda", "device_ms", model, **RANDOM)
-    limit = time_of_switch("cuda", "over_limit", model, **RANDOM)
+    limit, least = (time_of_switch("cuda", key, model, **RANDOM) for key in ("over_limit", "limit_ms"))
     return (
-        Bar(f"{model}, H200, a switch at 2 %: the GPU's time", "less", aim, " ms", device_time, SECTORS, limit),
+        Bar(f"{model}, H200, a switch at 2 %: the GPU's time", "less", aim, " ms", device_time, LINES, limit, least),
         Bar(
             f"{model}, H200: LoRA's cycle over the GPU's time of a switch at 2 %",
             "more",
             1000,
             "x",
             ratio(cycle("cuda", model), device_time),
-            "The GPU's time is bound as above; the cycle is mostly the host's work, reading files and wrapping layers.",
+            CYCLE,
             limit,
         ),
     )
@@ -74,7 +71,12 @@ def loading(device: str, name: str, method: str) -> tuple[Bar, ...]:
     file = value("load_many", device, "file_bytes", **where)
     late, first = (value("load_many", device, f"ms.{number}", **where) for number in (200, 1))
     called = f"{SD15}, {name}{', `AdapterLibrary`' if method == 'library' else ''}"
-    memory = "A file's gaps are unpacked to indices of 4 bytes, so an entry takes 6 bytes in memory and 3 on disk."
+    unpacked = "An entry takes 6 bytes in memory and 3 on disk, as gaps are unpacked to indices of 4 bytes; "
+    memory = unpacked + (
+        "two adapters are kept so."
+        if method == "library"
+        else "`AdapterLibrary` keeps adapters as they are in their files."
+    )
     return (
         Bar(f"{called}: loading the 200th adapter over loading the 1st", "less", 1.1, "x", ratio(late, first), COST),
         Bar(f"{called}: memory an adapter adds over its file", "less", 1.1, "x", ratio(each, file), memory),
@@ -152,9 +154,10 @@ AIMS: dict[str, tuple[Bar, ...]] = {
                 value("overwrite_vs_fuse", "cpu", "lora_fuse", **WEIGHT),
                 value("overwrite_vs_fuse", "cpu", "overwrite", **WEIGHT),
             ),
-            "At 1 % every seventh cache line holds an entry, and each is read and written whole; a fuse is one large "
-            "product of matrices, which both cores do at full speed.",
+            "At 1 % every seventh cache line holds an entry, and each is read and written whole, {limit} at the "
+            "bandwidth of a copy; a fuse is one large product of matrices, which both cores do at full speed.",
             value("overwrite_vs_fuse", "cpu", "over_limit", **WEIGHT),
+            value("overwrite_vs_fuse", "cpu", "limit_ms", **WEIGHT),
         ),
     ),
     "switch": (
@@ -164,8 +167,9 @@ AIMS: dict[str, tuple[Bar, ...]] = {
             25,
             "x",
             ratio(cycle("cpu", SD15), time_of_switch("cpu", "resident", SD15, **RANDOM)),
-            CPU_LINES,
+            LINES,
             time_of_switch("cpu", "over_limit", SD15, **RANDOM),
+            time_of_switch("cpu", "limit_ms", SD15, **RANDOM),
         ),
         Bar(
             "SD 1.5, CPU, 2 %, random blocks: LoRA's cycle over a switch",
@@ -173,8 +177,9 @@ AIMS: dict[str, tuple[Bar, ...]] = {
             60,
             "x",
             ratio(cycle("cpu", SD15), time_of_switch("cpu", "resident", SD15, **BLOCKS)),
-            "Runs of 32 entries are copied one by one: short copies reach a part of a long copy's bandwidth.",
+            "Runs of 32 entries are copied one by one, {limit} at the bandwidth of one long copy.",
             time_of_switch("cpu", "over_limit", SD15, **BLOCKS),
+            time_of_switch("cpu", "limit_ms", SD15, **BLOCKS),
         ),
         *device_bars(SD15, 0.2),
         *device_bars(SDXL, 1.5),

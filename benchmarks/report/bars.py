@@ -19,8 +19,9 @@ class Bar:
         aim: the least, or the most, that reaches it; compared after rounding to ``digits``.
         unit: appended to figures: " ms", "x", ...
         read: how the figure is read from the results.
-        missed: why, told where the aim is missed.
+        missed: why, told where the aim is missed; ``{limit}`` in it stands for the figure of ``limit_ms``.
         over_limit: how often the time that memory bandwidth allows went by, if that is what bounds the figure.
+        limit_ms: the time that memory bandwidth allows, in milliseconds.
         digits: decimals that count.
         fixed: whether all of them are shown.
     """
@@ -32,6 +33,7 @@ class Bar:
     read: Read
     missed: str
     over_limit: Read | None = None
+    limit_ms: Read | None = None
     digits: int = 3
     fixed: bool = False
 
@@ -50,6 +52,10 @@ class Bar:
     def text(self, figure: float) -> str:
         shown = f"{figure:.{self.digits}f}" if self.fixed else cells.short(round(figure, self.digits))
         return f"{shown}{self.unit}"
+
+    def why(self, figures: Figures) -> str:
+        least = self.limit_ms(figures) if self.limit_ms else None
+        return self.missed.replace("{limit}", "not measured" if least is None else f"{cells.short(least)} ms")
 
     @property
     def aimed(self) -> str:
@@ -77,7 +83,7 @@ def reasons(bars: Sequence[Bar], figures: Figures) -> Iterator[str]:
     told: dict[str, list[str]] = {}
     for bar in bars:
         if bar.met(figures) is False:
-            told.setdefault(bar.missed, []).append(bar.what)
+            told.setdefault(bar.why(figures), []).append(bar.what)
     for reason, names in told.items():
         yield f"Not reached: {'; '.join(names)}. {reason}"
 

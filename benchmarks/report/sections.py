@@ -86,6 +86,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
                 METHOD,
                 MASK,
                 DENSITY,
+                Column("Engine", "engine", label=True),
                 Column("In memory, ms", "resident"),
                 Column("GPU's time of it, ms", "device_ms"),
                 LIMIT,
@@ -163,7 +164,6 @@ PARTS: dict[str, tuple[Part, ...]] = {
             ),
         ),
     ),
-    "cold_start": (Part((MODEL, METHOD, MASK, DENSITY, FILE)),),
     "drift": (
         Part((MODEL, TYPE, METHOD, *(Column(f"After {n}", f"changed.{n}", cells.percent) for n in (1, 10, 100)))),
     ),

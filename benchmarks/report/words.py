@@ -44,14 +44,17 @@ WORDS = {
     ),
     "load_many": Words(
         "Does the 200th adapter cost more than the first?",
-        """One adapter after another is loaded from a file in the page cache and none made active. Memory is what each
-        adapter added to the process, and to the GPU's tensors. LoRAs have rank 16, a quarter of the usual, so that
-        many fit.""",
+        """One adapter after another is loaded from a file in the page cache and none made active: by `load_shira`, by
+        `AdapterLibrary`, which keeps files as they are and two of them decoded, and by diffusers' `load_lora_weights`.
+        Memory is what each adapter added to the process, and to the GPU's tensors. LoRAs have rank 16, a quarter of the
+        usual, so that many fit.""",
         "Time to load an adapter, over how many there are already. Both axes are logarithmic.",
     ),
     "cold_start": Words(
-        "How long does it take from a file on disk to an active adapter?",
-        "From the call until the adapter is active, and the parts of it.",
+        "How long does it take from a file to an active adapter?",
+        """Each part by itself, and the whole: `load_shira`, and `AdapterLibrary.set` of an adapter of which nothing,
+        its file's bytes, or the decoded entries are in memory. Decoding and copying overlap. The file is in the page
+        cache but where it says disk. Weights are checked after each.""",
     ),
     "size": Words(
         "How many bytes does an entry take on disk?",
