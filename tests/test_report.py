@@ -89,6 +89,15 @@ def test_scripts_and_keys_that_the_report_does_not_know_are_shown(tmp_path: Path
     assert "| Warm, bytes |" in text and "took" not in text.lower()
 
 
+def test_a_cold_start_has_a_row_a_part(tmp_path: Path) -> None:
+    labels = {"model": "M", "method": "library", "family": "rand", "density": 0.01, "entries": 9}
+    rows = [{**labels, "file_bytes": 2000, "read": took(1), "new_part_ms": 2.5, "load_shira": took(4)}]
+    text = page(write(tmp_path, "cold_start_cpu", rows))
+    for line in ("| Part | M, rand, 1 % |", "| The file | 2 kB |", "| New part, ms | 2.50 |"):
+        assert line in text
+    assert "| **Whole: `load_shira`, ms** | 4 (3.60\u20134.40) |" in text
+
+
 def test_what_was_skipped_is_told(tmp_path: Path) -> None:
     rows = [{"model": "M", "method": "lora", "adapters": n, "skipped": "no time"} for n in (2, 4)]
     text = page(
