@@ -30,7 +30,7 @@ class InterferenceTab:
             names = self._names()
             self.chosen = gr.Dropdown(
                 names,
-                value=names[:FIRST],
+                value=self._first(),
                 multiselect=True,
                 max_choices=MAX_ADAPTERS,
                 label="Adapters",
@@ -69,7 +69,12 @@ class InterferenceTab:
     def _offered(self, chosen: list[str]) -> Any:
         names = self._names()
         kept = [name for name in chosen or [] if name in names]
-        return gr.Dropdown(names, value=kept or names[:FIRST])
+        return gr.Dropdown(names, value=kept or self._first())
+
+    def _first(self) -> list[str]:
+        """Styles before subjects: they are mixed more often."""
+        cards = sorted(self._library.cards, key=lambda card: "style" not in card.trigger)
+        return [card.name for card in cards[:FIRST]]
 
     def _names(self) -> list[str]:
         return [card.name for card in self._library.cards]

@@ -117,6 +117,10 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     expect(page.locator("#progress svg.curve")).to_be_visible()
     expect(page.locator("#samples img").first).to_be_visible()
     assert "tiny style" in [card.name for card in studio.session.cards]
+    page.get_by_role("button", name="Mix it").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a sks cat")
+    expect(page.get_by_role("checkbox", name="tiny style")).to_be_checked()
+    page.get_by_role("tab", name="Train", exact=True).click()
 
     page.get_by_label("number input for Training steps").fill("3000")
     page.get_by_label("number input for Training steps").press("Enter")

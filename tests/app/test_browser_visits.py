@@ -257,6 +257,8 @@ def test_a_sweep_shows_progress_can_be_stopped_and_goes_back_to_mix(open_page: O
     captions = ["bluefire 0", "bluefire 0.25", "bluefire 0.5", "bluefire 0.75", "bluefire 1"]
     expect(page.locator("#strip .caption-label")).to_have_text(captions, timeout=PATIENCE)
     expect(page.get_by_text("Choose a picture to send it to Mix.")).to_be_visible(timeout=PATIENCE)
+    columns = "grid => getComputedStyle(grid).gridTemplateColumns.split(' ').length"
+    assert page.locator("#strip .grid-container").evaluate(columns) == 5
     page.locator("#strip .grid-container button").nth(1).click()
     page.locator("#compare").get_by_role("button", name="Send to Mix").click()
     expect(page.get_by_label("strength of bluefire, as a number")).to_have_value("0.25")
