@@ -4,6 +4,7 @@ python -m benchmarks.overwrite_vs_fuse [--device cpu|cuda] [--toy] [--out FILE]
 
 ``overwrite`` is the whole switch to an adapter in memory (``Resident.set``, with its checks and saved bits),
 ``kernel`` the write of ready values alone. The others are PEFT's own layers: ``merge``, then ``unmerge`` untimed.
+``limit_ms``: what the switch costs at least, see ``harness.memory_limit``; ``over_limit`` how many times that it takes.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from peft import LoraConfig, ShiraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.common import spread, timed
-from benchmarks.harness import DTYPES, Run, options, rand, same
+from benchmarks.harness import DTYPES, Run, copy_bandwidth, line_bytes, options, rand, same, touched
 from benchmarks.training import RANK, random_mask
 from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.scatter import gather
@@ -25,13 +26,16 @@ DENSITY = 0.01
 def main() -> None:
     args = options(__doc__).parse_args()
     dims = (64, 128) if args.toy else (512, 1024, 2048, 4096, 8192)
-    run = Run("overwrite_vs_fuse", args, density=DENSITY, lora_rank=RANK)
+    bandwidth = copy_bandwidth(args.device, args.toy)
+    memory = {"copy_gb_s": round(bandwidth / 1e9, 1), "line_bytes": line_bytes(args.device)}
+    run = Run("overwrite_vs_fuse", args, density=DENSITY, lora_rank=RANK, **memory)
     for dtype in ("float32", "float16", "bfloat16"):
         for dim in dims if dtype == "float32" or args.toy else (1024, 4096):
-            run.case(lambda dim=dim, dtype=dtype: measure(dim, DTYPES[dtype], args), dim=dim, dtype=dtype)
+            case = (dim, DTYPES[dtype])
+            run.case(lambda case=case: measure(*case, args, bandwidth), dim=dim, dtype=dtype)
 
 
-def measure(dim: int, dtype: torch.dtype, args: Any) -> dict[str, Any]:
+def measure(dim: int, dtype: torch.dtype, args: Any, bandwidth: float) -> dict[str, Any]:
     torch.manual_seed(0)
     repeats = 3 if args.toy or dim > 4096 else 15
     base = torch.randn(dim, dim, dtype=dtype, device=args.device) * 0.02
@@ -45,7 +49,16 @@ def measure(dim: int, dtype: torch.dtype, args: Any) -> dict[str, Any]:
     for other in ("lora_fuse", "peft_shira_merge"):
         for ours in ("overwrite", "kernel"):
             figures[f"{other}_over_{ours}"] = round(figures[other]["median_ms"] / figures[ours]["median_ms"], 1)
-    return figures
+    limit = least(base, bandwidth)
+    return {**figures, **limit, "over_limit": round(figures["overwrite"]["median_ms"] / limit["limit_ms"], 2)}
+
+
+def least(base: Tensor, bandwidth: float) -> dict[str, float]:
+    """As ``harness.memory_limit``, of one weight."""
+    delta = delta_of(base, 0)
+    lines = touched([ShiraAdapter({"0.weight": delta})], {"0.weight": base}, base.device.type)
+    moved = 2 * lines + delta.nbytes + delta.nnz * base.dtype.itemsize
+    return {"bytes": moved, "limit_ms": round(1000 * moved / bandwidth, 5)}
 
 
 def layer(base: Tensor) -> nn.Module:

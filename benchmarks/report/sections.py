@@ -74,7 +74,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
                     for own, what in (("overwrite", "a switch"), ("kernel", "the write"))
                 ),
                 LIMIT,
-                Column("Write over the limit", "over_limit", cells.times),
+                Column("Switch over the limit", "over_limit", cells.times),
             ),
         ),
     ),
