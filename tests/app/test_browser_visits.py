@@ -105,22 +105,30 @@ def test_a_picture_without_a_mouse(open_page: Open, session: Session) -> None:
 # -------------------------------------------------------------------- two visitors
 
 
+@pytest.fixture(scope="module")
+def couple(browser: Any) -> Iterator[tuple[Any, Any]]:
+    """Two browsers, which share nothing."""
+    ada, bob = new_context(browser, WIDE), new_context(browser, WIDE)
+    yield ada, bob
+    ada.close()
+    bob.close()
+
+
 @contextmanager
-def visitor(browser: Any, url: str) -> Iterator[Any]:
-    """A browser of its own."""
-    context = new_context(browser, WIDE)
+def visitor(context: Any, url: str) -> Iterator[Any]:
+    """A page of one of them."""
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(url)
     page.get_by_role("button", name="Generate").wait_for()
     page.get_by_label("number input for Steps").fill("4")
     yield page
-    context.close()
+    page.close()
 
 
-def test_two_browsers_at_once(browser: Any, url: str, session: Session) -> None:
+def test_two_browsers_at_once(couple: tuple[Any, Any], url: str, session: Session) -> None:
     """Each gets what it would get alone, and sees nothing of the other's mix."""
-    with visitor(browser, url) as ada, visitor(browser, url) as bob:
+    with visitor(couple[0], url) as ada, visitor(couple[1], url) as bob:
         ada.get_by_role("checkbox", name="bluefire").uncheck()
         ada.get_by_role("checkbox", name="paintings").check()
         bob.get_by_label("strength of bluefire, as a number").fill("0.5")
@@ -150,8 +158,8 @@ def crowded(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Itera
     assert len(studio.archive.of(Visitor(""))) == 0
 
 
-def test_of_many_styles_a_page_is_shown_and_those_that_are_on(browser: Any, crowded: str) -> None:
-    with visitor(browser, crowded) as page:
+def test_of_many_styles_a_page_is_shown_and_those_that_are_on(couple: tuple[Any, Any], crowded: str) -> None:
+    with visitor(couple[0], crowded) as page:
         cards = page.locator(".rack-card")
         expect(cards).to_have_count(24)
         expect(page.locator(".rack-count")).to_have_text("1 of 40 on")
@@ -167,13 +175,11 @@ def test_of_many_styles_a_page_is_shown_and_those_that_are_on(browser: Any, crow
         expect(cards).to_have_count(40)
         expect(page.get_by_role("checkbox", name="style 23")).to_be_focused()  # the first of those that came
         page.get_by_role("checkbox", name="style 00").uncheck()
-        page.get_by_role("button", name="Generate").click()
-        wait_for_picture(page)
-        expect(page.locator("#gallery .caption-label")).to_have_text(["style 35"])
+        expect(page.locator(".rack-count")).to_have_text("1 of 40 on")
 
 
-def test_two_browsers_have_histories_of_their_own_if_asked_for(browser: Any, crowded: str) -> None:
-    with visitor(browser, crowded) as ada, visitor(browser, crowded) as bob:
+def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any, Any], crowded: str) -> None:
+    with visitor(couple[0], crowded) as ada, visitor(couple[1], crowded) as bob:
         ada.get_by_role("button", name="Generate").click()
         wait_for_picture(ada)
         for page, count in ((ada, 1), (bob, 0)):
@@ -205,7 +211,7 @@ def expect_mix(page: Any) -> None:
     expect(page.get_by_label("Seed")).to_have_value("21")
 
 
-def test_presets_links_and_json(open_page: Open, browser: Any, url: str, studio: Studio) -> None:
+def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: str, studio: Studio) -> None:
     page = open_page()
     set_mix(page)
     page.get_by_role("button", name="Presets, sharing").click()
@@ -218,9 +224,9 @@ def test_presets_links_and_json(open_page: Open, browser: Any, url: str, studio:
     text = page.get_by_label("Settings as JSON").input_value()
     assert json.loads(text)["mix"] == {"paintings": 0.6} and link.startswith(url)
 
-    with visitor(browser, link) as other:  # the link holds all
+    with visitor(couple[0], link) as other:  # the link holds all
         expect_mix(other)
-    with visitor(browser, url) as other:  # presets are there for all
+    with visitor(couple[1], url) as other:  # presets are there for all
         other.get_by_role("button", name="Presets, sharing").click()
         other.get_by_label("Preset", exact=True).click()
         other.get_by_role("option", name="night dog").click()
