@@ -55,20 +55,23 @@ def decode_parts(parts: Mapping[str, Coded], *, copy: bool = False) -> Decoded:
         parts: by name. Values are kept as they are, not copied, unless ``copy``.
         copy: copy the values, so that the deltas hold nothing of what they were read from.
 
-    Uses as many threads as torch does.
+    Uses as many threads as torch does. Indices, and copied values of one dtype, are end to end in one piece of memory.
     """
     plain = {name: part for name, part in parts.items() if part.plain}
     decoded: Decoded = {name: strictly(part, copy) for name, part in parts.items() if name not in plain}
-    indices = allocate([part.values.numel() for part in plain.values()])
-    out = dict(zip(plain, indices, strict=True))
+    indices = _allocate(plain, torch.int32)
+    values = {name: part.values.detach() for name, part in plain.items()}
+    for dtype in VALUE_DTYPES if copy else ():
+        values |= _allocate({name: part for name, part in plain.items() if part.values.dtype == dtype}, dtype)
 
-    def decode(group: Sequence[str]) -> Decoded:
-        return _decode_group({name: plain[name] for name in group}, [out[name] for name in group], copy)
+    def decode(names: Sequence[str]) -> Decoded:
+        group = {name: plain[name] for name in names}
+        return _decode_group(group, [indices[name] for name in names], [values[name] for name in names], copy)
 
     kinds = {name: (part.gaps.dtype, part.values.dtype, part.gaps.numel()) for name, part in plain.items()}
     groups = list(group_names(kinds, _GROUP))
     threads = min(torch.get_num_threads(), len(groups))
-    if threads < 2 or sum(map(len, indices)) < _THREADED:
+    if threads < 2 or sum(part.values.numel() for part in plain.values()) < _THREADED:
         results = [decode(group) for group in groups]
     else:
         with ThreadPoolExecutor(threads, "shira-decode") as pool:
@@ -101,38 +104,36 @@ def group_names(parts: Mapping[str, tuple[Hashable, Hashable, int]], size: int) 
         yield group
 
 
-def allocate(counts: Sequence[int]) -> list[Tensor]:
-    """Room for the indices of several parameters, int32 ``[count]`` each, end to end in one piece of memory."""
-    whole = np.empty(sum(counts), np.int32)  # one large array: NumPy asks the system for huge pages
-    return list(torch.from_numpy(whole).split(list(counts)))
-
-
-def _decode_group(parts: Mapping[str, Coded], out: Sequence[Tensor], copy: bool) -> Decoded:
-    gaps = [part.gaps for part in parts.values()]
+def _allocate(parts: Mapping[str, Coded], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Room for ``[nnz]`` of each of several parameters, end to end in one piece of memory."""
     counts = [part.values.numel() for part in parts.values()]
-    numels = [math.prod(part.shape) for part in parts.values()]
-    whole = decode_many(gaps, counts, numels, [indices.numpy() for indices in out])
-    if not (whole and all(_is_finite(part.values) for part in parts.values())):
+    whole = np.empty(sum(counts), f"i{dtype.itemsize}")  # one large array: NumPy asks for huge pages
+    return dict(zip(parts, torch.from_numpy(whole).view(dtype).split(counts), strict=True))
+
+
+def _decode_group(
+    parts: Mapping[str, Coded], indices: Sequence[Tensor], values: Sequence[Tensor], copy: bool
+) -> Decoded:
+    """Decode some parameters into ``indices``, and their values into ``values`` where they are copied."""
+    counts, numels = [at.numel() for at in indices], [math.prod(part.shape) for part in parts.values()]
+    intact = decode_many([part.gaps for part in parts.values()], counts, numels, [at.numpy() for at in indices])
+    if not (intact and all(_is_finite(part.values) for part in parts.values())):
         return {name: strictly(part, copy) for name, part in parts.items()}
-    return {
-        name: SparseDelta.unchecked(indices, _values(part, copy), part.shape)
-        for (name, part), indices in zip(parts.items(), out, strict=True)
-    }
+    decoded: Decoded = {}
+    for (name, part), at, held in zip(parts.items(), indices, values, strict=True):
+        if copy:
+            np.copyto(_bits(held), _bits(part.values))
+        decoded[name] = SparseDelta.unchecked(at, held, part.shape)
+    return decoded
 
 
 def strictly(part: Coded, copy: bool = False) -> SparseDelta | AdapterFormatError:
     """One delta, every requirement checked by itself; or the error that names the first that is not met."""
     try:
         indices = decode_gaps(part.gaps.cpu(), math.prod(part.shape))
-        return SparseDelta(indices, _values(part, copy), part.shape)
+        return SparseDelta(indices, part.values.clone() if copy else part.values, part.shape)
     except AdapterFormatError as error:
         return error
-
-
-def _values(part: Coded, copy: bool) -> Tensor:
-    if not (copy and part.values.dtype in VALUE_DTYPES):
-        return part.values.detach()
-    return torch.from_numpy(_bits(part.values).copy()).view(part.values.dtype)
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -143,9 +143,9 @@ def _coded(part: Mapping[str, Tensor]) -> Coded:
     if missing:
         raise AdapterFormatError(f"{', '.join(missing)} missing, expected .values, .gaps and .shape")
     shape = part[_SHAPE]
-    if shape.ndim != 1 or shape.dtype != torch.int64 or bool((shape < 0).any()):
+    sizes = tuple(shape.tolist()) if shape.ndim == 1 and shape.dtype == torch.int64 else (-1,)
+    if any(size < 0 for size in sizes):
         raise AdapterFormatError(f"shape is {shape.dtype} {shape.tolist()}, expected int64 sizes")
-    sizes = tuple(shape.tolist())
     if math.prod(sizes) >= 2**63:
         raise AdapterFormatError(f"shape {sizes} has more entries than any tensor can hold")
     probe = part.get(_BASE)

@@ -26,10 +26,7 @@ class HostMemory:
     """
 
     def __init__(self, nbytes: int, pin_for: torch.device | None = None) -> None:
-        memory = mmap.mmap(-1, nbytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self.content: Bytes = np.frombuffer(memory, np.uint8)
+        self.content: Bytes = np.frombuffer(_anonymous(nbytes), np.uint8)
         self.pinned = False
         if pin_for is not None:
             self.pin(pin_for)
@@ -59,6 +56,16 @@ class HostMemory:
                     raise ValueError(f"it ends after {at} of {size} bytes: it is being written")
                 at += got
         return self.content
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Memory that is no file's and not shared with children, in huge pages where there are: a fifth of the time."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _pin(content: Bytes, device: torch.device) -> bool:

@@ -67,9 +67,9 @@ def cut(content: Bytes) -> dict[str, Tensor]:
     A tensor that is not aligned there is copied.
     """
     size = int.from_bytes(content[:8].tobytes(), "little")
-    header, body = json.loads(content[8 : 8 + size].tobytes()), content[8 + size :]
+    header = json.loads(content[8 : 8 + size].tobytes())
     header.pop("__metadata__", None)
-    return {key: _tensor(body, entry) for key, entry in header.items() if entry["dtype"] in _ARRAYS}
+    return {key: _tensor(content, 8 + size, entry) for key, entry in header.items() if entry["dtype"] in _ARRAYS}
 
 
 def mapped(file: Path) -> Bytes:
@@ -78,11 +78,11 @@ def mapped(file: Path) -> Bytes:
         return np.frombuffer(mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
 
 
-def _tensor(body: Bytes, entry: dict[str, Any]) -> Tensor:
+def _tensor(content: Bytes, body: int, entry: dict[str, Any]) -> Tensor:
     """One tensor, with a storage of its own: what copies or pickles it takes no more than it."""
-    start, end = entry["data_offsets"]
-    part, array = body[start:end], _ARRAYS[entry["dtype"]]
-    if part.ctypes.data % np.dtype(array).itemsize:
+    start, end = (body + offset for offset in entry["data_offsets"])
+    part, array = content[start:end], _ARRAYS[entry["dtype"]]
+    if start % np.dtype(array).itemsize:  # the content itself begins with a page
         part = part.copy()
     tensor = torch.from_numpy(part.view(array).reshape(entry["shape"]))
     return tensor.view(torch.bfloat16) if entry["dtype"] == "BF16" else tensor
