@@ -69,33 +69,42 @@ class DeviceDecoder:
         """
         if not all(_is_plain(place) for place in places.values()):
             return None
-        source = torch.from_numpy(content)
-        groups = list(_groups(places))
+        source, groups = torch.from_numpy(content), list(_groups(places))
         with self._one_at_a_time, self._until_done():
+            indices, values = self._room(groups)
             # all is sent before anything is decoded: memory that decoding frees is never what a copy goes to
-            sent = [self._send(source, list(group.values())) for group in groups]
-            results = [self._decode_group(group) for group in sent]
+            sent = [self._send(source, list(g.values()), held) for g, held in zip(groups, values, strict=True)]
+            good = [self._decode_group(one, at) for one, at in zip(sent, indices, strict=True)]
             with _on(self._working):
-                intact = bool(torch.stack([result.good for result in results]).all())
+                intact = bool(torch.stack(good).all())
         if not intact:
             return None
         deltas: dict[str, SparseDelta] = {}
-        for group, result in zip(groups, results, strict=True):
-            counts = [place.count for place in group.values()]
-            parts = zip(group.items(), result.indices.split(counts), result.values.split(counts), strict=True)
-            deltas |= {name: SparseDelta.unchecked(at, values, place.shape) for (name, place), at, values in parts}
-        held = tuple(tensor for result in results for tensor in (result.indices, result.values))
-        lend(held, default=True)
-        return deltas, held
+        for group, one, at in zip(groups, sent, indices, strict=True):
+            parts = zip(group.items(), at.split(one.counts), one.values.split(one.counts), strict=True)
+            deltas |= {name: SparseDelta.unchecked(own, held, place.shape) for (name, place), own, held in parts}
+        lend([*indices, *values], default=True)
+        return deltas, (*indices, *values)
 
-    def _send(self, source: Tensor, places: Sequence[Place]) -> "_Sent":
+    def _room(self, groups: Sequence[Mapping[str, Place]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Memory for the indices and the values of each group: all indices end to end, and all values of one dtype."""
+        counts = [sum(place.count for place in group.values()) for group in groups]
+        dtypes = [next(iter(group.values())).value_dtype for group in groups]
+        with _on(self._working):  # all memory is of this stream, which is idle when a decoding begins
+            indices = torch.empty(sum(counts), dtype=torch.int32, device=self.device).split(counts)
+            values: dict[torch.dtype, Iterator[Tensor]] = {}
+            for dtype in set(dtypes):
+                own = [count for count, other in zip(counts, dtypes, strict=True) if other == dtype]
+                values[dtype] = iter(torch.empty(sum(own), dtype=dtype, device=self.device).split(own))
+        return list(indices), [next(values[dtype]) for dtype in dtypes]
+
+    def _send(self, source: Tensor, places: Sequence[Place], values: Tensor) -> "_Sent":
         """Launch the copies of some parameters of one dtype of gaps and of values."""
         lengths, counts = [place.length for place in places], [place.count for place in places]
         gap_dtype = places[0].gap_dtype
         as_bits = torch.int16 if gap_dtype == torch.uint16 else gap_dtype  # which every device can read
-        with _on(self._working):  # all memory is of this stream, which is idle when a decoding begins
+        with _on(self._working):
             raw = torch.empty(sum(lengths), dtype=as_bits, device=self.device)
-            values = torch.empty(sum(counts), dtype=places[0].value_dtype, device=self.device)
             sizes = torch.tensor([lengths, counts, [math.prod(place.shape) for place in places]], device=self.device)
         with _on(self._copying):
             _copy(source, [place.gap_bytes for place in places], raw)
@@ -103,13 +112,14 @@ class DeviceDecoder:
         arrived = self._copying.record_event() if self._copying is not None else None
         return _Sent(raw, values, sizes, gap_dtype, lengths, counts, arrived)
 
-    def _decode_group(self, sent: "_Sent") -> "_Result":
-        """Launch the decoding of what was sent, once it has arrived."""
+    def _decode_group(self, sent: "_Sent", indices: Tensor) -> Tensor:
+        """Launch the decoding of what was sent, once it has arrived: whether it is intact, a bool on the device."""
         if self._working is not None and sent.arrived is not None:
             self._working.wait_event(sent.arrived)
         with _on(self._working):
             found = decode_many_on_device(sent.raw, sent.gap_dtype, sent.lengths, sent.counts, sent.sizes)
-            return _Result(found.indices, sent.values, found.good & all_finite(sent.values))
+            indices.copy_(found.indices)
+            return found.good & all_finite(sent.values)
 
     @contextmanager
     def _until_done(self) -> Iterator[None]:
@@ -132,14 +142,6 @@ class _Sent(NamedTuple):
     lengths: list[int]
     counts: list[int]
     arrived: "torch.cuda.Event | None"
-
-
-class _Result(NamedTuple):
-    """A group being decoded."""
-
-    indices: Tensor
-    values: Tensor
-    good: Tensor
 
 
 def lend(held: Sequence[Tensor], *, default: bool = False) -> None:

@@ -225,8 +225,7 @@ class Store:
         """Read a file into the tier of packed adapters, pinned; or map it, where there is no room for its bytes."""
         if version.path.is_dir():
             return self._keep(version, _of_peft(models, lambda model: load_peft_adapter(version.path, model), version))
-        with self.lock:
-            has_room = self.ram.reserve(version, version.size, lambda *_: True) is not None
+        has_room = self._reserve_ram(version, version.size)
         try:
             memory: list[HostMemory] = []
 
@@ -252,12 +251,17 @@ class Store:
 
     def _keep(self, version: Version, found: PackedAdapter | None) -> PackedAdapter | None:
         """Keep a packed adapter whose size was not known before, pinned, if there is room."""
-        if found is not None:
+        if found is not None and self._reserve_ram(version, found.nbytes):
             with self.lock:
-                if self.ram.reserve(version, found.nbytes, lambda *_: True) is not None:
-                    self.ram.put(version, found, found.nbytes)
-                    self.ram.pin(version)
+                self.ram.put(version, found, found.nbytes)
+                self.ram.pin(version)
         return found
+
+    def _reserve_ram(self, version: Version, nbytes: int) -> bool:
+        """Reserve room for packed bytes; what leaves for it is given back when this returns."""
+        with self.lock:
+            left = self.ram.reserve(version, nbytes, lambda *_: True)
+        return left is not None  # not before the lock is free: unpinning memory may wait for the GPU
 
 
 def _of_peft(

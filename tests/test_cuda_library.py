@@ -67,6 +67,7 @@ def test_the_gpu_decodes_the_bits_that_a_cpu_decodes(tmp_path: Path, monkeypatch
         adapter, held = source.unpack(decoder)
         assert_same(adapter, load_adapter(tmp_path))
         assert sum(tensor.nbytes for tensor in held) == adapter.nbytes == source.unpacked_nbytes
+        assert len({tensor.untyped_storage().data_ptr() for tensor in held}) == 2  # all indices, all values
 
 
 def test_a_decoding_waits_for_the_gpu_once(tmp_path: Path) -> None:

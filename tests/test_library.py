@@ -26,7 +26,9 @@ from shira_diffusers import (
     load_adapter,
     save_adapter,
 )
-from shira_diffusers.packed import PackedAdapter
+from shira_diffusers.devicedecoder import DeviceDecoder
+from shira_diffusers.packed import PackedAdapter, packed
+from shira_diffusers.tensorfile import mapped, open_safetensors
 from tests import reference, tiny
 
 NAMES = [f"a{number}" for number in range(6)]
@@ -536,10 +538,6 @@ def test_damaged_files_are_told_as_load_adapter_does(
 
 def test_any_flipped_bit_is_refused_exactly_where_load_adapter_refuses_it(folder: Path, tmp_path: Path) -> None:
     """On the CPU, and with the decoder of accelerators, which runs on a CPU too."""
-    from shira_diffusers.devicedecoder import DeviceDecoder
-    from shira_diffusers.packed import packed
-    from shira_diffusers.tensorfile import mapped, open_safetensors
-
     decoder = DeviceDecoder(torch.device("cpu"))
     whole, file = (folder / "a0.safetensors").read_bytes(), tmp_path / "flipped"
     outcomes = set()
@@ -560,6 +558,21 @@ def test_any_flipped_bit_is_refused_exactly_where_load_adapter_refuses_it(folder
                 tiny.assert_same_adapter(found, load_adapter(file))
                 outcomes.add("taken")
     assert outcomes == {"refused", "taken"}
+
+
+def test_the_decoder_of_accelerators_lays_all_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In several groups of several dtypes; here on a CPU."""
+    monkeypatch.setattr("shira_diffusers.devicedecoder._GROUP", 60)
+    deltas = {}
+    for seed, dtype in enumerate((torch.float32, torch.float16)):
+        adapter = tiny.adapter_for(tiny.linears(), seed, only=("",), dtype=dtype)
+        deltas |= {f"{seed}.{name}": delta for name, delta in adapter.deltas.items()}
+    file = save_adapter(ShiraAdapter(deltas), tmp_path / "a.safetensors")
+    tensors, metadata, content = open_safetensors(file, mapped)
+    found, held = packed(tensors, metadata, "a", content, None).unpack(DeviceDecoder(torch.device("cpu")))
+    tiny.assert_same_adapter(found, load_adapter(file))
+    assert sum(tensor.nbytes for tensor in held) == found.nbytes
+    assert len(held) > 6 and len({tensor.untyped_storage().data_ptr() for tensor in held}) == 3
 
 
 def test_a_file_that_changes_is_read_again(
