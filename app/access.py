@@ -101,7 +101,7 @@ def protection(studio: Studio) -> dict[str, Any]:
     """Options of Gradio's ``launch``: uploads of a size, folders that are never served, and no fetching elsewhere."""
     return {
         "max_file_size": int(studio.max_upload_mb * 1e6),
-        "blocked_paths": [str(studio.data.resolve() / name) for name in ("adapters", "trash", "trainings")],
+        "blocked_paths": [str(studio.data.resolve() / name) for name in ("adapters", "trash", "trainings", "pictures")],
         "enable_monitoring": False,
         "app_kwargs": {
             "middleware": [Middleware(NothingElsewhere), *([] if studio.archive.shared else [Middleware(Known)])]

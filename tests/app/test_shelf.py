@@ -46,6 +46,7 @@ def test_at_the_start_heads_are_read_and_the_rest_when_nobody_draws(pipe: Stable
 
     while library.open_next():
         pass
+    assert library.loaded == ("a", "b")
     assert names(library) == "abcdef" and all(card.opened and card.sha256 for card in library.cards)
     assert [name for name, _ in library.refused] == ["g", "h", "i"]
     assert {card.name: card for card in library.cards}["c"].entries == library.cards[0].entries
