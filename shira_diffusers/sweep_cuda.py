@@ -170,6 +170,8 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
         delta = torch.ones(2, dtype=torch.float16, device=device)
         try:
             sweep([Step([weight], [1], None, side, None, delta, [0.5])]).run()
+        except torch.OutOfMemoryError:
+            raise  # says nothing about Triton
         except Exception as error:  # noqa: BLE001  whatever Triton, its compiler or the driver says
             logger.warning("switching on %s goes weight by weight, many times slower: Triton fails (%s)", device, error)
             return False

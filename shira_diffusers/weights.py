@@ -56,8 +56,10 @@ class Weights:
         kinds = {name: self.kind(name) for name in group.layout.names}
         different = list(dict.fromkeys(kinds.values()))
         if len(different) == 1:
-            weight = self.located[group.layout.names[0]].weight
-            return [Overwritten(group.layout, cast(group.base, weight), cast(group.written, weight))]
+            weight, layout = self.located[group.layout.names[0]].weight, group.layout
+            if layout.indices.device != weight.device:  # offloading moves weights, but not what we keep
+                layout = layout.moved(layout.indices.to(weight.device))
+            return [Overwritten(layout, cast(group.base, weight), cast(group.written, weight))]
         return [_part(group, {n for n in kinds if kinds[n] == kind}, kind) for kind in different]
 
     def now(self, layout: Layout) -> Tensor:

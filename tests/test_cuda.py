@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.launches import available
+from shira_diffusers.pipeline import resident_of
 from shira_diffusers.sweep_cuda import TritonSweep, _works, usable
 from tests import reference, tiny
 
@@ -116,6 +117,64 @@ def test_a_model_moved_and_cast_while_active_gets_its_base_back(mix: dict[str, f
     model.half()
     resident.clear()
     assert_mix(model, {name: weight.half() for name, weight in base.items()}, adapters, {})
+
+
+@pytest.mark.parametrize("mix", [{"a": 1.0}, {"a": 0.3, "b": -1.2}])
+def test_weights_moved_one_by_one_while_active(mix: dict[str, float]) -> None:
+    """As offloading does it: without the module's knowledge, so what we keep is elsewhere."""
+    model, resident, adapters = resident_on_cuda(torch.float32)
+    base = on_cpu(model)
+    resident.set(mix)
+    for device in ("cpu", "cuda"):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device)
+        resident.verify()
+        resident.set({"b": 0.5})
+        assert_mix(model, base, adapters, {"b": 0.5})
+        resident.set(mix)
+        assert_mix(model, base, adapters, mix)
+    for parameter in list(model.parameters())[::2]:
+        parameter.data = parameter.data.cpu()
+    resident.set({"b": 1.0})
+    assert_mix(model, base, adapters, {"b": 1.0})
+    resident.clear()
+    assert_mix(model, base, adapters, {})
+
+
+OFFLOADS = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(),
+    "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(),
+    "group": lambda pipe: offload_groups(pipe, offload_type="leaf_level"),
+    "blocks": lambda pipe: offload_groups(pipe, offload_type="block_level", num_blocks_per_group=1),
+    "stream": lambda pipe: offload_groups(pipe, offload_type="leaf_level", use_stream=True),
+}
+
+
+def offload_groups(pipe: StableDiffusionPipeline, **how: object) -> None:
+    pipe.to("cuda")
+    pipe.unet.enable_group_offload(onload_device=torch.device("cuda"), offload_device=torch.device("cpu"), **how)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_offloading_to_the_host(offload: str) -> None:
+    pipe = tiny.pipeline()
+    for seed, name in enumerate("ab"):
+        resident_of(pipe).add(tiny.adapter_for(pipe, seed), name)
+    pipe.set_shira("b")
+    OFFLOADS[offload](pipe)
+    pipe.set_shira([])
+    base = tiny.picture(pipe)
+    pipe.set_shira("a")
+    adapted = tiny.picture(pipe)
+    assert not torch.allclose(adapted, base, atol=1e-3)
+    for other in ("b", ["a", "b"], []):
+        pipe.set_shira(other)
+        tiny.picture(pipe)
+    torch.testing.assert_close(tiny.picture(pipe), base, rtol=0, atol=1e-5)
+    pipe.set_shira("a")
+    torch.testing.assert_close(tiny.picture(pipe), adapted, rtol=0, atol=1e-5)
+    pipe.unload_shira()
+    torch.testing.assert_close(tiny.picture(pipe), base, rtol=0, atol=1e-5)
 
 
 def test_a_foreign_write_on_cuda_is_noticed() -> None:

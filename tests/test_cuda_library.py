@@ -1,20 +1,19 @@
 """What only an NVIDIA GPU can show of the library: decoding there, pinned memory, streams, budgets in its memory."""
 
 import gc
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from shira_diffusers import AdapterFormatError, AdapterLibrary, ShiraAdapter, SparseDelta, load_adapter, save_adapter
-from shira_diffusers.decoding import decode_parts
 from shira_diffusers.devicedecoder import DeviceDecoder
 from shira_diffusers.gaps import encode_gaps
 from shira_diffusers.hostmemory import HostMemory
 from shira_diffusers.packed import PackedAdapter, packed
 from shira_diffusers.tensorfile import open_safetensors
 from tests import tiny
-from tests.test_decoding import random_parts
 
 pytestmark = [
     pytest.mark.cuda,
@@ -33,14 +32,15 @@ def pack_file(file: Path) -> PackedAdapter:
 
 
 def large(seed: int = 0) -> ShiraAdapter:
-    """Three million entries at 1 %, 0.01 % and 30 %: gaps of each dtype, more than one group of any."""
-    parts = random_parts(12, 100_000, 10_000_000, seed) | {
-        f"{name}.{kind}": part
-        for kind, (count, numel) in {"rare": (1000, 10_000_000), "dense": (300_000, 1_000_000)}.items()
-        for name, part in random_parts(3, count, numel, seed + count).items()
-    }
-    deltas = {name: delta for name, delta in decode_parts(parts).items() if isinstance(delta, SparseDelta)}
-    assert {encode_gaps(delta.indices).dtype for delta in deltas.values()} >= {torch.uint8, torch.uint16}
+    """Two million entries at 1 %, 0.01 % and 30 %: gaps of two dtypes, more than one group of any."""
+    generator, deltas = torch.Generator().manual_seed(seed), {}
+    for number, (density, numel) in enumerate([(0.01, 10_000_000)] * 12 + [(0.0001, 10_000_000), (0.3, 1_000_000)] * 3):
+        count = round(density * numel)
+        gaps = torch.rand(count, generator=generator).clamp_min_(1e-9).log_() / math.log1p(-density)
+        at = gaps.long().cumsum(0) + torch.arange(count)
+        at = at[at < numel]
+        deltas[f"w{number:02}"] = SparseDelta(at, torch.randn(at.numel(), generator=generator).half(), (numel,))
+    assert {encode_gaps(delta.indices).dtype for delta in deltas.values()} == {torch.uint8, torch.uint16}
     return ShiraAdapter(deltas)
 
 
