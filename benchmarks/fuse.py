@@ -27,6 +27,7 @@ from benchmarks.harness import (
 )
 from benchmarks.training import RANK
 from shira_diffusers.pipeline import resident_of
+from shira_diffusers.targets import select
 
 DENSITY = 0.01
 COUNTS = (2, 4, 8)
@@ -79,7 +80,7 @@ def ours(pipe: Any, count: int, repeats: int, bandwidth: float) -> dict[str, Any
     finally:
         pipe.unload_shira()
     require_base(pipe.unet, base)
-    limit = memory_limit(list(adapters.values()), pipe.unet, bandwidth)
+    limit = memory_limit(list(adapters.values()), select({"unet": pipe.unet}), bandwidth)
     over = round(figures["slider"]["median_ms"] / limit["limit_ms"], 2)
     return {**figures, **limit, "slider_over_limit": over}
 

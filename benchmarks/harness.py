@@ -239,16 +239,17 @@ def touched(adapters: list[ShiraAdapter], weights: dict[str, Tensor], device: st
     return lines * line
 
 
-def memory_limit(adapters: list[ShiraAdapter], unet: nn.Module, bandwidth: float) -> dict[str, float]:
+def memory_limit(adapters: list[ShiraAdapter], weights: dict[str, Tensor], bandwidth: float) -> dict[str, float]:
     """What a write of the union of adapters costs at least, by the bandwidth of a copy.
 
     ``bytes``: lines of the weights that hold entries, read and written, the bits saved, and the adapters' own bytes.
     """
-    lines = touched(adapters, select({"unet": unet}), next(unet.parameters()).device.type)
+    first = next(iter(weights.values()))
+    lines = touched(adapters, weights, first.device.type)
     own = sum(delta.nbytes for adapter in adapters for delta in adapter.deltas.values())
-    saved = sum(adapter.nnz for adapter in adapters) * next(unet.parameters()).dtype.itemsize
+    saved = sum(adapter.nnz for adapter in adapters) * first.dtype.itemsize
     least = 2 * lines + own + saved
-    return {"bytes": least, "limit_ms": round(1000 * least / bandwidth, 4)}
+    return {"bytes": least, "limit_ms": round(1000 * least / bandwidth, 5)}
 
 
 def free() -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, ShiraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from benchmarks.common import spread, timed
-from benchmarks.harness import DTYPES, Run, copy_bandwidth, line_bytes, options, rand, same, touched
+from benchmarks.harness import DTYPES, Run, copy_bandwidth, line_bytes, memory_limit, options, rand, same
 from benchmarks.training import RANK, random_mask
 from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.scatter import gather
@@ -49,16 +49,8 @@ def measure(dim: int, dtype: torch.dtype, args: Any, bandwidth: float) -> dict[s
     for other in ("lora_fuse", "peft_shira_merge"):
         for ours in ("overwrite", "kernel"):
             figures[f"{other}_over_{ours}"] = round(figures[other]["median_ms"] / figures[ours]["median_ms"], 1)
-    limit = least(base, bandwidth)
+    limit = memory_limit([ShiraAdapter({"0.weight": delta_of(base, 0)})], {"0.weight": base}, bandwidth)
     return {**figures, **limit, "over_limit": round(figures["overwrite"]["median_ms"] / limit["limit_ms"], 2)}
-
-
-def least(base: Tensor, bandwidth: float) -> dict[str, float]:
-    """As ``harness.memory_limit``, of one weight."""
-    delta = delta_of(base, 0)
-    lines = touched([ShiraAdapter({"0.weight": delta})], {"0.weight": base}, base.device.type)
-    moved = 2 * lines + delta.nbytes + delta.nnz * base.dtype.itemsize
-    return {"bytes": moved, "limit_ms": round(1000 * moved / bandwidth, 5)}
 
 
 def layer(base: Tensor) -> nn.Module:

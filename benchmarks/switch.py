@@ -94,7 +94,7 @@ def ours(
         finally:
             pipe.unload_shira()
         require_base(pipe.unet, base)
-    least = memory_limit(list(adapters.values()), pipe.unet, bandwidth)
+    least = memory_limit(list(adapters.values()), select({"unet": pipe.unet}), bandwidth)
     took = figures["device_ms"] or figures["resident"]["median_ms"]
     return {**figures, **least, "over_limit": round(took / least["limit_ms"], 2)}
 

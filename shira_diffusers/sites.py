@@ -99,17 +99,22 @@ def key_of(weights: Iterable[Tensor]) -> Key:
     return tuple((weight.data_ptr(), weight.stride(), weight.dtype, weight.device) for weight in weights)
 
 
+def extent(weights: Sequence[Tensor]) -> tuple[int, int]:
+    """The address and the bytes, whole entries, of the range that holds weights; what lies behind is never touched."""
+    start = min(weight.data_ptr() for weight in weights)
+    last = max(weights, key=lambda weight: weight.data_ptr())
+    length = last.data_ptr() - start + last.untyped_storage().nbytes()
+    return start, length - length % last.dtype.itemsize
+
+
 def positions(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> Positions:
     """Find row-major indices, ``[n]``, ``sizes`` of them in each weight, in the range that holds the weights."""
     size = weights[0].dtype.itemsize
-    addresses = [weight.data_ptr() for weight in weights]
-    start = min(addresses)
-    last = weights[addresses.index(max(addresses))]
-    length = max(addresses) - start + last.untyped_storage().nbytes()  # what of it lies behind is never touched
+    start, length = extent(weights)
     at = torch.empty(indices.numel(), dtype=torch.int64)
     for weight, own, out in zip(weights, indices.split(list(sizes)), at.split(list(sizes)), strict=True):
         torch.add(physical(own, weight), (weight.data_ptr() - start) // size, out=out)
-    return Positions(start, length - length % size, at)
+    return Positions(start, length, at)
 
 
 def find(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> Positions | Table | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shira_diffusers.locate import Located
 from shira_diffusers.scatter import bits_of, cast, gather, overwrite, physical
-from shira_diffusers.sites import key_of, memory_at, positions, spans
+from shira_diffusers.sites import extent, key_of, memory_at, positions, spans
 from shira_diffusers.state import Layout, Overwritten
 from shira_diffusers.sweep import Side, Step
 from shira_diffusers.sweep_cuda import usable
@@ -160,12 +160,9 @@ class _Range:
 
     def __init__(self, weights: Mapping[str, Tensor], scale: float) -> None:
         self._by_name = weights
-        first = next(iter(weights.values()))
-        self._start = min(weight.data_ptr() for weight in weights.values())
-        last = max(weights.values(), key=lambda weight: weight.data_ptr())
-        length = last.data_ptr() - self._start + last.untyped_storage().nbytes()  # what lies behind is never touched
-        size = first.dtype.itemsize
-        self.weights = [memory_at(self._start, length - length % size, first.dtype).view(first.dtype)]
+        held = list(weights.values())
+        self._start, length = extent(held)
+        self.weights = [memory_at(self._start, length, held[0].dtype).view(held[0].dtype)]
         self.tiles, self.scales = (1,), [scale]
 
     def side(self, group: Overwritten) -> Side:
