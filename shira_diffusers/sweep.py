@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
+from threading import Barrier
 from typing import Protocol
 
 import torch
@@ -48,7 +49,6 @@ class Step:
         weights: dense, in the order of the tiles.
         tiles: how many tiles each has.
         leaving, arriving: either may be None; with one ``at`` for both, ``arriving.base`` is the saved base already.
-        seen: ``[n]`` of what leaves, filled with the bits that were there.
         delta: of what arrives, float32, float16 or bfloat16 ``[n]``.
         scales: one for each weight.
     """
@@ -57,7 +57,6 @@ class Step:
     tiles: Sequence[int]
     leaving: Side | None
     arriving: Side | None
-    seen: Tensor | None
     delta: Tensor | None
     scales: Sequence[float]
 
@@ -84,7 +83,20 @@ class Sweep(Protocol):
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="shira")
+    """So many threads, each of which computes alone; torch would start as many again in each."""
+    all_here = Barrier(threads)  # an idle thread would do for the next job
+    try:
+        pool = ThreadPoolExecutor(threads, "shira", initializer=_compute_alone)
+        for job in [pool.submit(all_here.wait) for _ in range(threads)]:
+            job.result()
+    finally:
+        torch.set_num_threads(threads)  # theirs stays; this is for the thread that calls, and for those to come
+    return pool
+
+
+def _compute_alone() -> None:
+    torch.get_num_threads()  # a thread's first question sets its number
+    torch.set_num_threads(1)
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
@@ -155,10 +167,9 @@ class Prepared:
         cuts = {id(side): slice(starts[number], starts[number + 1]) for side, starts in self._sides}
         leaving = None if step.leaving is None else _part(step.leaving, cuts[id(step.leaving)], memory)
         arriving = None if step.arriving is None else _part(step.arriving, cuts[id(step.arriving)], memory)
-        seen = None if step.seen is None else step.seen[cuts[id(step.leaving)]]
         delta = None if step.delta is None else step.delta[cuts[id(step.arriving)]]
         dtype = step.weights[weight].dtype
-        return _Tile(leaving, arriving, seen, delta, step.scales[weight], dtype, step.stays)
+        return _Tile(leaving, arriving, delta, step.scales[weight], dtype, step.stays)
 
 
 @dataclass(slots=True)
@@ -181,17 +192,17 @@ def _part(side: Side, cut: slice, memory: Tensor) -> _Part:
 
 @dataclass(slots=True)
 class _Tile:
-    """One tile of a step, and how far it has come."""
+    """One tile of a step, and how far it has come; ``seen`` are the bits that left, if not those once written."""
 
     leaving: _Part | None
     arriving: _Part | None
-    seen: Tensor | None
     delta: Tensor | None
     scale: float
     dtype: torch.dtype
     stays: bool
     left: bool = False
     arrived: bool = False
+    seen: Tensor | None = None
 
     def run(self) -> bool:
         """Returns whether what leaves was there."""
@@ -201,13 +212,14 @@ class _Tile:
         return same
 
     def _leave(self, part: _Part) -> bool:
-        assert self.seen is not None
-        seen, at = self.seen.view(part.base.shape), part.at.long()  # nothing writes by int32; resident ones stay so
-        torch.index_select(part.memory, 0, at, out=seen)
+        at = part.at.long()  # nothing writes by int32; resident ones stay so
+        seen = part.memory.index_select(0, at)
+        same = torch.equal(seen, part.written)
+        self.seen = None if same else seen
         self.left = True
         if not self.stays:
             put_bits(part.memory, at, part.base)
-        return torch.equal(seen, part.written)
+        return same
 
     def _arrive(self, part: _Part) -> None:
         assert self.delta is not None
@@ -217,7 +229,8 @@ class _Tile:
         base = part.base.view(self.dtype)
         total = self.delta.view(base.shape).to(torch.float32, copy=True)
         total.mul_(self.scale).add_(0.0)  # as a sum that begins at zero: no -0
-        part.written.view(self.dtype).copy_((base if self.dtype == torch.float64 else base.float()) + total)
+        wide = base if self.dtype in (torch.float32, torch.float64) else base.float()
+        torch.add(wide, total, out=part.written.view(self.dtype))
         self.arrived = True
         put_bits(part.memory, at, part.written)
 
@@ -226,5 +239,5 @@ class _Tile:
         if self.arriving is not None and self.arrived and not self.stays:
             put_bits(self.arriving.memory, self.arriving.at.long(), self.arriving.base)
         if self.leaving is not None and self.left:
-            assert self.seen is not None
-            put_bits(self.leaving.memory, self.leaving.at.long(), self.seen.view(self.leaving.base.shape))
+            bits = self.leaving.written if self.seen is None else self.seen
+            put_bits(self.leaving.memory, self.leaving.at.long(), bits)

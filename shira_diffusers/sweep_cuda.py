@@ -56,6 +56,7 @@ class TritonSweep:
             any_delta = deltas.get(_kind(step), torch.float32)  # where nothing arrives
             delta = any_delta if step.delta is None else step.delta.dtype
             self._groups.setdefault((*_kind(step), delta), []).append(step)
+        self._seen = {id(s): torch.empty_like(s.leaving.written) for s in steps if s.leaving is not None}
         self._begun: list[Step] = []
 
     def run(self) -> bool:
@@ -68,7 +69,7 @@ class TritonSweep:
 
         from shira_diffusers.kernels import sweep as kernel
 
-        rows, parts = _table(steps)
+        rows, parts = _table(steps, [self._seen.get(id(step)) for step in steps])
         table = torch.from_numpy(np.concatenate([rows.ravel(), parts.ravel(), np.zeros(1, np.int64)])).to(device)
         owners = _owners(tuple(count for step in steps for count in step.tiles), device)
         cut = rows.size, rows.size + parts.size
@@ -96,8 +97,8 @@ class TritonSweep:
             prepared = Prepared(step)
             if step.arriving is not None and not step.stays:
                 prepared.write(step.arriving, step.arriving.base)
-            if step.leaving is not None and step.seen is not None:
-                prepared.write(step.leaving, step.seen)
+            if step.leaving is not None:
+                prepared.write(step.leaving, self._seen[id(step)])
 
 
 def _kind(step: Step) -> tuple[torch.device, torch.dtype]:
@@ -112,11 +113,11 @@ def _triton(tl: Any, dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _table(steps: Sequence[Step]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _table(steps: Sequence[Step], seen: Sequence[Tensor | None]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The tables ``weights`` and ``steps`` of the kernel."""
     rows, parts = [], []
     first = 0
-    for number, step in enumerate(steps):
+    for number, (step, own_seen) in enumerate(zip(steps, seen, strict=True)):
         scales = np.asarray(step.scales, np.float32).view(np.int32)
         rows.append(np.stack([[w.data_ptr() for w in step.weights], np.full(len(scales), number), scales], axis=1))
         none = _none(sum(step.tiles), step.weights[0].device).data_ptr()
@@ -124,7 +125,7 @@ def _table(steps: Sequence[Step]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
         parts.append(
             [
                 first,
-                *_addresses(left, none, step.seen),
+                *_addresses(left, none, own_seen),
                 *_addresses(came, none, step.delta),
                 int(step.stays),
             ]
@@ -169,7 +170,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
         )
         delta = torch.ones(2, dtype=torch.float16, device=device)
         try:
-            sweep([Step([weight], [1], None, side, None, delta, [0.5])]).run()
+            sweep([Step([weight], [1], None, side, delta, [0.5])]).run()
         except torch.OutOfMemoryError:
             raise  # says nothing about Triton
         except Exception as error:  # noqa: BLE001  whatever Triton, its compiler or the driver says

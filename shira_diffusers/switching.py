@@ -107,8 +107,8 @@ def _carry_out(plans: Sequence[Plan], undo: ExitStack) -> bool:
             undo.callback(sweep.undo)
             if not sweep.run():
                 return False
-        for step, weights, old, new in taken:
-            undo.callback(_undo_copies, step, weights, old, new)
+        for _, weights, old, new in taken:
+            undo.callback(_undo_copies, weights, old, new)
             _write_copies(weights, old, new)
     return True
 
@@ -174,11 +174,11 @@ def _write_copies(weights: Weights, old: Overwritten | None, new: Overwritten | 
         weights.write_copies(new.layout, new.written)
 
 
-def _undo_copies(step: Step, weights: Weights, old: Overwritten | None, new: Overwritten | None) -> None:
+def _undo_copies(weights: Weights, old: Overwritten | None, new: Overwritten | None) -> None:
     if new is not None:
         weights.write_copies(new.layout, new.base)
-    if old is not None and step.seen is not None:
-        weights.write_copies(old.layout, step.seen.view(old.base.dtype))
+    if old is not None:
+        weights.write_copies(old.layout, old.written)
 
 
 def read_current(component: str, groups: Iterable[Overwritten], weights: Weights) -> list[Overwritten]:

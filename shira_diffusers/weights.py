@@ -17,7 +17,7 @@ from shira_diffusers.tiles import RUN, Grid, find_starts, tile_for
 
 Kind = tuple[torch.device, torch.dtype]
 
-_ENTRIES = {"cpu": 2**14, "cuda": 160}
+_ENTRIES = {"cpu": 2**16, "cuda": 160}
 """Entries a tile: what stays in a core's cache, and what one program of a kernel moves (measured)."""
 _IN_RUNS = 4
 """Tiles are so many times longer where entries are in runs, which cost less each."""
@@ -86,9 +86,8 @@ class Weights:
         new = None if fresh is None else ground.side(fresh)
         if old is not None and new is not None and leaving is not None and leaving.layout is layouts[-1]:
             new = replace(new, at=old.at)
-        seen = None if old is None else torch.empty_like(old.written)
         delta = None if change is None else change.delta
-        return Step(ground.weights, ground.tiles, old, new, seen, delta, ground.scales), fresh
+        return Step(ground.weights, ground.tiles, old, new, delta, ground.scales), fresh
 
     def _room_for(self, leaving: Overwritten | None, change: Change | None) -> Overwritten | None:
         if change is None:

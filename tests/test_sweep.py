@@ -2,6 +2,8 @@
 
 import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -146,8 +148,7 @@ def steps() -> tuple[list[torch.Tensor], Step]:
     leaving, arriving = both
     for weight, values in zip(weights, leaving.written.view(torch.float32).split(32), strict=True):
         weight[at.long()] = values
-    seen, delta = torch.zeros(96, dtype=torch.int32), torch.randn(96)
-    return weights, Step(weights, tiles, leaving, arriving, seen, delta, [1.0] * 3)
+    return weights, Step(weights, tiles, leaving, arriving, torch.randn(96), [1.0] * 3)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -203,3 +204,19 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         child.join(20)
     finally:
         child.kill()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_of_a_sweep_compute_alone_and_leave_all_others_as_they_were() -> None:
+    sweep._pool.cache_clear()
+    pool = sweep._pool(2)
+    here = Barrier(2)
+
+    def threads() -> int:
+        here.wait()
+        return torch.get_num_threads()
+
+    assert [job.result() for job in [pool.submit(threads) for _ in range(2)]] == [1, 1]
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == 2
