@@ -18,7 +18,7 @@ from shira_diffusers.catalog import Catalog, Version
 from shira_diffusers.devicedecoder import lend
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.locate import unwrap
-from shira_diffusers.pipeline import _guard_generations, resident_of
+from shira_diffusers.pipeline import guard_generations, resident_of
 from shira_diffusers.resident import Resident
 from shira_diffusers.scales import Scale
 from shira_diffusers.state import ShiraState, state_of
@@ -208,7 +208,7 @@ class AdapterLibrary:
         with self._store.wanting(versions):
             for version in versions:  # before the lock is waited for
                 self._store.warm(version, user.models, self._is_free)
-            _guard_generations()
+            guard_generations()
             with user.resident.writing():
                 try:
                     with ExitStack() as pins:
@@ -297,7 +297,7 @@ class _User:
             self.resident = Resident(target)
         else:
             self.resident = resident_of(target)
-        self.models = self.resident._models
+        self.models = self.resident.models
         self.modules = [unwrap(model) for model in self.models.values()]
 
     def holding(self, version: Version, decoded: Decoded) -> list[ShiraState]:

@@ -80,7 +80,7 @@ def load_shira(
             f"adapter name {adapter_name!r} is in use, expected a new one; call delete_shira({adapter_name!r}) first"
         )
     adapter = _read(self, source, hub_kwargs)
-    _guard_generations()
+    guard_generations()
     with resident.writing():
         name = adapter_name if adapter_name is not None else _auto_name(resident.names)
         resident.add(adapter, name)
@@ -207,7 +207,7 @@ def shira(
 
     Args and Raises: as ``set_shira``. Holds the pipeline's lock: other threads' generations and switches wait.
     """
-    _guard_generations()
+    guard_generations()
     with resident_of(self).using(_mix(adapter_names, adapter_weights), method):
         yield self
 
@@ -313,7 +313,7 @@ def _name_list(names: str | Iterable[str]) -> list[str]:
     return [str(name) for name in chosen]
 
 
-def _guard_generations() -> None:
+def guard_generations() -> None:
     """From the first adapter on, make the generations of all pipelines hold their models' locks for reading.
 
     So no switch tears a picture; of all pipelines, since any of them may share a model with this one.

@@ -47,6 +47,11 @@ class Resident:
     # ---------------------------------------------------------------- what is there
 
     @property
+    def models(self) -> dict[str, nn.Module]:
+        """The components, as they were given."""
+        return dict(self._models)
+
+    @property
     def names(self) -> list[str]:
         """The adapters that were added, in the order in which they were."""
         return list(dict.fromkeys(name for state in self._states().values() for name in state.adapters))

@@ -1,6 +1,6 @@
 """What a module remembers about its adapters: carried by the module, so by copies of it too."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.locate import Locator
 from shira_diffusers.scales import Scale
 from shira_diffusers.scatter import overwrite
+from shira_diffusers.spares import Spares
 
 ATTRIBUTE = "_shira"
 _REMEMBERED_BYTES = 2**26  # of layouts beyond the last two
@@ -120,6 +121,13 @@ class ShiraState(nn.Module):
         self.disabled: Mix | None = None
         self.overwritten: tuple[Overwritten, ...] = ()
         self.remembered: list[tuple[Layout, ...]] = []
+        self.spares = Spares()
+
+    def set_overwritten(self, fresh: Sequence[Overwritten]) -> None:
+        """Note what is overwritten now, and keep the memory of what was."""
+        left = [tensor for group in self.overwritten for tensor in (group.base, group.written)]
+        self.overwritten = tuple(fresh)
+        self.spares.keep(left, [tensor for group in fresh for tensor in (group.base, group.written)])
 
     def remember(self, layouts: tuple[Layout, ...]) -> None:
         """Keep the layouts of the last two mixes, whatever their size, and of older ones what has room.
@@ -135,6 +143,8 @@ class ShiraState(nn.Module):
         """Drop adapters, and what is remembered of mixes with them."""
         gone = [self.adapters.pop(name) for name in names if name in self.adapters]
         self.remembered = [m for m in self.remembered if not any(a is g for a in m[0].adapters for g in gone)]
+        if not self.adapters:
+            self.spares.clear()
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -143,6 +153,7 @@ class ShiraState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShiraState":
         self.remembered = []
+        self.spares.clear()
         self.overwritten = tuple(
             Overwritten(g.layout.moved(fn(g.layout.indices)), fn(g.base), fn(g.written)) for g in self.overwritten
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from shira_diffusers.scatter import bits_of, flat_view, put_bits
 from shira_diffusers.tiles import RUN
 
-_ALONE = 2**16  # entries; fewer are not worth a second thread
+_ALONE = 2**18  # entries; fewer are not worth a second thread
 
 
 @dataclass(frozen=True, slots=True)

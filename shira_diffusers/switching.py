@@ -63,7 +63,7 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     if names:
         locator.require_not_frozen()
     located = {name: locator.locate(name) for name in sorted(names)}
-    weights = Weights(located)
+    weights = Weights(located, state.spares)
     current = [part for group in state.overwritten for part in weights.as_now(group)]
     layouts = lay_out(adapters, located, [tuple(group.layout for group in current), *state.remembered])
     state.remember(layouts)
@@ -88,7 +88,7 @@ def run(plans: Sequence[Plan]) -> None:
         undo.pop_all()
     for plan in plans:
         plan.state.mix, plan.state.disabled = plan.mix, plan.disabled
-        plan.state.overwritten = tuple(plan.fresh)
+        plan.state.set_overwritten(plan.fresh)
         if plan.weights.located:
             _reset_step_cache(plan.module)
 

@@ -1,7 +1,7 @@
 """The adapted weights of one module as they lie now, and the steps that a switch takes over them."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from shira_diffusers.locate import Located
 from shira_diffusers.scatter import bits_of, cast, gather, overwrite, physical
 from shira_diffusers.sites import extent, key_of, memory_at, positions, spans
+from shira_diffusers.spares import Spares
 from shira_diffusers.state import Layout, Overwritten
 from shira_diffusers.sweep import Side, Step
 from shira_diffusers.sweep_cuda import usable
@@ -42,9 +43,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Weights by name; made anew for each operation, since offloading moves tensors."""
+    """Weights by name; made anew for each operation, since offloading moves tensors.
+
+    Args:
+        spares: memory for what will be overwritten.
+    """
 
     located: dict[str, Located]
+    spares: Spares = field(default_factory=Spares)
 
     def kind(self, name: str) -> Kind:
         """The device and dtype of a weight."""
@@ -93,10 +99,10 @@ class Weights:
         if change is None:
             return None
         weight = self.located[change.layout.names[0]].weight
-        written = torch.empty(change.layout.indices.numel(), dtype=weight.dtype, device=weight.device)
+        count = change.layout.indices.numel()
         stays = leaving is not None and leaving.layout is change.layout
-        base = leaving.base if leaving is not None and stays else torch.empty_like(written)
-        return Overwritten(change.layout, base, written)
+        base = leaving.base if leaving is not None and stays else self.spares.take(count, weight)
+        return Overwritten(change.layout, base, self.spares.take(count, weight))
 
     def _ground(self, layouts: Sequence[Layout], scales: Mapping[str, float] | float) -> "_Tiled | _Range":
         same = all(layout.names == layouts[0].names for layout in layouts)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks, sweep, weights
+from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks, spares, sweep, weights
 from shira_diffusers.sweep import Side, Step, TorchSweep
 from shira_diffusers.tiles import RUN, Grid, find_starts, in_runs, tile_for
 from tests import reference, tiny
@@ -28,10 +28,11 @@ MIXES: list[dict[str, float]] = [
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads for any number of entries, whatever the machine."""
+    """Two threads, and memory used again, for any number of entries, whatever the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     monkeypatch.setattr(sweep, "_ALONE", 0)
+    monkeypatch.setattr(spares, "_LONG", 0)
     yield
     torch.set_num_threads(before)
 
