@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -92,7 +93,7 @@ def loras(pipe: Any, count: int, seconds: float) -> dict[str, Any]:
 
 
 def loaded(load: Callable[[str], object], count: int, seconds: float) -> dict[str, Any]:
-    """Load up to a count: milliseconds of some of them, the spread of all, and the memory that each added."""
+    """Load up to a count: milliseconds of some and of all, the last ten over the first ten, and the memory of each."""
     began, before, taken = time.monotonic(), memory(), []
     for number in range(1, count + 1):
         taken.append(timed(lambda name=f"a{number}": load(name), 1, 0)["median_ms"] / 1000)
@@ -100,7 +101,14 @@ def loaded(load: Callable[[str], object], count: int, seconds: float) -> dict[st
             break
     added = {name: round((now - before[name]) / len(taken)) for name, now in memory().items()}
     milliseconds = {str(at): round(1000 * taken[at - 1], 2) for at in {*AT, len(taken)} if at <= len(taken)}
-    return {"loaded": len(taken), "ms": milliseconds, "all": spread(taken), "bytes_each": added}
+    growth = round(median(taken[-10:]) / median(taken[:10]), 3)
+    return {
+        "loaded": len(taken),
+        "ms": milliseconds,
+        "all": spread(taken),
+        "last_over_first": growth,
+        "bytes_each": added,
+    }
 
 
 def memory() -> dict[str, int]:

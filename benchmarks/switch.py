@@ -53,7 +53,8 @@ def main() -> None:
         labels = {"model": model, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
         first = lambda case, pipe=pipe, base=base: ours(pipe, base, *case, bandwidth, repeats)  # noqa: E731
         run.case(lambda first=first: first(CASES[0]), **labels, method="shira", family="rand", density=0.02)
-        run.case(lambda pipe=pipe: lora_cycle(pipe, max(2, repeats // 3)), **labels, method="lora cycle")
+        cycles = repeats if model == "SD 1.5" else max(2, repeats // 3)
+        run.case(lambda pipe=pipe, cycles=cycles: lora_cycle(pipe, cycles), **labels, method="lora cycle")
         for how, copied in (("lora set_adapters", lora_unfused), ("lora hotswap", lora_hotswap)):
             run.case(lambda pipe=pipe, copied=copied: copied(pipe, max(2, repeats // 3)), **labels, method=how)
         put_back(pipe.unet, base)

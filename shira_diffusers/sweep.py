@@ -19,7 +19,7 @@ from torch import Tensor
 from shira_diffusers.scatter import bits_of, flat_view, put_bits
 from shira_diffusers.tiles import RUN
 
-_ALONE = 2**18  # entries; fewer are not worth a second thread
+_ALONE = 2**15  # entries; torch gives no more than these to several threads, and fewer are not worth a second one
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,11 @@ class Sweep(Protocol):
         """Put back every bit of what was done, wherever ``run`` broke off."""
 
 
+def threads_for(entries: int) -> int:
+    """How many threads a switch of so many entries on a CPU is worth."""
+    return 1 if entries < _ALONE else torch.get_num_threads()
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """So many threads, each of which computes alone; torch would start as many again in each."""
@@ -112,8 +117,8 @@ class TorchSweep:
 
     def run(self) -> bool:
         """As ``Sweep.run``."""
-        threads = torch.get_num_threads()
-        if threads == 1 or self._entries < _ALONE or not self._tiles[0][0].memory[0].is_cpu:
+        threads = threads_for(self._entries)
+        if threads == 1 or not self._tiles[0][0].memory[0].is_cpu:
             return self._run(self._tiles)
         size = -(-len(self._tiles) // threads)
         parts = [self._tiles[first : first + size] for first in range(0, len(self._tiles), size)]

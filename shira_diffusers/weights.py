@@ -1,5 +1,6 @@
 """The adapted weights of one module as they lie now, and the steps that a switch takes over them."""
 
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -12,7 +13,7 @@ from shira_diffusers.scatter import bits_of, cast, gather, overwrite, physical
 from shira_diffusers.sites import extent, key_of, memory_at, positions, spans
 from shira_diffusers.spares import Spares
 from shira_diffusers.state import Layout, Overwritten
-from shira_diffusers.sweep import Side, Step
+from shira_diffusers.sweep import Side, Step, threads_for
 from shira_diffusers.sweep_cuda import usable
 from shira_diffusers.tiles import RUN, Grid, find_starts, tile_for
 
@@ -110,7 +111,7 @@ class Weights:
         weights = {name: self.located[name].weight for name in names}
         entries = max(layout.indices.numel() for layout in layouts)
         if isinstance(scales, int | float) and entries < _SMALL * len(names) and spans(list(weights.values())):
-            return _Range(weights, float(scales))
+            return _Range(weights, layouts, float(scales))
         return _Tiled(weights, _grid(weights, layouts), scales)
 
     def write_copies(self, layout: Layout, values: Tensor) -> None:
@@ -161,27 +162,42 @@ class _Tiled:
 
 
 class _Range:
-    """CPU weights with few entries each: one tile of the addresses that hold them all, to be done in one go."""
+    """CPU weights with few entries each: the addresses that hold them all, a tile of whole weights for each thread."""
 
-    def __init__(self, weights: Mapping[str, Tensor], scale: float) -> None:
-        self._by_name = weights
+    def __init__(self, weights: Mapping[str, Tensor], layouts: Sequence[Layout], scale: float) -> None:
+        self._by_name, self._firsts = weights, _shares(tuple(weights), layouts)
         held = list(weights.values())
         self._start, length = extent(held)
         self.weights = [memory_at(self._start, length, held[0].dtype).view(held[0].dtype)]
-        self.tiles, self.scales = (1,), [scale]
+        self.tiles, self.scales = (1 + len(self._firsts),), [scale]
 
     def side(self, group: Overwritten) -> Side:
-        layout, size = group.layout, self.weights[0].dtype.itemsize
+        names, bounds = group.layout.names, group.layout.bounds
+        inner = (bounds[bisect_left(names, first)] for first in self._firsts)
+        starts = torch.tensor([0, *inner, bounds[-1]], dtype=torch.int32)
+        return Side(self._places(group.layout), False, starts, bits_of(group.base), bits_of(group.written))
+
+    def _places(self, layout: Layout) -> Tensor:
+        """Where a layout's entries lie in the range, as found last: nearly always the same weights are in it."""
         own = [self._by_name[name] for name in layout.names]
-        key = ("addresses", key_of(own))
+        key = ("range", self._start, key_of(own))
         if key not in layout.found:
-            for old in [key for key in layout.found if key[0] == "addresses"]:
-                del layout.found[old]  # the weights have moved
+            for old in [key for key in layout.found if key[0] == "range"]:
+                del layout.found[old]
             found = positions(own, layout.sizes, layout.indices)
-            layout.found[key] = found.at + found.start // size
-        at = layout.found[key] - self._start // size
-        starts = torch.tensor([0, len(at)], dtype=torch.int32)
-        return Side(at, False, starts, bits_of(group.base), bits_of(group.written))
+            layout.found[key] = found.at + (found.start - self._start) // self.weights[0].dtype.itemsize
+        return layout.found[key]
+
+
+def _shares(names: Sequence[str], layouts: Sequence[Layout]) -> list[str]:
+    """The first weight of each thread's share of about as many entries, but for the first thread's."""
+    counts = dict.fromkeys(names, 0)
+    for layout in layouts:
+        for name, size in zip(layout.names, layout.sizes, strict=True):
+            counts[name] += size
+    ends = list(accumulate(counts.values()))
+    threads = threads_for(ends[-1])
+    return sorted({names[bisect_left(ends, ends[-1] * k / threads)] for k in range(1, threads)})
 
 
 def _starts(layout: Layout, grid: Grid) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks, spares, sweep, weights
+from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks, locate, spares, sweep, weights
 from shira_diffusers.sweep import Side, Step, TorchSweep
 from shira_diffusers.tiles import RUN, Grid, find_starts, in_runs, tile_for
 from tests import reference, tiny
@@ -133,6 +133,24 @@ def test_block_masks_are_copied_in_runs(monkeypatch: pytest.MonkeyPatch) -> None
         shapes.append((group.layout.runs, group.layout.found.get(("runs",), group.layout.indices).numel()))
     count = sum(delta.nnz for delta in resident.adapter("a").deltas.values())
     assert shapes == [(True, count // RUN), (False, resident.adapter("c").nnz)]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_weights_are_shared_out_between_threads_whole() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    resident = Resident(model)
+    for seed, name in enumerate("ab"):
+        resident.add(tiny.adapter_for(model, seed, only=("",)), name)
+    resident.set({"a": 1.0})
+    state = model._shira
+    located = weights.Weights({name: locate.locator_of(model).locate(name) for name in state.entries})
+    (group,) = state.overwritten
+    step, _ = located.step(group, None)
+    assert step.leaving is not None
+    cuts = step.leaving.starts.tolist()
+    assert len(cuts) == 3
+    assert cuts[1] in group.layout.bounds
+    assert 0.3 < cuts[1] / cuts[2] < 0.7
 
 
 def steps() -> tuple[list[torch.Tensor], Step]:
