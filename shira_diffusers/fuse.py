@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -11,55 +10,7 @@ from torch import Tensor
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.delta import SparseDelta
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, listing
-
-_FEW = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Union:
-    """Where several deltas of one weight lie, planned once and used for any scales.
-
-    Args:
-        indices: int32 or int64 ``[n]``, the sorted union of the deltas' indices.
-        places: for each delta int64 ``[nnz]``, where its entries stand in ``indices``; None when it holds them all.
-    """
-
-    indices: Tensor
-    places: tuple[Tensor | None, ...]
-
-
-def plan_union(indices: Sequence[Tensor]) -> Union:
-    """Plan the union of the sorted indices, ``[nnz]`` each, of one or more deltas of one weight, on their device."""
-    if len(indices) > _FEW:
-        merged = torch.cat(list(indices)).unique()
-        places = [torch.searchsorted(merged, own) for own in indices]
-    else:
-        merged = indices[0]
-        places = [torch.arange(merged.numel(), device=merged.device)]
-        for own in indices[1:]:  # no slower than sorting for a few, but quadratic in their number
-            merged, kept, place = _merge(merged, own)
-            places = [kept[old] for old in places] + [place]
-    whole = merged.numel()
-    return Union(merged, tuple(None if place.numel() == whole else place for place in places))
-
-
-def _merge(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The union of two sorted index tensors, and where the entries of each stand in it."""
-    at = torch.searchsorted(first, second)
-    shared = torch.zeros_like(second, dtype=torch.bool)
-    inside = at < first.numel()
-    shared[inside] = first[at[inside]] == second[inside]
-    added = second[~shared]
-    place_first = torch.arange(first.numel(), device=first.device) + torch.searchsorted(added, first)
-    place_added = torch.arange(added.numel(), device=first.device) + torch.searchsorted(first, added)
-    merged = torch.empty(first.numel() + added.numel(), dtype=first.dtype, device=first.device)
-    merged[place_first] = first
-    merged[place_added] = added
-    place_second = torch.empty_like(at)
-    place_second[shared] = place_first[at[shared]]
-    place_second[~shared] = place_added
-    return merged, place_first, place_second
-
+from shira_diffusers.unions import Union, plan_union
 
 MergeMethod = Callable[[Union, Sequence[Tensor], Sequence[float | Tensor]], Tensor]
 """``method(union, values, scales) -> float32 [n]``, the fused delta in the order of ``union.indices``.

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import AdapterMismatchError
-from shira_diffusers.fuse import plan_union
 from shira_diffusers.locate import Located
 from shira_diffusers.state import Layout
 from shira_diffusers.tiles import in_runs
+from shira_diffusers.unions import plan_union
 
 _Kind = tuple[torch.device, torch.dtype]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.errors import ResidentStateError, listing
 from shira_diffusers.fitting import join_name
-from shira_diffusers.fuse import MergeMethod, Union, merge_method, sum_deltas
+from shira_diffusers.fuse import MergeMethod, merge_method, sum_deltas
 from shira_diffusers.layout import lay_out
 from shira_diffusers.locate import locator_of, unwrap
 from shira_diffusers.scales import Scale, scale_of
@@ -22,6 +22,7 @@ from shira_diffusers.scatter import bits_of, cast, gather
 from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state
 from shira_diffusers.sweep import Step
 from shira_diffusers.sweep_cuda import sweeps_of
+from shira_diffusers.unions import Union
 from shira_diffusers.weights import Change, Kind, Weights
 
 

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from shira_diffusers import AdapterMismatchError, ShiraAdapter, ShiraError, SparseDelta, fuse
-from shira_diffusers.fuse import METHODS, fuse_scaled, merge_method, plan_union
+from shira_diffusers.fuse import METHODS, fuse_scaled, merge_method
 from tests import reference, tiny
 
 
@@ -108,22 +106,6 @@ def test_a_method_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = fuse([adapters()["a"], adapters()["c"]], method="count")
     assert set(fused.deltas["0.weight"].values.tolist()) == {2.0}
     assert set(fused.deltas["2.weight"].values.tolist()) == {1.0}
-
-
-sorted_indices = st.lists(st.integers(0, 40), unique=True, max_size=30).map(sorted)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(sorted_indices, min_size=1, max_size=8), st.sampled_from([torch.int32, torch.int64]))
-def test_the_union_and_the_places_in_it(parts: list[list[int]], dtype: torch.dtype) -> None:
-    union = plan_union([torch.tensor(part, dtype=dtype) for part in parts])
-    assert union.indices.tolist() == sorted(set().union(*parts))
-    assert union.indices.dtype == dtype
-    for part, place in zip(parts, union.places, strict=True):
-        if place is None:
-            assert len(part) == union.indices.numel()
-        else:
-            assert union.indices[place].tolist() == part
 
 
 def test_the_base_is_still_known_after_fusing() -> None:
