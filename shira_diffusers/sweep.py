@@ -89,7 +89,7 @@ def threads_for(entries: int) -> int:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """So many threads, each of which computes alone; torch would start as many again in each."""
-    all_here = Barrier(threads)  # an idle thread would do for the next job
+    all_here = Barrier(threads, timeout=60)  # or an idle thread would take the next job; Ctrl-C leaves nobody behind
     try:
         pool = ThreadPoolExecutor(threads, "shira", initializer=_compute_alone)
         for job in [pool.submit(all_here.wait) for _ in range(threads)]:
