@@ -69,10 +69,17 @@ class Archive:
 
     def _make_room(self) -> None:
         files = [path for pattern in ("*.png", "of/*/*.png") for path in self._folder.glob(pattern)]
-        sizes = {path: path.stat().st_size for path in files if is_kept(path.name)}
+        sizes = {path: _size(path) for path in files if is_kept(path.name)}
         total = sum(sizes.values())
         for path in sorted(sizes, key=lambda each: each.name):  # names sort by time
             if total <= self._max_bytes:
                 return
             path.unlink(missing_ok=True)
             total -= sizes[path]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # its visitor has deleted it meanwhile
+        return 0

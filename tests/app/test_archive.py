@@ -39,6 +39,7 @@ def test_all_pictures_together_have_a_size(tmp_path: Path) -> None:
     archive = Archive(folder, max_bytes=5 * size, shared=False)
     (folder / "of").mkdir(parents=True)
     (folder / "0.png").write_bytes(b"not of the history" * size)
+    (folder / "20200101-000000-000000000.png").symlink_to(folder / "deleted meanwhile")
     kept = [archive.add((ADA, BOB)[k % 2], PICTURE).name for k in range(CHECKED_EVERY)]
     assert sorted([*names(archive.of(ADA)), *names(archive.of(BOB))]) == kept[-5:]
     assert (folder / "0.png").exists()
