@@ -2,7 +2,7 @@
 
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ FORMAT = "shira"
 FORMAT_VERSION = "1"
 
 _VALUES, _SHAPE, _GAPS, _BASE = ".values", ".shape", ".gaps", ".base"
+_DIMENSIONS = 64  # what torch computes with; the product of a million sizes would take hours
 
 
 def encode(adapter: ShiraAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -143,6 +144,8 @@ def _coded(part: Mapping[str, Tensor]) -> Coded:
     if missing:
         raise AdapterFormatError(f"{', '.join(missing)} missing, expected .values, .gaps and .shape")
     shape = part[_SHAPE]
+    if shape.numel() > _DIMENSIONS:
+        raise AdapterFormatError(f"shape has {shape.numel()} dimensions, expected at most {_DIMENSIONS}")
     sizes = tuple(shape.tolist()) if shape.ndim == 1 and shape.dtype == torch.int64 else (-1,)
     if any(size < 0 for size in sizes):
         raise AdapterFormatError(f"shape is {shape.dtype} {shape.tolist()}, expected int64 sizes")
@@ -183,24 +186,19 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
 
 def write_atomically(target: Path, content: bytes) -> None:
     """Write ``content`` so that ``target`` is either the old file or the whole new one, even after a crash."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    # mkstemp's files are their owner's only, and the umask for a chmod is read by changing it, for all threads
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -376,6 +376,7 @@ ONES, PLAIN = torch.ones(2), {"unet.y.weight.gaps": torch.zeros(1, dtype=torch.u
         (foreign([0, 1], torch.uint8, ONES, [2.0, 3.0]), "expected int64 sizes"),
         (foreign([0, 1], torch.uint8, ONES, [[2, 3]]), "expected int64 sizes"),
         (foreign([0, 1], torch.uint8, ONES, [2**40, 2**40]), "more entries than any tensor"),
+        (foreign([0, 1], torch.uint8, ONES, [2] * 65), "shape has 65 dimensions, expected at most 64"),
         ({**foreign([0, 1], torch.uint8, ONES, [2, 3]), "unet.x.weight.base": torch.ones(3).half()}, "3 base values"),
         ({**foreign([0, 1], torch.uint8, ONES, [2, 3]), "unet.x.weight.base": torch.ones(2).long()}, "base is"),
     ],
@@ -422,7 +423,17 @@ def test_an_adapter_without_deltas_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_the_umask_is_never_touched(adapter: ShiraAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one for all threads: what others write meanwhile, everybody could write to."""
+
+    def refuse(mask: int) -> int:
+        raise AssertionError(f"umask({mask:o})")
+
+    monkeypatch.setattr(os, "umask", refuse)
+    save_adapter(adapter, tmp_path)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_crash_while_writing_leaves_the_old_file(
     adapter: ShiraAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
