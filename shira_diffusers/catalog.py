@@ -1,24 +1,33 @@
 """The adapters in a folder by name, as they are on disk now; nothing is read but names, sizes and times."""
 
+import stat
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.files import WEIGHTS_NAME
-from shira_diffusers.interop import PEFT_WEIGHTS, is_peft_folder
+from shira_diffusers.interop import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
 
 _SHOWN = 20
 
 
 class Version(NamedTuple):
-    """An adapter as it is on disk: another time, size or file is another version."""
+    """An adapter as it is on disk: another time, size or file is another version.
+
+    PEFT's, which tell no shapes, are one for each kind of ``model`` too: a hash of its component's name and its shapes.
+    """
 
     name: str
     path: Path
     size: int
     modified_ns: int
     inode: int
+    model: int = 0
+
+    def is_older_than(self, other: "Version") -> bool:
+        """Whether it is the same adapter as it was on disk before, for whatever model."""
+        return self.name == other.name and self._replace(model=0) != other._replace(model=0)
 
 
 class Catalog:
@@ -42,14 +51,9 @@ class Catalog:
         """Look at the folder again: the path of each name, or several where they clash."""
         found: dict[str, list[Path]] = {}
         for entry in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
-            if entry.name.startswith("."):
-                continue
-            if entry.suffix == ".safetensors" and entry.is_file():
-                found.setdefault(entry.stem, []).append(entry)
-            elif (entry / WEIGHTS_NAME).is_file():
-                found.setdefault(entry.name, []).append(entry / WEIGHTS_NAME)
-            elif is_peft_folder(entry):
-                found.setdefault(entry.name, []).append(entry)
+            if not entry.name.startswith(".") and (adapter := _adapter_at(entry)) is not None:
+                name, path = adapter
+                found.setdefault(name, []).append(path)
         with self._lock:
             self._paths = dict(sorted(found.items()))
             return self._paths
@@ -86,9 +90,27 @@ class Catalog:
         return f"no adapter named {name!r} in {self.folder}; there are {known}{more}"
 
 
-def _version(name: str, path: Path) -> Version | None:
+def _adapter_at(entry: Path) -> tuple[str, Path] | None:
+    """The name and the path of the adapter that an entry of the folder is, if it is one."""
     try:
-        told = (path / PEFT_WEIGHTS if path.is_dir() else path).stat()
+        if entry.suffix == ".safetensors" and entry.is_file():
+            return entry.stem, entry
+        if (entry / WEIGHTS_NAME).is_file():
+            return entry.name, entry / WEIGHTS_NAME
+        return (entry.name, entry) if is_peft_folder(entry) else None
+    except PermissionError:  # a folder that is not ours, such as lost+found
+        return None
+
+
+def _version(name: str, path: Path) -> Version | None:
+    """What is on disk now; None for what is gone, or is no file any more: to open a pipe could take for ever."""
+    try:
+        file = path
+        if path.is_dir():  # PEFT's; one without weights is told at use what it lacks
+            file = path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else PEFT_CONFIG)
+        told = file.stat()
     except OSError:
+        return None
+    if not stat.S_ISREG(told.st_mode):
         return None
     return Version(name, path, told.st_size, told.st_mtime_ns, told.st_ino)

@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.catalog import Catalog, Version
@@ -81,6 +81,7 @@ class AdapterLibrary:
         self._catalog = Catalog(Path(folder))
         self._store = Store(ram_bytes, device_bytes, self.device)
         self._served: WeakSet[nn.Module] = WeakSet()
+        self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._pool = ThreadPoolExecutor(threads, "shira-library")
         self._closed = False
 
@@ -148,7 +149,10 @@ class AdapterLibrary:
 
         On error the mix and all bits are what they were.
         """
-        with self._ready(target, scales) as (resident, mix), resident.using(mix, method):
+        with self._ready(target, scales) as (resident, mix, undo), ExitStack() as inside:
+            with undo:
+                inside.enter_context(resident.using(mix, method))
+                undo.pop_all()
             yield target
 
     def set(self, target: Any, scales: Mapping[str, Scale | None], method: str = "sum") -> None:
@@ -156,8 +160,9 @@ class AdapterLibrary:
 
         What is active is never put out, so it counts against ``device_bytes`` until then.
         """
-        with self._ready(target, scales) as (resident, mix):
+        with self._ready(target, scales) as (resident, mix, undo), undo:
             resident.set(mix, method)
+            undo.pop_all()
 
     def get(self, name: str) -> ShiraAdapter:
         """An adapter by itself, on the library's device; not for PEFT's, which need a model.
@@ -169,7 +174,7 @@ class AdapterLibrary:
         """
         version = self._find(name)
         with self._store.wanting([version]):
-            decoded = self._store.acquire(version, {}, self._is_free, lambda *_: None)
+            version, decoded = self._store.acquire(version, {}, self._is_free, lambda *_: None)
             self._store.release(version)
         lend(decoded.held)
         return decoded.adapter
@@ -198,24 +203,30 @@ class AdapterLibrary:
         return self._catalog.find(name)
 
     @contextmanager
-    def _ready(self, target: Any, scales: Mapping[str, Scale | None]) -> Iterator[tuple[Resident, dict[str, Scale]]]:
-        """Load a mix and register it on the model, whose lock is held until the end."""
+    def _ready(
+        self, target: Any, scales: Mapping[str, Scale | None]
+    ) -> Iterator[tuple[Resident, dict[str, Scale], ExitStack]]:
+        """Load a mix and register it on the model, whose lock is held until the end.
+
+        Yields:
+            The resident, the mix, and what brings older versions of adapters back, to be closed if the switch fails.
+        """
         if not isinstance(scales, Mapping):
             raise ShiraError(f"expected the mix as {{name: strength}}, got {scales!r}")
         mix = {name: 1.0 if scale is None else scale for name, scale in scales.items()}
-        versions = [self._find(name) for name in mix]
         user = _User(target)
+        versions = [self._store.fitted(self._find(name), user.models) for name in mix]
         with self._store.wanting(versions):
             for version in versions:  # before the lock is waited for
                 self._store.warm(version, user.models, self._is_free)
             guard_generations()
             with user.resident.writing():
                 try:
-                    with ExitStack() as pins:
+                    with ExitStack() as pins, ExitStack() as undo:
                         self._keep_active(user, pins)
                         for version in versions:
-                            self._register(user, version, pins)
-                        yield user.resident, mix
+                            self._register(user, version, pins, undo)
+                        yield user.resident, mix, undo.pop_all()
                 finally:
                     self._trim(user)
             for version in versions:
@@ -230,27 +241,31 @@ class AdapterLibrary:
                     self._store.device.pin(version)
                     pins.callback(self._store.release, version)
 
-    def _register(self, user: "_User", version: Version, pins: ExitStack) -> None:
+    def _register(self, user: "_User", version: Version, pins: ExitStack, undo: ExitStack) -> None:
         """Load an adapter, pinned, and add it to the model, in the place of an older version."""
 
         def leave(other: Version, decoded: Decoded) -> None:
             if user.holding(other, decoded):
                 user.resident.remove(other.name)
 
-        decoded = self._store.acquire(version, user.models, self._may_leave(user), leave)
+        version, decoded = self._store.acquire(version, user.models, self._may_leave(user), leave)
         pins.callback(self._store.release, version)
         lend(decoded.held)
         if user.holding(version, decoded):
             return
-        if version.name in user.resident.names:
-            if not any(user.holding(*other) for other in self._store.device if other[0].name == version.name):
-                raise ShiraError(
-                    f"the model has an adapter {version.name!r} that is not the library's; delete that one first, or "
-                    "rename one of the two"
-                )
-            user.resident.check(decoded.adapter)  # before the older one goes
-            user.resident.remove(version.name)
-        user.resident.add(decoded.adapter, version.name)
+        with self._store.lock:
+            self._made.update({id(delta.values): delta.values for delta in decoded.adapter.deltas.values()})
+        if version.name not in user.resident.names:
+            user.resident.add(decoded.adapter, version.name)
+            return
+        older = user.resident.adapter(version.name)
+        if not any(self._made.get(id(delta.values)) is delta.values for delta in older.deltas.values()):
+            raise ShiraError(
+                f"the model has an adapter {version.name!r} that is not the library's; delete that one first, or "
+                "rename one of the two"
+            )
+        user.resident.replace(decoded.adapter, version.name)
+        undo.callback(user.resident.replace, older, version.name)
 
     def _trim(self, user: "_User") -> None:
         """Take what is not active off a model, until all that is so on any is at most half of what the device may hold.

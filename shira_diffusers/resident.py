@@ -54,7 +54,8 @@ class Resident:
     @property
     def names(self) -> list[str]:
         """The adapters that were added, in the order in which they were."""
-        return list(dict.fromkeys(name for state in self._states().values() for name in state.adapters))
+        added = [list(state.adapters) for state in self._states().values()]  # at once: others may add meanwhile
+        return list(dict.fromkeys(name for names in added for name in names))
 
     @property
     def active(self) -> dict[str, Scale]:
@@ -82,7 +83,10 @@ class Resident:
         Raises:
             ShiraError: no adapter of that name.
         """
-        parts = [(part, self._states()[part].adapters[name]) for part in self.components_of(name)]
+        found = {part: state.adapters.get(name) for part, state in self._states().items()}
+        parts = [(part, adapter) for part, adapter in found.items() if adapter is not None]
+        if not parts:
+            self.require_known([name])
         named = [adapter.prefixed(part) if part else adapter for part, adapter in parts]
         return ShiraAdapter(
             {n: delta for adapter in named for n, delta in adapter.deltas.items()},
@@ -167,6 +171,37 @@ class Resident:
             self._tell_base(adapter, name, compare_base(parts, self._models))
             for part, its_own in parts.items():
                 ensure_state(unwrap(self._models[part])).adapters[name] = its_own
+
+    def replace(self, adapter: ShiraAdapter, name: str) -> None:
+        """Put another adapter in the place of one that was added: active as that was, with its scale.
+
+        Raises:
+            ShiraError: no adapter of that name.
+            AdapterMismatchError, ResidentStateError: as ``add`` and ``set``.
+
+        On error nothing has changed.
+        """
+        with self.writing():
+            self.require_known([name])
+            parts = fit(adapter, self._models)
+            self._tell_base(adapter, name, compare_base(parts, self._models))
+            for part in parts:
+                ensure_state(unwrap(self._models[part]))
+            states = self._states()
+            mixes = [state.mix for state in states.values()]
+            aside = [state.disabled for state in states.values() if state.disabled is not None]
+            before = {part: dict(state.adapters) for part, state in states.items()}
+            try:
+                plans = []
+                for part, state in states.items():
+                    _exchange(state, name, parts.get(part))
+                    disabled = _known_to(state, _joined(aside)) if aside else None
+                    plans.append(plan_switch(part, self._models[part], _known_to(state, _joined(mixes)), disabled))
+                run(plans)
+            except BaseException:
+                for part, state in states.items():
+                    state.adapters = before[part]
+                raise
 
     def check(self, adapter: ShiraAdapter) -> BaseMatch | None:
         """Whether an adapter fits, without adding it.
@@ -317,6 +352,22 @@ class Resident:
                 f"no adapter named {', '.join(map(repr, unknown))}, "
                 f"loaded are {', '.join(map(repr, self.names)) or 'none'}"
             )
+
+
+def _exchange(state: ShiraState, name: str, adapter: ShiraAdapter | None) -> None:
+    """Give a name to another adapter, or to none."""
+    order = [*state.adapters, name]
+    state.forget([name])
+    if adapter is not None:
+        held = {**state.adapters, name: adapter}
+        state.adapters = {name: held[name] for name in dict.fromkeys(order)}
+
+
+def _joined(mixes: Iterable[Mix]) -> Mix:
+    """The parts that components have of one mix."""
+    parts = list(mixes)
+    method = next((mix.method for mix in parts if mix.scales), "sum")
+    return Mix({name: scale for mix in parts for name, scale in mix.scales.items()}, method)
 
 
 def _known_to(state: ShiraState, mix: Mix) -> Mix:

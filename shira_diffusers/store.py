@@ -21,6 +21,7 @@ from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.hostmemory import HostMemory
 from shira_diffusers.interop import decode_peft, is_peft_state_dict, load_peft_adapter
 from shira_diffusers.packed import PackedAdapter, pack, packed
+from shira_diffusers.targets import named_weights
 from shira_diffusers.tensorfile import Bytes, mapped, open_safetensors
 from shira_diffusers.tiers import Tier
 
@@ -57,13 +58,26 @@ class Store:
         self.refused: dict[str, tuple[Version, AdapterFormatError]] = {}
         self._decoder = None if device.type == "cpu" else DeviceDecoder(device)
         self._pin_for = device if device.type == "cuda" else None
+        self._peft: dict[str, Version] = {}
         self._loading: dict[Version, Future[None]] = {}
         self._wanted: Counter[Version] = Counter()
 
     # ---------------------------------------------------------------- decoded
 
-    def acquire(self, version: Version, models: Models, may_leave: MayLeave, leaving: Leaving) -> Decoded:
-        """The decoded adapter, pinned: ``release`` it when it may leave again.
+    def fitted(self, version: Version, models: Models | None) -> Version:
+        """The version as it is for these models, which differs for PEFT's, as far as it is known to be PEFT's."""
+        with self.lock:
+            is_peft = self._peft.get(version.name) == version
+        if models is None or version.model or not (is_peft or version.path.is_dir()):
+            return version
+        component, model = _denoiser(models, version)
+        shapes = tuple((name, tuple(weight.shape)) for name, weight in named_weights(model).items())
+        return version._replace(model=hash((component, shapes)) or 1)
+
+    def acquire(
+        self, version: Version, models: Models, may_leave: MayLeave, leaving: Leaving
+    ) -> tuple[Version, Decoded]:
+        """The decoded adapter, pinned, and its version as ``fitted``: ``release`` that when it may leave again.
 
         Args:
             version: which.
@@ -77,14 +91,15 @@ class Store:
             OSError: the file cannot be read.
         """
         while True:
+            version = self.fitted(version, models)
             with self.lock:
                 found = self.device.find(version)
                 if found is not None:
                     self.device.pin(version)
-                    return found
+                    return version, found
             loaded = self._load(version, models, may_leave, leaving)
             if loaded is not None:
-                return loaded
+                return version, loaded
 
     def release(self, version: Version) -> None:
         """Let an acquired adapter leave when room is needed."""
@@ -97,10 +112,14 @@ class Store:
         def unwanted(other: Version, decoded: Decoded) -> bool:
             return not self._wanted[other] and may_leave(other, decoded)
 
-        with self.lock:
-            if self.device.find(version) is not None:
+        for _ in range(2):  # once more where a file has turned out to be PEFT's
+            version = self.fitted(version, models)
+            with self.lock:
+                if self.device.find(version) is not None:
+                    return
+            self._load(version, models, unwanted, None)
+            if self.fitted(version, models) == version:
                 return
-        self._load(version, models, unwanted, None)
 
     @contextmanager
     def wanting(self, versions: list[Version]) -> Iterator[None]:
@@ -119,8 +138,8 @@ class Store:
     def forget_older(self, version: Version, may_leave: MayLeave) -> None:
         """Drop what is kept of earlier versions of a name, as far as nobody uses it."""
         with self.lock:
-            _drop(self.ram, lambda key, _: _is_older(key, version))
-            _drop(self.device, lambda key, item: _is_older(key, version) and may_leave(key, item))
+            _drop(self.ram, lambda key, _: key.is_older_than(version))
+            _drop(self.device, lambda key, item: key.is_older_than(version) and may_leave(key, item))
 
     def clear(self, may_leave: MayLeave, *, packed: bool) -> None:
         """Drop all that nobody uses, of packed adapters too or of decoded ones only."""
@@ -238,6 +257,9 @@ class Store:
             if is_peft_state_dict(tensors):
                 with self.lock:
                     self.ram.release(version)
+                    self._peft[version.name] = version._replace(model=0)
+                if not version.model:
+                    return None  # nothing to keep: the version is another for each model
                 return self._keep(version, _of_peft(models, lambda model: decode_peft(tensors, model, source), version))
             found = packed(tensors, metadata, source, content, memory[0] if memory else None)
         except BaseException:
@@ -270,18 +292,19 @@ def _of_peft(
     """What PEFT's SHiRA tuner wrote, packed as one of ours for the denoiser of the models."""
     if models is None:
         return None
+    component, model = _denoiser(models, version)
+    adapter = decode(model)
+    return pack(adapter.prefixed(component) if component else adapter, str(version.path))
+
+
+def _denoiser(models: Models, version: Version) -> tuple[str, nn.Module]:
     component = next((name for name in _DENOISERS if name in models), None)
     if component is None:
         raise ShiraError(f"{version.path} is PEFT's: expected a model with one of {', '.join(_DENOISERS[1:])}")
-    adapter = decode(models[component])
-    return pack(adapter.prefixed(component) if component else adapter, str(version.path))
+    return component, models[component]
 
 
 def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool]) -> None:
     for key, item in tier:
         if not tier.pinned(key) and leaves(key, item):
             tier.drop(key)
-
-
-def _is_older(key: Version, version: Version) -> bool:
-    return key.name == version.name and key != version

@@ -1,8 +1,11 @@
 """AdapterLibrary: the same bits as load_shira, budgets that hold, nothing put out that is in use, nothing leaked."""
 
+import copy
 import gc
 import os
 import re
+import shutil
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,6 +30,7 @@ from shira_diffusers import (
     save_adapter,
 )
 from shira_diffusers.devicedecoder import DeviceDecoder
+from shira_diffusers.interop import load_peft_adapter
 from shira_diffusers.packed import PackedAdapter, packed
 from shira_diffusers.tensorfile import mapped, open_safetensors
 from tests import reference, tiny
@@ -158,6 +162,36 @@ def test_a_peft_folder_and_a_peft_file(pipe: StableDiffusionPipeline, tmp_path: 
             tiny.assert_same_bits(pipe, tiny.snapshot(other))
         library.set(pipe, {})
         assert_budgets(library)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_adapter_of_peft_is_fitted_to_each_kind_of_model(kind: str, tmp_path: Path) -> None:
+    """PEFT stores no shapes: on a model that it is not for it may be refused, or fit by chance."""
+    from peft import ShiraConfig, get_peft_model
+
+    own, larger, smaller = (tiny.unet(cross_attention_dim=size) for size in (32, 64, 16))
+    config = ShiraConfig(r=2, target_modules=["attn2.to_k"], init_weights=False)
+    get_peft_model(tiny.unet(), config).save_pretrained(tmp_path / "peft")
+    expected = Resident(tiny.unet())
+    expected.add(load_peft_adapter(tmp_path / "peft", own), "peft")
+    expected.set({"peft": 1.0})
+    if kind == "file":
+        (tmp_path / "peft" / "adapter_model.safetensors").rename(tmp_path / "peft.safetensors")
+        shutil.rmtree(tmp_path / "peft")
+    base = tiny.snapshot(own)
+    with AdapterLibrary(tmp_path, device="cpu") as library:
+        with pytest.raises(AdapterFormatError, match="out of range"):
+            library.set(smaller, {"peft": 1.0})
+        library.set(larger, {"peft": 1.0})
+        library.set({"unet": own}, {"peft": 1.0})
+        tiny.assert_same_bits(own, tiny.snapshot(expected.models[""]))
+        library.set({"unet": own}, {})
+        tiny.assert_same_bits(own, base)
+        library.set(own, {"peft": 1.0})  # with another name of the component
+        tiny.assert_same_bits(own, tiny.snapshot(expected.models[""]))
+        assert library.broken == {}
+        with pytest.raises(ShiraError, match="is PEFT's: expected a model with one of unet, transformer"):
+            library.get("peft")
 
 
 def test_a_pipeline_a_resident_a_module_and_components(
@@ -395,6 +429,21 @@ def test_an_adapter_of_that_name_that_is_not_the_librarys(
     assert resident.names == ["a0", "a2"]
 
 
+def test_a_copy_of_a_model_has_adapters_that_are_the_librarys(
+    open_library: Callable[..., AdapterLibrary], model: nn.Sequential, adapters: dict[str, ShiraAdapter]
+) -> None:
+    library, base = open_library(), tiny.snapshot(model)
+    library.set(model, {"a0": 1.0})
+    copied = copy.deepcopy(model)
+    library.set(model, {"a1": 1.0})
+    Resident(model).remove("a0")
+    library.clear()
+    assert "a0" not in decoded_names(library)
+    with library.use(copied, {"a0": 0.5, "a2": 1.0}):
+        tiny.assert_same_bits(copied, reference.apply(base, adapters, {"a0": 0.5, "a2": 1.0}))
+    tiny.assert_same_bits(copied, reference.apply(base, adapters, {"a0": 1.0}))
+
+
 def test_adapters_deleted_by_the_user_are_added_again(
     open_library: Callable[..., AdapterLibrary], model: nn.Sequential
 ) -> None:
@@ -512,6 +561,41 @@ def test_names_clashes_and_what_is_there(
         AdapterLibrary(folder / "nowhere")
 
 
+def test_a_folder_that_may_not_be_looked_into_disturbs_nobody(adapters: dict[str, ShiraAdapter]) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own lie where only one user may look
+        save_adapter(adapters["a0"], Path(folder, "a0.safetensors"))
+        os.chmod(folder, 0o755)
+        Path(folder, "lost+found").mkdir(mode=0)
+        user = os.geteuid()
+        try:
+            if user == 0:  # root may read everything
+                os.seteuid(65534)
+            with AdapterLibrary(folder, device="cpu") as library:
+                assert library.names == ["a0"]
+        finally:
+            os.seteuid(user)
+
+
+def test_what_is_no_file_any_more(
+    open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential
+) -> None:
+    """Opening a pipe would take for ever."""
+    library = open_library()
+    (folder / "a0.safetensors").unlink()
+    os.mkfifo(folder / "a0.safetensors")
+    with pytest.raises(ShiraError, match="no adapter named 'a0'"):
+        library.set(model, {"a0": 1.0})
+
+
+def test_an_adapter_of_peft_without_its_weights(tmp_path: Path, model: nn.Sequential) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text('{"peft_type": "SHIRA"}')
+    with AdapterLibrary(tmp_path, device="cpu") as library:
+        with pytest.raises(AdapterFormatError, match=r"peft has no adapter_model\.safetensors; save it with safe_ser"):
+            library.set(model, {"peft": 1.0})
+        assert list(library.broken) == ["peft"]
+
+
 def test_damaged_files_are_told_as_load_adapter_does(
     open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential
 ) -> None:
@@ -605,6 +689,66 @@ def test_a_new_version_that_does_not_fit_leaves_the_old_one(
     with pytest.raises(AdapterMismatchError, match="does not fit"):
         library.set(model, {"a0": 1.0})
     tiny.assert_same_bits(model, active)
+    assert Resident(model).active == {"a0": 1.0}
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_use_of_a_new_version_brings_the_mix_before_back(
+    open_library: Callable[..., AdapterLibrary],
+    folder: Path,
+    model: nn.Sequential,
+    adapters: dict[str, ShiraAdapter],
+    aside: bool,
+) -> None:
+    library, base = open_library(), tiny.snapshot(model)
+    library.set(model, {"a0": 1.0, "a1": -0.5})
+    if aside:
+        Resident(model).disable()
+    save_adapter(adapters["a3"], folder / "a0.safetensors")
+    now = {"a0": adapters["a3"], "a1": adapters["a1"]}
+    with library.use(model, {"a0": 0.3}):
+        tiny.assert_same_bits(model, reference.apply(base, now, {"a0": 0.3}))
+    tiny.assert_same_bits(model, base if aside else reference.apply(base, now, {"a0": 1.0, "a1": -0.5}))
+    Resident(model).enable()
+    assert Resident(model).active == {"a0": 1.0, "a1": -0.5}
+    tiny.assert_same_bits(model, reference.apply(base, now, {"a0": 1.0, "a1": -0.5}))
+
+
+@pytest.mark.parametrize("mix", [{"a0": "strong"}, {"a0": 1.0, "a1": None, "other": 1.0}])
+@pytest.mark.parametrize("verb", ["set", "use"])
+def test_an_error_after_a_file_changed_leaves_the_mix_and_all_bits(
+    open_library: Callable[..., AdapterLibrary],
+    folder: Path,
+    model: nn.Sequential,
+    adapters: dict[str, ShiraAdapter],
+    mix: dict[str, object],
+    verb: str,
+) -> None:
+    library = open_library(device=10_000)
+    library.set(model, {"a0": 1.0})
+    active = tiny.snapshot(model)
+    save_adapter(adapters["a3"], folder / "a0.safetensors")
+    save_adapter(tiny.adapter_for(tiny.unet(), 1), folder / "other.safetensors")
+    with pytest.raises(ShiraError, match=r"must be a finite number|does not fit"):
+        if verb == "set":
+            library.set(model, mix)
+        else:
+            with library.use(model, mix):
+                pass
+    tiny.assert_same_bits(model, active)
+    assert Resident(model).active == {"a0": 1.0}
+    tiny.assert_same_adapter(Resident(model).adapter("a0"), adapters["a0"])
+
+
+def test_an_error_inside_a_use_keeps_the_new_version(
+    open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential, adapters: dict[str, ShiraAdapter]
+) -> None:
+    library = open_library()
+    library.set(model, {"a0": 1.0})
+    save_adapter(adapters["a3"], folder / "a0.safetensors")
+    with pytest.raises(KeyError, match="mine"), library.use(model, {"a0": 0.5}):
+        raise KeyError("mine")
+    tiny.assert_same_adapter(Resident(model).adapter("a0"), adapters["a3"])
     assert Resident(model).active == {"a0": 1.0}
 
 

@@ -1,8 +1,11 @@
 """The numerical contract: what is written, and that every bit comes back."""
 
 import copy
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 
 import pytest
@@ -554,6 +557,69 @@ def test_remove_keeps_the_rest_of_the_mix(resident: Resident, model: nn.Module, 
     assert same_as_oracle(model, base, adapters, {"b": 2.0})
     resident.remove("b")
     tiny.assert_same_bits(model, base)
+
+
+def test_another_adapter_in_the_place_of_one(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    base = tiny.snapshot(model)
+    resident.set({"a": 0.5, "b": 2.0})
+    resident.replace(adapters["c"], "a")
+    assert resident.active == {"a": 0.5, "b": 2.0} and resident.names == ["a", "b", "c"]
+    assert same_as_oracle(model, base, {**adapters, "a": adapters["c"]}, {"a": 0.5, "b": 2.0})
+    with pytest.raises(ShiraError, match="no adapter named 'x'"):
+        resident.replace(adapters["c"], "x")
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
+def test_an_adapter_of_other_components_in_the_place_of_one(pipe: object) -> None:
+    resident, base = Resident(tiny.modules_of(pipe)), tiny.snapshot(pipe)
+    one, other = tiny.adapter_for(pipe, 1, components=("unet",)), tiny.adapter_for(pipe, 2)
+    resident.add(one, "a")
+    resident.set({"a": {"unet": 0.5}})
+    for adapter, parts in ((other, ["text_encoder", "unet"]), (one, ["unet"])):
+        resident.replace(adapter, "a")
+        assert sorted(resident.components_of("a")) == parts and resident.active == {"a": {"unet": 0.5}}
+        expected = reference.apply(base, {"a": adapter}, {"a": {"unet": 0.5}})
+        tiny.assert_same_bits(pipe, expected)
+    resident.clear()
+    tiny.assert_same_bits(pipe, base)
+
+
+def test_what_cannot_take_the_place_leaves_all_as_it_was(resident: Resident, model: nn.Module, adapters: dict) -> None:
+    resident.set({"a": 0.5})
+    with torch.no_grad():
+        tiny.weights_of(model, ("attn1.to_q",)).popitem()[1].add_(1)  # by somebody else
+    before = tiny.snapshot(model)
+    with pytest.raises(ResidentStateError, match="written by somebody else"):
+        resident.replace(adapters["b"], "a")
+    tiny.assert_same_bits(model, before)
+    assert resident.active == {"a": 0.5} and resident.names == ["a", "b", "c"]
+    tiny.assert_same_adapter(resident.adapter("a"), adapters["a"])
+
+
+def test_names_are_told_while_others_add_and_remove() -> None:
+    resident, names = Resident(nn.Linear(4, 4)), [f"n{number}" for number in range(200)]
+    adapter = tiny.adapter_for(resident.models[""], only=("",))
+    for name in names:
+        resident.add(adapter, name)
+    done, interval = threading.Event(), sys.getswitchinterval()
+
+    def ask() -> None:
+        while not done.is_set():
+            assert set(resident.names) - {"x"} == set(names)
+
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask) for _ in range(2)]
+        try:
+            for _ in range(200):
+                resident.add(adapter, "x")
+                resident.remove("x")
+        finally:
+            done.set()
+            sys.setswitchinterval(interval)
+        for one in asking:
+            one.result()
 
 
 def test_two_residents_of_a_module_share_its_state(resident: Resident, model: nn.Module) -> None:
