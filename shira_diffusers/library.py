@@ -2,12 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.catalog import Catalog, Version
 from shira_diffusers.devicedecoder import lend
-from shira_diffusers.errors import ShiraError
+from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.locate import unwrap
 from shira_diffusers.pipeline import guard_generations, resident_of
 from shira_diffusers.resident import Resident
@@ -26,6 +26,8 @@ from shira_diffusers.store import Decoded, MayLeave, Store
 from shira_diffusers.tiers import TierStats
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RAM_BYTES = 4 * 2**30
 DEVICE_BYTES = 2**30
@@ -174,7 +176,9 @@ class AdapterLibrary:
         """
         version = self._find(name)
         with self._store.wanting([version]):
-            version, decoded = self._store.acquire(version, {}, self._is_free, lambda *_: None)
+            version, decoded = self._newest(
+                version, {}, lambda v: self._store.acquire(v, {}, self._is_free, lambda *_: None)
+            )
             self._store.release(version)
         lend(decoded.held)
         return decoded.adapter
@@ -217,20 +221,31 @@ class AdapterLibrary:
         user = _User(target)
         versions = [self._store.fitted(self._find(name), user.models) for name in mix]
         with self._store.wanting(versions):
-            for version in versions:  # before the lock is waited for
-                self._store.warm(version, user.models, self._is_free)
+            versions = [  # before the lock is waited for
+                self._newest(version, user.models, lambda v: self._store.warm(v, user.models, self._is_free))
+                for version in versions
+            ]
             guard_generations()
             with user.resident.writing():
                 try:
                     with ExitStack() as pins, ExitStack() as undo:
                         self._keep_active(user, pins)
-                        for version in versions:
-                            self._register(user, version, pins, undo)
+                        versions = [self._register(user, version, pins, undo) for version in versions]
                         yield user.resident, mix, undo.pop_all()
                 finally:
                     self._trim(user)
             for version in versions:
                 self._store.forget_older(version, self._is_free)
+
+    def _newest(self, version: Version, models: Mapping[str, nn.Module], load: Callable[[Version], T]) -> T:
+        """Load a version, or the one that has taken its place on disk meanwhile."""
+        while True:
+            try:
+                return load(version)
+            except (AdapterFormatError, OSError):
+                before, version = version, self._store.fitted(self._find(version.name), models)
+                if version == before:
+                    raise
 
     def _keep_active(self, user: "_User", pins: ExitStack) -> None:
         """Pin what is active on a model, which becomes one of those served."""
@@ -241,23 +256,25 @@ class AdapterLibrary:
                     self._store.device.pin(version)
                     pins.callback(self._store.release, version)
 
-    def _register(self, user: "_User", version: Version, pins: ExitStack, undo: ExitStack) -> None:
-        """Load an adapter, pinned, and add it to the model, in the place of an older version."""
+    def _register(self, user: "_User", version: Version, pins: ExitStack, undo: ExitStack) -> Version:
+        """Load an adapter, pinned, and add it to the model, in the place of an older version; which one it is."""
 
         def leave(other: Version, decoded: Decoded) -> None:
             if user.holding(other, decoded):
                 user.resident.remove(other.name)
 
-        version, decoded = self._store.acquire(version, user.models, self._may_leave(user), leave)
+        version, decoded = self._newest(
+            version, user.models, lambda v: self._store.acquire(v, user.models, self._may_leave(user), leave)
+        )
         pins.callback(self._store.release, version)
         lend(decoded.held)
         if user.holding(version, decoded):
-            return
+            return version
         with self._store.lock:
             self._made.update({id(delta.values): delta.values for delta in decoded.adapter.deltas.values()})
         if version.name not in user.resident.names:
             user.resident.add(decoded.adapter, version.name)
-            return
+            return version
         older = user.resident.adapter(version.name)
         if not any(self._made.get(id(delta.values)) is delta.values for delta in older.deltas.values()):
             raise ShiraError(
@@ -266,6 +283,7 @@ class AdapterLibrary:
             )
         user.resident.replace(decoded.adapter, version.name)
         undo.callback(user.resident.replace, older, version.name)
+        return version
 
     def _trim(self, user: "_User") -> None:
         """Take what is not active off a model, until all that is so on any is at most half of what the device may hold.

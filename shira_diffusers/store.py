@@ -6,7 +6,7 @@ What it knows of models is only what it is told: which adapters may leave.
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -40,6 +40,14 @@ class Decoded(NamedTuple):
 T = TypeVar("T")
 MayLeave = Callable[[Version, Decoded], bool]
 Leaving = Callable[[Version, Decoded], None]
+
+
+class _CrowdedError(Exception):
+    """What is being decoded for others, and may leave as soon as it is, has taken the room."""
+
+    def __init__(self, arriving: list[Future[None]]) -> None:
+        super().__init__()
+        self.arriving = arriving
 
 
 class Store:
@@ -97,7 +105,11 @@ class Store:
                 if found is not None:
                     self.device.pin(version)
                     return version, found
-            loaded = self._load(version, models, may_leave, leaving)
+            try:
+                loaded = self._load(version, models, may_leave, leaving)
+            except _CrowdedError as crowded:
+                wait(crowded.arriving, return_when=FIRST_COMPLETED)  # not while this one counts as arriving
+                continue
             if loaded is not None:
                 return version, loaded
 
@@ -106,8 +118,8 @@ class Store:
         with self.lock:
             self.device.unpin(version)
 
-    def warm(self, version: Version, models: Models | None, may_leave: MayLeave) -> None:
-        """Load it as far as there is room without putting out what waiting clients want; errors are told at use."""
+    def warm(self, version: Version, models: Models | None, may_leave: MayLeave) -> Version:
+        """Load it as far as there is room without putting out what waiting clients want; its version as ``fitted``."""
 
         def unwanted(other: Version, decoded: Decoded) -> bool:
             return not self._wanted[other] and may_leave(other, decoded)
@@ -116,10 +128,11 @@ class Store:
             version = self.fitted(version, models)
             with self.lock:
                 if self.device.find(version) is not None:
-                    return
+                    break
             self._load(version, models, unwanted, None)
             if self.fitted(version, models) == version:
-                return
+                break
+        return version
 
     @contextmanager
     def wanting(self, versions: list[Version]) -> Iterator[None]:
@@ -211,6 +224,8 @@ class Store:
                 if leaving is not None:
                     leaving(*other)
             if left is None and leaving is not None:
+                if arriving := [self._loading[key] for key in self.device.arriving if key in self._loading]:
+                    raise _CrowdedError(arriving)
                 used = [key.name for key, item in self.device if self.device.pinned(key) or not may_leave(key, item)]
                 raise ShiraError(
                     f"no room for adapter {version.name!r}, which takes {nbytes:,} bytes decoded: device_bytes is "
@@ -249,7 +264,7 @@ class Store:
             memory: list[HostMemory] = []
 
             def read(file: Path) -> Bytes:
-                memory.append(HostMemory(version.size, self._pin_for))
+                memory[:] = [HostMemory(version.size, self._pin_for)]
                 return memory[0].fill(file)
 
             source = str(version.path)

@@ -43,7 +43,30 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def open_safetensors(file: Path, read: Callable[[Path], Bytes]) -> tuple[dict[str, Tensor], dict[str, str], Bytes]:
-    """As ``read_safetensors``, and the file's bytes as ``read`` gives them, which the tensors are parts of."""
+    """As ``read_safetensors``, and the file's bytes as ``read`` gives them, which the tensors are parts of.
+
+    A file that is replaced meanwhile is read again: never a part of one and a part of the other.
+    """
+    for last in (False, False, True):
+        before = _identity(file)
+        try:
+            found = _open(file, read)
+        except AdapterFormatError:
+            if last or _identity(file) == before:
+                raise
+        else:
+            if _identity(file) == before:
+                return found
+    raise AdapterFormatError(f"{file} changed each time it was read, expected a whole file; wait until it is written")
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """Which file a path means now: it is opened several times, and may be replaced in between."""
+    told = file.stat()
+    return told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns
+
+
+def _open(file: Path, read: Callable[[Path], Bytes]) -> tuple[dict[str, Tensor], dict[str, str], Bytes]:
     with open(file, "rb") as raw:  # safetensors calls a file that may not be read a missing one
         start = raw.read(2)
     try:
@@ -53,7 +76,7 @@ def open_safetensors(file: Path, read: Callable[[Path], Bytes]) -> tuple[dict[st
             keys = opened.keys()
             tensors = {key: cut_out[key] if key in cut_out else opened.get_tensor(key) for key in keys}
             return tensors, dict(opened.metadata() or {}), content
-    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         kind = "like a pickle, which is never loaded" if _starts_pickle(start) else "damaged or truncated"
         raise AdapterFormatError(
             f"{file} cannot be read: expected a safetensors file, got {file.stat().st_size} bytes that look {kind} "

@@ -55,6 +55,11 @@ class Tier(Generic[Key, Item]):
         """Keys and items, the least recently used first: a snapshot."""
         return iter([(key, slot.item) for key, slot in self._slots.items()])
 
+    @property
+    def arriving(self) -> list[Key]:
+        """Keys for which room is reserved."""
+        return list(self._reserved)
+
     def note(self, hit: bool) -> None:
         """Count a hit or a miss."""
         self._hits, self._misses = self._hits + hit, self._misses + (not hit)

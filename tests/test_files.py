@@ -21,6 +21,7 @@ import shira_diffusers.files
 from shira_diffusers import AdapterFormatError, ShiraAdapter, SparseDelta, load_adapter, save_adapter
 from shira_diffusers.files import WEIGHTS_NAME, decode, encode
 from shira_diffusers.gaps import decode_gaps, encode_gaps
+from shira_diffusers.tensorfile import Bytes, mapped, open_safetensors
 from tests import reference, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -297,6 +298,27 @@ def test_a_flipped_bit_is_refused_or_gives_an_adapter(tmp_path_factory: pytest.T
         assert load_adapter(path).nnz >= 0
     except AdapterFormatError as error:
         assert str(path) in str(error)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(adapter: ShiraAdapter, tmp_path: Path) -> None:
+    """Its parts are never those of two files: it is opened several times, by name."""
+    path = save_adapter(adapter, tmp_path / "a.safetensors")
+    other = ShiraAdapter(
+        {"unet.a.weight": SparseDelta(torch.tensor([7]), torch.tensor([0.75]), (4, 65))}, {"new": "yes"}
+    )
+    left = [1]
+
+    def read(file: Path) -> Bytes:
+        if left:
+            left.pop()
+            save_adapter(other, path)
+        return mapped(file)
+
+    tensors, metadata, _ = open_safetensors(path, read)
+    assert same(decode(tensors, metadata, "the file"), other) and metadata["new"] == "yes"
+    left += range(9)
+    with pytest.raises(AdapterFormatError, match="changed each time it was read, expected a whole file"):
+        open_safetensors(path, read)
 
 
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:

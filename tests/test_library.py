@@ -381,6 +381,26 @@ def test_a_mix_that_never_fits(open_library: Callable[..., AdapterLibrary], mode
 # -------------------------------------------------------------------- what is in use stays
 
 
+def test_a_client_waits_for_room_that_others_take_for_a_moment(
+    open_library: Callable[..., AdapterLibrary], model: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, real = open_library(device=1), PackedAdapter.unpack
+    begun, go_on = threading.Event(), threading.Event()
+
+    def unpack(self: PackedAdapter, decoder: object = None) -> object:
+        if "a0" in self.source:
+            begun.set()
+            assert go_on.wait(SOON)
+        return real(self, decoder)
+
+    monkeypatch.setattr(PackedAdapter, "unpack", unpack)
+    library.prefetch("a0")
+    assert begun.wait(SOON)
+    threading.Timer(0.2, go_on.set).start()
+    library.set(model, {"a1": 1.0})
+    assert decoded_names(library) == ["a1"]
+
+
 def test_mixes_inside_each_other(
     open_library: Callable[..., AdapterLibrary], model: nn.Sequential, adapters: dict[str, ShiraAdapter]
 ) -> None:
@@ -677,6 +697,29 @@ def test_a_file_that_changes_is_read_again(
     library.set(other, {})
     library.set(model, {"a1": 1.0})
     assert decoded_names(library).count("a0") == 1
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+    open_library: Callable[..., AdapterLibrary],
+    folder: Path,
+    model: nn.Sequential,
+    adapters: dict[str, ShiraAdapter],
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+) -> None:
+    library, base, real = open_library(ram=room), tiny.snapshot(model), shira_diffusers.store.open_safetensors
+    other = ShiraAdapter({"0.weight": adapters["a3"].deltas["0.weight"]})
+
+    def read(file: Path, *args: object) -> object:
+        monkeypatch.undo()
+        save_adapter(other, file)
+        return real(file, *args)
+
+    monkeypatch.setattr(shira_diffusers.store, "open_safetensors", read)
+    library.set(model, {"a0": 1.0})
+    tiny.assert_same_bits(model, reference.apply(base, {"a0": other}, {"a0": 1.0}))
+    assert library.broken == {}
 
 
 def test_a_new_version_that_does_not_fit_leaves_the_old_one(
