@@ -247,6 +247,8 @@ def find_file(path: Path) -> Path:
         raise FileNotFoundError(f"no adapter at {path}: expected a .safetensors file or a folder that holds one")
     if path.is_file():
         return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is neither a file nor a folder, expected one of them; name an adapter file")
     if (path / WEIGHTS_NAME).is_file():
         return path / WEIGHTS_NAME
     files = sorted(path.glob("*.safetensors"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.delta import SparseDelta
+from shira_diffusers.delta import SparseDelta, all_finite
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, listing
 from shira_diffusers.unions import Union, plan_union
 
@@ -59,7 +59,8 @@ def fuse(
         weights that the adapters give together.
 
     Raises:
-        ShiraError: no adapters, another number of weights, a weight that is not finite, or an unknown method.
+        ShiraError: no adapters, another number of weights, a weight that is not finite, a sum too large for float32, or
+            an unknown method.
         AdapterMismatchError: a parameter that has another shape in another adapter.
     """
     if isinstance(adapters, Mapping):
@@ -75,12 +76,21 @@ def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]],
     plain = [adapter for adapter, _ in adapters]
     names = sorted({name for adapter in plain for name in adapter.deltas})
     _require_same_shapes(plain, names)
-    deltas = {}
+    deltas: dict[str, SparseDelta] = {}
+    wide: list[str] = []
     for name in names:
         held = [(adapter.deltas[name], scale(name)) for adapter, scale in adapters if name in adapter.deltas]
         union = plan_union([delta.indices for delta, _ in held])
         total = merge(union, [delta.values for delta, _ in held], [scale for _, scale in held])
-        deltas[name] = SparseDelta(union.indices, total, held[0][0].shape)
+        if bool(all_finite(total)):
+            deltas[name] = SparseDelta(union.indices, total, held[0][0].shape)
+        else:
+            wide.append(name)
+    if wide:
+        raise ShiraError(
+            f"{len(wide)} of {len(names)} parameters become too large for float32 when they are fused, expected finite "
+            f"sums; use smaller weights:{listing(wide)}"
+        )
     return ShiraAdapter(deltas, _metadata(plain), _base_probes(plain, deltas))
 
 

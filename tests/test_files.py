@@ -246,6 +246,9 @@ def test_a_folder_with_one_file_or_the_default_name(adapter: ShiraAdapter, tmp_p
         load_adapter(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a \.safetensors file or a folder"):
         load_adapter(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="pipe is neither a file nor a folder"):
+        load_adapter(tmp_path / "pipe")
 
 
 def test_a_state_dict_has_no_header(adapter: ShiraAdapter) -> None:
