@@ -216,10 +216,12 @@ class Library:
         """Give an adapter of the app's own another name, tidied.
 
         Raises:
-            SettingsError: there is none, it is one that is only read, or the name is taken; nothing has changed.
+            SettingsError: there is none, it is one that is only read, the name is blank or taken; nothing has changed.
         """
         with self._changing:
             entry = self._own(old, "renamed")
+            if not str(new).strip():
+                raise SettingsError(f"{entry.name!r} needs a name to be renamed to, got none")
             name = tidy_name(new)
             if name == entry.name:
                 return entry

@@ -17,7 +17,8 @@ def table(entries: Sequence[Entry]) -> str:
     head = "".join(
         f'<th scope="col">{title}</th>' for title in ("Name", "Mask", "Density", "Size", "Base", "Trained on", "Origin")
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(map(_row, entries))}</tbody></table>"
+    rows = "".join(map(_row, entries))
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _row(entry: Entry) -> str:
@@ -25,8 +26,8 @@ def _row(entry: Entry) -> str:
     name = f'<th scope="row">{escape(entry.name)}</th>'
     size, origin = _cell("Size", f"{entry.megabytes:.2f} MB"), _cell("Origin", entry.origin)
     if card is None:
-        reason = f'<td data-label="" colspan="2" class="reason">Does not fit: {escape(entry.reason)}</td>'
-        return f'<tr class="refused">{name}{reason}{size}{_cell("", "", 2)}{origin}</tr>'
+        reason = f'<td colspan="2" class="reason">Left out: {escape(entry.reason)}</td>'
+        return f'<tr class="refused">{name}<td colspan="2"></td>{size}{reason}{origin}</tr>'
     note = f'<span class="note">{escape(card.note)}</span>' if card.note else ""
     cells = [
         _cell("Mask", card.mask or "not told"),
@@ -39,8 +40,8 @@ def _row(entry: Entry) -> str:
     return f"<tr>{name}{''.join(cells)}</tr>"
 
 
-def _cell(label: str, text: str, span: int = 1) -> str:
-    return f'<td data-label="{label}"{f" colspan={span}" if span > 1 else ""}>{escape(text)}</td>'
+def _cell(label: str, text: str) -> str:
+    return f'<td data-label="{label}">{escape(text)}</td>'
 
 
 def _short(base: str) -> str:

@@ -9,6 +9,7 @@ import gradio as gr
 
 from app.strengths import Strength, told
 
+REFUSALS_SHOWN = 3
 CSS = Path(__file__).with_name("style.css")
 ROLES = Path(__file__).parent / "js" / "roles.js"
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
@@ -50,9 +51,12 @@ def header(model: str, styles: int) -> str:
 
 
 def refusals(refused: Iterable[tuple[str, str]]) -> str:
-    """Files that were left out, each with the reason."""
-    items = "".join(f"<li><b>{html.escape(name)}</b> {html.escape(reason)}</li>" for name, reason in refused)
-    return f"<p>Left out, as they do not fit this model:</p><ul>{items}</ul>"
+    """Files that were left out, the first few with the reason."""
+    refused = tuple(refused)
+    shown, left = refused[:REFUSALS_SHOWN], len(refused) - REFUSALS_SHOWN
+    items = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(reason)}</li>" for name, reason in shown)
+    more = f"<li>and {left} more, see Library</li>" if left > 0 else ""
+    return f"<p>Left out:</p><ul>{items}{more}</ul>"
 
 
 def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
@@ -113,3 +117,10 @@ def plain(text: str) -> str:
 
 def _styled(name: str, strength: Strength) -> str:
     return f"{name} {told(strength)}".rstrip()
+
+
+def scroll_to(selector: str) -> str:
+    """JavaScript that brings a part of the page into view, if it is not: on a phone it lies below what was pressed."""
+    return (
+        f"() => {{ document.querySelector('{selector}').scrollIntoView({{ block: 'nearest', behavior: 'smooth' }}) }}"
+    )

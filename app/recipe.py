@@ -139,7 +139,7 @@ class Recipe:
                 f"no setting named {', '.join(map(reprlib.repr, sorted(map(str, unknown))[:5]))}; "
                 f"there are {', '.join(each.name for each in fields(self))}"
             )
-        new = replace(self, **{name: _CHECKS[name](name, value) for name, value in values.items()})
+        new = replace(self, **{name: _CHECKS[name](_words(name), value) for name, value in values.items()})
         strangers = [name for name in new.avoid if name not in known]
         if strangers:
             raise SettingsError(f"no adapter named {strangers[0][:60]!r} to keep off; there are {', '.join(known)}")
@@ -210,6 +210,11 @@ class Recipe:
             **(sampled if self.sample_prompt else {}),  # type: ignore[arg-type]
         )
         return [word for flag in command_line(config) for word in flag]
+
+
+def _words(setting: str) -> str:
+    """A setting as the page calls it, which whoever knows its name recognises."""
+    return "pictures a step (batch)" if setting == "batch" else setting.replace("_", " ")
 
 
 def _text(what: str, value: object) -> str:

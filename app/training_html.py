@@ -80,7 +80,7 @@ def curve(losses: Mapping[int, float]) -> str:
         return ""
     mean = smoothed(losses)
     first, last = min(losses), max(losses)
-    top = sorted(losses.values())[int(0.98 * (len(losses) - 1))] * 1.1 or 1.0
+    top = max(sorted(losses.values())[int(0.98 * (len(losses) - 1))], *mean.values()) * 1.1 or 1.0
 
     def points(values: Mapping[int, float]) -> str:
         every = max(1, len(values) // POINTS)

@@ -28,9 +28,9 @@ def build(studio: Studio) -> gr.Blocks:
         delete_cache=(CACHE_SECONDS, CACHE_SECONDS),
     ) as blocks:
         session = studio.session
-        gr.HTML(look.header(session.model, len(session.cards)), elem_id="header", padding=False)
+        header = gr.HTML(look.header(session.model, len(session.cards)), elem_id="header", padding=False)
         with gr.Tabs(elem_id="tabs") as row:
-            mix = MixTab(studio, row)
+            mix = MixTab(studio, row, header)
             tabs: dict[str, Any] = {
                 "Mix": mix,
                 "Compare": CompareTab(studio, mix),

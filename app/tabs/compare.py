@@ -7,13 +7,12 @@ import gradio as gr
 
 from app import look
 from app.api import DRAWING, visitor_of
-from app.checks import SettingsError
+from app.checks import SettingsError, whole
 from app.desk import Series, Stopped
 from app.files import cached
 from app.messages import readable
 from app.png import read_settings
 from app.session import series_of
-from app.strengths import MAX_STRENGTH, MIN_STRENGTH
 from app.studio import Studio
 from app.sweep import Axis, sweep_of
 from app.tabs.mix import QUIET, MixTab
@@ -24,6 +23,7 @@ KINDS = {
     "Two styles, a grid": "grid",
 }
 COUNT, MOST = 5, 7
+CHOOSE = "Choose a picture to send it to Mix."
 
 
 class CompareTab:
@@ -57,7 +57,7 @@ class CompareTab:
                     elem_id="strip",
                     buttons=[],
                 )
-                self.told = gr.HTML(look.remark("Choose a picture to send it to Mix."), elem_id="strip-told")
+                self.told = gr.HTML(look.remark(CHOOSE), elem_id="strip-told")
                 self.send = gr.Button("Send to Mix", interactive=False)
         self._connect()
 
@@ -115,6 +115,8 @@ class CompareTab:
                     names.append(path.name)
                     yield done, names, None, look.remark(f"{len(done)} of {len(series)} drawn."), idle
             except Stopped:
+                told = f"Stopped, {len(done)} of {len(series)} drawn." + (f" {CHOOSE}" if done else "")
+                yield gr.skip(), gr.skip(), None, look.remark(told), idle
                 return
         yield gr.skip(), gr.skip(), None, look.remark(self._legend(values)), idle
 
@@ -133,9 +135,10 @@ class CompareTab:
         grid = KINDS.get(values[self.kind]) == "grid"
         across, down = values[self.across.adapter], values[self.down.adapter]
         axes = f"Strengths of {across} from left to right, of {down} from top to bottom. " if grid else ""
-        return f"{axes}Choose a picture to send it to Mix."
+        return f"{axes}{CHOOSE}"
 
     def _axis(self, span: "_Range", values: dict[Any, Any]) -> Axis:
+        whole("the number of pictures", values[span.count], 2, MOST)
         axis = Axis.between(*(values[each] for each in span.components))
         if axis.adapter not in self._session.adapter_names:
             raise SettingsError(f"no style named {axis.adapter[:80]!r}")
@@ -169,15 +172,10 @@ class _Range:
                 list(names), value=next(iter(names[place:]), None), label=label, interactive=True
             )
             with gr.Row():
-                self.first = gr.Number(
-                    0.0, label="from", minimum=MIN_STRENGTH, maximum=MAX_STRENGTH, step=0.1, min_width=60
-                )
-                self.last = gr.Number(
-                    1.0, label="to", minimum=MIN_STRENGTH, maximum=MAX_STRENGTH, step=0.1, min_width=60
-                )
-                self.count = gr.Number(
-                    COUNT if not place else 3, label="pictures", precision=0, minimum=2, maximum=MOST, min_width=60
-                )
+                # Gradio's own limits are told without the name of the field
+                self.first = gr.Number(0.0, label="from", step=0.1, min_width=60)
+                self.last = gr.Number(1.0, label="to", step=0.1, min_width=60)
+                self.count = gr.Number(COUNT if not place else 3, label="pictures", precision=0, min_width=60)
         self.components = [self.adapter, self.first, self.last, self.count]
 
 

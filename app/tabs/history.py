@@ -70,7 +70,8 @@ class HistoryTab:
         details = [self.chosen, self.picture, self.told, self.send, self.delete]
         for button, step in ((self.newer, -1), (self.older, 1)):
             button.click(self._step(step), self.page, self._page_outputs, **QUIET)
-        self.gallery.select(self._choose, self.names, details, **QUIET)
+        chosen = self.gallery.select(self._choose, self.names, details, **QUIET)
+        chosen.success(None, None, None, js=look.scroll_to("#kept-picture"), **QUIET)
         self.send.click(self._send, self.chosen, self._mix.targets, **QUIET)
         self.delete.click(self._delete, [self.chosen, self.page], [*details, *self._page_outputs], **QUIET)
 

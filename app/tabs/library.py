@@ -1,11 +1,12 @@
 """Library: all adapters, upload, a look into one, rename, delete and undo, download."""
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app import library_html
+from app import library_html, look
 from app.files import cached
 from app.messages import readable
 from app.studio import Studio
@@ -48,6 +49,7 @@ class LibraryTab:
             "app's own folder.",
             elem_classes="remark",
         )
+        self.added = gr.HTML(elem_id="library-added", elem_classes="remark", padding=False)
 
     def _lay_out_actions(self) -> None:
         gr.Markdown("### Look into one", elem_classes="heading")
@@ -58,16 +60,19 @@ class LibraryTab:
             self.inspect = gr.Button("Inspect", variant="primary", min_width=90)
             self.download = gr.DownloadButton("Download", size="lg", min_width=90)
             self.delete = gr.Button("Delete", variant="stop", min_width=90)
-            self.undo = gr.Button(self._undo_label(), interactive=bool(self._library.deleted), min_width=90)
+            self.undo = gr.Button(
+                self._undo_label(), interactive=bool(self._library.deleted), min_width=90, elem_id="undo"
+            )
         with gr.Row(elem_classes="rename"):
             self.name = gr.Textbox(label="New name", max_length=60, scale=3, min_width=140)
             self.rename = gr.Button("Rename", min_width=90, scale=1)
-        self.said = gr.Markdown(elem_id="library-said", elem_classes="remark")
+        self.said = gr.HTML(elem_id="library-said", elem_classes="remark", padding=False)
 
     def _connect(self) -> None:
-        shown = [self.table, self.chosen, self.undo, self.said]
+        shown = [self.table, self.chosen, self.undo, self.added, self.said]
         self.files.upload(self._upload, self.files, [self.files, *shown], **QUIET)
-        self.inspect.click(self._inspect, self.chosen, self.inspected, **QUIET)
+        looked = self.inspect.click(self._inspect, self.chosen, self.inspected, **QUIET)
+        looked.success(None, None, None, js=look.scroll_to("#inspected"), **QUIET)
         self.delete.click(self._delete, self.chosen, [*shown, self.inspected], **QUIET)
         self.undo.click(self._undo, None, shown, **QUIET)
         gr.on(
@@ -101,12 +106,11 @@ class LibraryTab:
                 problems.append(str(error.message))
         for problem in problems:
             gr.Warning(problem)
-        said = [
-            f"Added **{entry.name}**." if entry.card else f"Added **{entry.name}**, which does not fit this model."
-            for entry in added
+        told = [
+            f"Added {_bold(entry.name)}{'' if entry.card else ', which does not fit this model'}." for entry in added
         ]
         chosen = added[-1].name if added else None
-        return None, *self._shown(chosen), " ".join(said)
+        return None, *self._shown(chosen), " ".join(told), ""
 
     def _inspect(self, name: str | None) -> str:
         with readable("the adapter could not be read"):
@@ -115,17 +119,17 @@ class LibraryTab:
     def _delete(self, name: str | None) -> Any:
         with readable("the adapter could not be deleted"):
             self._library.delete(name)
-        return *self._shown(None), f"Deleted **{name}**. Undo brings it back.", ""
+        return *self._shown(None), "", f"Deleted {_bold(name)}. Undo brings it back.", ""
 
     def _undo(self) -> Any:
         with readable("the adapter could not be brought back"):
             entry = self._library.undo()
-        return *self._shown(entry.name), f"**{entry.name}** is back."
+        return *self._shown(entry.name), "", f"{_bold(entry.name)} is back."
 
     def _rename(self, old: str | None, new: str) -> Any:
         with readable("the adapter could not be renamed"):
             entry = self._library.rename(old, new)
-        return *self._shown(entry.name), f"**{old}** is now **{entry.name}**.", "", ""
+        return *self._shown(entry.name), "", f"{_bold(old)} is now {_bold(entry.name)}.", "", ""
 
     # ---------------------------------------------------------------- what is shown
 
@@ -147,3 +151,7 @@ class LibraryTab:
         """The download button with a copy of the file of a name."""
         entry = next((entry for entry in self._library.entries if entry.name == name), None)
         return gr.DownloadButton(value=cached(self.download, entry.path) if entry else None)
+
+
+def _bold(name: object) -> str:
+    return f"<b>{escape(str(name))}</b>"

@@ -21,7 +21,6 @@ from app.settings import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
     MAX_GUIDANCE,
-    MAX_SEED,
     MAX_STEPS,
     Settings,
     SettingsError,
@@ -40,7 +39,7 @@ PREVIEWING: dict[str, Any] = {
     "concurrency_limit": None,
 }
 ROLL_DICE = "() => Math.floor(Math.random() * 1000000)"
-SHOW_PICTURE = "() => { document.querySelector('#picture').scrollIntoView({ block: 'nearest', behavior: 'smooth' }) }"
+SHOW_PICTURE = look.scroll_to("#picture")
 
 
 class MixTab:
@@ -50,10 +49,11 @@ class MixTab:
     ``fill``.
     """
 
-    def __init__(self, studio: Studio, tabs: gr.Tabs) -> None:
+    def __init__(self, studio: Studio, tabs: gr.Tabs, header: gr.HTML) -> None:
         self._studio = studio
         self._session = studio.session
         self._tabs = tabs
+        self._header = header
         self._pace = Pace()
 
     def lay_out(self) -> None:
@@ -100,11 +100,9 @@ class MixTab:
         chips.click(lambda row: row[0], chips, self.prompt, **QUIET)
 
     def _lay_out_details(self) -> None:
-        refused = self._session.library.refused
-        if refused:
-            gr.HTML(look.refusals(refused), elem_id="refused", padding=False)
+        self.refused = gr.HTML(**self._refused(), elem_id="refused", padding=False)
         with gr.Row(elem_id="details"):
-            self.seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=60)
+            self.seed = gr.Number(7, label="Seed", precision=0, min_width=60)
             dice = gr.Button("🎲", elem_id="dice", min_width=40)
             self.steps = gr.Slider(1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=60, buttons=[])
             self.guidance = gr.Slider(
@@ -262,15 +260,22 @@ class MixTab:
     # ---------------------------------------------------------------- what changes by itself
 
     def _connect_watch(self) -> None:
-        """New adapters, thumbnails and the LoRA's time come to the page by themselves."""
+        """New adapters, those that were left out, thumbnails and the LoRA's time come to the page by themselves."""
         seen = gr.State(None)
-        gr.Timer(WATCH_SECONDS).tick(self._watch, seen, [seen, self.rack, self.lora], **QUIET)
+        shown = [seen, self._header, self.rack, self.refused, self.lora]
+        gr.Timer(WATCH_SECONDS).tick(self._watch, seen, shown, **QUIET)
 
     def _watch(self, seen: Any) -> Any:
         now = (self._session.library.version, self._studio.thumbnails.version, self._studio.lora_ms)
         if now == seen:
-            return gr.skip(), gr.skip(), gr.skip()
-        return now, gr.HTML(cards=self._cards()), self._lora()
+            return [gr.skip()] * 5
+        cards = self._cards()
+        header = look.header(self._session.model, len(cards))
+        return now, header, gr.HTML(cards=cards), gr.HTML(**self._refused()), self._lora()
+
+    def _refused(self) -> dict[str, Any]:
+        refused = self._session.library.refused
+        return {"value": look.refusals(refused), "visible": bool(refused)}
 
     def _lora(self) -> str:
         return look.lora(self._studio.lora_ms, RANK)

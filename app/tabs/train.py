@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import training_html
+from app import look, training_html
 from app.files import cached
 from app.messages import readable
 from app.recipe import Recipe
@@ -74,7 +74,7 @@ class TrainTab:
             elem_id="train-files",
         )
         self.gallery = gr.Gallery(
-            label="Pictures that came", show_label=False, visible=False, columns=6, height=150, interactive=False,
+            label="Pictures that came", show_label=False, visible=False, columns=6, height="auto", interactive=False,
             elem_id="train-pictures", allow_preview=False, buttons=[],
         )  # fmt: skip
         gr.Markdown(
@@ -105,8 +105,10 @@ class TrainTab:
         self.mask = gr.Dropdown(list(MASKS), value=usual.mask, label="Mask: which entries change")
         self.targets = gr.Dropdown(list(PRESETS), value=usual.targets, label="Of which layers")
         with gr.Row():
-            self.density = gr.Slider(0.1, 10, 100 * usual.density, step=0.1, label="Density, %", min_width=150)
-            self.steps = gr.Slider(1, 5000, usual.steps, step=1, label="Training steps", min_width=150)
+            self.density = gr.Slider(
+                0.1, 10, 100 * usual.density, step=0.1, label="Density, %", min_width=150, buttons=[]
+            )
+            self.steps = gr.Slider(1, 5000, usual.steps, step=1, label="Training steps", min_width=150, buttons=[])
         with gr.Row():
             self.learning_rate = gr.Number(usual.learning_rate, label="Learning rate", min_width=100)
             self.batch = gr.Number(usual.batch, label="Pictures a step", precision=0, min_width=100)
@@ -115,7 +117,7 @@ class TrainTab:
         with gr.Row():
             self.flip = gr.Checkbox(usual.flip, label="Mirror pictures at random", min_width=150)
             self.caption_dropout = gr.Slider(
-                0, 0.9, usual.caption_dropout, step=0.05, label="Caption dropout", min_width=150
+                0, 0.9, usual.caption_dropout, step=0.05, label="Caption dropout", min_width=150, buttons=[]
             )
         self.avoid = gr.Dropdown(
             self._names(), value=[], multiselect=True, label="Keep off the entries of", info="So that they mix freely."
@@ -163,12 +165,18 @@ class TrainTab:
             self._start, {*settings, self.files, self.captions}, view,
             show_progress_on=self.progress, api_visibility="private", **STARTING,
         )  # fmt: skip
-        started.success(None, None, None, js=SHOW, **QUIET)
+        started.success(None, None, None, js=look.scroll_to("#progress"), **QUIET)
         self.past.input(self._follow, [self.past, self.shown], self._view(), **QUIET)
         self.timer.tick(self._follow, [self.past, self.shown], self._view(), **QUIET)
-        self.cancel.click(self._cancel, None, view, show_progress_on=self.progress, api_visibility="private")
-        for button, act in ((self.resume, self._resume), (self.keep, self._keep), (self.discard, self._discard)):
-            button.click(act, self.past, view, show_progress_on=self.progress, api_visibility="private")
+        pressed = [
+            self.cancel.click(self._cancel, None, view, show_progress_on=self.progress, api_visibility="private"),
+            *(
+                button.click(act, self.past, view, **QUIET)
+                for button, act in ((self.resume, self._resume), (self.keep, self._keep), (self.discard, self._discard))
+            ),
+        ]
+        for each in pressed:  # another visitor may have done it
+            each.failure(self._as_it_is, self.past, view, **QUIET)
         self.mix.click(self._mix_it, self.past, self._mix.targets, **QUIET)
 
     def refresh_on(self, shown: gr.Tab) -> None:
@@ -257,6 +265,10 @@ class TrainTab:
         choice = gr.Dropdown(self._choices(), value=id, visible=bool(self._choices()))
         return choice, *self._follow(id, None)
 
+    def _as_it_is(self, id: str | None) -> tuple[Any, ...]:
+        """The view of a training, or of the newest, if it is gone."""
+        return self._all(id if id in {training.id for training in self._trainings.all} else None)
+
     def _follow(self, id: str | None, shown: str | None) -> tuple[Any, ...]:
         """The view of a training; its samples only if they are others than those shown."""
         known = {training.id: training for training in self._trainings.all}
@@ -287,9 +299,6 @@ class TrainTab:
 
     def _newest(self) -> str | None:
         return next((training.id for training in self._trainings.all), None)
-
-
-SHOW = "() => { document.querySelector('#progress').scrollIntoView({ block: 'nearest', behavior: 'smooth' }) }"
 
 
 def _is_text(setting: str) -> bool:

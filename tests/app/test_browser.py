@@ -96,8 +96,8 @@ def test_suggestions_dice_and_the_enter_key(open_page: Open) -> None:
 
 def test_what_is_left_out_is_shown_with_the_reason(open_page: Open) -> None:
     left_out = open_page(WIDE).locator("#refused")
-    expect(left_out).to_contain_text("stranger adapter does not fit")
-    expect(left_out).to_contain_text("broken broken.safetensors cannot be read")
+    expect(left_out).to_contain_text("stranger: adapter does not fit")
+    expect(left_out).to_contain_text("broken: broken.safetensors cannot be read")
 
 
 def test_an_error_is_a_sentence_and_the_page_goes_on(open_page: Open) -> None:
@@ -107,6 +107,10 @@ def test_an_error_is_a_sentence_and_the_page_goes_on(open_page: Open) -> None:
     toast = page.get_by_text("The prompt is too long: the model reads 16 tokens, got 17; shorten it")
     expect(toast).to_be_visible(timeout=PATIENCE)
     page.get_by_label("Prompt").fill(SUGGESTION)
+    page.get_by_label("Seed").fill("-5")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_text("The seed must be a whole number from 0 to 4294967295, got -5")).to_be_visible()
+    page.get_by_label("Seed").fill("5")
     generate(page)
     expect(page.locator("#picture img")).to_be_visible()
 
@@ -132,3 +136,14 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open) -> None:
     assert page.evaluate(width) == PHONE[0]
     box = page.get_by_role("button", name="Generate").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0]
+
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("Two styles, a grid").check()
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#strip .caption-label")).to_have_count(15, timeout=PATIENCE)
+    box = page.locator("#strip .gallery-item").last.bounding_box()
+    assert box["x"] + box["width"] <= PHONE[0]  # a row of five
+
+    page.get_by_role("tab", name="History").click()
+    page.locator("#kept .grid-container button").first.click()
+    expect(page.locator("#kept-picture img")).to_be_in_viewport(ratio=0.9)  # below the gallery

@@ -42,10 +42,11 @@ def test_library(open_page: Open, studio: Studio, moss: Path, tmp_path: Path) ->
     page = open_page(WIDE, "Library")
     table = page.locator("#library-table")
     expect(table.get_by_role("row")).to_have_count(5)
-    expect(table).to_contain_text("Does not fit: adapter does not fit: ")
+    expect(table).to_contain_text("Left out: adapter does not fit: ")
 
     page.locator("#adapter-upload input[type=file]").set_input_files(moss)
-    expect(page.locator("#library-said")).to_have_text("Added moss.", timeout=PATIENCE)
+    expect(page.locator("#library-added")).to_have_text("Added moss.", timeout=PATIENCE)
+    expect(page.locator("#header")).to_contain_text("3 styles")
     expect(table.get_by_role("row").filter(has_text="moss")).to_contain_text("“sks <b>moss”")
     expect(page.get_by_label("Adapter", exact=True)).to_have_value("moss")
     page.get_by_role("button", name="Inspect").click()
@@ -55,15 +56,18 @@ def test_library(open_page: Open, studio: Studio, moss: Path, tmp_path: Path) ->
         page.get_by_role("link", name="Download").or_(page.get_by_role("button", name="Download")).first.click()
     assert sha256_of(Path(download.value.path())) == sha256_of(moss)
 
-    page.get_by_label("New name").fill("../fern")
+    page.get_by_label("New name").fill(" ")
     page.get_by_role("button", name="Rename").click()
-    expect(page.locator("#library-said")).to_have_text("moss is now fern.")
+    toast(page, "'moss' needs a name to be renamed to")
+    page.get_by_label("New name").fill("../a _wet_ fern")
+    page.get_by_role("button", name="Rename").click()
+    expect(page.locator("#library-said")).to_have_text("moss is now a _wet_ fern.")
     page.get_by_role("button", name="Delete", exact=True).click()
-    expect(page.locator("#library-said")).to_have_text("Deleted fern. Undo brings it back.")
+    expect(page.locator("#library-said")).to_have_text("Deleted a _wet_ fern. Undo brings it back.")
     expect(table.get_by_role("row")).to_have_count(5)
-    page.get_by_role("button", name="Undo delete of fern").click()
+    page.get_by_role("button", name="Undo delete of a _wet_ fern").click()
     expect(table.get_by_role("row")).to_have_count(6)
-    assert "fern" in [card.name for card in studio.session.cards]
+    assert "a _wet_ fern" in [card.name for card in studio.session.cards]
 
     choose(page, "Adapter", "bluefire")
     page.get_by_role("button", name="Delete", exact=True).click()
@@ -72,7 +76,7 @@ def test_library(open_page: Open, studio: Studio, moss: Path, tmp_path: Path) ->
     broken.write_bytes(b"PK\x03\x04")
     page.locator("#adapter-upload input[type=file]").set_input_files(broken)
     toast(page, "like a pickle, which is never loaded")
-    studio.session.library.delete("fern")
+    studio.session.library.delete("a _wet_ fern")
 
 
 def test_interference(open_page: Open) -> None:
@@ -128,16 +132,51 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     expect(state).to_have_text("running", timeout=PATIENCE)
     page.get_by_role("button", name="Cancel").click()
     expect(state).to_have_text("cancelled", timeout=PATIENCE)
+    studio.trainings.discard(studio.trainings.all[0].id)  # another visitor was quicker
     page.get_by_role("button", name="Discard").click()
+    toast(page, "There is no training")
     expect(state).to_have_text("finished", timeout=PATIENCE)
-    assert [training.state for training in studio.trainings.all] == ["finished"]
+    page.get_by_role("button", name="Discard").click()
+    expect(page.locator("#progress")).to_contain_text("Nothing was trained here yet", timeout=PATIENCE)
+    assert studio.trainings.all == ()
+
+
+CUT = """() => {
+  const out = (each) => each.getBoundingClientRect().right > innerWidth
+  const spills = (each) => getComputedStyle(each).overflowX === 'visible' && each.scrollWidth > each.clientWidth + 1
+  const over = (each) => each.matches('button.lg') && spills(each)
+  const parts = document.querySelectorAll('#tabs :is(button, input, h3, h4, p, b, th, td, dd)')
+  return [...parts].filter((each) => out(each) || over(each)).map((each) => each.innerText)
+}"""
+
+
+@pytest.fixture
+def long_name(studio: Studio, tmp_path: Path) -> Iterator[str]:
+    """An adapter whose name is as long as can be and holds no place to break it."""
+    adapter = tiny.adapter_for(tiny.pipeline(), 6)
+    entry = studio.session.library.add(save_adapter(adapter, tmp_path / "long.safetensors"), "W" * 60)
+    yield entry.name
+    if entry in studio.session.library.entries:
+        studio.session.library.delete(entry.name)
 
 
 @pytest.mark.parametrize("tab", ["Library", "Interference", "Train"])
-def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open, tab: str) -> None:
+def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open, tab: str, long_name: str) -> None:
     page = open_page(PHONE, tab)
+    if tab == "Interference":
+        choose(page, "Adapters", long_name)
+        page.locator("#header").click()
     button = {"Library": "Inspect", "Interference": "Compare them", "Train": "How it learns"}[tab]
     page.get_by_role("button", name=button).click()
     shown = {"Library": "#inspected .layers", "Interference": "#interference-heat .cells", "Train": "#how"}[tab]
     expect(page.locator(shown).first).to_be_visible(timeout=PATIENCE)
-    assert page.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+    if tab == "Library":
+        expect(page.locator("#inspected")).to_be_in_viewport()  # below what was pressed
+        rule = "row => getComputedStyle(row).borderBottomStyle"
+        assert page.locator("#library-table tbody tr").first.evaluate(rule) == "solid"
+        choose(page, "Adapter", long_name)
+        page.get_by_role("button", name="Delete", exact=True).click()
+        expect(page.locator("#library-said")).to_contain_text("Deleted")
+    if tab == "Interference":
+        expect(page.locator("#interference-summary h3").last).to_contain_text(long_name)
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE[0] and page.evaluate(CUT) == []

@@ -273,10 +273,15 @@ def test_a_sweep_shows_progress_can_be_stopped_and_goes_back_to_mix(open_page: O
     page.get_by_label("number input for Steps").press("Tab")
     page.get_by_role("tab", name="Compare").click()
     page.get_by_label("Two styles, a grid").check()
+    page.get_by_label("from", exact=True).first.fill("9")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.get_by_text("The first strength must be a number from -1 to 2, got 9")).to_be_visible(timeout=PATIENCE)
+    page.get_by_label("from", exact=True).first.fill("0")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#strip .progress-level, #strip .progress-text").first).to_be_visible(timeout=PATIENCE)
     page.locator("#compare").get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Draw")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#strip-told")).to_have_text(re.compile(r"Stopped, \d+ of 15 drawn\."))
     assert page.locator("#strip .grid-container button").count() < 15 and session.active == {}
 
 

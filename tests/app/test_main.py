@@ -35,6 +35,12 @@ def test_what_strangers_wrote_is_escaped() -> None:
     assert "<i>" not in look.header("<i>", 1)
 
 
+def test_of_many_files_that_were_left_out_the_first_are_told() -> None:
+    told = look.refusals((f"file {number}", "reason") for number in range(5))
+    assert told.count("reason") == 3 and "and 2 more, see Library" in told
+    assert "more" not in look.refusals([("file", "reason")] * 3)
+
+
 @pytest.mark.parametrize(
     ("milliseconds", "text"), [(0.0123, "0.012 ms"), (2.345, "2.3 ms"), (99.9, "100 ms"), (250.4, "250 ms")]
 )
