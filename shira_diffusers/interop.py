@@ -59,7 +59,7 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{folder / PEFT_CONFIG} is not JSON ({error}); get an intact copy") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "SHIRA":
@@ -112,7 +112,10 @@ def decode_peft(
         except AdapterFormatError as error:
             damaged.append(f"{path}: {error}")
     if damaged:
-        raise AdapterFormatError(f"{source} is not a valid PEFT SHiRA adapter:{listing(damaged)}")
+        raise AdapterFormatError(
+            f"{source} is not a valid PEFT SHiRA adapter; get an intact copy, or save it again without modules_to_save:"
+            f"{listing(damaged)}"
+        )
     if misfits:
         raise AdapterMismatchError(
             f"adapter does not fit: {len(misfits)} of {len(misfits) + len(deltas)} layers are not in "
