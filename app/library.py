@@ -106,6 +106,8 @@ class Library:
         Raises:
             SettingsError: there is none.
         """
+        if name is None:
+            raise SettingsError("no adapter is chosen; add or train one first, if there is none")
         found = next((entry for entry in self._entries if entry.name == name), None)
         if found is None:
             known = ", ".join(repr(entry.name) for entry in self._entries) or "none"

@@ -92,6 +92,9 @@ def test_suggestions_dice_and_the_enter_key(open_page: Open) -> None:
     expect(page.get_by_label("Prompt")).to_have_value("a big dog")
     page.get_by_role("button", name="🎲").click()
     expect(page.get_by_label("Seed")).not_to_have_value("7")
+    page.set_viewport_size({"width": 800, "height": 900})  # two narrow columns
+    card, inside = (page.locator(each).bounding_box() for each in ("#details", "#details input[type=range] >> nth=1"))
+    assert inside["x"] + inside["width"] <= card["x"] + card["width"]
 
 
 def test_what_is_left_out_is_shown_with_the_reason(open_page: Open) -> None:

@@ -309,6 +309,8 @@ def test_a_name_can_be_renamed_to_no_other_adapters(library: Library, upload: Pa
         library.rename("moss", "BLUEFIRE")
     with pytest.raises(SettingsError, match="no adapter named 'nobody'"):
         library.rename("nobody", "x")
+    with pytest.raises(SettingsError, match="no adapter is chosen"):
+        library.delete(None)
     with pytest.raises(SettingsError, match="'moss' needs a name to be renamed to, got none"):
         library.rename("moss", "  ")
     assert names(library) == ["bluefire", "paintings", "moss"]
