@@ -123,8 +123,7 @@ def get_active_shira(self: DiffusionPipeline) -> dict[str, Scale]:
 
 def list_shira(self: DiffusionPipeline) -> dict[str, list[str]]:
     """All loaded adapters and the components that each changes."""
-    resident = resident_of(self)
-    return {name: resident.components_of(name) for name in resident.names}
+    return resident_of(self).components
 
 
 def disable_shira(self: DiffusionPipeline) -> None:

@@ -54,8 +54,16 @@ class Resident:
     @property
     def names(self) -> list[str]:
         """The adapters that were added, in the order in which they were."""
-        added = [list(state.adapters) for state in self._states().values()]  # at once: others may add meanwhile
-        return list(dict.fromkeys(name for names in added for name in names))
+        return list(self.components)
+
+    @property
+    def components(self) -> dict[str, list[str]]:
+        """The adapters that were added, and the components that each changes."""
+        found: dict[str, list[str]] = {}
+        for part, state in self._states().items():
+            for name in list(state.adapters):  # at once: others may add and remove meanwhile
+                found.setdefault(name, []).append(part)
+        return found
 
     @property
     def active(self) -> dict[str, Scale]:
@@ -74,8 +82,10 @@ class Resident:
         Raises:
             ShiraError: no adapter of that name.
         """
-        self.require_known([name])
-        return [part for part, state in self._states().items() if name in state.adapters]
+        found = self.components.get(name)
+        if found is None:
+            raise self._unknown([name])
+        return found
 
     def adapter(self, name: str) -> ShiraAdapter:
         """The adapter of a name, with component names put back.
@@ -86,7 +96,7 @@ class Resident:
         found = {part: state.adapters.get(name) for part, state in self._states().items()}
         parts = [(part, adapter) for part, adapter in found.items() if adapter is not None]
         if not parts:
-            self.require_known([name])
+            raise self._unknown([name])
         named = [adapter.prefixed(part) if part else adapter for part, adapter in parts]
         return ShiraAdapter(
             {n: delta for adapter in named for n, delta in adapter.deltas.items()},
@@ -346,12 +356,15 @@ class Resident:
         Raises:
             ShiraError: names those that were not.
         """
-        unknown = [name for name in names if name not in self.names]
+        known = self.components
+        unknown = [name for name in names if name not in known]
         if unknown:
-            raise ShiraError(
-                f"no adapter named {', '.join(map(repr, unknown))}, "
-                f"loaded are {', '.join(map(repr, self.names)) or 'none'}"
-            )
+            raise self._unknown(unknown)
+
+    def _unknown(self, names: Iterable[str]) -> ShiraError:
+        return ShiraError(
+            f"no adapter named {', '.join(map(repr, names))}, loaded are {', '.join(map(repr, self.names)) or 'none'}"
+        )
 
 
 def _exchange(state: ShiraState, name: str, adapter: ShiraAdapter | None) -> None:

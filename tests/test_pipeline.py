@@ -4,8 +4,10 @@ import hashlib
 import http.server
 import inspect
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -29,6 +31,7 @@ from shira_diffusers import (
     save_adapter,
 )
 from shira_diffusers.files import WEIGHTS_NAME, encode
+from shira_diffusers.pipeline import resident_of
 from tests import reference, tiny
 
 
@@ -376,6 +379,33 @@ def test_disable_enable_delete(loaded: StableDiffusionPipeline) -> None:
     loaded.delete_shira(["paintings"])
     tiny.assert_same_bits(loaded, base)
     assert loaded.list_shira() == {}
+
+
+def test_adapters_are_listed_while_others_load_and_delete(pipe: StableDiffusionPipeline) -> None:
+    resident, names = resident_of(pipe), [f"n{number}" for number in range(200)]
+    adapter = tiny.adapter_for(pipe, only=("mid_block.attentions.0.proj_in",))
+    for name in names:
+        resident.add(adapter, name)
+    done, interval = threading.Event(), sys.getswitchinterval()
+
+    def ask() -> None:
+        while not done.is_set():
+            found = pipe.list_shira()
+            found.pop("x", None)
+            assert found == {name: ["unet"] for name in names}
+
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask) for _ in range(2)]
+        try:
+            for _ in range(100):
+                resident.add(adapter, "x")
+                resident.remove("x")
+        finally:
+            done.set()
+            sys.setswitchinterval(interval)
+        for one in asking:
+            one.result()
 
 
 def test_a_failing_delete_deletes_nothing(loaded: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,8 @@
 """The numerical contract: what is written, and that every bit comes back."""
 
 import copy
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 
 import pytest
@@ -595,31 +592,6 @@ def test_what_cannot_take_the_place_leaves_all_as_it_was(resident: Resident, mod
     tiny.assert_same_bits(model, before)
     assert resident.active == {"a": 0.5} and resident.names == ["a", "b", "c"]
     tiny.assert_same_adapter(resident.adapter("a"), adapters["a"])
-
-
-def test_names_are_told_while_others_add_and_remove() -> None:
-    resident, names = Resident(nn.Linear(4, 4)), [f"n{number}" for number in range(200)]
-    adapter = tiny.adapter_for(resident.models[""], only=("",))
-    for name in names:
-        resident.add(adapter, name)
-    done, interval = threading.Event(), sys.getswitchinterval()
-
-    def ask() -> None:
-        while not done.is_set():
-            assert set(resident.names) - {"x"} == set(names)
-
-    sys.setswitchinterval(1e-6)
-    with ThreadPoolExecutor(2) as pool:
-        asking = [pool.submit(ask) for _ in range(2)]
-        try:
-            for _ in range(200):
-                resident.add(adapter, "x")
-                resident.remove("x")
-        finally:
-            done.set()
-            sys.setswitchinterval(interval)
-        for one in asking:
-            one.result()
 
 
 def test_two_residents_of_a_module_share_its_state(resident: Resident, model: nn.Module) -> None:
