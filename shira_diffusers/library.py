@@ -328,8 +328,12 @@ class _User:
             self.resident = target
         elif isinstance(target, nn.Module | Mapping):
             self.resident = Resident(target)
-        else:
+        elif hasattr(target, "config"):
             self.resident = resident_of(target)
+        else:
+            raise ShiraError(
+                f"expected a pipeline, a Resident, a module or {{component: module}}, got {type(target).__name__}"
+            )
         self.models = self.resident.models
         self.modules = [unwrap(model) for model in self.models.values()]
 

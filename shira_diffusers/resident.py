@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.errors import ShiraError
+from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.fitting import compare_base, fit, trained_on
 from shira_diffusers.fuse import fuse_scaled, merge_method
 from shira_diffusers.locate import Locator, unwrap
@@ -35,11 +35,21 @@ class Resident:
         components: a module, whose adapters have plain parameter names, or ``{component: module}``, whose adapters'
             names begin with the component. Compiled modules are looked through.
 
+    Raises:
+        ShiraError: something else than modules.
+
     Source: arXiv 2407.16712 (rapid switching by overwriting).
     """
 
     def __init__(self, components: nn.Module | Mapping[str, nn.Module]) -> None:
         parts = {"": components} if isinstance(components, nn.Module) else components
+        if not isinstance(parts, Mapping):
+            raise ShiraError(f"expected a module or {{component: module}}, got {type(parts).__name__}")
+        wrong = [
+            f"{name!r}: {type(model).__name__}" for name, model in parts.items() if not isinstance(model, nn.Module)
+        ]
+        if wrong:
+            raise ShiraError(f"expected {{component: module}}; leave out what is no module:{listing(wrong)}")
         # a module under two names is one component, by its first name
         first = {id(unwrap(model)): name for name, model in reversed(list(parts.items()))}
         self._models = {name: model for name, model in parts.items() if first[id(unwrap(model))] == name}

@@ -871,3 +871,9 @@ def test_a_closed_library(open_library: Callable[..., AdapterLibrary], model: nn
 def test_a_mix_must_be_a_mapping(open_library: Callable[..., AdapterLibrary], model: nn.Sequential) -> None:
     with pytest.raises(ShiraError, match=r"expected the mix as \{name: strength\}, got 'a0'"):
         open_library().set(model, "a0")
+
+
+@pytest.mark.parametrize("target", [3, None, "pipe"])
+def test_what_has_no_weights_is_refused(open_library: Callable[..., AdapterLibrary], target: object) -> None:
+    with pytest.raises(ShiraError, match=f"expected a pipeline, a Resident, .*got {type(target).__name__}"):
+        open_library().set(target, {"a0": 1.0})

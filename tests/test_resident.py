@@ -374,6 +374,19 @@ def test_one_module_under_two_names_is_one_component() -> None:
     tiny.assert_same_bits(model, base)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"unet": nn.Linear(2, 2), "vae": None, "size": 3}, r"leave out what is no module:\n  - 'vae': None.*\n.*int"),
+        (3, r"expected a module or \{component: module\}, got int"),
+        ([nn.Linear(2, 2)], "got list"),
+    ],
+)
+def test_what_is_no_module_is_refused(given: object, message: str) -> None:
+    with pytest.raises(ShiraError, match=message):
+        Resident(given)
+
+
 def test_a_deepcopy_has_its_own_state(resident: Resident, model: nn.Module, adapters: dict) -> None:
     base = tiny.snapshot(model)
     resident.set({"a": 1.0})
