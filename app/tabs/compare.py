@@ -15,7 +15,7 @@ from app.png import read_settings
 from app.session import series_of
 from app.studio import Studio
 from app.sweep import Axis, sweep_of
-from app.tabs.mix import QUIET, MixTab
+from app.tabs.mix import QUIET, TELLING, MixTab
 
 KINDS = {
     "Base, each style and the mix": "parts",
@@ -83,8 +83,8 @@ class CompareTab:
         for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
             ended(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
         self.stop.click(self._stop, **QUIET)
-        self.strip.select(self._choose, self.names, [self.chosen, self.told, self.send], **QUIET)
-        self.send.click(self._send, self.chosen, self._mix.targets, **QUIET)
+        self.strip.select(self._choose, self.names, [self.chosen, self.told, self.send], **TELLING)
+        self.send.click(self._send, self.chosen, self._mix.targets, **TELLING)
 
     async def _draw(
         self,

@@ -12,7 +12,7 @@ from app.history import History, Kept
 from app.messages import readable
 from app.settings import SettingsError
 from app.studio import Studio
-from app.tabs.mix import QUIET, MixTab
+from app.tabs.mix import QUIET, TELLING, MixTab
 
 NOTHING = "Nothing yet: what you draw in Mix and Compare is kept here."
 
@@ -70,10 +70,10 @@ class HistoryTab:
         details = [self.chosen, self.picture, self.told, self.send, self.delete]
         for button, step in ((self.newer, -1), (self.older, 1)):
             button.click(self._step(step), self.page, self._page_outputs, **QUIET)
-        chosen = self.gallery.select(self._choose, self.names, details, **QUIET)
+        chosen = self.gallery.select(self._choose, self.names, details, **TELLING)
         chosen.success(None, None, None, js=look.scroll_to("#kept-picture"), **QUIET)
-        self.send.click(self._send, self.chosen, self._mix.targets, **QUIET)
-        self.delete.click(self._delete, [self.chosen, self.page], [*details, *self._page_outputs], **QUIET)
+        self.send.click(self._send, self.chosen, self._mix.targets, **TELLING)
+        self.delete.click(self._delete, [self.chosen, self.page], [*details, *self._page_outputs], **TELLING)
 
     def _whose(self) -> str:
         kept = f"The newest {self._archive.most:,} pictures are kept, also when the app starts anew."

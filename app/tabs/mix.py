@@ -31,7 +31,8 @@ from app.tabs.presets import PresetsFold
 SUGGESTIONS_SHOWN = 4
 GALLERY_HOLDS = 24
 WATCH_SECONDS = 2.0
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+TELLING: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+QUIET = {**TELLING, "queue": False}  # at once, but errors and messages reach the page through the queue alone
 PREVIEWING: dict[str, Any] = {
     "api_visibility": "private",
     "show_progress": "hidden",
@@ -179,7 +180,7 @@ class MixTab:
             )
         )
         self.stop.click(self._stop, **QUIET)
-        self.dropped.upload(self._restore, self.dropped, [self.dropped, *self.targets], **QUIET)
+        self.dropped.upload(self._restore, self.dropped, [self.dropped, *self.targets], **TELLING)
         self.rack.words(self._add_words, self.prompt, self.prompt, **QUIET)
 
     async def _generate(

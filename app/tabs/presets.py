@@ -13,7 +13,7 @@ from app.settings import DEFAULT_METHOD, Settings
 from app.studio import Studio
 from shira_diffusers.fuse import METHODS
 
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 ADD_ADDRESS = """(_, text) => {
   const link = new URL(window.location.href)
   link.search = new URLSearchParams({ settings: JSON.stringify(JSON.parse(text)) })

@@ -109,6 +109,7 @@ def test_an_error_is_a_sentence_and_the_page_goes_on(open_page: Open) -> None:
     page.get_by_role("button", name="Generate").click()
     toast = page.get_by_text("The prompt is too long: the model reads 16 tokens, got 17; shorten it")
     expect(toast).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#picture .error")).to_be_hidden()  # Gradio's badge over the picture
     page.get_by_label("Prompt").fill(SUGGESTION)
     page.get_by_label("Seed").fill("-5")
     page.get_by_role("button", name="Generate").click()
