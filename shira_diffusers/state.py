@@ -109,7 +109,7 @@ class Mix:
 class ShiraState(nn.Module):
     """Adapters, active mix and saved bits of one module.
 
-    A submodule without parameters, buffers or forward: casts and moves of the module (``.to``, ``.half``) reach the
+    A submodule without parameters and buffers: casts and moves of the module (``.to``, ``.half``) reach the
     saved bits through ``_apply``, so that restoring equals casting an unadapted model; ``deepcopy`` carries it;
     ``state_dict`` does not see it.
     """
@@ -154,14 +154,22 @@ class ShiraState(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShiraState":
         self.remembered = []
         self.spares.clear()
-        self.overwritten = tuple(
-            Overwritten(g.layout.moved(fn(g.layout.indices)), fn(g.base), fn(g.written)) for g in self.overwritten
-        )
+        self.overwritten = tuple(_applied(group, fn) for group in self.overwritten)
         return self
+
+    def forward(self, value: Any) -> Any:
+        """What came, for a ``Sequential``, which takes this for one of its layers."""
+        return value
 
     def extra_repr(self) -> str:
         """The names of the adapters, for ``print(model)``."""
         return ", ".join(self.adapters)
+
+
+def _applied(group: Overwritten, fn: Callable[[Tensor], Tensor]) -> Overwritten:
+    """A cast or a move of the module; of the indices the move alone."""
+    base, written = fn(group.base), fn(group.written)
+    return Overwritten(group.layout.moved(group.layout.indices.to(base.device)), base, written)
 
 
 def state_of(module: nn.Module) -> ShiraState | None:

@@ -713,6 +713,31 @@ def test_the_base_is_told_from_a_sibling_and_from_another_model(
         Resident(tiny.unet(99)).add(adapter, "a")
 
 
+def test_a_sequential_still_runs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    x = torch.randn(2, 8)
+    before = model(x)
+    resident = Resident(model)
+    resident.add(tiny.adapter_for(model, only=("",)), "a")
+    assert torch.equal(model(x), before)
+    resident.set({"a": 1.0})
+    assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_by_type_while_active_keeps_the_base(dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({"wide": nn.Linear(100, 100)})  # positions that float16 does not hold
+    expected = copy.deepcopy(model)
+    resident = Resident(model)
+    resident.add(tiny.adapter_for(model, only=("",)), "a")
+    resident.set({"a": 1.0})
+    model.type(dtype)
+    resident.set({"a": 0.5})
+    resident.clear()
+    tiny.assert_same_bits(model, tiny.snapshot(expected.type(dtype)))
+
+
 def test_plain_modules_of_other_libraries() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
