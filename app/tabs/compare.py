@@ -15,7 +15,8 @@ from app.png import read_settings
 from app.session import series_of
 from app.studio import Studio
 from app.sweep import Axis, sweep_of
-from app.tabs.mix import QUIET, TELLING, MixTab
+from app.tabs.events import QUIET, TELLING
+from app.tabs.mix import MixTab
 
 KINDS = {
     "Base, each style and the mix": "parts",

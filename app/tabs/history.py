@@ -12,7 +12,8 @@ from app.history import History, Kept
 from app.messages import readable
 from app.settings import SettingsError
 from app.studio import Studio
-from app.tabs.mix import QUIET, TELLING, MixTab
+from app.tabs.events import QUIET, TELLING
+from app.tabs.mix import MixTab
 
 NOTHING = "Nothing yet: what you draw in Mix and Compare is kept here."
 

@@ -8,6 +8,7 @@ from app import interference_html
 from app.interference import MAX_ADAPTERS
 from app.messages import readable
 from app.studio import Studio
+from app.tabs.events import TELLING
 
 FIRST = 2  # adapters chosen at the start
 COMPARING: dict[str, Any] = {"concurrency_id": "comparing", "concurrency_limit": 2}
@@ -54,7 +55,7 @@ class InterferenceTab:
 
     def refresh_on(self, shown: gr.Tab) -> None:
         """Offer the adapters that there are when the tab is opened."""
-        shown.select(self._offered, self.chosen, self.chosen, api_visibility="private", show_progress="hidden")
+        shown.select(self._offered, self.chosen, self.chosen, **TELLING)
 
     def _compare(self, names: list[str], measure: str) -> Any:
         with readable("the adapters could not be compared"):

@@ -10,9 +10,8 @@ from app import library_html, look
 from app.files import cached
 from app.messages import readable
 from app.studio import Studio
+from app.tabs.events import TELLING
 from shira_diffusers.interop import PEFT_CONFIG
-
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class LibraryTab:
@@ -70,24 +69,24 @@ class LibraryTab:
 
     def _connect(self) -> None:
         shown = [self.table, self.chosen, self.undo, self.added, self.said]
-        self.files.upload(self._upload, self.files, [self.files, *shown], **QUIET)
-        looked = self.inspect.click(self._inspect, self.chosen, self.inspected, **QUIET)
-        looked.success(None, None, None, js=look.scroll_to("#inspected"), **QUIET)
-        self.delete.click(self._delete, self.chosen, [*shown, self.inspected], **QUIET)
-        self.undo.click(self._undo, None, shown, **QUIET)
+        self.files.upload(self._upload, self.files, [self.files, *shown], **TELLING)
+        looked = self.inspect.click(self._inspect, self.chosen, self.inspected, **TELLING)
+        looked.success(None, None, None, js=look.scroll_to("#inspected"), **TELLING)
+        self.delete.click(self._delete, self.chosen, [*shown, self.inspected], **TELLING)
+        self.undo.click(self._undo, None, shown, **TELLING)
         gr.on(
             [self.rename.click, self.name.submit],
             self._rename,
             [self.chosen, self.name],
             [*shown, self.name, self.inspected],
-            **QUIET,
+            **TELLING,
         )
-        self.chosen.change(lambda name: self._prepared(name), self.chosen, self.download, **QUIET)
+        self.chosen.change(lambda name: self._prepared(name), self.chosen, self.download, **TELLING)
 
     def refresh_on(self, shown: gr.Tab) -> None:
         """Show the library as it is when the tab is opened."""
-        shown.select(lambda chosen: self._shown(chosen), self.chosen, [self.table, self.chosen, self.undo], **QUIET)
-        shown.select(lambda chosen: self._prepared(chosen), self.chosen, self.download, **QUIET)
+        shown.select(lambda chosen: self._shown(chosen), self.chosen, [self.table, self.chosen, self.undo], **TELLING)
+        shown.select(lambda chosen: self._prepared(chosen), self.chosen, self.download, **TELLING)
 
     # ---------------------------------------------------------------- what the buttons do
 

@@ -26,19 +26,12 @@ from app.settings import (
     SettingsError,
 )
 from app.studio import Studio
+from app.tabs.events import PREVIEWING, QUIET, TELLING
 from app.tabs.presets import PresetsFold
 
 SUGGESTIONS_SHOWN = 4
 GALLERY_HOLDS = 24
 WATCH_SECONDS = 2.0
-TELLING: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-QUIET = {**TELLING, "queue": False}  # at once, but errors and messages reach the page through the queue alone
-PREVIEWING: dict[str, Any] = {
-    "api_visibility": "private",
-    "show_progress": "hidden",
-    "trigger_mode": "multiple",
-    "concurrency_limit": None,
-}
 ROLL_DICE = "() => Math.floor(Math.random() * 1000000)"
 SHOW_PICTURE = look.scroll_to("#picture")
 

@@ -11,9 +11,9 @@ from app.png import parse_settings
 from app.restore import as_dict
 from app.settings import DEFAULT_METHOD, Settings
 from app.studio import Studio
+from app.tabs.events import TELLING
 from shira_diffusers.fuse import METHODS
 
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 ADD_ADDRESS = """(_, text) => {
   const link = new URL(window.location.href)
   link.search = new URLSearchParams({ settings: JSON.stringify(JSON.parse(text)) })
@@ -55,15 +55,17 @@ class PresetsFold:
     ) -> None:
         """Say what happens, once Mix has all its components; for the arguments see ``MixTab``."""
         self._settings, self._fill, self._targets = settings, fill, targets
-        self.chosen.focus(lambda: gr.Dropdown(choices=self._names()), outputs=self.chosen, **QUIET)
-        self.chosen.input(self._choose, self.chosen, list(targets), **QUIET)
-        self.delete.click(self._delete, self.chosen, self.chosen, **QUIET)
-        gr.on([self.save.click, self.name.submit], self._save, [self.name, *inputs], [self.chosen, self.name], **QUIET)
-        shown = self.share.click(self._share, list(inputs), [self.link, self.text], **QUIET)
-        shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **QUIET)
-        self.apply.click(self._apply, self.text, list(targets), **QUIET)
+        self.chosen.focus(lambda: gr.Dropdown(choices=self._names()), outputs=self.chosen, **TELLING)
+        self.chosen.input(self._choose, self.chosen, list(targets), **TELLING)
+        self.delete.click(self._delete, self.chosen, self.chosen, **TELLING)
+        gr.on(
+            [self.save.click, self.name.submit], self._save, [self.name, *inputs], [self.chosen, self.name], **TELLING
+        )
+        shown = self.share.click(self._share, list(inputs), [self.link, self.text], **TELLING)
+        shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **TELLING)
+        self.apply.click(self._apply, self.text, list(targets), **TELLING)
         address = gr.Textbox(visible=False)
-        gr.on(None, self._open, address, list(targets), js=READ_ADDRESS, **QUIET)  # as the page loads
+        gr.on(None, self._open, address, list(targets), js=READ_ADDRESS, **TELLING)  # as the page loads
 
     def _names(self) -> list[str]:
         return list(self._presets.names)

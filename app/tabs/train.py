@@ -10,12 +10,12 @@ from app.files import cached
 from app.messages import readable
 from app.recipe import Recipe
 from app.studio import Studio
+from app.tabs.events import TELLING
 from app.tabs.mix import MixTab
 from app.training_pictures import FORMATS, MAX_PICTURES, Sent, captions_of, require_pictures, sort_out
 from app.trainings import Training
 from shira_diffusers.targets import PRESETS
 
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 STARTING: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}
 EVERY = 2.0  # seconds between two looks at a training that goes on
 MASKS = (
@@ -159,32 +159,32 @@ class TrainTab:
         gr.on(
             [self.steps.change, self.density.change, self.targets.change, self.batch.change, self.resolution.change,
              self.class_prompt.change, self.class_pictures.change],
-            self._estimate, settings, self.estimate, trigger_mode="always_last", **QUIET,
+            self._estimate, settings, self.estimate, trigger_mode="always_last", **TELLING,
         )  # fmt: skip
         started = self.start.click(
             self._start, {*settings, self.files, self.captions}, view,
             show_progress_on=self.progress, api_visibility="private", **STARTING,
         )  # fmt: skip
-        started.success(None, None, None, js=look.scroll_to("#progress"), **QUIET)
-        self.past.input(self._follow, [self.past, self.shown], self._view(), **QUIET)
-        self.timer.tick(self._follow, [self.past, self.shown], self._view(), **QUIET)
+        started.success(None, None, None, js=look.scroll_to("#progress"), **TELLING)
+        self.past.input(self._follow, [self.past, self.shown], self._view(), **TELLING)
+        self.timer.tick(self._follow, [self.past, self.shown], self._view(), **TELLING)
         pressed = [
             self.cancel.click(self._cancel, None, view, show_progress_on=self.progress, api_visibility="private"),
             *(
-                button.click(act, self.past, view, **QUIET)
+                button.click(act, self.past, view, **TELLING)
                 for button, act in ((self.resume, self._resume), (self.keep, self._keep), (self.discard, self._discard))
             ),
         ]
         for each in pressed:  # another visitor may have done it
-            each.failure(self._as_it_is, self.past, view, **QUIET)
-        self.mix.click(self._mix_it, self.past, self._mix.targets, **QUIET)
+            each.failure(self._as_it_is, self.past, view, **TELLING)
+        self.mix.click(self._mix_it, self.past, self._mix.targets, **TELLING)
 
     def refresh_on(self, shown: gr.Tab) -> None:
         """Show trainings as they are when the tab is opened."""
         settings = {self._component(name) for name in self._usual.as_dict()}
-        shown.select(lambda: self._all(None), None, [self.past, *self._view()], **QUIET)
-        shown.select(lambda chosen: self._offered(chosen), self.avoid, self.avoid, **QUIET)
-        shown.select(self._estimate, settings, self.estimate, **QUIET)
+        shown.select(lambda: self._all(None), None, [self.past, *self._view()], **TELLING)
+        shown.select(lambda chosen: self._offered(chosen), self.avoid, self.avoid, **TELLING)
+        shown.select(self._estimate, settings, self.estimate, **TELLING)
 
     def _view(self) -> list[Any]:
         buttons = [self.mix, self.cancel, self.resume, self.keep, self.discard]
