@@ -2,13 +2,16 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from shira_diffusers.errors import ResidentStateError
+
+_changed = threading.Condition()  # one for all locks: who waits for whom is seen over several models
+_waiting: dict[int, Callable[[], set[int]]] = {}  # threads, and those which each waits for
 
 
 class ReadWriteLock:
@@ -18,68 +21,90 @@ class ReadWriteLock:
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
         self._readers: Counter[int] = Counter()
         self._writer: int | None = None
         self._depth = 0
-        self._waiting_writers = 0
-        self._upgrading: int | None = None
+        self._queue: set[int] = set()  # threads that wait to write
 
     @contextmanager
     def read(self) -> Iterator[None]:
-        """Hold the lock together with other readers."""
+        """Hold the lock together with other readers.
+
+        Raises:
+            ResidentStateError: the writer waits for this thread, itself or through others: that would never end.
+        """
         me = threading.get_ident()
-        with self._condition:
+        with _changed:
             if self._writer != me and not self._readers[me]:
-                self._condition.wait_for(lambda: self._writer is None and not self._waiting_writers)
+                _wait(me, self._writers, self._queue)
             self._readers[me] += 1
         try:
             yield
         finally:
-            with self._condition:
+            with _changed:
                 self._readers[me] -= 1
                 if not self._readers[me]:
                     del self._readers[me]
-                self._condition.notify_all()
+                _changed.notify_all()
 
     @contextmanager
     def write(self) -> Iterator[None]:
         """Hold the lock alone.
 
         Raises:
-            ResidentStateError: two threads that both read want to write: they would wait for each other for ever.
+            ResidentStateError: a reader or the writer waits for this thread, itself or through others: that would
+                never end.
         """
         me = threading.get_ident()
-        with self._condition:
-            if self._writer != me:
-                self._wait_to_write(me)
-                self._writer = me
+        with _changed:
+            self._queue.add(me)
+            try:
+                _wait(me, lambda: (self._writers() | self._readers.keys()) - {me})
+            finally:
+                self._queue.remove(me)
+                _changed.notify_all()
+            self._writer = me
             self._depth += 1
         try:
             yield
         finally:
-            with self._condition:
+            with _changed:
                 self._depth -= 1
                 if not self._depth:
                     self._writer = None
-                self._condition.notify_all()
+                _changed.notify_all()
 
-    def _wait_to_write(self, me: int) -> None:
-        upgrade = self._readers[me] > 0
-        if upgrade and self._upgrading is not None:
-            raise ResidentStateError(
-                "two generations on one model want to switch its adapters at the same time; expected one at a time: "
-                "switch before or after a generation, or give each generation its own pipeline"
-            )
-        if upgrade:
-            self._upgrading = me
-        self._waiting_writers += 1
-        try:
-            self._condition.wait_for(lambda: self._writer is None and not (self._readers.keys() - {me}))
-        finally:
-            self._waiting_writers -= 1
-            if upgrade:
-                self._upgrading = None
+    def _writers(self) -> set[int]:
+        return set() if self._writer is None else {self._writer}
+
+
+def _wait(me: int, holders: Callable[[], set[int]], queue: Collection[int] = ()) -> None:
+    """Wait for those who hold a lock and for those who come first, but not for any of these who waits for this one."""
+    _waiting[me] = lambda: holders().union(queue)
+    try:
+        while not _is_my_turn(me, holders(), set(queue)):
+            _changed.wait()
+    finally:
+        del _waiting[me]
+
+
+def _is_my_turn(me: int, holders: set[int], queue: set[int]) -> bool:
+    if _waits_for(me, holders):
+        raise ResidentStateError(
+            "two generations want to switch adapters of each other's model, or of one, at the same time, and would "
+            "wait for each other for ever; expected one at a time: switch before or after a generation, or give each "
+            "generation its own pipeline"
+        )
+    return not holders and (not queue or _waits_for(me, queue))
+
+
+def _waits_for(me: int, threads: set[int]) -> bool:
+    """Whether one of these threads waits for this one, itself or through others."""
+    seen: set[int] = set()
+    while threads and me not in threads:
+        seen |= threads
+        threads = {other for thread in threads & _waiting.keys() for other in _waiting[thread]()} - seen
+    return bool(threads)
 
 
 _locks: WeakKeyDictionary[nn.Module, ReadWriteLock] = WeakKeyDictionary()

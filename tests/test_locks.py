@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -162,6 +163,62 @@ def test_two_readers_that_both_want_to_write_are_told_so(lock: ReadWriteLock) ->
     assert len(errors) == 1
     assert "switch before or after a generation" in str(errors[0])
     Task(take(lock.write)).assert_ends()
+
+
+def nested(outer: object, both: threading.Barrier, inner: object) -> Callable[[], None]:
+    def work() -> None:
+        with outer():
+            both.wait()
+            with inner():
+                pass
+
+    return work
+
+
+def test_two_that_hold_each_others_lock_are_told_so() -> None:
+    one, two = ReadWriteLock(), ReadWriteLock()
+    both = threading.Barrier(2, timeout=SOON)
+    tasks = [Task(nested(one.read, both, two.write)), Task(nested(two.read, both, one.write))]
+    for task in tasks:
+        task.assert_ends()
+    assert len([task for task in tasks if task.error]) == 1
+    Task(take(one.write)).assert_ends()
+    Task(take(two.write)).assert_ends()
+
+
+def test_readers_of_two_models_in_opposite_order_pass_the_writers_that_wait_for_them() -> None:
+    one, two = ReadWriteLock(), ReadWriteLock()
+    both = threading.Barrier(3, timeout=SOON)
+    readers = [Task(nested(one.read, both, two.read)), Task(nested(two.read, both, one.read))]
+    while not (one._readers and two._readers):
+        time.sleep(STILL)
+    writers = [Task(take(one.write)), Task(take(two.write))]
+    for writer in writers:
+        writer.assert_waits()
+    both.wait()
+    for task in [*readers, *writers]:
+        task.assert_ends()
+        assert task.error is None
+
+
+def test_a_circle_of_three_is_told_once() -> None:
+    locks = [ReadWriteLock() for _ in range(3)]
+    all_in = threading.Barrier(3, timeout=SOON)
+    tasks = [Task(nested(locks[k].write, all_in, locks[(k + 1) % 3].read)) for k in range(3)]
+    for task in tasks:
+        task.assert_ends()
+    assert len([task for task in tasks if task.error]) == 1
+
+
+def test_a_reader_of_another_model_waits_behind_a_writer_who_does_not_wait_for_it() -> None:
+    one, two = ReadWriteLock(), ReadWriteLock()
+    with two.read():
+        writer = Task(take(two.write))
+        writer.assert_waits()
+        reader = Task(nested(one.read, threading.Barrier(1), two.read))
+        reader.assert_waits()
+    writer.assert_ends()
+    reader.assert_ends()
 
 
 @pytest.mark.parametrize("kind", ["read", "write"])
