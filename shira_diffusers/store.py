@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class Store:
         self._decoder = None if device.type == "cpu" else DeviceDecoder(device)
         self._pin_for = device if device.type == "cuda" else None
         self._peft: dict[str, Version] = {}
+        self._kinds: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._loading: dict[Version, Future[None]] = {}
         self._wanted: Counter[Version] = Counter()
 
@@ -79,8 +81,15 @@ class Store:
         if models is None or version.model or not (is_peft or version.path.is_dir()):
             return version
         component, model = _denoiser(models, version)
-        shapes = tuple((name, tuple(weight.shape)) for name, weight in named_weights(model).items())
-        return version._replace(model=hash((component, shapes)) or 1)
+        return version._replace(model=hash((component, self._kind_of(model))) or 1)
+
+    def _kind_of(self, model: nn.Module) -> int:
+        """A number that models have in common whose weights have the same names and shapes, found once a model."""
+        with self.lock:
+            if model not in self._kinds:
+                shapes = tuple((name, tuple(weight.shape)) for name, weight in named_weights(model).items())
+                self._kinds[model] = hash(shapes)
+            return self._kinds[model]
 
     def acquire(
         self, version: Version, models: Models, may_leave: MayLeave, leaving: Leaving
