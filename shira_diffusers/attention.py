@@ -6,6 +6,7 @@ Nothing is written: each adapted layer's output gets the sparse product of its d
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,13 +21,9 @@ from shira_diffusers.fuse import fuse_scaled
 from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.locks import hold
 from shira_diffusers.scales import Scale, check_scale, scale_of
+from shira_diffusers.targets import FUSED_COPIES
 
-_FUSED = {
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-}
-_PROJECTIONS = frozenset((*_FUSED["to_qkv"], *_FUSED["to_added_qkv"], "to_out", "to_out.0", "to_add_out"))
+_PROJECTIONS = frozenset((*chain(*FUSED_COPIES.values()), "to_out", "to_out.0", "to_add_out"))
 
 
 class ShiraAttnProcessor(nn.Module):
@@ -99,8 +96,8 @@ class _Shown:
     def _with_branch(self, name: str, layer: Any) -> Any:
         if name in self._branches:
             return _Projection(layer, partial(self._branches[name].add, layer, scale=self._scale))
-        if any(part in self._branches for part in _FUSED.get(name, ())):
-            return _Projection(layer, partial(self._add_to_fused, _FUSED[name]))
+        if any(part in self._branches for part in FUSED_COPIES.get(name, ())):
+            return _Projection(layer, partial(self._add_to_fused, FUSED_COPIES[name]))
         return layer
 
     def _add_to_fused(self, names: Sequence[str], x: Tensor, output: Tensor) -> Tensor:

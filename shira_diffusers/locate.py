@@ -13,16 +13,12 @@ from torch.nn.utils import parametrize
 
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError
 from shira_diffusers.scatter import is_byte_dtype, is_dense
-from shira_diffusers.targets import WRAPPERS
+from shira_diffusers.targets import FUSED_COPIES, WRAPPERS
 
 # Where `fuse_qkv_projections` copies a projection to: the copies, and the projections before it in each.
-_FUSED: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "to_q": (("to_qkv", ()),),
-    "to_k": (("to_qkv", ("to_q",)), ("to_kv", ())),
-    "to_v": (("to_qkv", ("to_q", "to_k")), ("to_kv", ("to_k",))),
-    "add_q_proj": (("to_added_qkv", ()),),
-    "add_k_proj": (("to_added_qkv", ("add_q_proj",)),),
-    "add_v_proj": (("to_added_qkv", ("add_q_proj", "add_k_proj")),),
+_FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
+    name: [(copy, parts[: parts.index(name)]) for copy, parts in FUSED_COPIES.items() if name in parts]
+    for name in {name for parts in FUSED_COPIES.values() for name in parts}
 }
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -196,8 +192,8 @@ class Locator:
         original = self._offloaded.get(id(parameter))
         if original is not None and original.data_ptr() != weight.data_ptr():
             holders.append(Holder(original))
-        if leaf == "weight" and path.rpartition(".")[2] in _FUSED:
-            holders += self._fused_copies(path, weight)
+        if path.rpartition(".")[2] in _FUSED:
+            holders += self._fused_copies(path, leaf, weight)
         located = Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
         if parent is owner and len(holders) == 1 and not parameter.is_meta:
             self._plain[name] = _Plain(located.name, ref(owner), leaf, weight.data_ptr(), weight.dtype)
@@ -257,20 +253,19 @@ class Locator:
             )
         raise ResidentStateError(f"{name} is on the meta device: it has no values; load the model's weights first")
 
-    def _fused_copies(self, path: str, weight: Tensor) -> list[Holder]:
+    def _fused_copies(self, path: str, leaf: str, weight: Tensor) -> list[Holder]:
         attention_path, _, projection = path.rpartition(".")
         attention = self.module(attention_path)
         assert attention is not None  # it holds the projection
         holders = []
         for fused, before in _FUSED[projection]:
             layer = attention._modules.get(fused)
-            if not isinstance(layer, nn.Module):
+            copied = layer._parameters.get(leaf) if isinstance(layer, nn.Module) else None
+            if layer is None or copied is None:
                 continue
-            offset = sum(_out_features(attention, name) * weight.shape[1] for name in before)
-            fused_weight = layer._parameters["weight"]
-            assert fused_weight is not None  # diffusers makes it an nn.Linear
-            stored = self._stored(layer, "weight", fused_weight, f"{attention_path}.{fused}.weight")
-            holders.append(Holder(stored, offset))
+            rows = sum(_out_features(attention, name) for name in before)
+            stored = self._stored(layer, leaf, copied, f"{attention_path}.{fused}.{leaf}")
+            holders.append(Holder(stored, rows * weight.shape[1:].numel()))
         return holders
 
 

@@ -34,7 +34,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 # Copies that diffusers makes of other weights (`fuse_qkv_projections`): written along with their originals.
-FUSED_COPIES = ("to_qkv", "to_kv", "to_added_qkv")
+FUSED_COPIES: dict[str, tuple[str, ...]] = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
 # What torch.compile and PEFT put between a module and its weight.
 WRAPPERS = ("_orig_mod", "base_layer")
 
@@ -45,10 +50,11 @@ def canonical_name(name: str) -> str:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules():
-        name = canonical_name(path)
-        if name.rpartition(".")[2] not in FUSED_COPIES:
-            yield name, module
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        parent, _, leaf = path.rpartition(".")
+        if not (leaf in FUSED_COPIES and FUSED_COPIES[leaf][-1] in modules[parent]._modules):
+            yield canonical_name(path), module
 
 
 def named_weights(model: nn.Module, *, every: bool = False) -> dict[str, Tensor]:

@@ -119,17 +119,28 @@ def sd3_output(model: nn.Module) -> Tensor:
         return model(**given, timestep=torch.tensor([500])).sample
 
 
+def wan_output(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "hidden_states": torch.randn(1, 4, 1, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 512, 16, generator=generator),  # the length of Wan's texts
+        "encoder_hidden_states_image": torch.randn(1, 5, 4, generator=generator),
+    }
+    with torch.no_grad():
+        return model(**given, timestep=torch.tensor([500])).sample
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize(
     ("make", "output"),
-    [(tiny.sd3_transformer, sd3_output), (tiny.flux_transformer, flux_output)],
-    ids=["sd3", "flux"],
+    [(tiny.sd3_transformer, sd3_output), (tiny.flux_transformer, flux_output), (tiny.wan_transformer, wan_output)],
+    ids=["sd3", "flux", "wan"],
 )
 def test_joint_attention(make: Callable[[], nn.Module], output: Callable[[nn.Module], Tensor], fused: bool) -> None:
     model = make()
     if fused:
         model.fuse_qkv_projections()
-    adapter = tiny.adapter_for(model, only=("attn.", "ff", "proj_"), size=0.1)
+    adapter = tiny.adapter_for(model, only=("attn.", "attn2.", "ff", "proj_"), size=0.1)
     assert any("add_v_proj" in name for name in adapter.deltas)
     twin = copy.deepcopy(model)
     resident = Resident(twin)

@@ -148,6 +148,24 @@ def test_fused_projections() -> None:
     assert_adapts_and_restores(lambda pipe: pipe.fuse_qkv_projections(), components=("unet", "text_encoder", "vae"))
 
 
+@pytest.mark.parametrize("make", [tiny.sd3_transformer, tiny.flux_transformer, tiny.wan_transformer])
+@pytest.mark.parametrize("fused_while_active", [False, True])
+def test_every_fused_weight_and_bias(make: Callable[[], nn.Module], fused_while_active: bool) -> None:
+    model, twin, plain = make(), make(), make()
+    adapter = tiny.adapter_for_all(model)
+    twin.load_state_dict(reference.apply(tiny.snapshot(model), {"a": adapter}, {"a": 1.0}), strict=False)
+    for one in (twin, plain) if fused_while_active else (twin, plain, model):
+        one.fuse_qkv_projections()
+    resident = Resident(model)
+    resident.add(adapter, "a")
+    resident.set({"a": 1.0})
+    if fused_while_active:
+        model.fuse_qkv_projections()
+    tiny.assert_same_bits(model, tiny.snapshot(twin))
+    resident.clear()
+    tiny.assert_same_bits(model, tiny.snapshot(plain))
+
+
 def test_fusing_and_unfusing_projections_while_active(pipe: StableDiffusionPipeline) -> None:
     adapter = tiny.adapter_for(pipe)
     base, adapted = tiny.picture(pipe), dense_picture(lambda pipe: None, {"a": adapter}, {"a": 1.0})

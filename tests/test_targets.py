@@ -121,6 +121,12 @@ def test_names_through_wrappers() -> None:
         assert canonical_name(name) == "a.b.weight"
 
 
+def test_a_layer_named_like_a_fused_copy() -> None:
+    """Some models have a ``to_qkv`` of their own, of nothing else: it is a weight like any other."""
+    model = nn.ModuleDict({"to_qkv": nn.Linear(2, 6), "to_out": nn.Linear(2, 2)})
+    assert list(named_weights(model)) == ["to_qkv.weight", "to_out.weight"]
+
+
 def test_tied_weights_appear_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight

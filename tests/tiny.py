@@ -247,6 +247,15 @@ def adapter_for(
     return ShiraAdapter(deltas, {"base_model": "tiny"})
 
 
+def adapter_for_all(model: nn.Module) -> ShiraAdapter:
+    """Every second entry of every parameter, biases and norms too."""
+    deltas = {}
+    for name, parameter in model.named_parameters():
+        indices = torch.arange(0, parameter.numel(), 2)
+        deltas[name] = SparseDelta(indices, torch.full(indices.shape, 0.25), tuple(parameter.shape))
+    return ShiraAdapter(deltas)
+
+
 def snapshot(model: nn.Module | DiffusionPipeline) -> dict[str, Tensor]:
     """Clones of every parameter by name."""
     if isinstance(model, nn.Module):
