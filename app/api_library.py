@@ -9,6 +9,7 @@ from gradio.events import api
 from app.cards import shown_metadata
 from app.files import cached
 from app.messages import readable
+from app.settings import SettingsError
 from app.studio import Studio
 from app.tabs.interference import COMPARING
 
@@ -94,5 +95,5 @@ def add_library_api(studio: Studio) -> None:
 
 def _required(file: str | None) -> Path:
     if not file:
-        raise gr.Error("No file was sent", print_exception=False)
+        raise SettingsError("no file was sent")
     return Path(file)

@@ -4,8 +4,11 @@ import html
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import gradio as gr
+from gradio.exceptions import InvalidPathError
+from pydantic import ValidationError
 
 from app.cards import one_sentence
 from shira_diffusers import ShiraError
@@ -24,12 +27,36 @@ def readable(failed: str = "the picture could not be drawn") -> Iterator[None]:
     """
     try:
         yield
+    except gr.Error:  # a ValueError, and a sentence by now
+        raise
     except ShiraError as error:
         raise gr.Error(_shown(one_sentence(error)), print_exception=False) from error
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
-        logger.exception(failed)
-        sentence = f"{failed}: {one_sentence(error)}; the log of the app tells more"
-        raise gr.Error(_shown(sentence), print_exception=False) from error
+        raise _fault(failed, error) from error
+
+
+class Page(gr.Blocks):
+    """Blocks that tell in a sentence also what Gradio itself refuses, and what nobody has thought of."""
+
+    async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every event and every call comes through here."""
+        try:
+            return await super().process_api(*args, **kwargs)
+        except gr.Error:
+            raise
+        except (InvalidPathError, ValidationError) as error:
+            logger.info("refused: %s", one_sentence(error))
+            sentence = "A file must be uploaded first: send it as gradio_client's handle_file(path) does, not as a path"
+            raise gr.Error(sentence, print_exception=False) from error
+        except Exception as error:
+            raise _fault("the app could not do that", error) from error
+
+
+def _fault(failed: str, error: Exception) -> gr.Error:
+    """What is not the user's doing: all of it goes to the log, and a sentence without folders to the user."""
+    logger.error(failed, exc_info=error)
+    told = (error.strerror if isinstance(error, OSError) else "") or one_sentence(error)
+    return gr.Error(_shown(f"{failed}: {told}; the log of the app tells more"), print_exception=False)
 
 
 def _shown(sentence: str) -> str:

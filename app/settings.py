@@ -59,6 +59,8 @@ def _prompt(prompt: object) -> str:
         raise SettingsError(f"the prompt must say what to draw, got {reprlib.repr(prompt)}")
     if len(prompt) > MAX_PROMPT:
         raise SettingsError(f"the prompt is too long: {MAX_PROMPT} characters at most, got {len(prompt)}; shorten it")
+    if any(0xD800 <= ord(character) < 0xE000 for character in prompt):  # tokenizers take none
+        raise SettingsError(f"the prompt holds half a character, got {reprlib.repr(prompt)}; write it anew")
     return prompt.strip()
 
 

@@ -9,6 +9,7 @@ from app.api import add_api
 from app.api_library import add_library_api
 from app.api_pictures import add_pictures_api
 from app.api_training import add_training_api
+from app.messages import Page
 from app.studio import Studio
 from app.tabs.compare import CompareTab
 from app.tabs.history import HistoryTab
@@ -22,7 +23,7 @@ CACHE_SECONDS = 24 * 60 * 60  # pictures that nobody fetched for a day leave the
 
 def build(studio: Studio) -> gr.Blocks:
     """The app over a studio, to be served with ``launch``."""
-    with gr.Blocks(
+    with Page(
         title="SHiRA style studio",
         analytics_enabled=False,
         delete_cache=(CACHE_SECONDS, CACHE_SECONDS),

@@ -12,6 +12,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from app.messages import readable
 from app.picture import METADATA_KEY
 from app.session import Session
 from app.studio import Studio
@@ -158,3 +159,11 @@ def test_a_fault_inside_is_told_in_one_sentence(studio: Studio, monkeypatch: pyt
     with pytest.raises(gr.Error) as caught:
         asyncio.run(endpoints["generate"](gr.Request(session_hash="a"), SUGGESTION))
     assert caught.value.message == "The picture could not be drawn: out of memory; the log of the app tells more"
+
+
+def test_a_full_disk_is_told_without_the_apps_folders() -> None:
+    with pytest.raises(gr.Error) as caught, readable():
+        raise OSError(28, "No space left on device", "/home/ada/pictures/.1.tmp")
+    assert caught.value.message.startswith("The picture could not be drawn: No space left on device; ")
+    with pytest.raises(gr.Error, match=r"^'told'$"), readable():
+        raise gr.Error("told")

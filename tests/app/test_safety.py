@@ -258,6 +258,24 @@ def test_nonsense_is_answered_in_a_sentence(client: httpx.Client) -> None:
             event, told = call(client, name.removeprefix("/"), [nonsense] * count)
             assert "Traceback" not in told and "/app/" not in told and ".py" not in told, (name, nonsense, told)
             assert len(told) < 5000 or event == "complete", (name, told[:200])
+            assert event == "complete" or json.loads(told)["error"], (name, nonsense)
+        told = call(client, name.removeprefix("/"), [])[1]
+        assert not endpoint["parameters"] or "didn't receive enough" in told, (name, told)
+
+
+def test_a_path_in_place_of_a_file_is_told_in_a_sentence(client: httpx.Client, secret: Path) -> None:
+    for file in (str(secret), {"path": str(secret), "meta": META}, {"path": str(secret)}, 1):
+        event, told = call(client, "upload_adapter", [file, ""])
+        assert event == "error" and "A file must be uploaded first" in told and str(secret) not in told
+    assert json.loads(call(client, "upload_adapter", [None, ""])[1])["error"] == "No file was sent"
+
+
+def test_what_nobody_has_thought_of_is_a_sentence_and_the_log_has_the_rest(
+    client: httpx.Client, studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(type(studio.presets), "names", property(lambda presets: 1 / 0))
+    assert "The app could not do that: division by zero" in call(client, "presets", [])[1]
+    assert "ZeroDivisionError" in caplog.text and "Traceback" in caplog.text
 
 
 # -------------------------------------------------------------------- who may come in

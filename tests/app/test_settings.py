@@ -25,6 +25,11 @@ def test_whole_floats_are_whole_numbers() -> None:
     assert type(settings.seed) is int and type(settings.steps) is int
 
 
+def test_half_a_character_is_no_prompt() -> None:
+    with pytest.raises(SettingsError, match="half a character"):
+        checked(prompt="an owl \ud83d")
+
+
 def test_without_a_seed_one_is_drawn() -> None:
     seeds = {checked(seed=None).seed for _ in range(8)}
     assert len(seeds) > 1
