@@ -67,7 +67,9 @@ def add_pictures_api(studio: Studio) -> None:
         """
         with readable():
             across = Axis.checked(adapter, as_object(strengths, "strengths"))
-            down = Axis.checked(other, as_object(other_strengths, "other strengths")) if other else None
+            down = None
+            if other not in (None, "") or other_strengths not in (None, ""):
+                down = Axis.checked(other, as_object(other_strengths, "other strengths"))
             others = {axis.adapter: 0.0 for axis in (across, down) if axis}
             mixed = {**checked_mix(as_object(mix, "mix")), **others}
             settings = session.checked(prompt, mixed, seed, steps, guidance, method)
@@ -80,8 +82,9 @@ def add_pictures_api(studio: Studio) -> None:
     def save_preset(name: str, settings: Any) -> str:
         """Keep settings (an object with prompt, mix, seed, steps, guidance, method) under a name; returns the name."""
         with readable():
-            checked = restore(require_mapping("settings", as_object(settings, "settings")), session).settings
-            return studio.presets.save(name, as_dict(checked))
+            given = require_mapping("settings", as_object(settings, "settings"))
+            session.require_known(checked_mix(given.get("mix", {})))
+            return studio.presets.save(name, as_dict(restore(given, session).settings))
 
     def delete_preset(name: str) -> list[str]:
         """Forget a preset; returns the names of those that are left."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import reprlib
 import shutil
 import threading
 import time
@@ -222,8 +223,9 @@ class Library:
         """
         with self._changing:
             entry = self._own(old, "renamed")
-            if not str(new).strip():
-                raise SettingsError(f"{entry.name!r} needs a name to be renamed to, got none")
+            if not isinstance(new, str) or not new.strip():
+                got = "none" if new is None or isinstance(new, str) else reprlib.repr(new)
+                raise SettingsError(f"{entry.name!r} needs a name to be renamed to, got {got}")
             name = tidy_name(new)
             if name == entry.name:
                 return entry
@@ -243,8 +245,8 @@ class Library:
         """
         trash = self._require_writable().with_name("trash")
         with self._changing:
-            leaving = [self._own(name, "deleted") for name in dict.fromkeys(names)]
-            for entry in leaving:
+            leaving = {entry.name: entry for entry in [self._own(name, "deleted") for name in names]}
+            for entry in leaving.values():
                 self._shelf.close(entry.name)
                 os.replace(entry.path, trash / f"{time.time_ns()}{_BETWEEN}{entry.path.name}")
                 self._publish(each for each in self._entries if each is not entry)
@@ -264,7 +266,12 @@ class Library:
         with self._changing:
             found = [path for path in self._in_trash() if name in (None, path.stem.partition(_BETWEEN)[2])]
             if not found:
-                raise SettingsError("there is nothing to bring back" if name is None else f"{name!r} was not deleted")
+                told = (
+                    "there is nothing to bring back"
+                    if name is None
+                    else f"no adapter named {reprlib.repr(name)} was deleted"
+                )
+                raise SettingsError(told)
             name = free_name(tidy_name(found[0].stem.partition(_BETWEEN)[2]), self._keys())
             path = folder / f"{name}.safetensors"
             os.rename(found[0], path)

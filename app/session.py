@@ -179,13 +179,7 @@ class Session:
             SettingsError: as ``generate``.
         """
         settings = Settings.checked(prompt, mix, seed, steps, guidance, method)
-        known = self.adapter_names
-        unknown = [name for name in settings.mix if name not in known]
-        if unknown:
-            raise SettingsError(
-                f"no style named {', '.join(map(reprlib.repr, unknown[:5]))}; "
-                f"there are {', '.join(map(repr, known)) or 'none'}"
-            )
+        self.require_known(settings.mix)
         require_components(settings.mix, models_of(self._pipe))
         tokenizer = self._tokenizer
         with self._counting:
@@ -195,6 +189,20 @@ class Session:
                 f"the prompt is too long: the model reads {tokenizer.model_max_length} tokens, got {length}; shorten it"
             )
         return settings
+
+    def require_known(self, mix: Mix) -> None:
+        """Require that all styles of a mix are loaded.
+
+        Raises:
+            SettingsError: names those that are not, and those that there are.
+        """
+        known = self.adapter_names
+        unknown = [name for name in mix if name not in known]
+        if unknown:
+            raise SettingsError(
+                f"no style named {', '.join(map(reprlib.repr, unknown[:5]))}; "
+                f"there are {', '.join(map(repr, known)) or 'none'}"
+            )
 
     def submit(self, settings: Settings, on_step: OnStep | None = None, visit: str = "") -> Future[Picture]:
         """Draw a picture when the visit's turn has come; the settings are checked ones.

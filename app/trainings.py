@@ -256,8 +256,10 @@ class Trainings:
         """Remove a training that has ended, its pictures and checkpoints; the adapter in the library stays.
 
         Raises:
-            SettingsError: there is none of that id, or it is under way.
+            SettingsError: no id, there is none of it, or it is under way.
         """
+        if not id:
+            raise SettingsError("no training is chosen; say which one to discard")
         with self._changing:
             training = self._ended(id)
             del self._trainings[training.id]

@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from app import look
 from app.messages import readable
 from app.png import parse_settings
 from app.restore import as_dict
@@ -82,7 +83,7 @@ class PresetsFold:
     def _save(self, name: Any, *values: Any) -> tuple[Any, Any]:
         with readable("the preset could not be saved"):
             saved = self._presets.save(name, as_dict(self._settings(*values)))
-        gr.Info(f"Saved as “{saved}”.")
+        gr.Info(look.plain(f"Saved as “{saved}”."))
         return gr.Dropdown(choices=self._names(), value=saved), ""
 
     def _share(self, *values: Any) -> tuple[Any, str]:

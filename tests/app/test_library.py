@@ -313,6 +313,11 @@ def test_a_name_can_be_renamed_to_no_other_adapters(library: Library, upload: Pa
         library.delete(None)
     with pytest.raises(SettingsError, match="'moss' needs a name to be renamed to, got none"):
         library.rename("moss", "  ")
+    for strange in (None, 5, {"a": 1}):
+        with pytest.raises(SettingsError, match=r"'moss' needs a name to be renamed to, got (none|5|\{'a': 1\})$"):
+            library.rename("moss", strange)
+    with pytest.raises(SettingsError, match="no adapter named"):
+        library.delete(["moss"])
     assert names(library) == ["bluefire", "paintings", "moss"]
 
 
@@ -337,6 +342,8 @@ def test_deleting_can_be_undone(library: Library, upload: Path, pipe: StableDiff
     assert sorted(names(library)) == ["bluefire", "fern", "moss", "moss-2", "paintings"]
     with pytest.raises(SettingsError, match="nothing to bring back"):
         library.undo()
+    with pytest.raises(SettingsError, match=r"^no adapter named 'x{12}\.\.\.x{13}' was deleted$"):
+        library.undo("x" * 10**6)
 
 
 def test_all_are_deleted_or_none(library: Library, upload: Path) -> None:

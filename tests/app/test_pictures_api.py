@@ -59,6 +59,8 @@ def test_a_sweep_is_a_strip_or_a_grid(client: Client, session: Session) -> None:
         ({"adapter": "bluefire", "strengths": "high"}, "strengths must be JSON"),
         ({"adapter": "bluefire", "strengths": [1, 3]}, "from -1 to 2, got 3"),
         ({"adapter": "bluefire", "strengths": [1] * 50}, "49 pictures at most"),
+        ({"adapter": "bluefire", "strengths": [1], "other_strengths": [1]}, "needs the name of a style, got None"),
+        ({"adapter": "bluefire", "strengths": [1], "other": [], "other_strengths": [1]}, "needs the name of a style"),
         (
             {"adapter": "bluefire", "strengths": [1], "other": "bluefire", "other_strengths": [1]},
             "two different styles",
@@ -92,6 +94,8 @@ def test_presets_come_and_go(client: Client) -> None:
         client.predict(" ", settings, api_name="/save_preset")
     with pytest.raises(AppError, match="settings must be a JSON object"):
         client.predict("list", "[1]", api_name="/save_preset")
+    with pytest.raises(AppError, match="No style named 'gold'; there are 'bluefire', 'paintings'"):
+        client.predict("gone", {**settings, "mix": {"gold": 1}}, api_name="/save_preset")
     assert client.predict("my mix", api_name="/delete_preset") == []
     with pytest.raises(AppError, match="No preset named 'my mix'"):
         client.predict("my mix", api_name="/delete_preset")

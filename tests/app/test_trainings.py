@@ -97,6 +97,9 @@ def test_a_training_ends_in_the_library(trainings: Trainings, session: Session, 
     assert estimate.entries == pytest.approx(card.entries, rel=0.01)
     again = Trainings(trainings.base, session.library, tmp_path / "data")
     assert again.all == trainings.all
+    for nothing in (None, "", []):
+        with pytest.raises(SettingsError, match="no training is chosen"):
+            again.discard(nothing)
     again.discard(training.id)
     assert not folder.exists() and again.all == () and "moss" in [card.name for card in session.cards]
 
