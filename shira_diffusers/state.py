@@ -1,6 +1,6 @@
 """What a module remembers about its adapters: carried by the module, so by copies of it too."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.errors import ResidentStateError, listing
 from shira_diffusers.locate import Locator
 from shira_diffusers.scales import Scale
-from shira_diffusers.scatter import overwrite
+from shira_diffusers.scatter import bits_of, cast, gather, overwrite
 from shira_diffusers.spares import Spares
 
 ATTRIBUTE = "_shira"
@@ -191,7 +192,11 @@ def ensure_state(module: nn.Module) -> ShiraState:
 def _save_the_base(
     module: nn.Module, state_dict: dict[str, object], prefix: str, local_metadata: dict[str, object]
 ) -> None:
-    """State-dict hook: what is saved while adapters are active is the base, without them."""
+    """State-dict hook: what is saved while adapters are active is the base, without them.
+
+    Raises:
+        ResidentStateError: names the weights that somebody else has written: base and adapters cannot be told apart.
+    """
     state = state_of(module)
     if state is None or not state.overwritten:
         return
@@ -201,8 +206,10 @@ def _save_the_base(
             keys.setdefault(value.data_ptr(), []).append(key)
     restored: dict[int, Tensor] = {}
     locator = Locator(module)
+    located = {name: locator.locate(name) for name in state.entries}
+    _require_ours(module, {name: (located[name].weight, entry) for name, entry in state.entries.items()})
     for name, entry in state.entries.items():
-        for holder in locator.locate(name).holders:
+        for holder in located[name].holders:
             address = holder.tensor.data_ptr()
             if address in keys and address not in restored:
                 restored[address] = holder.tensor.detach().clone(memory_format=torch.preserve_format)
@@ -212,3 +219,20 @@ def _save_the_base(
     for address, copy in restored.items():
         for key in keys[address]:
             state_dict[key] = copy
+
+
+def _require_ours(module: nn.Module, weights: Mapping[str, tuple[Tensor, Entry]]) -> None:
+    """Require that each weight holds what was written, or the base again."""
+    foreign = [name for name, (weight, entry) in weights.items() if not _is_ours(weight, entry)]
+    if foreign:
+        raise ResidentStateError(
+            f"{len(foreign)} adapted weights of {type(module).__name__} were written by somebody else while adapters "
+            "were active (load_state_dict, fuse_lora, training), so what to save as their base is not known; expected "
+            "what the last switch wrote. Undo that write, or keep the new weights as the base with bake_shira() "
+            f"(Resident.bake()):{listing(foreign)}"
+        )
+
+
+def _is_ours(weight: Tensor, entry: Entry) -> bool:
+    now = bits_of(gather(weight, entry.indices))
+    return any(torch.equal(now, bits_of(cast(bits, weight))) for bits in (entry.written, entry.base))

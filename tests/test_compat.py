@@ -23,6 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -372,6 +373,22 @@ def test_load_state_dict_while_active_is_detected(pipe: StableDiffusionPipeline)
     tiny.assert_same_bits(pipe.unet, tiny.snapshot(fresh))
 
 
+def test_saving_what_others_wrote_while_active_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """An EMA's weights, for instance: with the base's old bits among them, the file would be a mix of two models."""
+    load(pipe, tiny.adapter_for(pipe), "a")
+    average = EMAModel(tiny.unet(seed=5).parameters())
+    average.store(pipe.unet.parameters())
+    average.copy_to(pipe.unet.parameters())
+    with pytest.raises(
+        ResidentStateError, match=r"UNet2DConditionModel were written by somebody else[\s\S]*bake_shira"
+    ):
+        pipe.save_pretrained(tmp_path)
+    average.restore(pipe.unet.parameters())
+    pipe.unet.save_pretrained(tmp_path)
+    saved = UNet2DConditionModel.from_pretrained(tmp_path)
+    tiny.assert_same_bits(saved, tiny.snapshot(tiny.unet()))
+
+
 @pytest.fixture
 def lora_folder(tmp_path: Path) -> Path:
     model = tiny.unet()
@@ -548,12 +565,18 @@ def test_a_compiled_pipeline(pipe: StableDiffusionPipeline, dynamo: Callable[[],
     assert dynamo() == graphs
 
 
-@pytest.mark.parametrize("where", ["config", "options", "region"])
+@pytest.mark.parametrize("where", ["config", "options", "region", "in place", "repeated blocks", "forward"])
 def test_freezing_is_refused(pipe: StableDiffusionPipeline, where: str) -> None:
     adapter = tiny.adapter_for(pipe)
     options = {} if where == "config" else {"options": {"freezing": True}}
     if where == "region":
         pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, **options)
+    elif where == "in place":
+        pipe.unet.compile(**options)
+    elif where == "repeated blocks":
+        pipe.unet.compile_repeated_blocks(**options)
+    elif where == "forward":
+        pipe.unet.forward = torch.compile(pipe.unet.forward, **options)
     else:
         pipe.unet = torch.compile(pipe.unet, **options)
     with (
