@@ -3,7 +3,7 @@
 This module only looks; what it returns is written by ``resident``. compat notes are in docs/compatibility.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -159,8 +159,7 @@ class Locator:
             return
         from torch._inductor import config  # slow to import, and only needed where something is compiled
 
-        contexts = [getattr(module(), "dynamo_ctx", None) for module in self._compiled]
-        options = [getattr(context, "compiler_config", None) or {} for context in contexts]
+        options = [option for module in self._compiled for option in _compile_options(module())]
         if config.freezing or any(option.get("freezing") for option in options):
             raise ResidentStateError(
                 f"{type(self._root).__name__} is compiled with inductor's freezing, which copies the weights into the "
@@ -345,5 +344,14 @@ def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
 
 
 def _is_compiled(own: Mapping[str, Any]) -> bool:
-    """Whether a module, given by its ``__dict__``, is compiled."""
-    return own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]
+    """Whether a module, given by its ``__dict__``, or its forward alone, is compiled."""
+    in_place = own.get("_compiled_call_impl") is not None or hasattr(own.get("forward"), "get_compiler_config")
+    return in_place or "_orig_mod" in own["_modules"]
+
+
+def _compile_options(module: nn.Module | None) -> Iterator[Mapping[str, Any]]:
+    """What a module, its call or its forward is compiled with; a backend other than inductor has none."""
+    for compiled in (module, *(getattr(module, name, None) for name in ("_compiled_call_impl", "forward"))):
+        options = getattr(compiled, "get_compiler_config", None)
+        if options is not None:
+            yield options() or {}
