@@ -11,7 +11,7 @@ from app.checks import require_mapping, whole
 from app.desk import Series
 from app.files import cached
 from app.messages import readable
-from app.restore import as_dict, restore
+from app.restore import restore, to_keep
 from app.session import series_of
 from app.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS
 from app.strengths import checked_mix
@@ -84,7 +84,7 @@ def add_pictures_api(studio: Studio) -> None:
         with readable():
             given = require_mapping("settings", as_object(settings, "settings"))
             session.require_known(checked_mix(given.get("mix", {})))
-            return studio.presets.save(name, as_dict(restore(given, session).settings))
+            return studio.presets.save(name, to_keep(restore(given, session).settings, session))
 
     def delete_preset(name: str) -> list[str]:
         """Forget a preset; returns the names of those that are left."""

@@ -1,8 +1,6 @@
 """Mixes that visitors saved under a name."""
 
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 from app.checks import SettingsError
 from shira_diffusers import ShiraError
+from shira_diffusers.files import write_atomically
 
 MAX_PRESETS = 500
 MAX_NAME = 60
@@ -75,9 +74,7 @@ class Presets:
             self._write({known: settings for known, settings in self._presets.items() if known != name})
 
     def _write(self, presets: Mapping[str, Mapping[str, Any]]) -> None:
-        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(presets, file, indent=1)
-        os.replace(file.name, self._path)
+        write_atomically(self._path, json.dumps(presets, indent=1).encode())
         self._presets = presets
 
 

@@ -19,7 +19,8 @@ class Restored:
 
 
 def restore(given: Mapping[str, Any], session: Session) -> Restored:
-    """Check settings from outside; adapters that are missing are left out of the mix and told.
+    """Check settings from outside; adapters that have another name by now are found by their hash, and told; those that
+    are missing are left out of the mix and told.
 
     Args:
         given: prompt, mix, seed, steps, guidance, method; and, in a picture's metadata, model and adapters with
@@ -37,9 +38,12 @@ def restore(given: Mapping[str, Any], session: Session) -> Restored:
         given.get("method", DEFAULT_METHOD),
     )
     hashes = {card.name: card.sha256 for card in session.cards}
-    mix = {name: strength for name, strength in settings.mix.items() if name in hashes}
+    then = _hashes_of(given)
+    named = _names_now(settings.mix, then, hashes)
+    mix = {now: settings.mix[name] for name, now in named.items()}
     kept = session.checked(settings.prompt, mix, settings.seed, settings.steps, settings.guidance, settings.method)
-    return Restored(kept, (*_missing(settings, hashes), *_changed(given, mix, hashes), *_model(given, session)))
+    notes = (note for name in settings.mix if (note := _note(name, named.get(name), then.get(name, ""), hashes)))
+    return Restored(kept, (*notes, *_model(given, session)))
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
@@ -47,24 +51,40 @@ def as_dict(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in SETTINGS} | {"mix": dict(settings.mix)}
 
 
-def _missing(settings: Settings, hashes: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(
-        f"“{name[:80]}” is not among the styles here, so it was left out of the mix."
-        for name in settings.mix
-        if name not in hashes
-    )
+def to_keep(settings: Settings, session: Session) -> dict[str, Any]:
+    """As ``as_dict``, with the adapters' hashes, so that they are found when they have other names."""
+    hashes = {card.name: card.sha256 for card in session.cards}
+    return as_dict(settings) | {"adapters": {name: {"sha256": hashes.get(name, "")} for name in settings.mix}}
 
 
-def _changed(given: Mapping[str, Any], mix: Mapping[str, Any], hashes: Mapping[str, str]) -> tuple[str, ...]:
+def _hashes_of(given: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes that settings tell, by name; they may be a stranger's."""
     told = given.get("adapters")
-    if not isinstance(told, Mapping):
-        return ()
-    then = {name: told[name].get("sha256") for name in mix if isinstance(told.get(name), Mapping)}
-    return tuple(
-        f"“{name}” is another file by now than when the picture was drawn, so it may look different."
-        for name, sha256 in then.items()
-        if sha256 and hashes[name] and sha256 != hashes[name]  # unknown while only the head of a file was read
-    )
+    pairs = told.items() if isinstance(told, Mapping) else ()
+    hashes = {name: value.get("sha256") for name, value in pairs if isinstance(value, Mapping)}
+    return {name: sha256 for name, sha256 in hashes.items() if isinstance(sha256, str) and sha256}
+
+
+def _names_now(mix: Mapping[str, Any], then: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
+    """What the adapters of a mix are called by now, without those that are missing."""
+    by_hash = {sha256: name for name, sha256 in reversed(list(hashes.items())) if sha256}
+    named: dict[str, str] = {}
+    for name in sorted(mix, key=lambda each: each not in hashes):
+        same = name in hashes and then.get(name, hashes[name]) == hashes[name]
+        now = name if same else by_hash.get(then.get(name, ""), name)
+        if now in hashes and now not in named.values():
+            named[name] = now
+    return {name: named[name] for name in mix if name in named}
+
+
+def _note(name: str, now: str | None, then: str, hashes: Mapping[str, str]) -> str:
+    if now is None:
+        return f"“{name[:80]}” is not among the styles here, so it was left out of the mix."
+    if now != name:
+        return f"“{name[:80]}” is called “{now}” here."
+    if then and hashes[now] and then != hashes[now]:  # unknown while only the head of a file was read
+        return f"“{name}” is another file by now than it was then, so it may look different."
+    return ""
 
 
 def _model(given: Mapping[str, Any], session: Session) -> tuple[str, ...]:

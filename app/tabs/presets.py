@@ -9,7 +9,7 @@ import gradio as gr
 from app import look
 from app.messages import readable
 from app.png import parse_settings
-from app.restore import as_dict
+from app.restore import as_dict, to_keep
 from app.settings import DEFAULT_METHOD, Settings
 from app.studio import Studio
 from app.tabs.events import TELLING
@@ -28,7 +28,7 @@ class PresetsFold:
     """The components of the fold and what they do."""
 
     def __init__(self, studio: Studio) -> None:
-        self._presets = studio.presets
+        self._presets, self._session = studio.presets, studio.session
 
     def lay_out(self) -> gr.Dropdown:
         """Add the fold to the Blocks that is being built; returns the merge method's component."""
@@ -82,7 +82,7 @@ class PresetsFold:
 
     def _save(self, name: Any, *values: Any) -> tuple[Any, Any]:
         with readable("the preset could not be saved"):
-            saved = self._presets.save(name, as_dict(self._settings(*values)))
+            saved = self._presets.save(name, to_keep(self._settings(*values), self._session))
         gr.Info(look.plain(f"Saved as “{saved}”."))
         return gr.Dropdown(choices=self._names(), value=saved), ""
 

@@ -1,6 +1,7 @@
 """History, presets and restoring: what is kept survives, and files of strangers are told apart in a sentence."""
 
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from app.history import History
 from app.picture import METADATA_KEY
 from app.png import MAX_TEXT, read_settings
 from app.presets import Presets
-from app.restore import restore
+from app.restore import restore, to_keep
 from app.session import Session
 from app.settings import SettingsError
 from shira_diffusers import ShiraError, __version__
@@ -96,10 +97,25 @@ def test_what_is_different_from_then_is_told(session: Session) -> None:
     restored = restore(given, session)
     assert restored.settings.mix == {"bluefire": 1.0}
     assert [note.split(",")[0].split(" than")[0] for note in restored.notes] == [
-        "“gone” is not among the styles here",
         "“bluefire” is another file by now",
+        "“gone” is not among the styles here",
         "It was drawn with another model",
     ]
+
+
+def test_what_has_another_name_by_now_is_found_by_its_hash(session: Session) -> None:
+    hashes = {card.name: {"sha256": card.sha256} for card in session.cards}
+    given = {"prompt": SUGGESTION, "mix": {"moss": 0.5}, "adapters": {"moss": hashes["bluefire"]}}
+    restored = restore(given, session)
+    assert restored.settings.mix == {"bluefire": 0.5}
+    assert restored.notes == ("“moss” is called “bluefire” here.",)
+    swapped = {"bluefire": hashes["paintings"], "paintings": hashes["bluefire"]}
+    both = restore({**given, "mix": {"bluefire": 0.1, "paintings": 0.2}, "adapters": swapped}, session)
+    assert both.settings.mix == {"bluefire": 0.2, "paintings": 0.1} and len(both.notes) == 2
+    twice = restore({**given, "mix": {"moss": 0.5, "bluefire": 1.0}}, session)
+    assert twice.settings.mix == {"bluefire": 1.0} and "“moss” is not among the styles here" in twice.notes[0]
+    kept = to_keep(twice.settings, session)
+    assert kept["adapters"] == {"bluefire": hashes["bluefire"]} and restore(kept, session).notes == ()
 
 
 def test_presets_survive_a_restart_and_a_broken_file_is_told(tmp_path: Path) -> None:
@@ -107,6 +123,9 @@ def test_presets_survive_a_restart_and_a_broken_file_is_told(tmp_path: Path) -> 
     Presets(file).save("mine", {"prompt": "a", "mix": {}})
     assert Presets(file).get("mine") == {"prompt": "a", "mix": {}}
     assert json.loads(file.read_text()) == {"mine": {"prompt": "a", "mix": {}}}
+    with pytest.raises(TypeError):  # not JSON; a full disk would do the same
+        Presets(file).save("other", {"prompt": object()})
+    assert os.listdir(tmp_path) == ["presets.json"]
     file.write_text("{")
     with pytest.raises(ShiraError, match="holds no presets"):
         Presets(file)
