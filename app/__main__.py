@@ -4,11 +4,13 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from app.access import is_local, protection, read_credentials, warn_if_open
 from app.history import MOST
+from app.listening import require_address
 from app.loading import DTYPES
 from app.studio import Studio, default_data
 from app.ui import build, launch
@@ -59,6 +61,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _require_sensible(options: argparse.Namespace) -> None:
+    """Raises ShiraError for an option that cannot work; loading a model first would be time lost."""
+    if options.history < 1:
+        raise ShiraError(f"--history must be a number from 1, got {options.history}")
+    if not 0 < options.max_upload_mb <= 1e6:
+        raise ShiraError(f"--max-upload-mb must be a number up to 1000000, got {options.max_upload_mb}")
+    try:
+        options.data.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.data).close()
+    except OSError as error:
+        raise ShiraError(
+            f"cannot write to {options.data}: {error.strerror}; name a folder of yours with --data"
+        ) from error
+    require_address(options.host, options.port)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until interrupted; what goes wrong at the start is one line."""
     options = parse(arguments)
@@ -66,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         users = read_credentials(options.auth, options.auth_file)
         warn_if_open(options.host, share=options.share, guarded=users is not None)
-        if options.history < 1:
-            raise ShiraError(f"--history must be a number from 1, got {options.history}")
+        _require_sensible(options)
         alone = users is None and not options.share and is_local(options.host)
         studio = Studio.open(
             options.base,

@@ -1,12 +1,13 @@
 """The command line: its defaults, and that what goes wrong at the start is one line."""
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from app import look
 from app.__main__ import ASSETS, main, parse
-from tests.app.conftest import Folders
+from tests.app.conftest import Folders, free_port
 
 
 def test_the_defaults_are_the_bundled_model_on_this_machine_only() -> None:
@@ -26,6 +27,33 @@ def test_a_missing_folder_is_one_line(folders: Folders, tmp_path: Path, option: 
         main([word for pair in named.items() for word in pair])
     assert str(caught.value).startswith("error: no ")
     assert option in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--port", "0", "--port must be a number from 1 to 65535, got 0"),
+        ("--port", "70000", "--port must be a number from 1 to 65535, got 70000"),
+        ("--host", "192.0.2.1", "cannot listen at 192.0.2.1, port "),
+        ("--host", "..", "cannot listen at .., port "),
+        ("--max-upload-mb", "nan", "--max-upload-mb must be a number up to 1000000, got nan"),
+        ("--max-upload-mb", "-5", "--max-upload-mb must be"),
+        ("--history", "0", "--history must be"),
+        ("--data", "/dev/null", "cannot write to /dev/null: "),
+        ("--data", "/dev/null/x", "cannot write to /dev/null/x: "),
+    ],
+)
+def test_an_option_that_cannot_work_is_one_line(tmp_path: Path, option: str, value: str, message: str) -> None:
+    named = {"--data": str(tmp_path), "--port": str(free_port()), option: value}
+    with pytest.raises(SystemExit) as caught:
+        main([word for pair in named.items() for word in pair])
+    assert str(caught.value).startswith(f"error: {message}") and "\n" not in str(caught.value)
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SystemExit) as caught:
+        main(["--data", str(tmp_path), "--port", str(other.getsockname()[1])])
+    assert "Address already in use; choose others with --host and --port" in str(caught.value)
 
 
 def test_what_strangers_wrote_is_escaped() -> None:

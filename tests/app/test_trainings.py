@@ -104,6 +104,11 @@ def test_a_training_ends_in_the_library(trainings: Trainings, session: Session, 
     assert not folder.exists() and again.all == () and "moss" in [card.name for card in session.cards]
 
 
+def test_an_estimate_needs_no_prompt_that_the_model_can_read(session: Session, trainings: Trainings) -> None:
+    session.suggestions = ("a prompt that is far too long for the model",)
+    assert not Estimator(session, trainings).estimate(Recipe.for_base(trainings.base)).measured
+
+
 def test_cancelling_keeps_the_last_checkpoint_and_it_can_be_resumed(
     trainings: Trainings, session: Session, recipe: Recipe, tmp_path: Path
 ) -> None:
