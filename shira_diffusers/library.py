@@ -18,7 +18,7 @@ from shira_diffusers.catalog import Catalog, Version
 from shira_diffusers.devicedecoder import lend
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.locate import unwrap
-from shira_diffusers.pipeline import guard_generations, resident_of
+from shira_diffusers.pipeline import resident_of
 from shira_diffusers.resident import Resident
 from shira_diffusers.scales import Scale
 from shira_diffusers.state import ShiraState, state_of
@@ -225,7 +225,6 @@ class AdapterLibrary:
                 self._newest(version, user.models, lambda v: self._store.warm(v, user.models, self._is_free))
                 for version in versions
             ]
-            guard_generations()
             with user.resident.writing():
                 try:
                     with ExitStack() as pins, ExitStack() as undo:

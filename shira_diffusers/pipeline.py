@@ -6,7 +6,6 @@ State lives with the models, not the pipeline: two pipelines that share a UNet s
 import functools
 import logging
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations, count
@@ -31,7 +30,6 @@ Source = str | os.PathLike[str] | Mapping[str, Tensor]
 Weights = Scale | Sequence[Scale | None] | None
 
 _DENOISERS = ("unet", "transformer", "prior")
-_patching = threading.Lock()
 
 
 def resident_of(pipe: DiffusionPipeline) -> Resident:
@@ -41,8 +39,9 @@ def resident_of(pipe: DiffusionPipeline) -> Resident:
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
     """The models of a pipeline by component name."""
-    # not `components`, which refuses pipelines of the user's own whose __init__ takes other names
-    parts = {name: vars(pipe).get(name) for name in pipe.config if not name.startswith("_")}
+    # not `components`, which refuses pipelines of the user's own whose __init__ takes other names; one that registers
+    # nothing has no config
+    parts = {name: vars(pipe).get(name) for name in getattr(pipe, "config", ()) if not name.startswith("_")}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
@@ -80,7 +79,6 @@ def load_shira(
             f"adapter name {adapter_name!r} is in use, expected a new one; call delete_shira({adapter_name!r}) first"
         )
     adapter = _read(self, source, hub_kwargs)
-    guard_generations()
     with resident.writing():
         name = adapter_name if adapter_name is not None else _auto_name(resident.names)
         resident.add(adapter, name)
@@ -206,7 +204,6 @@ def shira(
 
     Args and Raises: as ``set_shira``. Holds the pipeline's lock: other threads' generations and switches wait.
     """
-    guard_generations()
     with resident_of(self).using(_mix(adapter_names, adapter_weights), method):
         yield self
 
@@ -236,9 +233,16 @@ METHODS = (
 
 
 def install() -> None:
-    """Add the methods to ``DiffusionPipeline``, so to every pipeline. Calling it again changes nothing."""
+    """Add the methods to ``DiffusionPipeline``, so to every pipeline. Calling it again changes nothing.
+
+    From now on the generations of all pipelines, since any two may share a model, hold their models' locks for
+    reading, so that no switch tears a picture, not even the first adapter's.
+    """
     for method in METHODS:
         setattr(DiffusionPipeline, method.__name__, method)
+    DiffusionPipeline.__init_subclass__ = _guard_new_class  # type: ignore[method-assign, assignment]
+    for cls in _family(DiffusionPipeline):
+        _guard_call(cls)
 
 
 def _check_options(options: Mapping[str, object]) -> None:
@@ -312,17 +316,6 @@ def _name_list(names: str | Iterable[str]) -> list[str]:
     return [str(name) for name in chosen]
 
 
-def guard_generations() -> None:
-    """From the first adapter on, make the generations of all pipelines hold their models' locks for reading.
-
-    So no switch tears a picture; of all pipelines, since any of them may share a model with this one.
-    """
-    with _patching:
-        DiffusionPipeline.__init_subclass__ = _guard_new_class  # type: ignore[method-assign, assignment]
-        for cls in _family(DiffusionPipeline):
-            _guard_call(cls)
-
-
 @classmethod  # type: ignore[misc]
 def _guard_new_class(cls: type[DiffusionPipeline], **options: Any) -> None:
     super(DiffusionPipeline, cls).__init_subclass__(**options)
@@ -336,7 +329,7 @@ def _family(cls: type[DiffusionPipeline]) -> Iterator[type[DiffusionPipeline]]:
 
 
 def _guard_call(cls: type[DiffusionPipeline]) -> None:
-    call: Any = cls.__dict__.get("__call__")
+    call: Any = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
     if call is None or getattr(call, "_shira_guarded", False):
         return
 

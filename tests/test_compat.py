@@ -5,6 +5,8 @@ anything was configured: the pictures must be equal to the bit, during and after
 """
 
 import copy
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -632,14 +634,47 @@ def test_no_picture_is_torn_by_a_switch_in_another_thread(pipe: StableDiffusionP
     assert_none_is_torn(make_pictures_while_switching(pipe, pipe), [base, adapted])
 
 
-def test_no_picture_of_a_sharing_pipeline_is_torn(pipe: StableDiffusionPipeline) -> None:
+FIRST_ADAPTER = """
+import threading
+from shira_diffusers.files import encode
+from tests import tiny
+
+pipe = tiny.pipeline()
+base, begun, pictures = tiny.picture(pipe), threading.Event(), []
+
+def slowly(pipe, step, timestep, tensors):
+    begun.set()
+    loading.join(0.5)
+    return tensors
+
+def load():
+    begun.wait()
+    pipe.load_shira(encode(tiny.adapter_for(pipe))[0], "a")
+
+loading = threading.Thread(target=load)
+loading.start()
+picture = tiny.picture(pipe, on_step=slowly)
+loading.join()
+assert pipe.get_active_shira() == {"a": 1.0}
+assert picture.equal(base), "torn"
+"""
+
+
+def test_no_picture_is_torn_by_the_first_adapter_of_a_process() -> None:
+    subprocess.run([sys.executable, "-c", FIRST_ADAPTER], check=True, cwd=Path(__file__).parents[1])
+
+
+class Calls:
+    def __call__(self, *args: object, **options: object) -> object:
+        return StableDiffusionPipeline.__call__.__wrapped__(self, *args, **options)
+
+
+@pytest.mark.parametrize("inherited", [False, True], ids=["its own call", "a mixin's call"])
+def test_no_picture_of_a_sharing_pipeline_is_torn(pipe: StableDiffusionPipeline, inherited: bool) -> None:
     """A pipeline of another class, on which no adapter was ever loaded, but whose UNet has them."""
-
-    class Quiet(StableDiffusionPipeline):
-        def __call__(self, *args: object, **options: object) -> object:
-            return StableDiffusionPipeline.__call__.__wrapped__(self, *args, **options)
-
-    other = Quiet(**pipe.components, requires_safety_checker=False)
+    body = {} if inherited else {"__call__": Calls.__call__}
+    bases = (Calls, StableDiffusionPipeline) if inherited else (StableDiffusionPipeline,)
+    other = type("Quiet", bases, body)(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     base = tiny.picture(pipe)
     load(pipe, tiny.adapter_for(pipe), "a")

@@ -140,6 +140,15 @@ def test_a_pipeline_of_the_users_own(pipe: StableDiffusionPipeline, file: Path) 
     assert torch.equal(own(), before)
 
 
+def test_a_pipeline_that_registers_nothing() -> None:
+    class Bare(DiffusionPipeline):
+        def __call__(self) -> int:
+            return 1
+
+    assert Bare()() == 1
+    assert Bare().list_shira() == {}
+
+
 def test_sources(pipe: StableDiffusionPipeline, file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     save_adapter(load_adapter(file), folder)
