@@ -208,12 +208,8 @@ def test_a_pipeline_a_resident_a_module_and_components(
         tiny.assert_same_bits(model, reference.apply(base, adapters, {"a1": 0.5}))
 
 
-def test_generations_of_others_wait_while_a_mix_is_used(
-    pipe: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generations_of_others_wait_while_a_mix_is_used(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     """Also when nothing has ever been loaded by load_shira: no picture is torn."""
-    call = StableDiffusionPipeline.__call__
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", getattr(call, "__wrapped__", call))
     save_adapter(tiny.adapter_for(pipe, 1), tmp_path / "a.safetensors")
     plain = tiny.picture(pipe)
     with AdapterLibrary(tmp_path, device="cpu") as library, ThreadPoolExecutor(1) as pool:
