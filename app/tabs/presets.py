@@ -57,7 +57,8 @@ class PresetsFold:
         """Say what happens, once Mix has all its components; for the arguments see ``MixTab``."""
         self._settings, self._fill, self._targets = settings, fill, targets
         self.chosen.focus(lambda: gr.Dropdown(choices=self._names()), outputs=self.chosen, **TELLING)
-        self.chosen.input(self._choose, self.chosen, list(targets), **TELLING)
+        # not `input`, which comes whenever the Tab key leaves the box, and would undo what was changed since
+        self.chosen.select(self._choose, None, list(targets), **TELLING)
         self.delete.click(self._delete, self.chosen, self.chosen, **TELLING)
         gr.on(
             [self.save.click, self.name.submit], self._save, [self.name, *inputs], [self.chosen, self.name], **TELLING
@@ -71,9 +72,9 @@ class PresetsFold:
     def _names(self) -> list[str]:
         return list(self._presets.names)
 
-    def _choose(self, name: Any) -> list[Any]:
+    def _choose(self, event: gr.SelectData) -> list[Any]:
         with readable("the preset could not be shown"):
-            return self._fill(self._presets.get(name))
+            return self._fill(self._presets.get(event.value))
 
     def _delete(self, name: Any) -> Any:
         with readable("the preset could not be deleted"):
