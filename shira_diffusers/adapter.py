@@ -47,6 +47,10 @@ class ShiraAdapter:
         object.__setattr__(self, "metadata", MappingProxyType(metadata))
         object.__setattr__(self, "base_probes", MappingProxyType(dict(self.base_probes)))
 
+    def __repr__(self) -> str:
+        known = "".join(f", {key}={value!r}" for key, value in self.metadata.items())
+        return f"<ShiraAdapter: {self.nnz:,} entries in {len(self.deltas)} parameters{known}>"
+
     def __deepcopy__(self, memo: dict[int, object]) -> "ShiraAdapter":
         return self  # frozen data: copies of a model share it
 

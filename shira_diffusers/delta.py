@@ -97,6 +97,9 @@ class SparseDelta:
         object.__setattr__(self, "indices", self.indices.detach().to(index_dtype(self.numel)))
         object.__setattr__(self, "values", self.values.detach())
 
+    def __repr__(self) -> str:
+        return f"<SparseDelta: {self.nnz:,} entries of a {self.shape} weight, {self.values.dtype}>"
+
     @classmethod
     def unchecked(cls, indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> "SparseDelta":
         """A delta of tensors that are known to be as the constructor requires, indices of ``index_dtype`` already."""

@@ -29,6 +29,13 @@ def test_figures(adapter: ShiraAdapter) -> None:
     assert ShiraAdapter({}).density == 0.0
 
 
+def test_it_is_told_in_one_short_line(adapter: ShiraAdapter) -> None:
+    """A console or notebook shows no thousands of numbers."""
+    assert repr(adapter) == "<ShiraAdapter: 6 entries in 3 parameters, base_model='tiny', density='0.3'>"
+    assert repr(ShiraAdapter({})) == "<ShiraAdapter: 0 entries in 0 parameters>"
+    assert repr(adapter.deltas["unet.a.weight"]) == "<SparseDelta: 2 entries of a (2, 3) weight, torch.float32>"
+
+
 def test_it_is_frozen(adapter: ShiraAdapter) -> None:
     with pytest.raises(AttributeError):
         adapter.deltas = {}
