@@ -38,9 +38,15 @@ def _split(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, 
     if lost:
         raise AdapterMismatchError(
             f"adapter does not fit: {len(lost)} of {len(adapter.deltas)} parameters belong to no component of this "
-            f"model, which has {', '.join(models)}{trained_on(adapter)}:{listing(lost)}"
+            f"model, which has {', '.join(models)}{trained_on(adapter)}{_bare(lost[0], models)}:{listing(lost)}"
         )
     return {part: adapter.part(part) for part in adapter.component_names()}
+
+
+def _bare(name: str, models: Mapping[str, nn.Module]) -> str:
+    """A clause with the way out for an adapter of a bare module, whose names are those of one component."""
+    of = [part for part, model in models.items() if name in dict(unwrap(model).named_parameters())]
+    return f"; an adapter of a bare module is named by adapter.prefixed({of[0]!r})" if of else ""
 
 
 def fit(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, ShiraAdapter]:

@@ -265,6 +265,7 @@ def test_what_fits_nothing_or_only_in_part(loaded: StableDiffusionPipeline, tmp_
         "2 of .* parameters differ": ShiraAdapter({**good.deltas, name: odd, "unet.nowhere.weight": odd}),
         "1 of 1 parameters differ": ShiraAdapter({"unet.nowhere.weight": odd}),
         "no component of this model, which has vae, text_encoder, unet": ShiraAdapter({"weight": odd}),
+        r"of a bare module is named by adapter.prefixed\('unet'\)": tiny.adapter_for(loaded.unet),
     }
     for number, (message, adapter) in enumerate(misfits.items()):
         path = save_adapter(adapter, tmp_path / f"{number}.safetensors")
