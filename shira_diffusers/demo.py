@@ -2,6 +2,7 @@
 
 import io
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -66,12 +67,17 @@ def check_output(path: Path) -> None:
     """Require that a PNG can be written there, before time is spent on drawing.
 
     Raises:
-        ShiraError: another kind of file, a folder, or a folder that does not exist.
+        ShiraError: another kind of file, a folder, or a folder that does not exist or takes no files.
     """
     if path.suffix.lower() != ".png":
         raise ShiraError(f"the sheet is a PNG: expected a name that ends in .png, got {path}")
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise ShiraError(f"cannot write {path}: expected a file in a folder that exists")
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise ShiraError(f"cannot write {path}: {error.strerror}; name another place with -o") from error
 
 
 def run_demo(

@@ -118,6 +118,15 @@ def test_without_the_bundled_files(run: Run, base: Path, styles: Path, tmp_path:
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="a folder that takes no files, for root neither, is Linux's"
+)
+def test_a_folder_that_takes_no_files_is_told_before_drawing(run: Run, base: Path, styles: Path) -> None:
+    status, _, err = run("--base", base, "--adapters", styles, "-o", "/proc/s.png")
+    assert status == 1
+    assert re.fullmatch(r"error: cannot write /proc/s.png: .+; name another place with -o\n", err)
+
+
 def test_the_bundled_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = Path(__file__).resolve().parents[1]
