@@ -46,7 +46,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str) -> ShiraAdapter:
-    """Build an adapter from what a file holds.
+    """Build an adapter from what a file holds, of which it keeps nothing: what becomes of that changes no adapter.
 
     Args:
         tensors: by key, as ``encode`` gives them.
@@ -58,7 +58,7 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, so
     """
     parts, problems = parts_of(tensors, metadata, source)
     deltas: dict[str, SparseDelta] = {}
-    for name, delta in decode_parts(parts).items():
+    for name, delta in decode_parts(parts, copy=True).items():
         if isinstance(delta, AdapterFormatError):
             problems.append(f"{name}: {delta}")
         else:
@@ -102,8 +102,8 @@ def require_intact(problems: Sequence[str], source: str) -> None:
 
 
 def probes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base's values that tensors hold, by parameter."""
-    return {key.removesuffix(_BASE): tensor for key, tensor in tensors.items() if key.endswith(_BASE)}
+    """Copies of the base's values that tensors hold, by parameter."""
+    return {key.removesuffix(_BASE): tensor.clone() for key, tensor in tensors.items() if key.endswith(_BASE)}
 
 
 def kept_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -109,8 +109,7 @@ def packed(
     places = {name: _place(part, content) for name, part in parts.items()}
     if any(stop > len(content) for place in places.values() for _, stop in (place.gap_bytes, place.value_bytes)):
         return pack(decode(tensors, metadata, source), source)  # tensors that were not aligned have been copied
-    probes = {name: probe.clone() for name, probe in probes_of(tensors).items()}
-    return PackedAdapter(source, content, memory, places, kept_metadata(metadata), probes)
+    return PackedAdapter(source, content, memory, places, kept_metadata(metadata), probes_of(tensors))
 
 
 def pack(adapter: ShiraAdapter, source: str) -> PackedAdapter:

@@ -303,6 +303,23 @@ def test_a_flipped_bit_is_refused_or_gives_an_adapter(tmp_path_factory: pytest.T
         assert str(path) in str(error)
 
 
+def test_a_file_that_is_written_anew_in_place(adapter: ShiraAdapter, tmp_path: Path) -> None:
+    """As ``cp`` does it: what was read before stays, and to use it does not end the process."""
+    file = save_adapter(adapter, tmp_path / "a.safetensors")
+    size = file.stat().st_size
+    read = load_adapter(file)
+    file.write_bytes(bytes(size))
+    assert same(read, adapter)
+
+
+def test_a_state_dict_that_is_changed_later(adapter: ShiraAdapter) -> None:
+    tensors, metadata = encode(adapter)
+    read = decode(tensors, metadata, "the state dict")
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert same(read, adapter)
+
+
 def test_a_file_that_is_replaced_while_it_is_read(adapter: ShiraAdapter, tmp_path: Path) -> None:
     """Its parts are never those of two files: it is opened several times, by name."""
     path = save_adapter(adapter, tmp_path / "a.safetensors")
