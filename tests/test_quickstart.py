@@ -22,7 +22,7 @@ print(json.dumps({
     "base": digest(base), "mix": digest(mix), "fused": digest(fused), "restored": restored,
     "styled": {name: digest(picture) for name, picture in styled.items()},
     "sweep": {str(strength): digest(picture) for strength, picture in sweep.items()},
-    "first": first, "left": pipe.list_shira(), "now": digest(draw()),
+    "first": first, "part": digest(part), "aside": digest(aside), "left": pipe.list_shira(), "now": digest(draw()),
 }))
 """
 
@@ -72,14 +72,17 @@ def test_it_runs() -> None:
     assert len(set(different)) == len(different)
     assert told["fused"] == told["mix"]
     assert sweep["0.0"] == told["base"]
+    assert told["first"] == "bluefire", "a style, which shows whatever the prompt"
     assert sweep["1.0"] == styled[told["first"]]
+    assert told["aside"] == told["base"]
+    assert told["part"] not in (told["base"], styled[told["first"]])
     assert len(set(sweep.values())) == len(sweep)
     assert told["restored"] is True
     assert told["now"] == told["base"]
     assert told["left"] == {}
     shown = [picture for cell in notebook.cells for picture in pictures_of(cell)]
     side = shown[0].width
-    assert [picture.width // side for picture in shown] == [1, 1 + len(styled), 3, len(sweep)]
+    assert [picture.width // side for picture in shown] == [1, 1 + len(styled), 3, len(sweep), 3]
     for picture in shown[1:]:
         tiles = [picture.crop((left, 0, left + side, side)) for left in range(0, picture.width, side)]
         for one, other in combinations(tiles, 2):
