@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 BENCHMARKS := overwrite_vs_fuse:60 switch:220 fuse:150 inference:150 load_many:60 cold_start:60 drift:120
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 app: $(VENV)/.app ## mix styles in the browser, on the bundled demo model: http://127.0.0.1:7860 (PORT=N for another port)
 	$(BIN)/python -m app --port $(PORT)
