@@ -18,6 +18,14 @@
       if (label.control !== box) box.setAttribute("aria-label", label.querySelector("span").textContent.trim());
     }
   };
+  // what cannot be undone is asked first, before Gradio sees the click
+  const ask = (event) => {
+    const button = event.target.closest?.(".asks");
+    if (!button || confirm(`${button.textContent.trim()}? This cannot be undone.`)) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+  };
+  window.addEventListener("click", ask, true);
   new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
   name();
 }

@@ -59,7 +59,9 @@ class HistoryTab:
                 self.told = gr.HTML(look.remark("Choose a picture to see how it was made."), elem_id="told")
                 with gr.Row():
                     self.send = gr.Button("Send to Mix", variant="primary", min_width=110, interactive=False)
-                    self.delete = gr.Button("Delete", variant="stop", min_width=90, interactive=False)
+                    self.delete = gr.Button(
+                        "Delete", variant="stop", min_width=90, interactive=False, elem_classes="asks"
+                    )
         self._connect()
 
     def refresh_on(self, tab: gr.Tab) -> None:

@@ -35,7 +35,7 @@ class PresetsFold:
         with gr.Accordion("Presets, sharing, merge method", open=False, elem_id="presets"):
             with gr.Row(elem_classes="line"):
                 self.chosen = gr.Dropdown(self._names(), value=None, label="Preset", min_width=140, scale=3)
-                self.delete = gr.Button("Delete", min_width=80, size="md")
+                self.delete = gr.Button("Delete", min_width=80, size="md", elem_classes="asks")
             with gr.Row(elem_classes="line"):
                 self.name = gr.Textbox(label="Save these settings as", max_length=60, min_width=140, scale=3)
                 self.save = gr.Button("Save", min_width=80, size="md")

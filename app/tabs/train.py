@@ -141,7 +141,7 @@ class TrainTab:
             self.cancel = gr.Button("Cancel", variant="stop", visible=False, min_width=90)
             self.resume = gr.Button("Resume", variant="primary", visible=False, min_width=90)
             self.keep = gr.Button("Add what it has learned", visible=False, min_width=170)
-            self.discard = gr.Button("Discard", visible=False, min_width=90)
+            self.discard = gr.Button("Discard", visible=False, min_width=90, elem_classes="asks")
         self.samples = gr.Gallery(
             label="Samples", visible=False, columns=4, interactive=False, format="png", elem_id="samples", height="auto"
         )

@@ -133,9 +133,16 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     page.get_by_role("button", name="Cancel").click()
     expect(state).to_have_text("cancelled", timeout=PATIENCE)
     studio.trainings.discard(studio.trainings.all[0].id)  # another visitor was quicker
+    page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Discard").click()
     toast(page, "There is no training")
     expect(state).to_have_text("finished", timeout=PATIENCE)
+    asked: list[str] = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    page.get_by_role("button", name="Discard").click()
+    assert asked == ["Discard? This cannot be undone."]
+    expect(state).to_have_text("finished")
+    page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Discard").click()
     expect(page.locator("#progress")).to_contain_text("Nothing was trained here yet", timeout=PATIENCE)
     assert studio.trainings.all == ()

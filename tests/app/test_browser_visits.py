@@ -251,6 +251,7 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
         other.get_by_label("Settings as JSON").fill("{")
         other.get_by_role("button", name="Apply the JSON below").click()
         expect(other.get_by_test_id("toast-body").filter(has_text="JSON")).to_be_visible()
+        other.once("dialog", lambda dialog: dialog.accept())
         other.get_by_role("button", name="Delete", exact=True).click()
         expect(other.get_by_label("Preset", exact=True)).to_have_value("")
     assert studio.presets.names == ()
