@@ -63,6 +63,7 @@ def fit(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, Shi
     fitted: dict[str, ShiraAdapter] = {}
     wrong: list[str] = []
     unusable: list[str] = []
+    owners: dict[tuple[object, ...], str] = {}
     for part, its_own in _split(adapter, models).items():
         locator = Locator(models[part])
         renamed: dict[str, str] = {}
@@ -79,6 +80,9 @@ def fit(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, Shi
                     wrong.append(f"{join_name(part, name)}: expected {shape}, got {delta.shape}")
                 if located.name in renamed.values():
                     wrong.append(f"{join_name(part, name)}: means the same parameter as another name in the adapter")
+                owner = owners.setdefault(located.key, part)
+                if owner != part:
+                    wrong.append(f"{join_name(part, name)}: one tied weight with {owner}, which has deltas for it too")
                 renamed[name] = located.name
         fitted[part] = its_own.renamed(renamed)
     if wrong:

@@ -272,6 +272,18 @@ def test_what_fits_nothing_or_only_in_part(loaded: StableDiffusionPipeline, tmp_
         assert_unchanged(loaded, lambda p=path: loaded.load_shira(p, "x"), AdapterMismatchError, message)
 
 
+def test_a_weight_that_two_components_share() -> None:
+    """Each would save the other's bits as the base."""
+    pipe = tiny.sdxl_pipeline()
+    adapter = tiny.adapter_for(pipe, only=("fc1",), components=("text_encoder", "text_encoder_2"))
+    layers = [layer for layer in pipe.text_encoder.modules() if hasattr(layer, "fc1")]
+    others = [layer for layer in pipe.text_encoder_2.modules() if hasattr(layer, "fc1")]
+    others[0].fc1.weight = layers[0].fc1.weight
+    message = r"1 of 4 parameters differ[\s\S]*layers.0.mlp.fc1.weight: one tied weight with text_encoder"
+    assert_unchanged(pipe, lambda: pipe.load_shira(encode(adapter)[0]), AdapterMismatchError, message)
+    pipe.load_shira(encode(adapter.part("text_encoder").prefixed("text_encoder"))[0])
+
+
 def test_an_adapter_of_another_model(loaded: StableDiffusionPipeline, tmp_path: Path) -> None:
     other = tiny.unet(block_out_channels=(32, 96))
     adapter = tiny.adapter_for(other).prefixed("unet").with_metadata(base_model="somebody/other")
