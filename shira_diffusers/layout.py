@@ -30,13 +30,12 @@ def lay_out(
         AdapterMismatchError: an adapter with different deltas for one tied weight.
     """
     for layouts in known:
-        if layouts and _same_adapters(adapters, layouts[0]) and all(_is_uniform(one, located) for one in layouts):
+        if layouts and _same_adapters(adapters, layouts[0]) and _are_one_a_kind(layouts, located):
             return layouts
     members = [_untied(adapter, located) for adapter in adapters]
     kinds: dict[_Kind, dict[str, None]] = {}
     for name in sorted({name for own in members for name in own.values()}):
-        weight = located[name].weight
-        kinds.setdefault((weight.device, weight.dtype), {})[name] = None
+        kinds.setdefault(_kind_of(located[name].weight), {})[name] = None
     return tuple(_one_layout(adapters, members, located, kind, list(names)) for kind, names in kinds.items())
 
 
@@ -46,9 +45,16 @@ def _same_adapters(adapters: Sequence[ShiraAdapter], layout: Layout) -> bool:
     )
 
 
-def _is_uniform(layout: Layout, located: Mapping[str, Located]) -> bool:
-    devices = {located[name].weight.device for name in layout.names}
-    return devices == {layout.indices.device} and len({located[name].weight.dtype for name in layout.names}) == 1
+def _are_one_a_kind(layouts: Sequence[Layout], located: Mapping[str, Located]) -> bool:
+    """Whether the weights of each layout still are of one kind, and no other layout's are: they may have been cast."""
+    kinds = [{_kind_of(located[name].weight) for name in layout.names} for layout in layouts]
+    one_each = sum(map(len, kinds)) == len(set().union(*kinds)) == len(layouts)
+    devices = [layout.indices.device for layout in layouts]
+    return one_each and devices == [device for own in kinds for device, _ in own]
+
+
+def _kind_of(weight: Tensor) -> _Kind:
+    return weight.device, weight.dtype
 
 
 def _untied(adapter: ShiraAdapter, located: Mapping[str, Located]) -> dict[str, str]:

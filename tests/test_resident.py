@@ -441,6 +441,21 @@ def test_casting_one_layer_while_active(resident: Resident, model: nn.Module, ad
     tiny.assert_same_bits(model, tiny.snapshot(plain))
 
 
+def test_casting_one_layer_and_then_the_others_while_active(
+    resident: Resident, model: nn.Module, adapters: dict
+) -> None:
+    """What was laid out as two dtypes is one again: all of the mix arrives."""
+    plain = copy.deepcopy(model)
+    resident.set({"a": 1.0})
+    for cast in (lambda module: module.mid_block.half(), lambda module: module.half()):
+        cast(model)
+        cast(plain)
+        resident.set({"a": 0.5})
+        assert same_as_oracle(model, tiny.snapshot(plain), adapters, {"a": 0.5})
+    resident.clear()
+    tiny.assert_same_bits(model, tiny.snapshot(plain))
+
+
 def test_state_dict_while_active_is_the_base(resident: Resident, model: nn.Module) -> None:
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     resident.set({"a": 1.0, "b": 1.0})
