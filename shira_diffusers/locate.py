@@ -48,10 +48,12 @@ class Located(NamedTuple):
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module itself, out of ``torch.compile``, DDP and the like."""
+    """The module itself, out of ``torch.compile``, DDP, ``get_peft_model`` and the like."""
     while True:
         parallel = type(module).__name__ in ("DistributedDataParallel", "DataParallel")
         inner = module._modules.get("module" if parallel else "_orig_mod")
+        if inner is None and hasattr(type(module), "get_base_model"):  # PeftModel
+            inner = module.get_base_model()  # type: ignore[operator]
         if inner is None:
             return module
         module = inner

@@ -26,7 +26,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -429,6 +429,20 @@ def test_lora_beside_shira(pipe: StableDiffusionPipeline, lora_folder: Path, lor
     assert torch.equal(tiny.picture(pipe), dense_picture(lambda pipe: None, {"a": adapter}, {"a": 1.0}))
     pipe.unload_shira()
     tiny.assert_same_bits(pipe, base)
+
+
+def test_a_model_of_get_peft_model(pipe: StableDiffusionPipeline) -> None:
+    adapter = tiny.adapter_for(pipe)
+    base = tiny.snapshot(pipe.unet)
+    unet = pipe.unet
+    pipe.unet = get_peft_model(unet, LoraConfig(r=2, target_modules=["to_q", "conv1"]))
+    load(pipe, adapter, "a")
+    assert pipe.list_shira() == {"a": ["text_encoder", "unet"]}
+    expected = reference.apply(base, {"a": adapter.part("unet")}, {"a": 1.0})
+    pipe.unet = pipe.unet.unload()
+    tiny.assert_same_bits(pipe.unet, expected)
+    pipe.unload_shira()
+    tiny.assert_same_bits(unet, base)
 
 
 def test_lora_methods_are_untouched(pipe: StableDiffusionPipeline, lora_folder: Path) -> None:
