@@ -19,7 +19,7 @@ from torch import Tensor
 
 import shira_diffusers.files
 from shira_diffusers import AdapterFormatError, ShiraAdapter, SparseDelta, load_adapter, save_adapter
-from shira_diffusers.files import WEIGHTS_NAME, decode, encode
+from shira_diffusers.files import WEIGHTS_NAME, decode, encode, write_atomically
 from shira_diffusers.gaps import decode_gaps, encode_gaps
 from shira_diffusers.tensorfile import Bytes, mapped, open_safetensors
 from tests import reference, tiny
@@ -463,6 +463,14 @@ def test_an_adapter_without_deltas_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match="holds no deltas"):
         save_adapter(ShiraAdapter({}), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_where_nothing_can_be_written_the_target_is_named(tmp_path: Path) -> None:
+    """Not the temporary file, of which nobody knows."""
+    target = tmp_path / "missing" / "a.png"
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(target, b"x")
+    assert caught.value.filename == str(target)
 
 
 def test_the_umask_is_never_touched(adapter: ShiraAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
