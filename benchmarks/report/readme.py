@@ -6,14 +6,13 @@ from typing import Any
 
 from benchmarks.common import ASSETS
 from benchmarks.report import cells
-from benchmarks.report.aims import AIMS
+from benchmarks.report.aims import AIMS, STEP
 from benchmarks.report.bars import counted
 from benchmarks.report.figures import Figures, Read, largest, value
 from benchmarks.report.tables import markdown
 
 MIX = {"method": "shira", "family": "rand", "density": 0.02}
 MODELS = ("SD 1.5", "SDXL")
-STEP = {"batch": 1, "checkpointing": False, "autocast": True}
 
 
 def readme_block(figures: Figures) -> str:
@@ -81,7 +80,8 @@ def training_lines(figures: Figures) -> Iterator[tuple[str, str | None]]:
     )
     if len(faster) == len(less) == len(least) == len(MODELS):
         yield (
-            "a training step beside PEFT's LoRA of rank 64, batch 1, on an H200: SD 1.5 / SDXL",
+            "a training step beside PEFT's LoRA of rank 64, batch 1, "
+            f"on {figures.of('training')[0].machine}: SD 1.5 / SDXL",
             f"{faster[0]:.2f} / {faster[1]:.2f} times as fast, in {less[0]:.0f} / {less[1]:.0f} % less memory "
             f"({least[0]:.0f} / {least[1]:.0f} % with `--recompute_inputs`)",
         )
@@ -137,10 +137,10 @@ def below(figures: Figures) -> str:
     """Where the figures are from, and what is not reached."""
     every = [bar for bars in AIMS.values() for bar in bars]
     missed = [f"{bar.what}: {bar.measured(figures)} ({bar.aimed})" for bar in every if bar.met(figures) is False]
-    machines = dict.fromkeys(result.machine for result in figures.results)
+    *machines, last = dict.fromkeys(result.machine for result in figures.results)
     from_ = (
-        f"Medians, from `benchmarks/results/*.json`, measured on {' and '.join(machines)} ([all tables, plots and "
-        "aims](docs/benchmarks.md)), and [assets/metrics.json](assets/README.md)."
+        f"Medians, from `benchmarks/results/*.json`, measured on {', '.join(machines)} and {last} ([all tables, plots "
+        "and aims](docs/benchmarks.md)), and [assets/metrics.json](assets/README.md)."
     )
     if not missed:
         return from_

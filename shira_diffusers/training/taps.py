@@ -100,3 +100,11 @@ def tappable(modules: Iterable[nn.Module]) -> dict[int, nn.Linear]:
             for parameter in part.parameters(recurse=False):
                 holders.setdefault(id(parameter), []).append(part)
     return {key: own[0] for key, own in holders.items() if len(own) == 1 and type(own[0]) is nn.Linear}
+
+
+def narrows(layer: nn.Linear) -> bool:
+    """Whether a layer takes in four times what it gives, as a feed-forward's second does, so that a tap pays off.
+
+    Its inputs are most of what a transformer's layers keep, and a product of two tensors that autograd keeps anyway.
+    """
+    return layer.in_features >= 4 * layer.out_features

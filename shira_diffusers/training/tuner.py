@@ -23,7 +23,7 @@ from shira_diffusers.training.columns import Columns, find_columns
 from shira_diffusers.training.dora import Dora
 from shira_diffusers.training.entries import Entries
 from shira_diffusers.training.inputs import Inputs
-from shira_diffusers.training.taps import Tap, tappable
+from shira_diffusers.training.taps import Tap, narrows, tappable
 
 
 class _Adapted(NamedTuple):
@@ -53,7 +53,8 @@ class SparseTuner:
         masks: ``{name: sorted flat indices}``, as ``build_masks`` gives them for these modules.
         recompute: keep no inputs of adapted Linears for backward where they can be had again from what autograd
             keeps anyway (layer norms, gated activations), bit for bit; saves activation memory where there is no
-            gradient checkpointing, and costs a little time. Always so for ``struct`` masks.
+            gradient checkpointing, and costs a little time. Always so for ``struct`` masks, and for Linears that
+            narrow fourfold: a feed-forward's second, whose inputs are the largest and cost one multiplication.
         dora: train a direction for each masked entry and a magnitude for each row, see ``training.dora.Dora``;
             ``deltas`` is longer then. What comes out is an adapter as any other.
 
@@ -189,17 +190,15 @@ class SparseTuner:
         arrivals = self._make_arrivals(columns)
         inputs = Inputs()
         hooks: list[Any] = []
-        tapped = False
         for number, ((layer, (parameter, indices, _, _)), own) in enumerate(zip(adapted, columns, strict=True)):
-            if layer and (own or recompute):
-                tapped = True
+            if layer and (own or recompute or narrows(layer)):
                 tap = Tap(arrivals, inputs, number, indices, own)
                 hooks.append(layer.register_forward_hook(tap.hook, with_kwargs=True))
             else:
                 parameter.requires_grad_(True)
                 collect = partial(_collect, arrivals, number, indices)
                 hooks.append(parameter.register_post_accumulate_grad_hook(collect))
-        if tapped:
+        if recompute or any(columns):
             hooks += [hook for part in parts for hook in inputs.watch(part)]
         return hooks
 

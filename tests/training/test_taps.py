@@ -49,14 +49,27 @@ def gradient(parts: dict[str, nn.Module], masks: dict[str, Tensor], autocast: An
         return tuner.deltas.grad
 
 
+def dense_gradient(parts: dict[str, nn.Module], masks: dict[str, Tensor], autocast: Any) -> Tensor:
+    """As autograd alone has it."""
+    weights = parameters_of(parts)
+    for parameter in weights.values():
+        parameter.requires_grad_(True).grad = None
+    loss_of(parts, 0, autocast).backward()
+    taken = [weights[name].grad.flatten()[at.long()].float() for name, at in masks.items()]
+    for parameter in weights.values():
+        parameter.grad = None
+    return torch.cat(taken)
+
+
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
 def test_inputs_computed_again_give_the_same_bits(dtype: torch.dtype, autocast: Any, checkpointing: str) -> None:
     parts = models(dtype)
     masks = masks_of(parts, "rand")
     CHECKPOINTING[checkpointing](parts)
-    expected = gradient(parts, masks, autocast)
+    expected = dense_gradient(parts, masks, autocast)
     assert expected.count_nonzero() > 0.9 * expected.numel()
+    assert torch.equal(gradient(parts, masks, autocast), expected)
     assert torch.equal(gradient(parts, masks, autocast, recompute=True), expected)
 
 
@@ -168,8 +181,8 @@ def block_bytes(dtype: torch.dtype, autocast: Any, family: str | None, *, recomp
 @pytest.mark.parametrize(("dtype", "autocast"), DTYPES)
 def test_hardly_more_is_kept_than_of_a_frozen_model(dtype: torch.dtype, autocast: Any) -> None:
     frozen = block_bytes(dtype, autocast, None)
-    dense = block_bytes(dtype, autocast, "rand")
-    assert dense > 1.2 * frozen
+    kept = block_bytes(dtype, autocast, "rand")  # of the feed-forward's second layer too, without the tap: 1.2
+    assert 1.05 * frozen < kept < 1.15 * frozen
     assert block_bytes(dtype, autocast, "rand", recompute=True) < 1.03 * frozen
     assert block_bytes(dtype, autocast, "struct") < 1.03 * frozen
 
