@@ -55,9 +55,8 @@ def read_credentials(auth: str | None, file: Path | None) -> list[tuple[str, str
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise AccessError(
-            f"cannot read --auth-file {file}: {type(error).__name__}; expected lines USER:PASSWORD"
-        ) from None
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise AccessError(f"cannot read --auth-file {file}: {why}; expected lines USER:PASSWORD") from None
     users = [
         _user(line, f"line {number} of {file}")
         for number, line in enumerate(lines, 1)

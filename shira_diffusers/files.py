@@ -22,6 +22,7 @@ from shira_diffusers.tensorfile import read_safetensors as read_safetensors  # f
 WEIGHTS_NAME = "pytorch_shira_weights.safetensors"
 FORMAT = "shira"
 FORMAT_VERSION = "1"
+_OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of weights; none is a folder's name
 
 _VALUES, _SHAPE, _GAPS, _BASE = ".values", ".shape", ".gaps", ".base"
 _DIMENSIONS = 64  # what torch computes with; the product of a million sizes would take hours
@@ -170,12 +171,16 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
         The file written. On any error an earlier file of that name is intact.
 
     Raises:
-        AdapterFormatError: an adapter without deltas.
+        AdapterFormatError: an adapter without deltas, or a file of another format, such as ``.bin``.
         OSError: the file cannot be written.
     """
     if not adapter.deltas:
         raise AdapterFormatError("the adapter holds no deltas, expected at least one; nothing was written")
     target = Path(path)
+    if target.suffix in _OTHER_FILES and not target.is_dir():
+        raise AdapterFormatError(
+            f"expected a .safetensors file or a folder to write to, got {target}; choose such a name"
+        )
     if target.suffix != ".safetensors":
         target = target / WEIGHTS_NAME
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from shira_diffusers.scales import Scale
 
 logger = logging.getLogger(__name__)
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor]
+Source = str | os.PathLike[str] | Mapping[str, Tensor] | ShiraAdapter
 Weights = Scale | Sequence[Scale | None] | None
 
 _DENOISERS = ("unet", "transformer", "prior")
@@ -57,8 +57,8 @@ def load_shira(
     """Load a SHiRA adapter and make it the active one.
 
     Args:
-        source: a ``.safetensors`` file, a folder, a Hub id, or a state dict with a file's keys. What PEFT's SHiRA
-            tuner wrote (folder, file or state dict) goes to the denoiser.
+        source: a ``.safetensors`` file, a folder, a Hub id, a state dict with a file's keys, or an adapter in memory.
+            What PEFT's SHiRA tuner wrote (folder, file or state dict) goes to the denoiser.
         adapter_name: not in use; None takes ``default_0``, ``default_1``, ...
         scale: strength when active; 0 is the base, above 1 exaggerates. Also per component, see ``set_shira``.
         activate: make it active, alone; False only loads it.
@@ -260,12 +260,15 @@ def _check_options(options: Mapping[str, object]) -> None:
 
 def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> ShiraAdapter:
     """Read an adapter, with component names."""
+    if isinstance(source, ShiraAdapter):
+        return source
     if isinstance(source, Mapping):
         require_tensors(source, "the state dict")
         return _decode(pipe, source, None, "the state dict")
     if not isinstance(source, str | os.PathLike):
         raise AdapterFormatError(
-            f"expected a file, a folder, a Hub id or a state dict of tensors, got {type(source).__name__}"
+            "expected a file, a folder, a Hub id, a state dict of tensors or a ShiraAdapter, "
+            f"got {type(source).__name__}"
         )
     path = find_adapter(source, options)
     if is_peft_folder(path):

@@ -1,6 +1,6 @@
 """What a module remembers about its adapters: carried by the module, so by copies of it too."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -207,7 +207,13 @@ def _save_the_base(
     restored: dict[int, Tensor] = {}
     locator = Locator(module)
     located = {name: locator.locate(name) for name in state.entries}
-    _require_ours(module, {name: (located[name].weight, entry) for name, entry in state.entries.items()})
+    foreign = [
+        name
+        for name, entry in state.entries.items()
+        if not holds_any(located[name].weight, entry.indices, (entry.written, entry.base))
+    ]
+    if foreign:
+        raise written_by_others(foreign, f"what to save as the base of {type(module).__name__} is not known")
     for name, entry in state.entries.items():
         for holder in located[name].holders:
             address = holder.tensor.data_ptr()
@@ -221,18 +227,17 @@ def _save_the_base(
             state_dict[key] = copy
 
 
-def _require_ours(module: nn.Module, weights: Mapping[str, tuple[Tensor, Entry]]) -> None:
-    """Require that each weight holds what was written, or the base again."""
-    foreign = [name for name, (weight, entry) in weights.items() if not _is_ours(weight, entry)]
-    if foreign:
-        raise ResidentStateError(
-            f"{len(foreign)} adapted weights of {type(module).__name__} were written by somebody else while adapters "
-            "were active (load_state_dict, fuse_lora, training), so what to save as their base is not known; expected "
-            "what the last switch wrote. Undo that write, or keep the new weights as the base with bake_shira() "
-            f"(Resident.bake()):{listing(foreign)}"
-        )
+def holds_any(weight: Tensor, indices: Tensor, values: Iterable[Tensor]) -> bool:
+    """Whether a weight's values at indices are one of these, after the same cast if it was cast since."""
+    now = gather(weight, indices)
+    return any(torch.equal(bits_of(now), bits_of(cast(one, now))) for one in values)
 
 
-def _is_ours(weight: Tensor, entry: Entry) -> bool:
-    now = bits_of(gather(weight, entry.indices))
-    return any(torch.equal(now, bits_of(cast(bits, weight))) for bits in (entry.written, entry.base))
+def written_by_others(names: Sequence[str], consequence: str) -> ResidentStateError:
+    """The error for weights that hold neither what the last switch wrote nor the base."""
+    return ResidentStateError(
+        f"{len(names)} adapted weights were written by somebody else while adapters were active "
+        f"(load_state_dict, fuse_lora, training), so {consequence}; expected what the last switch "
+        "wrote. Undo that write, or keep the new weights as the base with bake_shira() (Resident.bake()):"
+        f"{listing(names)}"
+    )

@@ -12,18 +12,19 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.errors import ResidentStateError, listing
+from shira_diffusers.errors import ResidentStateError
 from shira_diffusers.fitting import join_name
 from shira_diffusers.fuse import MergeMethod, merge_method, sum_deltas
 from shira_diffusers.layout import lay_out
 from shira_diffusers.locate import locator_of, unwrap
 from shira_diffusers.scales import Scale, scale_of
-from shira_diffusers.scatter import bits_of, cast, gather
-from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state
+from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state, holds_any, written_by_others
 from shira_diffusers.sweep import Step
 from shira_diffusers.sweep_cuda import sweeps_of
 from shira_diffusers.unions import Union
 from shira_diffusers.weights import Change, Kind, Weights
+
+_MIXED = "restoring would mix two bases"
 
 
 @dataclass(slots=True)
@@ -197,10 +198,10 @@ def read_current(component: str, groups: Iterable[Overwritten], weights: Weights
         foreign += [
             join_name(component, name)
             for name, entry in group.entries()
-            if not _holds_any(weights.located[name].weight, entry.indices, (entry.written, entry.base))
+            if not holds_any(weights.located[name].weight, entry.indices, (entry.written, entry.base))
         ]
     if foreign:
-        raise _written_by_others(foreign)
+        raise written_by_others(foreign, _MIXED)
     return current
 
 
@@ -214,29 +215,10 @@ def require_written(component: str, groups: Iterable[Overwritten], weights: Weig
         join_name(component, name)
         for group in groups
         for name, entry in group.entries()
-        if not _holds_any(weights.located[name].weight, entry.indices, [entry.written])
+        if not holds_any(weights.located[name].weight, entry.indices, [entry.written])
     ]
     if foreign:
-        raise _written_by_others(foreign)
-
-
-def _written_by_others(names: Sequence[str]) -> ResidentStateError:
-    return ResidentStateError(
-        f"{len(names)} adapted weights were written by somebody else while adapters were active "
-        "(load_state_dict, fuse_lora, training), so restoring would mix two bases; expected what the last switch "
-        "wrote. Undo that write, or keep the new weights as the base with bake_shira() (Resident.bake()):"
-        f"{listing(names)}"
-    )
-
-
-def _holds_any(weight: Tensor, indices: Tensor, values: Iterable[Tensor]) -> bool:
-    now = gather(weight, indices)
-    return any(_same_bits(now, bits) for bits in values)
-
-
-def _same_bits(now: Tensor, written: Tensor) -> bool:
-    """Whether a weight's values are those that were written, after the same cast if it was cast since."""
-    return torch.equal(bits_of(now), bits_of(cast(written, now)))
+        raise written_by_others(foreign, _MIXED)
 
 
 def _reset_step_cache(module: nn.Module) -> None:

@@ -513,3 +513,12 @@ def test_the_content_is_on_disk_before_the_name(
         )
     save_adapter(adapter, tmp_path)
     assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.ckpt"])
+def test_a_file_of_another_format_is_not_taken_for_a_folder(adapter: ShiraAdapter, tmp_path: Path, name: str) -> None:
+    with pytest.raises(AdapterFormatError, match=rf"expected a \.safetensors file or a folder .*, got .*{name}"):
+        save_adapter(adapter, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / name).mkdir()
+    assert save_adapter(adapter, tmp_path / name).parent == tmp_path / name

@@ -165,6 +165,7 @@ def test_sources(pipe: StableDiffusionPipeline, file: Path, tmp_path: Path) -> N
         ((tmp_path / "named",), {"subfolder": "inner", "weight_name": "y.safetensors"}),
         ((named,), {"weight_name": "x.safetensors"}),
         ((load_file(file),), {}),
+        ((load_adapter(file),), {}),
     ]
     for args, options in sources:
         pipe.load_shira(*args, "bluefire", **options)

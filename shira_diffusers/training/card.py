@@ -111,7 +111,7 @@ def _usage(config: TrainingConfig, repository: str | None) -> str:
     revision = f", revision={config.revision!r}" if config.revision else ""
     return "\n".join(
         [
-            "import shira_diffusers  # pip install shira-diffusers",
+            "import shira_diffusers  # the library: adds load_shira to diffusers' pipelines",
             "from diffusers import DiffusionPipeline",
             "",
             f"pipe = DiffusionPipeline.from_pretrained({config.pretrained_model_name_or_path!r}{revision})",

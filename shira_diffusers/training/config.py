@@ -150,7 +150,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         wrong = [*_out_of_range(self), *_at_odds(self)]
         if wrong:
-            raise ShiraError(f"{len(wrong)} training settings are wrong:{listing(wrong, shown=len(wrong))}")
+            raise ShiraError(f"training settings are wrong ({len(wrong)}):{listing(wrong, shown=len(wrong))}")
 
     @property
     def targets(self) -> Targets:

@@ -31,8 +31,8 @@ def start(config: TrainingConfig) -> Accelerator:
     available = [str(tracker) for tracker in get_available_trackers()]
     if config.report_to not in ("none", "all", "jsonl", *available):
         raise ShiraError(
-            f"report_to {config.report_to!r} is not installed, there is {', '.join(available) or 'none'}; "
-            f"pip install {config.report_to}, or choose --report_to none"
+            f"report_to: expected an installed tracker ({', '.join(available) or 'there is none'}), "
+            f"got {config.report_to!r}; pip install {config.report_to}, or choose --report_to none"
         )
     logs = Path(config.output_dir, config.logging_dir)
     launched = int(os.environ.get("WORLD_SIZE", 1))

@@ -1,12 +1,15 @@
 """The command line: its defaults, and that what goes wrong at the start is one line."""
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from app import look
-from app.__main__ import ASSETS, main, parse
+from app.serve import ASSETS, main, parse
 from tests.app.conftest import Folders, free_port
 
 
@@ -90,3 +93,22 @@ def test_times_have_a_sensible_number_of_digits(milliseconds: float, text: str) 
 def test_before_the_first_picture_there_are_no_figures() -> None:
     assert not any(digit in look.facts(None) for digit in "0123456789")
     assert look.lora(None, 64) == ""
+
+
+def test_without_what_the_app_needs_it_says_how_to_get_that(tmp_path: Path) -> None:
+    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(\"No module named 'gradio'\", name='gradio')")
+    run = subprocess.run(
+        [sys.executable, "-m", "app"],
+        cwd=ASSETS.parent,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr == 'error: the app needs gradio, which is not installed; in a clone: pip install -e ".[app]"\n'
+
+
+def test_a_file_of_users_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"cannot read --auth-file .*: No such file or directory; expected lines USER"):
+        main(["--auth-file", str(tmp_path / "none")])

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from app.__main__ import main, parse
 from app.access import AccessError, is_local, protection, read_credentials, warn_if_open
+from app.serve import main, parse
 from app.studio import Studio
 from app.ui import build, launch
 from shira_diffusers import save_adapter

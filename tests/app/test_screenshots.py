@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.__main__ import ASSETS
 from app.access import protection
+from app.serve import ASSETS
 from app.studio import Studio
 from app.ui import build, launch
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, expect, new_context

@@ -65,7 +65,7 @@ def test_all_wrong_settings_are_in_one_error() -> None:
     with pytest.raises(ShiraError) as caught:
         TrainingConfig(**NEEDED, **wrong)
     message = str(caught.value)
-    assert message.startswith("11 training settings are wrong")
+    assert message.startswith("training settings are wrong (11):")
     for name in (
         "density", "resolution", "learning_rate", "adam_beta1", "mask_type", "class_data_dir", "caption_dropout_rate",
         "snr_gamma", "max_grad_norm", "mixes the preset attention", "max_train_steps",
