@@ -372,7 +372,9 @@ def test_fp16_on_a_cpu_is_refused(settings: dict[str, object], monkeypatch: pyte
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        pytest.param({"report_to": "clearml"}, "report_to: expected an installed tracker .*got 'clearml'", id="tracker"),
+        pytest.param(
+            {"report_to": "clearml"}, "report_to: expected an installed tracker .*got 'clearml'", id="tracker"
+        ),
         pytest.param({"use_8bit_adam": True}, "pip install bitsandbytes", id="bitsandbytes"),
         pytest.param({"instance_data_dir": "/nowhere"}, "no folder of pictures at '/nowhere'", id="pictures"),
         pytest.param(
