@@ -24,7 +24,7 @@ class InterferenceTab:
         """Add the tab to the Blocks that is being built."""
         gr.Markdown(
             "Adapters mix well where they change different entries, or pull shared ones the same way. "
-            f"Choose two to {MAX_ADAPTERS} and see where they meet before you mix them.",
+            f"Choose 2 to {MAX_ADAPTERS} and see where they meet before you mix them.",
             elem_classes="remark",
         )
         with gr.Row(elem_id="interference-choice"):

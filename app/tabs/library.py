@@ -57,7 +57,7 @@ class LibraryTab:
         )
         with gr.Row(elem_classes="buttons"):
             self.inspect = gr.Button("Inspect", variant="primary", min_width=90)
-            self.download = gr.DownloadButton("Download", size="lg", min_width=90)
+            self.download = gr.DownloadButton("Download", size="lg", min_width=120)
             self.delete = gr.Button("Delete", variant="stop", min_width=90)
             self.undo = gr.Button(
                 self._undo_label(), interactive=bool(self._library.deleted), min_width=90, elem_id="undo"
