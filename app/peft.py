@@ -7,7 +7,7 @@ from typing import Any
 
 from app.uploads import UploadError
 from shira_diffusers import AdapterMismatchError, ShiraAdapter, ShiraError
-from shira_diffusers.interop import PEFT_CONFIG, PEFT_WEIGHTS, load_peft_adapter
+from shira_diffusers.interop import PEFT_CONFIG, PEFT_WEIGHTS, decode_peft_for, read_peft_folder
 from shira_diffusers.pipeline import models_of
 
 MAX_CONFIG = 1_000_000  # bytes
@@ -15,7 +15,6 @@ NO_CONFIG = (
     "Its adapter_config.json did not come with it, so its base and mask are not known; upload both files together to "
     "tell. Strength 1 is what it was trained for either way."
 )
-_DENOISERS = ("unet", "transformer")
 
 
 def with_config(pipe: Any, weights: Path, config: Path, shown: str) -> ShiraAdapter | None:
@@ -31,16 +30,13 @@ def with_config(pipe: Any, weights: Path, config: Path, shown: str) -> ShiraAdap
     """
     if config.stat().st_size > MAX_CONFIG:
         raise UploadError(f"the {PEFT_CONFIG} of {shown} is too large: {MAX_CONFIG} bytes at most")
-    models = models_of(pipe)
-    component = next((name for name in _DENOISERS if name in models), None)
-    if component is None:
-        return None
     with tempfile.TemporaryDirectory(dir=weights.parent, prefix=".upload-") as name:
         folder = Path(name)
         shutil.copyfile(config, folder / PEFT_CONFIG)
         shutil.copyfile(weights, folder / PEFT_WEIGHTS)
         try:
-            return load_peft_adapter(folder, models[component]).prefixed(component)
+            tensors, metadata = read_peft_folder(folder)
+            return decode_peft_for(models_of(pipe), tensors, str(folder), metadata)
         except AdapterMismatchError:
             return None
         except (ShiraError, UnicodeDecodeError, RecursionError) as error:

@@ -6,7 +6,7 @@ Source: https://huggingface.co/docs/peft/package_reference/shira
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.delta import SparseDelta
-from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, listing
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError, listing
 from shira_diffusers.files import read_safetensors
 from shira_diffusers.locate import Locator
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _VALUES, _INDICES = ".shira_weight", ".shira_indices"
+_DENOISERS = ("", "unet", "transformer", "prior")  # what most adapters are for; a bare module has no name
 
 
 def is_peft_folder(path: Path) -> bool:
@@ -122,6 +123,47 @@ def decode_peft(
             f"{type(model).__name__}; use it with the model it was trained for:{listing(misfits)}"
         )
     return ShiraAdapter(deltas, metadata or {"source": "peft"})
+
+
+def decode_peft_for(
+    models: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    metadata: Mapping[str, str] | None = None,
+) -> ShiraAdapter:
+    """Build an adapter, named by component, for a pipeline's models: ``{component: model}``.
+
+    It is for the denoiser, unless that has none of the layers and another model has them all, as a text encoder may.
+
+    Raises:
+        ShiraError: there is no such model.
+        AdapterFormatError, AdapterMismatchError: see ``load_peft_adapter``.
+    """
+    component = _component_of(tensors, models)
+    if component is None:
+        raise ShiraError(f"{source} is PEFT's: expected a model with one of {', '.join(_DENOISERS[1:])}")
+    adapter = decode_peft(tensors, models[component], source, metadata)
+    return adapter.prefixed(component) if component else adapter
+
+
+def _component_of(tensors: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> str | None:
+    names = list(peft_values(tensors))
+    denoiser = next((name for name in _DENOISERS if name in models), None)
+    if denoiser is not None and any(_has(models[denoiser], names)):
+        return denoiser
+    others = (part for part, model in models.items() if part != denoiser and all(_has(model, names)))
+    return next(others, denoiser)
+
+
+def _has(model: nn.Module, names: Iterable[str]) -> Iterator[bool]:
+    locator = Locator(model)
+    for name in names:
+        try:
+            locator.layer(name)
+        except AdapterMismatchError:
+            yield False
+        else:
+            yield True
 
 
 def _decode_layer(values: Tensor, indices: Tensor | None, shape: tuple[int, ...]) -> SparseDelta:

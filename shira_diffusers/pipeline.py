@@ -20,7 +20,7 @@ from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.files import decode, read_safetensors, require_tensors, save_adapter
 from shira_diffusers.hub import HubOptions, find_adapter
 from shira_diffusers.interference import interference
-from shira_diffusers.interop import decode_peft, is_peft_folder, is_peft_state_dict, load_peft_adapter
+from shira_diffusers.interop import decode_peft_for, is_peft_folder, is_peft_state_dict, read_peft_folder
 from shira_diffusers.resident import Resident
 from shira_diffusers.scales import Scale
 
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | ShiraAdapter
 Weights = Scale | Sequence[Scale | None] | None
-
-_DENOISERS = ("unet", "transformer", "prior")
 
 
 def resident_of(pipe: DiffusionPipeline) -> Resident:
@@ -58,7 +56,8 @@ def load_shira(
 
     Args:
         source: a ``.safetensors`` file, a folder, a Hub id, a state dict with a file's keys, or an adapter in memory.
-            What PEFT's SHiRA tuner wrote (folder, file or state dict) goes to the denoiser.
+            What PEFT's SHiRA tuner wrote (folder, file or state dict) goes to the denoiser, or where that has none of
+            its layers to the first model that has them all.
         adapter_name: not in use; None takes ``default_0``, ``default_1``, ...
         scale: strength when active; 0 is the base, above 1 exaggerates. Also per component, see ``set_shira``.
         activate: make it active, alone; False only loads it.
@@ -272,8 +271,8 @@ def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> Shira
         )
     path = find_adapter(source, options)
     if is_peft_folder(path):
-        component, model = _denoiser(pipe)
-        return load_peft_adapter(path, model).prefixed(component)
+        tensors, metadata = read_peft_folder(path)
+        return decode_peft_for(models_of(pipe), tensors, str(path), metadata)
     tensors, metadata = read_safetensors(path)
     return _decode(pipe, tensors, metadata, str(path))
 
@@ -283,17 +282,8 @@ def _decode(
 ) -> ShiraAdapter:
     """Build an adapter of our own keys, or of PEFT's (``unet.save_lora_adapter`` writes them without a config)."""
     if is_peft_state_dict(tensors):
-        component, model = _denoiser(pipe)
-        return decode_peft(tensors, model, source).prefixed(component)
+        return decode_peft_for(models_of(pipe), tensors, source)
     return decode(tensors, metadata, source)
-
-
-def _denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
-    models = models_of(pipe)
-    for name in _DENOISERS:
-        if name in models:
-            return name, models[name]
-    raise ShiraError(f"{type(pipe).__name__} has no denoiser ({', '.join(_DENOISERS)}) for a PEFT adapter")
 
 
 def _auto_name(names: Sequence[str]) -> str:

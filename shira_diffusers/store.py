@@ -20,15 +20,13 @@ from shira_diffusers.catalog import Version
 from shira_diffusers.devicedecoder import DeviceDecoder
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.hostmemory import HostMemory
-from shira_diffusers.interop import decode_peft, is_peft_state_dict, load_peft_adapter
+from shira_diffusers.interop import decode_peft_for, is_peft_state_dict, read_peft_folder
 from shira_diffusers.packed import PackedAdapter, pack, packed
 from shira_diffusers.targets import named_weights
 from shira_diffusers.tensorfile import Bytes, mapped, open_safetensors
 from shira_diffusers.tiers import Tier
 
 Models = Mapping[str, nn.Module]
-
-_DENOISERS = ("", "unet", "transformer", "prior")  # what PEFT's adapters are for; a bare module has no name
 
 
 class Decoded(NamedTuple):
@@ -80,8 +78,8 @@ class Store:
             is_peft = self._peft.get(version.name) == version
         if models is None or version.model or not (is_peft or version.path.is_dir()):
             return version
-        component, model = _denoiser(models, version)
-        return version._replace(model=hash((component, self._kind_of(model))) or 1)
+        kinds = tuple((component, self._kind_of(model)) for component, model in models.items())
+        return version._replace(model=hash(kinds) or 1)
 
     def _kind_of(self, model: nn.Module) -> int:
         """A number that models have in common whose weights have the same names and shapes, found once a model."""
@@ -267,7 +265,7 @@ class Store:
     def _read(self, version: Version, models: Models | None) -> PackedAdapter | None:
         """Read a file into the tier of packed adapters, pinned; or map it, where there is no room for its bytes."""
         if version.path.is_dir():
-            return self._keep(version, _of_peft(models, lambda model: load_peft_adapter(version.path, model), version))
+            return self._keep(version, _of_peft(models, version, *read_peft_folder(version.path)))
         has_room = self._reserve_ram(version, version.size)
         try:
             memory: list[HostMemory] = []
@@ -284,7 +282,7 @@ class Store:
                     self._peft[version.name] = version._replace(model=0)
                 if not version.model:
                     return None  # nothing to keep: the version is another for each model
-                return self._keep(version, _of_peft(models, lambda model: decode_peft(tensors, model, source), version))
+                return self._keep(version, _of_peft(models, version, tensors))
             found = packed(tensors, metadata, source, content, memory[0] if memory else None)
         except BaseException:
             with self.lock:
@@ -311,21 +309,11 @@ class Store:
 
 
 def _of_peft(
-    models: Models | None, decode: Callable[[nn.Module], ShiraAdapter], version: Version
+    models: Models | None, version: Version, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> PackedAdapter | None:
-    """What PEFT's SHiRA tuner wrote, packed as one of ours for the denoiser of the models."""
-    if models is None:
-        return None
-    component, model = _denoiser(models, version)
-    adapter = decode(model)
-    return pack(adapter.prefixed(component) if component else adapter, str(version.path))
-
-
-def _denoiser(models: Models, version: Version) -> tuple[str, nn.Module]:
-    component = next((name for name in _DENOISERS if name in models), None)
-    if component is None:
-        raise ShiraError(f"{version.path} is PEFT's: expected a model with one of {', '.join(_DENOISERS[1:])}")
-    return component, models[component]
+    """What PEFT's SHiRA tuner wrote, packed as one of ours for the models."""
+    source = str(version.path)
+    return None if models is None else pack(decode_peft_for(models, tensors, source, metadata), source)
 
 
 def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool]) -> None:

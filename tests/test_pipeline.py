@@ -618,6 +618,27 @@ def test_an_adapter_of_peft(pipe: StableDiffusionPipeline, peft_folder: tuple[Pa
         pipe.unload_shira()
 
 
+def test_an_adapter_of_peft_for_a_text_encoder(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    def read(encoder: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return encoder(torch.arange(1, 9)[None]).last_hidden_state
+
+    model = get_peft_model(tiny.text_encoder(), ShiraConfig(r=2, target_modules=["q_proj", "fc2"]))
+    peft_shira(model)
+    model.save_pretrained(tmp_path / "peft")
+    before, expected = read(pipe.text_encoder), read(model)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    for source in (tmp_path / "peft", load_file(tmp_path / "peft" / "adapter_model.safetensors")):
+        pipe.load_shira(source, "peft")
+        assert pipe.list_shira() == {"peft": ["text_encoder"]}
+        assert torch.allclose(read(pipe.text_encoder), expected, atol=1e-4)
+        pipe.unload_shira()
+    assert torch.equal(read(pipe.text_encoder), before)
+    with shira_diffusers.AdapterLibrary(tmp_path, device="cpu") as library:
+        library.set(pipe, {"peft": 1.0})
+        assert torch.allclose(read(pipe.text_encoder), expected, atol=1e-4)
+
+
 def test_damaged_adapters_of_peft(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     model = get_peft_model(tiny.unet(), ShiraConfig(r=2, target_modules=["to_q"]))
     model.save_pretrained(tmp_path)
