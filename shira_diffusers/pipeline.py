@@ -4,9 +4,10 @@ State lives with the models, not the pipeline: two pipelines that share a UNet s
 """
 
 import functools
+import inspect
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations, count
 from pathlib import Path
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | ShiraAdapter
 Weights = Scale | Sequence[Scale | None] | None
+
+# Public methods of pipelines that run models which adapters change: no switch comes between.
+_RUNNING = ("__call__", "encode_prompt", "generate_mask", "invert")
 
 
 def resident_of(pipe: DiffusionPipeline) -> Resident:
@@ -234,14 +238,15 @@ METHODS = (
 def install() -> None:
     """Add the methods to ``DiffusionPipeline``, so to every pipeline. Calling it again changes nothing.
 
-    From now on the generations of all pipelines, since any two may share a model, hold their models' locks for
-    reading, so that no switch tears a picture, not even the first adapter's.
+    From now on the generations of all pipelines (and their inversions, masks and encoded prompts), since any two may
+    share a model, hold their models' locks for reading, so that no switch tears a picture, not even the first
+    adapter's.
     """
     for method in METHODS:
         setattr(DiffusionPipeline, method.__name__, method)
     DiffusionPipeline.__init_subclass__ = _guard_new_class  # type: ignore[method-assign, assignment]
     for cls in _family(DiffusionPipeline):
-        _guard_call(cls)
+        _guard(cls)
 
 
 def _check_options(options: Mapping[str, object]) -> None:
@@ -312,7 +317,7 @@ def _name_list(names: str | Iterable[str]) -> list[str]:
 @classmethod  # type: ignore[misc]
 def _guard_new_class(cls: type[DiffusionPipeline], **options: Any) -> None:
     super(DiffusionPipeline, cls).__init_subclass__(**options)
-    _guard_call(cls)
+    _guard(cls)
 
 
 def _family(cls: type[DiffusionPipeline]) -> Iterator[type[DiffusionPipeline]]:
@@ -321,18 +326,21 @@ def _family(cls: type[DiffusionPipeline]) -> Iterator[type[DiffusionPipeline]]:
         yield from _family(child)
 
 
-def _guard_call(cls: type[DiffusionPipeline]) -> None:
-    call: Any = next((vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)), None)
-    if call is None or getattr(call, "_shira_guarded", False):
-        return
+def _guard(cls: type[DiffusionPipeline]) -> None:
+    for name in _RUNNING:
+        run = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+        if inspect.isfunction(run) and not hasattr(run, "_shira_guarded"):
+            setattr(cls, name, _reading(run))
 
-    @functools.wraps(call)
+
+def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run)
     def guarded(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         with resident_of(self).reading():
-            return call(self, *args, **kwargs)
+            return run(self, *args, **kwargs)
 
     guarded._shira_guarded = True  # type: ignore[attr-defined]
-    cls.__call__ = guarded  # type: ignore[method-assign]
+    return guarded
 
 
 __all__ = ["install", "models_of", "resident_of", *(method.__name__ for method in METHODS)]

@@ -17,8 +17,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    DDIMInverseScheduler,
     DiffusionPipeline,
     FirstBlockCacheConfig,
+    StableDiffusionDiffEditPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
@@ -694,6 +696,45 @@ def test_no_picture_of_a_sharing_pipeline_is_torn(pipe: StableDiffusionPipeline,
     load(pipe, tiny.adapter_for(pipe), "a")
     adapted = tiny.picture(pipe)
     assert_none_is_torn(make_pictures_while_switching(other, pipe), [base, adapted])
+
+
+INVERSION = {"num_inference_steps": 2, "image": torch.zeros(1, 3, tiny.SIZE, tiny.SIZE)}
+RUN_MODELS = {
+    "encode_prompt": {
+        "prompt": "a cat",
+        "device": CPU,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": True,
+    },
+    "generate_mask": {"source_prompt": "a cat", "target_prompt": "a dog", "num_maps_per_mask": 1, **INVERSION},
+    "invert": {"prompt": "a cat", "inpaint_strength": 1.0, **INVERSION},
+}
+
+
+@pytest.mark.parametrize(("method", "options"), RUN_MODELS.items(), ids=RUN_MODELS)
+def test_other_methods_that_run_models_are_not_torn(method: str, options: dict) -> None:
+    """A switch that another thread begins at the first forward waits until the method has ended."""
+    parts = tiny.pipeline().components
+    del parts["image_encoder"]
+    pipe = StableDiffusionDiffEditPipeline(
+        **parts, inverse_scheduler=DDIMInverseScheduler(), requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    load(pipe, tiny.adapter_for(pipe), "a")
+    switching = threading.Thread(target=pipe.disable_shira)
+    waited = []
+
+    def switch_meanwhile(*_: object) -> None:
+        if not waited:
+            switching.start()
+            switching.join(0.2)
+            waited.append(switching.is_alive())
+
+    pipe.text_encoder.register_forward_hook(switch_meanwhile)
+    getattr(pipe, method)(**options)
+    switching.join()
+    assert waited == [True]
+    assert pipe.get_active_shira() == {}
 
 
 def test_a_with_block_is_alone(pipe: StableDiffusionPipeline) -> None:

@@ -27,10 +27,23 @@ MIXES: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(scope="module", params=["float16", "bfloat16", "float32"])
+SECOND = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("cuda", "float16"),
+        ("cuda", "bfloat16"),
+        ("cuda", "float32"),
+        pytest.param(("cuda:1", "float16"), marks=SECOND),
+    ],
+    ids="-".join,
+)
 def studio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     data = tmp_path_factory.mktemp("data")
-    studio = Studio.open(str(BASE), ADAPTERS, data, device="cuda", dtype=request.param)
+    device, dtype = request.param
+    studio = Studio.open(str(BASE), ADAPTERS, data, device=device, dtype=dtype)
     yield studio
     studio.close()
 
