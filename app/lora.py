@@ -51,5 +51,5 @@ def _fuse_one(weight: Tensor, rank: int) -> float:
 
 
 def _wait(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
+    if not tensor.is_cpu:
+        torch.accelerator.synchronize(tensor.device)

@@ -273,8 +273,8 @@ class Session:
         return image
 
     def _now(self) -> float:
-        if self._pipe.device.type == "cuda":
-            torch.cuda.synchronize()  # a switch on a GPU returns before it is done
+        if self._pipe.device.type != "cpu":
+            torch.accelerator.synchronize(self._pipe.device)  # a switch on a GPU returns before it is done
         return time.perf_counter()
 
 
