@@ -15,8 +15,8 @@ DEFAULT_TARGETS = "attention+ff"
 _ATTENTION = (
     # diffusers attention, joint attention (SD3, Flux)
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    # CLIP and T5 text encoders
-    "q_proj", "k_proj", "v_proj", "out_proj",
+    # text encoders: CLIP, Gemma and its like (o_proj), T5
+    "q_proj", "k_proj", "v_proj", "out_proj", "o_proj",
     "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",
 )  # fmt: skip
 _FEED_FORWARD = (
@@ -24,7 +24,8 @@ _FEED_FORWARD = (
     "ffn.net.0.proj", "ffn.net.2", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     # Flux single blocks; a bare `proj_out` would also take the output layer
     "proj_mlp", "single_transformer_blocks.*.proj_out",
-    "fc1", "fc2", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo",
+    "fc1", "fc2", "gate_proj", "up_proj", "down_proj",
+    "DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo",
 )  # fmt: skip
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
+from transformers import Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 
 from shira_diffusers import AdapterMismatchError
 from shira_diffusers.targets import canonical_name, named_weights, select
@@ -61,6 +62,30 @@ def test_the_presets_on_text_encoders() -> None:
     model = tiny.text_encoder()
     assert len(select(model, "attention")) == 8
     assert len(select(model)) == 12
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "attention", "feed_forward"),
+    [
+        (T5EncoderModel, T5Config, ("q", "k", "v", "o"), ("wi", "wo")),
+        (
+            Gemma2Model,
+            Gemma2Config,
+            ("q_proj", "k_proj", "v_proj", "o_proj"),
+            ("gate_proj", "up_proj", "down_proj"),
+        ),
+    ],
+    ids=["T5", "Gemma, Llama, Qwen"],
+)
+def test_the_presets_on_text_encoders_of_transformers(
+    model: type, config: type, attention: tuple[str, ...], feed_forward: tuple[str, ...]
+) -> None:
+    sizes = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        encoder = model(config(**sizes))
+    leaves = [name.split(".")[-2] for name in select(encoder)]
+    assert sorted(leaves) == sorted(attention + feed_forward)
+    assert sorted(name.split(".")[-2] for name in select(encoder, "attention")) == sorted(attention)
 
 
 def test_components() -> None:
