@@ -141,7 +141,10 @@ def decode_peft_for(
     """
     component = _component_of(tensors, models)
     if component is None:
-        raise ShiraError(f"{source} is PEFT's: expected a model with one of {', '.join(_DENOISERS[1:])}")
+        raise ShiraError(
+            f"{source} is PEFT's: expected a model with one of {', '.join(_DENOISERS[1:])} or with all layers of the "
+            f"adapter, got {', '.join(models) or 'none'}; use it with the model it was trained for"
+        )
     adapter = decode_peft(tensors, models[component], source, metadata)
     return adapter.prefixed(component) if component else adapter
 
