@@ -38,7 +38,8 @@ def _split(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, 
     if lost:
         raise AdapterMismatchError(
             f"adapter does not fit: {len(lost)} of {len(adapter.deltas)} parameters belong to no component of this "
-            f"model, which has {', '.join(models) or 'none'}{trained_on(adapter)}{_bare(lost[0], models)}:{listing(lost)}"
+            f"model, which has {', '.join(models) or 'none'}"
+            f"{trained_on(adapter)}{_bare(lost[0], models)}:{listing(lost)}"
         )
     return {part: adapter.part(part) for part in adapter.component_names()}
 
