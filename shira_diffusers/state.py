@@ -1,6 +1,6 @@
 """What a module remembers about its adapters: carried by the module, so by copies of it too."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import ResidentStateError, listing
-from shira_diffusers.locate import Locator
+from shira_diffusers.locate import Located, Locator
 from shira_diffusers.scales import Scale
 from shira_diffusers.scatter import bits_of, cast, gather, overwrite
 from shira_diffusers.spares import Spares
@@ -206,15 +206,11 @@ def _save_the_base(
             keys.setdefault(value.data_ptr(), []).append(key)
     restored: dict[int, Tensor] = {}
     locator = Locator(module)
-    located = {name: locator.locate(name) for name in state.entries}
-    foreign = [
-        name
-        for name, entry in state.entries.items()
-        if not holds_any(located[name].weight, entry.indices, (entry.written, entry.base))
-    ]
-    if foreign:
+    entries = state.entries
+    located = {name: locator.locate(name) for name in entries}
+    if foreign := written_since(entries.items(), located):
         raise written_by_others(foreign, f"what to save as the base of {type(module).__name__} is not known")
-    for name, entry in state.entries.items():
+    for name, entry in entries.items():
         for holder in located[name].holders:
             address = holder.tensor.data_ptr()
             if address in keys and address not in restored:
@@ -227,7 +223,20 @@ def _save_the_base(
             state_dict[key] = copy
 
 
-def holds_any(weight: Tensor, indices: Tensor, values: Iterable[Tensor]) -> bool:
+def written_since(
+    entries: Iterable[tuple[str, Entry]], located: Mapping[str, Located], *, base_too: bool = True
+) -> list[str]:
+    """The weights that somebody else has written: they hold neither what was written nor, if that counts, the base."""
+    return [
+        name
+        for name, entry in entries
+        if not _holds_any(
+            located[name].weight, entry.indices, (entry.written, entry.base) if base_too else (entry.written,)
+        )
+    ]
+
+
+def _holds_any(weight: Tensor, indices: Tensor, values: Iterable[Tensor]) -> bool:
     """Whether a weight's values at indices are one of these, after the same cast if it was cast since."""
     now = gather(weight, indices)
     return any(torch.equal(bits_of(now), bits_of(cast(one, now))) for one in values)

@@ -18,13 +18,11 @@ from shira_diffusers.fuse import MergeMethod, merge_method, sum_deltas
 from shira_diffusers.layout import lay_out
 from shira_diffusers.locate import locator_of, unwrap
 from shira_diffusers.scales import Scale, scale_of
-from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state, holds_any, written_by_others
+from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state, written_by_others, written_since
 from shira_diffusers.sweep import Step
 from shira_diffusers.sweep_cuda import sweeps_of
 from shira_diffusers.unions import Union
 from shira_diffusers.weights import Change, Kind, Weights
-
-_MIXED = "restoring would mix two bases"
 
 
 @dataclass(slots=True)
@@ -195,13 +193,8 @@ def read_current(component: str, groups: Iterable[Overwritten], weights: Weights
     foreign: list[str] = []
     for group in groups:
         current.append(replace(group, written=weights.now(group.layout)))
-        foreign += [
-            join_name(component, name)
-            for name, entry in group.entries()
-            if not holds_any(weights.located[name].weight, entry.indices, (entry.written, entry.base))
-        ]
-    if foreign:
-        raise written_by_others(foreign, _MIXED)
+        foreign += written_since(group.entries(), weights.located)
+    _require_ours(component, foreign)
     return current
 
 
@@ -211,14 +204,14 @@ def require_written(component: str, groups: Iterable[Overwritten], weights: Weig
     Raises:
         ResidentStateError: names the weights that somebody else has written.
     """
-    foreign = [
-        join_name(component, name)
-        for group in groups
-        for name, entry in group.entries()
-        if not holds_any(weights.located[name].weight, entry.indices, [entry.written])
-    ]
+    entries = (entry for group in groups for entry in group.entries())
+    _require_ours(component, written_since(entries, weights.located, base_too=False))
+
+
+def _require_ours(component: str, foreign: Sequence[str]) -> None:
     if foreign:
-        raise written_by_others(foreign, _MIXED)
+        names = [join_name(component, name) for name in foreign]
+        raise written_by_others(names, "restoring would mix two bases")
 
 
 def _reset_step_cache(module: nn.Module) -> None:
