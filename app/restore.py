@@ -37,7 +37,7 @@ def restore(given: Mapping[str, Any], session: Session) -> Restored:
         given.get("guidance", DEFAULT_GUIDANCE),
         given.get("method", DEFAULT_METHOD),
     )
-    hashes = {card.name: card.sha256 for card in session.cards}
+    hashes = session.hashes
     then = _hashes_of(given)
     named = _names_now(settings.mix, then, hashes)
     mix = {now: settings.mix[name] for name, now in named.items()}
@@ -53,7 +53,7 @@ def as_dict(settings: Settings) -> dict[str, Any]:
 
 def to_keep(settings: Settings, session: Session) -> dict[str, Any]:
     """As ``as_dict``, with the adapters' hashes, so that they are found when they have other names."""
-    hashes = {card.name: card.sha256 for card in session.cards}
+    hashes = session.hashes
     return as_dict(settings) | {"adapters": {name: {"sha256": hashes.get(name, "")} for name in settings.mix}}
 
 

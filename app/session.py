@@ -95,6 +95,11 @@ class Session:
         return tuple(card.name for card in self.cards)
 
     @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the loaded adapters' files, by name; empty while only the head of a file was read."""
+        return {card.name: card.sha256 for card in self.cards}
+
+    @property
     def pipe(self) -> Any:
         """The pipeline, to be looked at only: what draws with it or changes it takes turns in here."""
         return self._pipe
@@ -234,7 +239,7 @@ class Session:
         with self._pipe.shira(list(mix), list(mix.values()), method=settings.method):
             switched = self._now()
             entries, total = resident.changed()
-            hashes = {card.name: card.sha256 for card in self.cards}
+            hashes = self.hashes
             image = self._sample(settings, on_step)
             drawn = self._now()
         return Picture(
