@@ -18,6 +18,7 @@ from shira_diffusers.catalog import Catalog, Version
 from shira_diffusers.devicedecoder import lend
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.locate import unwrap
+from shira_diffusers.locks import Held, Hold
 from shira_diffusers.pipeline import resident_of
 from shira_diffusers.resident import Resident
 from shira_diffusers.scales import Scale
@@ -130,40 +131,55 @@ class AdapterLibrary:
 
     # ---------------------------------------------------------------- use
 
-    @contextmanager
-    def use(self, target: Any, scales: Mapping[str, Scale | None], method: str = "sum") -> Iterator[Any]:
+    def use(self, target: Any, scales: Mapping[str, Scale | None], method: str = "sum") -> Held[Any]:
         """``with library.use(pipe, {"bluefire": 0.8}) as pipe: ...``: a mix for a while; the one before returns after.
+
+        In coroutines ``async with library.use(...): image = await asyncio.to_thread(pipe, prompt)``: files are read in
+        a worker thread, and waiting for the model does not block the event loop.
 
         Args:
             target: a pipeline, a ``Resident``, or what ``Resident`` takes.
             scales: by name, as ``Resident.set`` takes them; None is 1.0. Empty is the base.
             method: how several adapters are merged.
 
-        Holds the model's lock, as ``pipe.shira`` does: other clients load meanwhile, and then wait. Adapters of the mix
+        Holds the model, as ``pipe.shira`` does: other clients load meanwhile, and then wait. Adapters of the mix
         and of the one before stay, whatever others load.
 
         Raises:
             ShiraError: an unknown name, two adapters of that name, another adapter of that name that is not the
                 library's on the model, or no room for the mix within ``device_bytes``.
             AdapterFormatError: a damaged file.
-            AdapterMismatchError, ResidentStateError: see ``Resident.add`` and ``Resident.set``.
+            AdapterMismatchError: see ``Resident.add``.
+            ResidentStateError: see ``Resident.add`` and ``Resident.using``.
             OSError: a file that cannot be read.
 
         On error the mix and all bits are what they were.
         """
-        with self._ready(target, scales) as (resident, mix, undo), ExitStack() as inside:
-            with undo:
-                inside.enter_context(resident.using(mix, method))
-                undo.pop_all()
-            yield target
+        user, mix = _User(target), _mix(scales)
+
+        @contextmanager
+        def inside(_: Hold, versions: list[Version]) -> Iterator[Any]:
+            with self._registered(user, versions) as undo, ExitStack() as using:
+                with undo:
+                    using.enter_context(user.resident.using(mix, method))
+                    undo.pop_all()
+                yield target
+
+        return Held(user.modules, write=True, inside=inside, before=lambda: self._loaded(user, mix))
 
     def set(self, target: Any, scales: Mapping[str, Scale | None], method: str = "sum") -> None:
         """Make exactly these adapters active until the next ``set``. Args, Raises: as ``use``.
 
-        What is active is never put out, so it counts against ``device_bytes`` until then.
+        What is active is never evicted, so it counts against ``device_bytes`` until then.
         """
-        with self._ready(target, scales) as (resident, mix, undo), undo:
-            resident.set(mix, method)
+        user, mix = _User(target), _mix(scales)
+        with (
+            self._loaded(user, mix) as versions,
+            user.resident.writing(),
+            self._registered(user, versions) as undo,
+            undo,
+        ):
+            user.resident.set(mix, method)
             undo.pop_all()
 
     def get(self, name: str) -> ShiraAdapter:
@@ -207,34 +223,31 @@ class AdapterLibrary:
         return self._catalog.find(name)
 
     @contextmanager
-    def _ready(
-        self, target: Any, scales: Mapping[str, Scale | None]
-    ) -> Iterator[tuple[Resident, dict[str, Scale], ExitStack]]:
-        """Load a mix and register it on the model, whose lock is held until the end.
-
-        Yields:
-            The resident, the mix, and what brings older versions of adapters back, to be closed if the switch fails.
-        """
-        if not isinstance(scales, Mapping):
-            raise ShiraError(f"expected the mix as {{name: strength}}, got {scales!r}")
-        mix = {name: 1.0 if scale is None else scale for name, scale in scales.items()}
-        user = _User(target)
-        versions = [self._store.fitted(self._find(name), user.models) for name in mix]
-        with self._store.wanting(versions):
-            versions = [  # before the lock is waited for
+    def _loaded(self, user: "_User", names: Iterable[str]) -> Iterator[list[Version]]:
+        """Load adapters, before the model is waited for; their versions, which newer ones may take the place of."""
+        found = [self._store.fitted(self._find(name), user.models) for name in names]
+        with self._store.wanting(found):
+            versions = [
                 self._newest(version, user.models, lambda v: self._store.warm(v, user.models, self._is_free))
-                for version in versions
+                for version in found
             ]
-            with user.resident.writing():
-                try:
-                    with ExitStack() as pins, ExitStack() as undo:
-                        self._keep_active(user, pins)
-                        versions = [self._register(user, version, pins, undo) for version in versions]
-                        yield user.resident, mix, undo.pop_all()
-                finally:
-                    self._trim(user)
+            yield versions
             for version in versions:
                 self._store.forget_older(version, self._is_free)
+
+    @contextmanager
+    def _registered(self, user: "_User", versions: list[Version]) -> Iterator[ExitStack]:
+        """Register loaded adapters on the model, which is held; what brings older versions of them back.
+
+        That is to be closed if the switch fails.
+        """
+        try:
+            with ExitStack() as pins, ExitStack() as undo:
+                self._keep_active(user, pins)
+                versions[:] = [self._register(user, version, pins, undo) for version in versions]
+                yield undo.pop_all()
+        finally:
+            self._trim(user)
 
     def _newest(self, version: Version, models: Mapping[str, nn.Module], load: Callable[[Version], T]) -> T:
         """Load a version, or the one that has taken its place on disk meanwhile."""
@@ -352,6 +365,12 @@ def _holds(module: nn.Module, version: Version, decoded: Decoded) -> ShiraState 
 def _is_active(state: ShiraState, version: Version) -> bool:
     """Whether an adapter is active in a module, or put aside by ``disable``."""
     return version.name in state.mix.scales or (state.disabled is not None and version.name in state.disabled.scales)
+
+
+def _mix(scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
+    if not isinstance(scales, Mapping):
+        raise ShiraError(f"expected the mix as {{name: strength}}, got {scales!r}")
+    return {name: 1.0 if scale is None else scale for name, scale in scales.items()}
 
 
 def _log_failure(done: Future[None]) -> None:

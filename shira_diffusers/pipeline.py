@@ -8,7 +8,6 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any, Unpack
@@ -22,6 +21,7 @@ from shira_diffusers.files import decode, read_safetensors, require_tensors, sav
 from shira_diffusers.hub import HubOptions, find_adapter
 from shira_diffusers.interference import interference
 from shira_diffusers.interop import decode_peft_for, is_peft_folder, is_peft_state_dict, read_peft_folder
+from shira_diffusers.locks import Held
 from shira_diffusers.resident import Resident
 from shira_diffusers.scales import Scale
 
@@ -195,20 +195,21 @@ def fuse_report(
     return {(a, b): interference(adapters[a], adapters[b]).as_dict() for a, b in combinations(names, 2)}
 
 
-@contextmanager
 def shira(
     self: DiffusionPipeline,
     adapter_names: str | Sequence[str],
     adapter_weights: Weights = None,
     *,
     method: str = "sum",
-) -> Iterator[DiffusionPipeline]:
+) -> Held[DiffusionPipeline]:
     """``with pipe.shira("bluefire", 0.8): ...``: a mix for a while; the mix before returns after, also on errors.
 
-    Args and Raises: as ``set_shira``. Holds the pipeline's lock: other threads' generations and switches wait.
+    Holds the pipeline's models: generations and switches outside the block wait. In coroutines use
+    ``async with pipe.shira("bluefire"): image = await asyncio.to_thread(pipe, prompt)``.
+
+    Args and Raises: as ``set_shira``; also ResidentStateError for a wait that could never end, see ``Resident.using``.
     """
-    with resident_of(self).using(_mix(adapter_names, adapter_weights), method):
-        yield self
+    return resident_of(self).using(_mix(adapter_names, adapter_weights), method).giving(self)
 
 
 def bake_shira(self: DiffusionPipeline) -> None:

@@ -14,7 +14,7 @@ from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.fitting import compare_base, fit, trained_on
 from shira_diffusers.fuse import fuse_scaled, merge_method
 from shira_diffusers.locate import Locator, unwrap
-from shira_diffusers.locks import hold
+from shira_diffusers.locks import Held, Hold, hold, leave
 from shira_diffusers.probes import BaseMatch
 from shira_diffusers.scales import Scale, check_scale, scale_of
 from shira_diffusers.state import Mix, ShiraState, ensure_state, state_of
@@ -152,17 +152,17 @@ class Resident:
                 found[part] = ", ".join(sorted({engine_for(*kind) for kind in kinds}))
         return found
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Keep all others from switching while the weights are read, for instance during a generation."""
-        with hold(self._modules(), write=False):
-            yield
+    def reading(self) -> Held[None]:
+        """Keep all others from switching while the weights are read, for instance during a generation.
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Keep all others from reading and switching, for several calls that belong together."""
-        with hold(self._modules(), write=True):
-            yield
+        For ``with`` and ``async with``. "Others" are those outside the block, whatever thread they are in: what the
+        block calls, and the tasks and threads it starts with its context (``asyncio.to_thread``), belong to it.
+        """
+        return hold(self._modules(), write=False)
+
+    def writing(self) -> Held[None]:
+        """Keep all others from reading and switching, for several calls that belong together; see ``reading``."""
+        return hold(self._modules(), write=True)
 
     # ---------------------------------------------------------------- adapters come and go
 
@@ -313,24 +313,40 @@ class Resident:
             states = self._states().items()
             run([plan_switch(p, self._models[p], state.disabled or state.mix) for p, state in states])
 
-    @contextmanager
-    def using(self, scales: Mapping[str, Scale], method: str = "sum") -> Iterator["Resident"]:
+    def using(self, scales: Mapping[str, Scale], method: str = "sum") -> Held["Resident"]:
         """Make these adapters active for a while, alone with the model; the mix before returns after.
 
-        Args and Raises: as ``set``. Other threads that read or switch wait until the block is left.
+        Args:
+            scales: as for ``set``.
+            method: as for ``set``.
+
+        For ``with`` and ``async with``. Others that read or switch wait until the block is left; what the block
+        calls, and the tasks and threads that it starts with its context (``asyncio.to_thread``), see this mix.
+
+        Raises:
+            ShiraError: as ``set``.
+            ResidentStateError: as ``set``, or a wait that could never end: a plain ``with`` while another task of the
+                same event loop holds the model, or holders that wait for each other.
         """
-        with self.writing():
-            before = {part: (state.mix, state.disabled) for part, state in self._states().items()}
-            self.set(scales, method)
-            try:
-                yield self
-            finally:
-                plans = []
-                for part, state in self._states().items():
-                    mix, disabled = before.get(part, (Mix(), None))
-                    put_aside = disabled and _known_to(state, disabled)
-                    plans.append(plan_switch(part, self._models[part], _known_to(state, mix), put_aside))
-                run(plans)
+        return Held(self._modules(), write=True, inside=lambda hold, _: self._used(hold, scales, method))
+
+    @contextmanager
+    def _used(self, hold: Hold, scales: Mapping[str, Scale], method: str) -> Iterator["Resident"]:
+        before = {part: (state.mix, state.disabled) for part, state in self._states().items()}
+        self.set(scales, method)
+        hold.undo = lambda: self._put_back(before)
+        try:
+            yield self
+        finally:
+            leave(hold)
+
+    def _put_back(self, before: Mapping[str, tuple[Mix, Mix | None]]) -> None:
+        plans = []
+        for part, state in self._states().items():
+            mix, disabled = before.get(part, (Mix(), None))
+            put_aside = disabled and _known_to(state, disabled)
+            plans.append(plan_switch(part, self._models[part], _known_to(state, mix), put_aside))
+        run(plans)
 
     def bake(self) -> None:
         """Make the weights as they are now the base for good, and deactivate all adapters (they stay loaded).

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from shira_diffusers import ResidentStateError
-from shira_diffusers.locks import ReadWriteLock, hold, lock_of
+from shira_diffusers import ResidentStateError, locks
+from shira_diffusers.locks import Held, hold
 
 SOON = 5.0  # seconds in which a thread that may go on must have gone on
 STILL = 0.05  # seconds after which a thread that must wait is taken to be waiting
@@ -39,9 +39,22 @@ class Task(threading.Thread):
         assert self.is_alive(), "the thread went on, it should wait"
 
 
+class Lock:
+    """The lock of one model."""
+
+    def __init__(self) -> None:
+        self.module = nn.Linear(1, 1)
+
+    def read(self) -> Held[None]:
+        return hold([self.module], write=False)
+
+    def write(self) -> Held[None]:
+        return hold([self.module], write=True)
+
+
 @pytest.fixture
-def lock() -> ReadWriteLock:
-    return ReadWriteLock()
+def lock() -> Lock:
+    return Lock()
 
 
 def take(context: object) -> Callable[[], None]:
@@ -52,7 +65,7 @@ def take(context: object) -> Callable[[], None]:
     return work
 
 
-def test_readers_read_together(lock: ReadWriteLock) -> None:
+def test_readers_read_together(lock: Lock) -> None:
     together = threading.Barrier(4, timeout=SOON)
 
     def read() -> None:
@@ -65,7 +78,7 @@ def test_readers_read_together(lock: ReadWriteLock) -> None:
     assert not together.broken
 
 
-def test_a_writer_waits_for_readers_and_readers_for_a_writer(lock: ReadWriteLock) -> None:
+def test_a_writer_waits_for_readers_and_readers_for_a_writer(lock: Lock) -> None:
     with lock.read():
         writer = Task(take(lock.write))
         writer.assert_waits()
@@ -78,7 +91,7 @@ def test_a_writer_waits_for_readers_and_readers_for_a_writer(lock: ReadWriteLock
     other.assert_ends()
 
 
-def test_writers_write_alone(lock: ReadWriteLock) -> None:
+def test_writers_write_alone(lock: Lock) -> None:
     inside, most = [], []
 
     def write() -> None:
@@ -95,7 +108,7 @@ def test_writers_write_alone(lock: ReadWriteLock) -> None:
     assert len(most) == 200
 
 
-def test_a_waiting_writer_goes_before_new_readers(lock: ReadWriteLock) -> None:
+def test_a_waiting_writer_goes_before_new_readers(lock: Lock) -> None:
     order: list[str] = []
 
     def note(name: str, context: object) -> Callable[[], None]:
@@ -117,7 +130,7 @@ def test_a_waiting_writer_goes_before_new_readers(lock: ReadWriteLock) -> None:
     assert order == ["writer", "reader"]
 
 
-def test_reentrance(lock: ReadWriteLock) -> None:
+def test_reentrance(lock: Lock) -> None:
     with lock.write(), lock.write(), lock.read(), lock.read(), lock.write():
         pass
     with lock.read(), lock.write(), lock.read():
@@ -126,7 +139,7 @@ def test_reentrance(lock: ReadWriteLock) -> None:
     writer.assert_ends()
 
 
-def test_a_reader_that_writes_waits_for_the_other_readers(lock: ReadWriteLock) -> None:
+def test_a_reader_that_writes_waits_for_the_other_readers(lock: Lock) -> None:
     reading, leave = threading.Event(), threading.Event()
 
     def read() -> None:
@@ -147,7 +160,7 @@ def test_a_reader_that_writes_waits_for_the_other_readers(lock: ReadWriteLock) -
     other.assert_ends()
 
 
-def test_two_readers_that_both_want_to_write_are_told_so(lock: ReadWriteLock) -> None:
+def test_two_readers_that_both_want_to_write_are_told_so(lock: Lock) -> None:
     both = threading.Barrier(2, timeout=SOON)
 
     def upgrade() -> None:
@@ -176,7 +189,7 @@ def nested(outer: object, both: threading.Barrier, inner: object) -> Callable[[]
 
 
 def test_two_that_hold_each_others_lock_are_told_so() -> None:
-    one, two = ReadWriteLock(), ReadWriteLock()
+    one, two = Lock(), Lock()
     both = threading.Barrier(2, timeout=SOON)
     tasks = [Task(nested(one.read, both, two.write)), Task(nested(two.read, both, one.write))]
     for task in tasks:
@@ -187,10 +200,10 @@ def test_two_that_hold_each_others_lock_are_told_so() -> None:
 
 
 def test_readers_of_two_models_in_opposite_order_pass_the_writers_that_wait_for_them() -> None:
-    one, two = ReadWriteLock(), ReadWriteLock()
+    one, two = Lock(), Lock()
     both = threading.Barrier(3, timeout=SOON)
     readers = [Task(nested(one.read, both, two.read)), Task(nested(two.read, both, one.read))]
-    while not (one._readers and two._readers):
+    while len(locks._active) < 2:
         time.sleep(STILL)
     writers = [Task(take(one.write)), Task(take(two.write))]
     for writer in writers:
@@ -202,7 +215,7 @@ def test_readers_of_two_models_in_opposite_order_pass_the_writers_that_wait_for_
 
 
 def test_a_circle_of_three_is_told_once() -> None:
-    locks = [ReadWriteLock() for _ in range(3)]
+    locks = [Lock() for _ in range(3)]
     all_in = threading.Barrier(3, timeout=SOON)
     tasks = [Task(nested(locks[k].write, all_in, locks[(k + 1) % 3].read)) for k in range(3)]
     for task in tasks:
@@ -211,7 +224,7 @@ def test_a_circle_of_three_is_told_once() -> None:
 
 
 def test_a_reader_of_another_model_waits_behind_a_writer_who_does_not_wait_for_it() -> None:
-    one, two = ReadWriteLock(), ReadWriteLock()
+    one, two = Lock(), Lock()
     with two.read():
         writer = Task(take(two.write))
         writer.assert_waits()
@@ -222,21 +235,33 @@ def test_a_reader_of_another_model_waits_behind_a_writer_who_does_not_wait_for_i
 
 
 @pytest.mark.parametrize("kind", ["read", "write"])
-def test_exceptions_release(lock: ReadWriteLock, kind: str) -> None:
+def test_exceptions_release(lock: Lock, kind: str) -> None:
     with pytest.raises(KeyError), getattr(lock, kind)():
         raise KeyError
     Task(take(lock.write)).assert_ends()
     Task(take(lock.read)).assert_ends()
 
 
-def test_one_lock_a_module_which_dies_with_it() -> None:
-    module, other = nn.Linear(1, 1), nn.Linear(1, 1)
-    assert lock_of(module) is lock_of(module)
-    assert lock_of(module) is not lock_of(other)
-    gone = weakref.ref(lock_of(module))
+def test_nothing_of_a_hold_stays_when_it_is_left() -> None:
+    module = nn.Linear(1, 1)
+    with hold([module], write=True), hold([module], write=False):
+        pass
+    gone = weakref.ref(module)
     del module
     gc.collect()
     assert gone() is None
+    assert not locks._active
+    assert not locks._waiting
+
+
+def test_modules_are_held_one_by_one() -> None:
+    one, two = Lock(), Lock()
+    with one.write():
+        Task(take(two.write)).assert_ends()
+        both = Task(take(lambda: hold([two.module, one.module], write=False)))
+        both.assert_waits()
+        Task(take(two.write)).assert_ends()  # who waits for two models has neither
+    both.assert_ends()
 
 
 def test_several_modules_in_any_order_do_not_deadlock() -> None:

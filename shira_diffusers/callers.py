@@ -1,0 +1,68 @@
+"""Who is calling: the thread, the asyncio task and the generators on the stack. Locks tell their owners by it."""
+
+import asyncio
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NamedTuple
+
+_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_PACKAGE = __name__.partition(".")[0]
+
+
+class Caller(NamedTuple):
+    """Who is calling.
+
+    Args:
+        thread: the current thread.
+        loop: the event loop that runs in this thread, if one does.
+        task: the asyncio task that runs, or on whose behalf a worker thread of anyio (so of Starlette, FastAPI and
+            Gradio) runs; None elsewhere.
+        frames: the generators and coroutines on the stack, innermost first. They stay the same when another thread
+            resumes them.
+        entered: the innermost frame outside this package, if it is a generator or coroutine.
+        where: the file and line of that frame.
+    """
+
+    thread: threading.Thread
+    loop: asyncio.AbstractEventLoop | None
+    task: "asyncio.Task[Any] | None"
+    frames: tuple[FrameType, ...]
+    entered: FrameType | None
+    where: str
+
+
+def current_caller() -> Caller:
+    """Who is calling now."""
+    stack = list(_foreign_frames())
+    frames = tuple(frame for frame in stack if frame.f_code.co_flags & _SUSPENDABLE)
+    first = stack[0] if stack else None
+    where = f"{first.f_code.co_filename}:{first.f_lineno}" if first else "an unknown place"
+    loop = asyncio._get_running_loop()
+    task = _host_task() if loop is None else asyncio.current_task(loop)
+    return Caller(threading.current_thread(), loop, task, frames, first if first in frames[:1] else None, where)
+
+
+def _foreign_frames() -> Iterator[FrameType]:
+    """The stack without this package's own frames and those of ``with`` helpers, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if module not in (_PACKAGE, "contextlib"):
+            yield frame
+        frame = frame.f_back
+
+
+def _host_task() -> "asyncio.Task[Any] | None":
+    """The task that awaits this worker thread of anyio.
+
+    FastAPI enters a generator dependency in one such thread and calls the endpoint in another, each in its own copy of
+    the task's context, so that a context variable set in the first is lost: the task is all that both have. anyio
+    has no public name for it; without it such a dependency waits, and is warned about.
+    """
+    module = sys.modules.get("anyio._core._eventloop")
+    scope = getattr(getattr(module, "threadlocals", None), "current_cancel_scope", None)
+    task = getattr(scope, "_host_task", None)
+    return task if isinstance(task, asyncio.Task) else None
