@@ -1,22 +1,27 @@
 """The on-disk format, version 1. No other module knows its keys; docs/format.md describes it for other writers."""
 
+import json
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from shira_diffusers._version import __version__
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.checksum import Checksum, digest
 from shira_diffusers.decoding import Coded, decode_parts
 from shira_diffusers.delta import VALUE_DTYPES, SparseDelta
 from shira_diffusers.errors import AdapterFormatError, listing
 from shira_diffusers.gaps import encode_gaps
+from shira_diffusers.tensorfile import Bytes, body_at, mapped, open_safetensors
 from shira_diffusers.tensorfile import read_safetensors as read_safetensors  # for all who read files
 
 WEIGHTS_NAME = "pytorch_shira_weights.safetensors"
@@ -24,6 +29,8 @@ FORMAT = "shira"
 FORMAT_VERSION = "1"
 _OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of weights; none is a folder's name
 
+_CHECKSUM = "sha256"  # over the tensors
+_OF_THE_FILE = ("format", "format_version", _CHECKSUM)  # metadata that is the file's, not the adapter's
 _VALUES, _SHAPE, _GAPS, _BASE = ".values", ".shape", ".gaps", ".base"
 _DIMENSIONS = 64  # what torch computes with; the product of a million sizes would take hours
 
@@ -39,6 +46,21 @@ def encode(adapter: ShiraAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[name + _BASE] = _own(probe.to(torch.float16))
     metadata = {"library_version": __version__, "density": f"{adapter.density:.6g}", **adapter.metadata}
     return tensors, {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION}
+
+
+def serialize(adapter: ShiraAdapter) -> bytes:
+    """The content of a file: the tensors as ``encode`` gives them, a checksum over them, metadata keys sorted.
+
+    Equal adapters with equal metadata give equal bytes. (safetensors writes metadata in random order.)
+    """
+    content = np.frombuffer(safetensors.torch.save(*encode(adapter)), np.uint8)
+    at = body_at(content)
+    header, body = json.loads(content[8:at].tobytes()), content[at:]
+    metadata = header.pop("__metadata__") | {_CHECKSUM: digest(body)}
+    whole = {"__metadata__": dict(sorted(metadata.items())), **header}
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    return b"".join((len(text).to_bytes(8, "little"), text, body))
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -109,7 +131,38 @@ def probes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def kept_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """A header's strings as an adapter keeps them."""
-    return {key: value for key, value in (metadata or {}).items() if key not in ("format", "format_version")}
+    return {key: value for key, value in (metadata or {}).items() if key not in _OF_THE_FILE}
+
+
+def checksum_of(content: Bytes, metadata: Mapping[str, str], source: str) -> Checksum:
+    """Start to compare a file's tensors with the checksum in its header.
+
+    Args:
+        content: the whole file, uint8 ``[n]``.
+        metadata: its header. Files of other formats, and those of older versions, have no checksum of ours.
+        source: what to call it in messages.
+    """
+    return Checksum([content[body_at(content) :]], checksum_in(metadata), source)
+
+
+def checksum_in(metadata: Mapping[str, str]) -> str | None:
+    """The checksum that the header of a file of ours holds, unproved; None if there is none."""
+    ours = (metadata.get("format"), metadata.get("format_version")) == (FORMAT, FORMAT_VERSION)
+    return metadata.get(_CHECKSUM) if ours else None
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+    """Tensors and metadata as ``read_safetensors``, and their checksum compared while the body decodes them.
+
+    Raises:
+        OSError, AdapterFormatError: as ``read_safetensors``; at the end of the body also AdapterFormatError, if the
+            tensors are not those that were written. Nothing that the body made may be used then.
+    """
+    tensors, metadata, content = open_safetensors(file, mapped)
+    checksum = checksum_of(content, metadata, str(file))
+    yield tensors, metadata
+    checksum.require()
 
 
 def _require_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str) -> None:
@@ -177,16 +230,20 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
     if not adapter.deltas:
         raise AdapterFormatError("the adapter holds no deltas, expected at least one; nothing was written")
     target = Path(path)
-    if target.suffix in _OTHER_FILES and not target.is_dir():
+    if target.suffix.lower() in _OTHER_FILES and not target.is_dir():
         raise AdapterFormatError(
             f"expected a .safetensors file or a folder to write to, got {target}; choose such a name"
         )
-    if target.suffix != ".safetensors":
-        target = target / WEIGHTS_NAME
+    target = file_to_write(target)
+    content = serialize(adapter)
     target.parent.mkdir(parents=True, exist_ok=True)
-    tensors, metadata = encode(adapter)
-    write_atomically(target, safetensors.torch.save(tensors, metadata))
+    write_atomically(target, content)
     return target
+
+
+def file_to_write(target: Path) -> Path:
+    """The file that a name for an adapter means: itself, or the default one in a folder of that name."""
+    return target if target.suffix.lower() == ".safetensors" else target / WEIGHTS_NAME
 
 
 def write_atomically(target: Path, content: bytes) -> None:
@@ -245,8 +302,8 @@ def load_adapter(path: str | os.PathLike[str]) -> ShiraAdapter:
         AdapterFormatError: anything else than an intact file of format version 1.
     """
     file = find_file(Path(path))
-    tensors, metadata = read_safetensors(file)
-    return decode(tensors, metadata, str(file))
+    with reading(file) as (tensors, metadata):
+        return decode(tensors, metadata, str(file))
 
 
 def find_file(path: Path) -> Path:

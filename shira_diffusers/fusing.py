@@ -8,7 +8,7 @@ import torch
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import AdapterFormatError, ShiraError, listing
-from shira_diffusers.files import WEIGHTS_NAME, decode, read_safetensors, save_adapter
+from shira_diffusers.files import WEIGHTS_NAME, decode, file_to_write, reading, save_adapter
 from shira_diffusers.fuse import fuse
 from shira_diffusers.inspection import locate_adapter
 from shira_diffusers.interop import is_peft_folder, is_peft_state_dict, read_peft_folder
@@ -47,7 +47,7 @@ def fuse_files(
         AdapterMismatchError: adapters of different models.
         OSError: a file cannot be read or written.
     """
-    target = output if output.suffix == ".safetensors" else output / WEIGHTS_NAME
+    target = file_to_write(output)
     if target.exists() and not force:
         raise ShiraError(f"{target} exists, expected a new file; choose another name or replace it with --force")
     if weights is not None and len(weights) != len(files):
@@ -62,13 +62,20 @@ def fuse_files(
 
 def _read(path: Path) -> ShiraAdapter:
     found = locate_adapter(path)
-    tensors, metadata = read_peft_folder(found) if is_peft_folder(found) else read_safetensors(found)
-    if is_peft_state_dict(tensors):
-        raise AdapterFormatError(
-            f"{path} is a PEFT adapter, which does not store the weights' shapes: load it into its base with "
-            "pipe.load_shira, write it with pipe.save_shira, and fuse that file"
-        )
-    return decode(tensors, metadata, str(found))
+    if is_peft_folder(found):
+        read_peft_folder(found)  # a LoRA, or a damaged folder, is told as such
+        raise _without_shapes(path)
+    with reading(found) as (tensors, metadata):
+        if is_peft_state_dict(tensors):
+            raise _without_shapes(path)
+        return decode(tensors, metadata, str(found))
+
+
+def _without_shapes(path: Path) -> AdapterFormatError:
+    return AdapterFormatError(
+        f"{path} is a PEFT adapter, which does not store the weights' shapes: load it into its base with "
+        "pipe.load_shira, write it with pipe.save_shira, and fuse that file"
+    )
 
 
 def _compare_bases(adapters: Sequence[ShiraAdapter], tell: Callable[[str], None]) -> None:

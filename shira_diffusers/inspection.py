@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.files import FORMAT_VERSION, decode, find_file, read_safetensors
+from shira_diffusers.files import FORMAT_VERSION, checksum_in, decode, find_file, reading
 from shira_diffusers.hub import find_adapter
 from shira_diffusers.interop import PEFT_WEIGHTS, is_peft_folder, is_peft_state_dict, peft_values, read_peft_folder
 from shira_diffusers.terminal import printable, table
@@ -47,6 +47,8 @@ class Inspection:
         parameters: by name.
         size: bytes of the file.
         tells_base: whether it holds base values, by which another base is recognised.
+        sha256: the checksum over its tensors, which they match; None if it has none, as PEFT's and those written
+            before there were checksums.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Inspection:
     parameters: tuple[Parameter, ...]
     size: int
     tells_base: bool
+    sha256: str | None = None
 
     @property
     def nnz(self) -> int:
@@ -98,6 +101,7 @@ class Inspection:
             "bytes": self.size,
             "bytes_per_entry": self.bytes_per_entry,
             "tells_base": self.tells_base,
+            "sha256": self.sha256,
             "metadata": dict(self.metadata),
             "parameters": [
                 {
@@ -137,16 +141,16 @@ def inspect_adapter(path: Path) -> Inspection:
     if is_peft_folder(found):
         tensors, metadata = read_peft_folder(found)
         return _of_peft(found / PEFT_WEIGHTS, tensors, metadata)
-    tensors, metadata = read_safetensors(found)
-    if is_peft_state_dict(tensors):
-        return _of_peft(found, tensors, {"source": "peft"})
-    return _of_adapter(found, decode(tensors, metadata, str(found)))
+    with reading(found) as (tensors, metadata):
+        if is_peft_state_dict(tensors):
+            return _of_peft(found, tensors, {"source": "peft"})
+        return _of_adapter(found, decode(tensors, metadata, str(found)), checksum_in(metadata))
 
 
-def _of_adapter(file: Path, adapter: ShiraAdapter) -> Inspection:
+def _of_adapter(file: Path, adapter: ShiraAdapter, sha256: str | None) -> Inspection:
     parameters = tuple(Parameter(n, d.shape, d.nnz, d.values.dtype) for n, d in adapter.deltas.items())
     tells_base, size = bool(adapter.base_probes), file.stat().st_size
-    return Inspection(file, "SHiRA adapter", FORMAT_VERSION, adapter.metadata, parameters, size, tells_base)
+    return Inspection(file, "SHiRA adapter", FORMAT_VERSION, adapter.metadata, parameters, size, tells_base, sha256)
 
 
 def _of_peft(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Inspection:
@@ -186,7 +190,15 @@ def _summary(found: Inspection) -> list[tuple[str, ...]]:
         ("entries", f"{found.nnz:,}{whole} in {len(found.parameters)} parameters{_parts(found)}"),
         ("values", ", ".join(found.dtypes)),
         ("size", f"{found.size:,} bytes{each}"),
+        ("checksum", checksum_finding(found)),
     ]
+
+
+def checksum_finding(found: Inspection) -> str:
+    """What the checksum says about a file; one whose tensors do not match it cannot be inspected at all."""
+    if found.sha256 is None:
+        return "none in this file, so values changed by damage go unnoticed"
+    return f"SHA-256 of the tensors matches ({found.sha256[:16]}...)"
 
 
 def _parts(found: Inspection) -> str:

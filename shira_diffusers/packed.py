@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import safetensors.torch
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.checksum import Checksum
 from shira_diffusers.decoding import Coded, decode_parts
 from shira_diffusers.delta import VALUE_DTYPES, SparseDelta, index_dtype
 from shira_diffusers.devicedecoder import DeviceDecoder, Place
 from shira_diffusers.errors import AdapterFormatError
-from shira_diffusers.files import decode, encode, kept_metadata, parts_of, probes_of, require_intact
+from shira_diffusers.files import checksum_of, decode, encode, kept_metadata, parts_of, probes_of, require_intact
 from shira_diffusers.gaps import GAP_DTYPES
 from shira_diffusers.hostmemory import HostMemory
 from shira_diffusers.tensorfile import Bytes, cut
@@ -32,6 +33,7 @@ class PackedAdapter:
         memory: what holds them; None where it is not of this object: a mapped file.
         places: by parameter.
         metadata, base_probes: as of a ``ShiraAdapter``.
+        checksum: the comparison of the bytes with the file's checksum, which may still be running.
     """
 
     source: str
@@ -40,6 +42,7 @@ class PackedAdapter:
     places: Mapping[str, Place]
     metadata: Mapping[str, str]
     base_probes: Mapping[str, Tensor]
+    checksum: Checksum
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +75,7 @@ class PackedAdapter:
             if decoder:
                 deltas = {name: _moved(delta, decoder.device) for name, delta in deltas.items()}
             found = deltas, ()
+        self.checksum.require()
         return ShiraAdapter(found[0], self.metadata, self.base_probes), found[1]
 
     def _decode_on_cpu(self) -> dict[str, SparseDelta]:
@@ -97,19 +101,26 @@ def packed(
     source: str,
     content: Bytes,
     memory: HostMemory | None,
+    *,
+    check: bool = True,
 ) -> PackedAdapter:
     """An adapter of tensors that are parts of ``content``, the bytes of a file.
+
+    Args:
+        check: compare the bytes with the file's checksum; False where the same file was compared before.
 
     Raises:
         AdapterFormatError: not this format, or damaged as far as it is seen without decoding.
     """
+    checksum = checksum_of(content, metadata if check else {}, source)  # runs while the rest of this does, and unpack
     parts, problems = parts_of(tensors, metadata, source)
     if problems or not all(_is_regular(part) for part in parts.values()):
         decode(tensors, metadata, source)  # raises, and names what else is wrong
     places = {name: _place(part, content) for name, part in parts.items()}
     if any(stop > len(content) for place in places.values() for _, stop in (place.gap_bytes, place.value_bytes)):
-        return pack(decode(tensors, metadata, source), source)  # tensors that were not aligned have been copied
-    return PackedAdapter(source, content, memory, places, kept_metadata(metadata), probes_of(tensors))
+        copied = pack(decode(tensors, metadata, source), source)  # tensors that were not aligned have been copied
+        return replace(copied, checksum=checksum)
+    return PackedAdapter(source, content, memory, places, kept_metadata(metadata), probes_of(tensors), checksum)
 
 
 def pack(adapter: ShiraAdapter, source: str) -> PackedAdapter:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import AdapterFormatError, ShiraError
-from shira_diffusers.files import decode, read_safetensors, require_tensors, save_adapter
+from shira_diffusers.files import decode, reading, require_tensors, save_adapter
 from shira_diffusers.hub import HubOptions, find_adapter
 from shira_diffusers.interference import interference
 from shira_diffusers.interop import decode_peft_for, is_peft_folder, is_peft_state_dict, read_peft_folder
@@ -279,8 +279,8 @@ def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> Shira
     if is_peft_folder(path):
         tensors, metadata = read_peft_folder(path)
         return decode_peft_for(models_of(pipe), tensors, str(path), metadata)
-    tensors, metadata = read_safetensors(path)
-    return _decode(pipe, tensors, metadata, str(path))
+    with reading(path) as (tensors, metadata):
+        return _decode(pipe, tensors, metadata, str(path))
 
 
 def _decode(

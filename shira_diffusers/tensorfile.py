@@ -89,10 +89,15 @@ def cut(content: Bytes) -> dict[str, Tensor]:
 
     A tensor that is not aligned there is copied.
     """
-    size = int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8 : 8 + size].tobytes())
+    body = body_at(content)
+    header = json.loads(content[8:body].tobytes())
     header.pop("__metadata__", None)
-    return {key: _tensor(content, 8 + size, entry) for key, entry in header.items() if entry["dtype"] in _ARRAYS}
+    return {key: _tensor(content, body, entry) for key, entry in header.items() if entry["dtype"] in _ARRAYS}
+
+
+def body_at(content: Bytes) -> int:
+    """Where the header of an intact file ends, and the bytes of its tensors begin."""
+    return 8 + int.from_bytes(content[:8].tobytes(), "little")
 
 
 def mapped(file: Path) -> Bytes:

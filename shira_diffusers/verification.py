@@ -12,7 +12,7 @@ from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.bases import fingerprints, open_pipeline
 from shira_diffusers.errors import AdapterMismatchError, listing
 from shira_diffusers.files import load_adapter
-from shira_diffusers.inspection import Inspection, inspect_adapter
+from shira_diffusers.inspection import Inspection, checksum_finding, inspect_adapter
 from shira_diffusers.locate import Locator
 from shira_diffusers.pipeline import models_of, resident_of
 from shira_diffusers.resident import Resident
@@ -59,6 +59,7 @@ def verify_adapter(path: Path, base: str, tell: Callable[[Verdict], None]) -> bo
 
     found = inspect_adapter(path)
     told("file", True, f"{found.kind}, {found.nnz:,} entries in {len(found.parameters)} parameters")
+    told("checksum", True, checksum_finding(found))
     pipe = open_pipeline(base)
     models, resident = models_of(pipe), resident_of(pipe)
     adapter = _read(found, pipe, path)

@@ -1,5 +1,6 @@
 """The ``shira`` command: what it says, its exit status, and what it leaves on the disk when it fails."""
 
+import hashlib
 import json
 import os
 import re
@@ -81,6 +82,12 @@ def broken_files(folder: Path, good: Path) -> dict[str, Path]:
         "got 0 bytes": paths["empty"],
         "format version '2', expected '1'.*upgrade": paths["later"],
     }
+
+
+def sha256_of_tensors(file: Path) -> str:
+    """As docs/format.md defines it: of all that comes after the header."""
+    content = file.read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def peft_folder(folder: Path) -> Path:
@@ -169,6 +176,7 @@ def test_inspect(run: Run, files: dict[str, Path]) -> None:
 (text_encoder {parts["text_encoder"]}, unet {parts["unet"]})
   values      float16
   size        {size:,} bytes, {size / adapter.nnz:.2f} bytes an entry
+  checksum    SHA-256 of the tensors matches ({sha256_of_tensors(files["gold"])[:16]}...)
 
 metadata
   base_model       tiny
@@ -213,6 +221,7 @@ def test_inspect_for_programs(run: Run, files: dict[str, Path]) -> None:
         "bytes": size,
         "bytes_per_entry": size / adapter.nnz,
         "tells_base": True,
+        "sha256": sha256_of_tensors(files["gold"]),
         "metadata": dict(adapter.metadata),
     }
     assert parameters == [
@@ -268,6 +277,32 @@ def test_inspect_what_is_no_adapter(run: Run, files: dict[str, Path], tmp_path: 
     assert_fails(run("inspect", tmp_path), f"has no {WEIGHTS_NAME}")
 
 
+def test_a_flipped_bit_in_the_values(run: Run, files: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    """inspect, verify, fuse and the demo refuse it; an older file without a checksum says that it has none."""
+    content = bytearray(files["gold"].read_bytes())
+    content[-1000] ^= 1  # in the gaps or values, which stay valid
+    damaged = tmp_path / "styles" / "gold.safetensors"
+    damaged.parent.mkdir()
+    damaged.write_bytes(content)
+    message = r"gold\.safetensors is damaged: the SHA-256 of its tensors is \w{64}, expected \w{64}.*get an intact copy"
+    for argv in (
+        ("inspect", damaged),
+        ("verify", damaged, "--base", base),
+        ("fuse", files["bluefire"], damaged, "-o", tmp_path / "fused.safetensors"),
+        ("demo", "--base", base, "--adapters", damaged.parent, "-o", tmp_path / "sheet.png"),
+    ):
+        status, _, err = run(*argv)
+        assert status == 1 and re.search(rf"error: .*{message}", err), err
+    assert [path.name for path in tmp_path.iterdir()] == ["styles"]
+    header = {"format": "shira", "format_version": "1"}
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(files["gold"]), old, header)
+    assert "checksum    none in this file" in run("inspect", old)[1]
+    assert json.loads(run("inspect", old, "--json")[1])["sha256"] is None
+    status, out, _ = run("verify", old, "--base", base)
+    assert status == 0 and "checksum ok      none in this file" in out
+
+
 # -------------------------------------------------------------------- verify
 
 
@@ -280,6 +315,7 @@ def test_verify(run: Run, files: dict[str, Path], base: Path) -> None:
     assert (status, err) == (0, "")
     assert re.sub(r"[\d.]+ ms", "T ms", out) == (
         f"file     ok      SHiRA adapter, {adapter.nnz:,} entries in {count} parameters\n"
+        f"checksum ok      SHA-256 of the tensors matches ({sha256_of_tensors(files['gold'])[:16]}...)\n"
         f"names    ok      all {count} parameters in this StableDiffusionPipeline\n"
         f"shapes   ok      all {count} parameters shaped as in the base\n"
         "base     ok      same: it was trained on this base\n"

@@ -1,5 +1,6 @@
 """The file format: golden bytes, round trips, other writers' files, and every kind of damage."""
 
+import hashlib
 import json
 import math
 import os
@@ -58,6 +59,7 @@ def test_golden_bytes(adapter: ShiraAdapter, tmp_path: Path) -> None:
         "format": "shira",
         "format_version": "1",
         "library_version": shira_diffusers.__version__,
+        "sha256": hashlib.sha256(body).hexdigest(),
     }
     tensors = {
         key: (entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])].hex())
@@ -107,15 +109,21 @@ def test_the_example_of_the_document(adapter: ShiraAdapter) -> None:
             assert f"    {key:21} {codes[tensor.dtype]} [{len(tensor)}]  {content}\n" in document
 
 
-def test_writing_twice_gives_the_same_content(adapter: ShiraAdapter, tmp_path: Path) -> None:
-    """But for the order of the header's strings, which safetensors leaves open."""
+def test_golden_hash_of_a_whole_file(adapter: ShiraAdapter, tmp_path: Path) -> None:
+    """The same adapter is the same file, on every machine."""
+    content = save_adapter(adapter.with_metadata(library_version="0"), tmp_path).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == "b9ec7267084022f560792cdb1e30d72d8d56763568e9a4257a7b4c1b6f29aa04"
+
+
+def test_writing_again_gives_the_same_bytes(adapter: ShiraAdapter, tmp_path: Path) -> None:
+    """Of an adapter that was read, with metadata and parameters in another order, and however often."""
+    adapter = adapter.with_metadata(**{f"key {number}": "Gruß" for number in range(20)})
     first = save_adapter(adapter, tmp_path / "a.safetensors")
-    again = save_adapter(load_adapter(first), tmp_path / "c.safetensors")
-    contents = [path.read_bytes() for path in (first, again)]
-    (size,) = struct.unpack("<Q", contents[0][:8])
-    headers = [json.loads(content[8 : 8 + size]) for content in contents]
-    assert headers[0] == headers[1]
-    assert contents[0][8 + size :] == contents[1][8 + size :]
+    read = load_adapter(first)
+    turned = [dict(reversed(part.items())) for part in (read.deltas, read.metadata, read.base_probes)]
+    for number, same_adapter in enumerate([read, *[ShiraAdapter(*turned)] * 5]):
+        again = save_adapter(same_adapter, tmp_path / f"{number}.safetensors")
+        assert again.read_bytes() == first.read_bytes()
 
 
 def test_round_trip_of_a_pipelines_adapter(pipe: object, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -269,6 +277,68 @@ def test_deltas_that_share_memory(tmp_path: Path) -> None:
     deltas["b.weight"] = SparseDelta(torch.tensor([0, 3]), values[1:3], (2, 2))
     deltas["c.weight"] = deltas["b.weight"]
     assert load_adapter(save_adapter(ShiraAdapter(deltas), tmp_path)).deltas == deltas
+
+
+# -------------------------------------------------------------------- the checksum
+
+
+def large_adapter(nnz: int) -> ShiraAdapter:
+    values = torch.linspace(-1, 1, nnz).half()
+    return ShiraAdapter({"unet.a.weight": SparseDelta(torch.arange(nnz) * 2, values, (2, nnz))})
+
+
+@pytest.mark.parametrize("nnz", [1000, 400_000], ids=["at once", "in a thread"])
+def test_a_flipped_bit_in_the_tensors_is_refused(nnz: int, tmp_path: Path) -> None:
+    """Each bit of a byte, anywhere; such files were read as other adapters."""
+    path = save_adapter(large_adapter(nnz), tmp_path / "a.safetensors")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for bit in range(8):
+        content = bytearray(whole)
+        content[start + 20 + bit * ((len(whole) - start - 20) // 8)] ^= 1 << bit
+        path.write_bytes(content)
+        with pytest.raises(AdapterFormatError, match=rf"{re.escape(str(path))}.*get an intact copy"):
+            load_adapter(path)
+    path.write_bytes(whole)
+    assert same(load_adapter(path), large_adapter(nnz))
+
+
+def test_the_message_about_damage_names_both_digests(adapter: ShiraAdapter, tmp_path: Path) -> None:
+    path = save_adapter(adapter, tmp_path / "a.safetensors")
+    content = bytearray(path.read_bytes())
+    written = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    content[content.index(b"\x00\x3c\x00\xc0\x00\x38")] ^= 1  # 1.0 becomes its neighbour
+    path.write_bytes(content)
+    now = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    with pytest.raises(AdapterFormatError) as told:
+        load_adapter(path)
+    assert f"is damaged: the SHA-256 of its tensors is {now}, expected {written} as its header says" in str(told.value)
+
+
+def test_files_without_a_checksum_load_as_before(adapter: ShiraAdapter, tmp_path: Path) -> None:
+    """Those of older versions and of other writers; and tensors without their file, whatever a header said."""
+    tensors, metadata = encode(adapter)
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", metadata)
+    assert "sha256" not in metadata
+    assert same(load_adapter(tmp_path), adapter)
+    assert same(decode(tensors, metadata | {"sha256": "another"}, "the state dict"), adapter)
+
+
+def test_the_checksum_is_the_files_not_the_adapters(adapter: ShiraAdapter, tmp_path: Path) -> None:
+    """So an adapter that is changed after it was read, and saved again, gets its own."""
+    read = load_adapter(save_adapter(adapter, tmp_path / "a.safetensors"))
+    assert "sha256" not in read.metadata
+    for changed in (read.astype(torch.bfloat16), read.with_metadata(sha256="of another file")):
+        assert load_adapter(save_adapter(changed, tmp_path / "b.safetensors")).deltas == changed.deltas
+
+
+def test_other_details_of_damage_are_told_first(adapter: ShiraAdapter, tmp_path: Path) -> None:
+    """What is wrong with which parameter says more than two digests."""
+    content = safetensors.torch.save(encode(adapter)[0], {**HEADER, "sha256": "0" * 64})
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content.replace(b"\x00\x3c\x00\xc0\x00\x38", b"\x00\x7c\x00\xc0\x00\x38"))
+    with pytest.raises(AdapterFormatError, match=r"unet\.a\.weight: .*1 of 3 values are NaN or infinite"):
+        load_adapter(path)
 
 
 # -------------------------------------------------------------------- damage

@@ -16,7 +16,7 @@ PACKAGE = "shira_diffusers"
 FLOORS = (
     "_version callers errors terminal sheet kernels",
     "delta targets scales locks gaps tensorfile tiers spares unions",
-    "calibration probes decoding gaps_device hostmemory",
+    "calibration probes decoding gaps_device hostmemory checksum",
     "masks devicedecoder",
     "adapter branch",
     "files fuse interference scatter",

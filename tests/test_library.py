@@ -18,6 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+import shira_diffusers.checksum
 import shira_diffusers.store
 from shira_diffusers import (
     AdapterFormatError,
@@ -634,6 +635,47 @@ def test_damaged_files_are_told_as_load_adapter_does(
     file.write_bytes(whole)
     library.set(model, {"a0": 1.0})
     assert library.broken == {}
+
+
+@pytest.mark.parametrize("room", [100, 0], ids=["in memory", "mapped"])
+def test_a_flipped_bit_in_the_values_is_refused_before_the_first_use(
+    open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential, room: float
+) -> None:
+    """By prefetching, getting and using, as ``load_adapter`` does; the weights and the rest of the folder are fine."""
+    file, base = folder / "a0.safetensors", tiny.snapshot(model)
+    content = bytearray(file.read_bytes())
+    content[int.from_bytes(content[:8], "little") + 200] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(AdapterFormatError, match="is damaged: the SHA-256 of its tensors is") as expected:
+        load_adapter(file)
+    library = open_library(ram=room)
+    fetch(library, "a0")
+    assert library.broken == {"a0": str(expected.value)}
+    for use in (lambda: library.get("a0"), lambda: library.set(model, {"a1": 1.0, "a0": 1.0})):
+        with pytest.raises(AdapterFormatError) as told:
+            use()
+        assert str(told.value) == str(expected.value)
+    tiny.assert_same_bits(model, base)
+    assert "a0" not in decoded_names(library)
+    library.set(model, {"a1": 1.0})
+
+
+def test_a_file_is_compared_with_its_checksum_once(
+    open_library: Callable[..., AdapterLibrary], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is read; a file that has changed is another."""
+    hashed: list[int] = []
+    real = shira_diffusers.checksum.digest
+    monkeypatch.setattr(shira_diffusers.checksum, "digest", lambda *p: (hashed.append(len(p)), real(*p))[1])
+    library = open_library(ram=0)
+    for _ in range(3):
+        for name in ("a0", "a1"):
+            library.get(name)
+        library.clear()
+    assert library.stats().ram.misses == 6 and len(hashed) == 2
+    os.utime(folder / "a0.safetensors", (1, 1))
+    library.get("a0")
+    assert len(hashed) == 3
 
 
 def test_any_flipped_bit_is_refused_exactly_where_load_adapter_refuses_it(folder: Path, tmp_path: Path) -> None:
