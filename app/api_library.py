@@ -65,7 +65,7 @@ def add_library_api(studio: Studio) -> None:
     def download_adapter(name: str) -> str:
         """The file of an adapter."""
         with readable("the adapter could not be read"):
-            return cached(out, library.entry(name).path)
+            return cached(out, library.entry(name).file)
 
     def interference(adapters: list[str]) -> list[dict[str, Any]]:
         """How much loaded adapters, two to six of them, are in each other's way, for each pair.

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shira_diffusers.catalog import weights_file
 from shira_diffusers.terminal import printable
 
 Origin = Literal["bundled", "yours"]
@@ -68,6 +69,11 @@ class Entry:
     sha256: str
     card: Card | None = None
     reason: str = ""
+
+    @property
+    def file(self) -> Path:
+        """The file that holds the values: ``path``, or in a folder that PEFT saved."""
+        return weights_file(self.path)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; no path, which visitors need not know."""

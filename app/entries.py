@@ -7,6 +7,7 @@ from app.cards import Card, Entry, Origin, one_sentence, sha256_of, shown_metada
 from app.peft import NO_CONFIG
 from app.shelf import glance
 from shira_diffusers import Resident, ShiraAdapter, ShiraError
+from shira_diffusers.catalog import weights_file
 
 UNREADABLE = (ShiraError, OSError, RuntimeError, MemoryError, OverflowError)
 """What loading a file of a stranger may raise."""
@@ -15,7 +16,8 @@ UNREADABLE = (ShiraError, OSError, RuntimeError, MemoryError, OverflowError)
 def entry_of(origin: Origin, name: str, path: Path, reason: str = "") -> Entry:
     """An entry without a card."""
     try:
-        return Entry(name, path, origin, path.stat().st_size / 1e6, sha256_of(path), reason=reason)
+        file = weights_file(path)
+        return Entry(name, path, origin, file.stat().st_size / 1e6, sha256_of(file), reason=reason)
     except OSError as error:
         return Entry(name, path, origin, 0.0, "", reason=reason or without_folders(error, path))
 
@@ -48,7 +50,8 @@ def loaded(entry: Entry, adapter: ShiraAdapter, resident: Resident) -> Entry:
 def glanced(origin: Origin, name: str, path: Path) -> Entry:
     """An entry by the head of its file alone."""
     try:
-        head, megabytes = glance(path), path.stat().st_size / 1e6
+        file = weights_file(path)
+        head, megabytes = glance(file), file.stat().st_size / 1e6
     except (ShiraError, OSError) as error:
         return entry_of(origin, name, path, without_folders(error, path))
     metadata = shown_metadata(head.metadata)

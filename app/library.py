@@ -20,7 +20,8 @@ from app.settings import SettingsError
 from app.shelf import OPENED_AT_START, ROOM, Shelf
 from app.uploads import DEFAULT_MAX_MB, UploadError, received
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
-from shira_diffusers.files import adapter_files
+from shira_diffusers.catalog import adapters_in
+from shira_diffusers.files import SUFFIX, safetensors_in
 from shira_diffusers.inspection import Inspection, inspect_adapter
 from shira_diffusers.pipeline import resident_of
 
@@ -69,13 +70,13 @@ class Library:
         self._entries: tuple[Entry, ...] = ()
         self.version = 0
         self._folder = data / "adapters" if data else None
-        entries = self._load_all("bundled", adapter_files(bundled), ())
+        entries = self._load_all("bundled", adapters_in(bundled), ())
         if self._folder:
             trash = self._folder.with_name("trash")
             for folder in (self._folder, trash):
                 folder.mkdir(parents=True, exist_ok=True)
             _sweep(self._folder, trash)
-            found = [(path.stem, path) for path in sorted(self._folder.glob("*.safetensors")) if path.name[0] != "."]
+            found = [(path.stem, path) for path in safetensors_in(self._folder)]  # uploads are files, never folders
             entries += self._load_all("yours", found, entries)
         self._publish(entries)
 
@@ -248,7 +249,7 @@ class Library:
             leaving = {entry.name: entry for entry in [self._own(name, "deleted") for name in names]}
             for entry in leaving.values():
                 self._shelf.close(entry.name)
-                os.replace(entry.path, trash / f"{time.time_ns()}{_BETWEEN}{entry.path.name}")
+                os.replace(entry.path, trash / f"{time.time_ns()}{_BETWEEN}{entry.path.stem}{SUFFIX}")
                 self._publish(each for each in self._entries if each is not entry)
 
     @property
@@ -285,7 +286,7 @@ class Library:
         self, origin: Origin, files: Iterable[tuple[str, Path]], beside: tuple[Entry, ...]
     ) -> tuple[Entry, ...]:
         entries = beside
-        for stem, path in files:
+        for stem, path in sorted(files, key=lambda file: tidy_name(file[0]) != file[0]):  # what is tidy keeps its name
             taken = {key_of(entry.name) for entry in entries}
             name = tidy_name(stem)
             if key_of(name) in taken:

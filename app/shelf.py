@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shira_diffusers import ShiraAdapter, ShiraError
+from shira_diffusers.catalog import weights_file
 from shira_diffusers.pipeline import resident_of
 
 OPENED_AT_START = 24  # files; what more there is, is opened when it is used or nobody draws
@@ -73,7 +74,7 @@ class Shelf:
         resident = resident_of(self._pipe)
         if name not in self._open:
             self._pipe.load_shira(path, name, activate=False)
-            self._open[name] = path.stat().st_size
+            self._open[name] = weights_file(path).stat().st_size
         self._open.move_to_end(name)
         return resident.adapter(name)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import shira_diffusers  # noqa: F401  gives pipelines `load_shira`
 from benchmarks.common import ASSETS, spread, timed, write
+from shira_diffusers.catalog import adapters_in
 from shira_diffusers.pipeline import resident_of
 
 PROMPT = "a picture of a red apple on a teal background"
@@ -37,10 +38,10 @@ def load() -> tuple[Any, list[str]]:
     """The bundled pipeline with all bundled adapters, none of them active."""
     pipe: Any = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-diffusion")
     pipe.set_progress_bar_config(disable=True)
-    files = sorted((ASSETS / "adapters").glob("*.safetensors"))
-    for file in files:
-        pipe.load_shira(file, file.stem, activate=False)
-    return pipe, [file.stem for file in files]
+    files = dict(adapters_in(ASSETS / "adapters"))
+    for name, file in files.items():
+        pipe.load_shira(file, name, activate=False)
+    return pipe, list(files)
 
 
 def random_switches(pipe: Any, names: list[str], count: int) -> dict[str, Any]:

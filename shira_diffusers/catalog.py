@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shira_diffusers.errors import ShiraError
-from shira_diffusers.files import WEIGHTS_NAME
+from shira_diffusers.files import WEIGHTS_NAME, safetensors_in, shown_in
 from shira_diffusers.interop import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
 
 _SHOWN = 20
@@ -30,10 +30,33 @@ class Version(NamedTuple):
         return self.name == other.name and self._replace(model=0) != other._replace(model=0)
 
 
-class Catalog:
-    """Names of adapters: files ``NAME.safetensors``, and sub-folders ``NAME`` with the standard file or PEFT's files.
+def adapters_in(folder: Path) -> list[tuple[str, Path]]:
+    """All adapters in a folder: names and paths, sorted. The one list that the library, the app and the demo take.
 
-    Hidden files and folders are left out. Safe to use from several threads.
+    An adapter ``NAME`` is a file ``NAME.safetensors`` (see ``files.safetensors_in``), or a sub-folder ``NAME`` with the
+    standard file, whose path is then this file's, or with what PEFT saves, whose path is the folder. Hidden files and
+    folders, such as ``._NAME.safetensors``, are none. A file and a sub-folder may have one name. Nothing is read.
+    """
+    files = [(path.stem, path) for path in safetensors_in(folder)]
+    return sorted(files + [(inner.name, path) for inner in shown_in(folder) if (path := _adapter_of(inner))])
+
+
+def _adapter_of(folder: Path) -> Path | None:
+    try:
+        if (folder / WEIGHTS_NAME).is_file():
+            return folder / WEIGHTS_NAME
+        return folder if is_peft_folder(folder) else None
+    except PermissionError:  # a folder that is not ours, such as lost+found
+        return None
+
+
+def weights_file(path: Path) -> Path:
+    """The file that holds an adapter's values, of a path as ``adapters_in`` gives it."""
+    return path / PEFT_WEIGHTS if path.is_dir() else path
+
+
+class Catalog:
+    """The adapters of a folder by name, as ``adapters_in`` finds them. Safe to use from several threads.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -50,12 +73,10 @@ class Catalog:
     def scan(self) -> dict[str, list[Path]]:
         """Look at the folder again: the path of each name, or several where they clash."""
         found: dict[str, list[Path]] = {}
-        for entry in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
-            if not entry.name.startswith(".") and (adapter := _adapter_at(entry)) is not None:
-                name, path = adapter
-                found.setdefault(name, []).append(path)
+        for name, path in adapters_in(self.folder):
+            found.setdefault(name, []).append(path)
         with self._lock:
-            self._paths = dict(sorted(found.items()))
+            self._paths = found
             return self._paths
 
     def find(self, name: str) -> Version:
@@ -88,18 +109,6 @@ class Catalog:
         known = ", ".join(map(repr, names[:_SHOWN])) or "none"
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         return f"no adapter named {name!r} in {self.folder}; there are {known}{more}"
-
-
-def _adapter_at(entry: Path) -> tuple[str, Path] | None:
-    """The name and the path of the adapter that an entry of the folder is, if it is one."""
-    try:
-        if entry.suffix == ".safetensors" and entry.is_file():
-            return entry.stem, entry
-        if (entry / WEIGHTS_NAME).is_file():
-            return entry.name, entry / WEIGHTS_NAME
-        return (entry.name, entry) if is_peft_folder(entry) else None
-    except PermissionError:  # a folder that is not ours, such as lost+found
-        return None
 
 
 def _version(name: str, path: Path) -> Version | None:

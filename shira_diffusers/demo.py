@@ -14,8 +14,9 @@ import torch
 from PIL.Image import Image
 
 from shira_diffusers.bases import fingerprints, open_pipeline
+from shira_diffusers.catalog import adapters_in
 from shira_diffusers.errors import ResidentStateError, ShiraError
-from shira_diffusers.files import WEIGHTS_NAME, adapter_files, write_atomically
+from shira_diffusers.files import WEIGHTS_NAME, write_atomically
 from shira_diffusers.pipeline import models_of, resident_of
 from shira_diffusers.sheet import contact_sheet
 
@@ -94,7 +95,7 @@ def run_demo(
 
     Args:
         base: a diffusers folder or a Hub id of a text-to-image pipeline.
-        adapters: ``NAME.safetensors`` files, or folders ``NAME`` with the standard file.
+        adapters: a folder of them, see ``catalog.adapters_in``.
         output: the PNG, replaced whole if it exists.
         seed, steps: of every picture; a row starts from one noise.
         prompts: a row each.
@@ -135,9 +136,13 @@ def run_demo(
 def _adapter_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ShiraError(f"no folder of adapters at {folder}; name one with --adapters")
-    found = dict(adapter_files(folder))
+    listed = adapters_in(folder)
+    found = dict(listed)
     if not found:
         raise ShiraError(f"folder {folder} holds no adapters, expected NAME.safetensors or NAME/{WEIGHTS_NAME}")
+    twice = [str(path) for name, path in listed if sum(name == other for other, _ in listed) > 1]
+    if twice:
+        raise ShiraError(f"each adapter needs a name of its own, got {' and '.join(twice)}; rename one of each name")
     return found
 
 

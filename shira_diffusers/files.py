@@ -24,6 +24,7 @@ from shira_diffusers.gaps import encode_gaps
 from shira_diffusers.tensorfile import Bytes, body_at, mapped, open_safetensors
 from shira_diffusers.tensorfile import read_safetensors as read_safetensors  # for all who read files
 
+SUFFIX = ".safetensors"
 WEIGHTS_NAME = "pytorch_shira_weights.safetensors"
 FORMAT = "shira"
 FORMAT_VERSION = "1"
@@ -243,7 +244,7 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
 
 def file_to_write(target: Path) -> Path:
     """The file that a name for an adapter means: itself, or the default one in a folder of that name."""
-    return target if target.suffix.lower() == ".safetensors" else target / WEIGHTS_NAME
+    return target if target.suffix.lower() == SUFFIX else target / WEIGHTS_NAME
 
 
 def write_atomically(target: Path, content: bytes) -> None:
@@ -276,14 +277,20 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def adapter_files(folder: Path) -> list[tuple[str, Path]]:
-    """Adapters in a folder by name, sorted: files ``NAME.safetensors``, and folders ``NAME`` with the standard file.
+def safetensors_in(folder: Path) -> list[Path]:
+    """The ``.safetensors`` files that a folder shows, sorted; none where there is no such folder.
 
-    A name may come twice, once for each kind.
+    Hidden ones are left out, such as the side files ``._NAME.safetensors`` that macOS makes. The suffix counts in any
+    case, but beside ``NAME.safetensors`` another spelling of it does not.
     """
-    found = [(path.stem, path) for path in folder.glob("*.safetensors")]
-    found += [(path.parent.name, path) for path in folder.glob(f"*/{WEIGHTS_NAME}")]
-    return sorted(found)
+    files = [path for path in shown_in(folder) if path.suffix.lower() == SUFFIX and os.path.isfile(path)]
+    usual = {path.stem for path in files if path.suffix == SUFFIX}
+    return [path for path in files if path.suffix == SUFFIX or path.stem not in usual]
+
+
+def shown_in(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, but for hidden entries; nothing where there is no such folder."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def load_adapter(path: str | os.PathLike[str]) -> ShiraAdapter:
@@ -316,7 +323,7 @@ def find_file(path: Path) -> Path:
         raise FileNotFoundError(f"{path} is neither a file nor a folder, expected one of them; name an adapter file")
     if (path / WEIGHTS_NAME).is_file():
         return path / WEIGHTS_NAME
-    files = sorted(path.glob("*.safetensors"))
+    files = safetensors_in(path)
     if len(files) == 1:
         return files[0]
     names = ", ".join(file.name for file in files) or "none"

@@ -101,6 +101,18 @@ def test_one_adapter_has_no_mix(run: Run, base: Path, styles: Path, tmp_path: Pa
     assert Image.open(tmp_path / "s.png").width == 2 * MARGIN + 2 * tiny.SIZE + GAP
 
 
+def test_side_files_are_no_styles(run: Run, base: Path, tmp_path: Path) -> None:
+    """``._gold`` sorts before ``gold``, and took its place or stopped the demo."""
+    for name in ("gold.SAFETENSORS", "moss.safetensors", "fire"):
+        save_adapter(tiny.adapter_for(tiny.pipeline(), 3), tmp_path / "styles" / name)
+    for name in ("._gold.SAFETENSORS", "._moss.safetensors", ".moss.safetensors"):
+        (tmp_path / "styles" / name).write_bytes(b"\x00\x05\x16\x07")
+    argv = ("--base", base, "--adapters", tmp_path / "styles", "-o", tmp_path / "s.png", "--steps", 1)
+    status, out, err = run(*argv)
+    assert status == 0, err
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["fire", "gold", "moss"]
+
+
 def test_without_the_bundled_files(run: Run, base: Path, styles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As in an installed package: the way out is told; what is given is not asked for."""
     monkeypatch.setattr(demo, "BASE", tmp_path / "no-base")
@@ -144,6 +156,8 @@ def test_failures_write_nothing(run: Run, base: Path, styles: Path, tmp_path: Pa
     empty.mkdir()
     broken.mkdir()
     (broken / "cut.safetensors").write_bytes((styles / "gold.safetensors").read_bytes()[:-9])
+    for name in ("same.safetensors", "same"):
+        save_adapter(load_adapter(styles / "gold.safetensors"), tmp_path / "twice" / name)
     other = tiny.adapter_for(tiny.unet(block_out_channels=(32, 96))).prefixed("unet")
     save_adapter(other, misfit / "wide.safetensors")
     cases = {
@@ -152,6 +166,7 @@ def test_failures_write_nothing(run: Run, base: Path, styles: Path, tmp_path: Pa
         "no folder of adapters at .*nothing": {"--adapters": tmp_path / "nothing"},
         f"holds no adapters, expected NAME.safetensors or NAME/{WEIGHTS_NAME}": {"--adapters": empty},
         "cut.safetensors cannot be read": {"--adapters": broken},
+        r"a name of its own, got .*same/pytorch.* and .*same.safetensors; rename": {"--adapters": tmp_path / "twice"},
         r"wide.safetensors: adapter does not fit.*expected \(64": {"--adapters": misfit},
         "no base pipeline at": {"--base": tmp_path / "nothing"},
         "cannot load a pipeline from": {"--base": empty},

@@ -149,7 +149,7 @@ class LibraryTab:
     def _prepared(self, name: str | None) -> Any:
         """The download button with a copy of the file of a name."""
         entry = next((entry for entry in self._library.entries if entry.name == name), None)
-        return gr.DownloadButton(value=cached(self.download, entry.path) if entry else None)
+        return gr.DownloadButton(value=cached(self.download, entry.file) if entry else None)
 
 
 def _bold(name: object) -> str:

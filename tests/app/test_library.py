@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -78,6 +79,52 @@ def test_a_name_that_is_taken_is_left_out(pipe: StableDiffusionPipeline, tmp_pat
     library = Library(pipe, tmp_path)
     assert names(library) == ["bluefire"]
     assert library.refused == (("bluefire-2", "the name 'bluefire' is in use by another file; rename one of the two"),)
+
+
+def test_side_files_take_no_names(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """``._moss.safetensors`` came first and became "moss"; of two names alike after tidying, the tidy one stays."""
+    for place in (tmp_path / "bundled", tmp_path / "data" / "adapters"):
+        origin = place.name
+        for name in (f"{origin} moss.safetensors", f"{origin} FIRE.SAFETENSORS", f"-{origin} fern.safetensors"):
+            save_adapter(tiny.adapter_for(pipe, 1), place / name)
+            (place / f"._{name}").write_bytes(b"\x00\x05\x16\x07")
+        save_adapter(tiny.adapter_for(pipe, 1), place / f"{origin} fern.safetensors")
+        (place / f".{origin} moss.safetensors").write_bytes(b"")
+    library = Library(pipe, tmp_path / "bundled", tmp_path / "data")
+    assert names(library) == [
+        f"{origin} {name}" for origin in ("bundled", "adapters") for name in ("fern", "FIRE", "moss")
+    ]
+    assert [name for name, _ in library.refused] == ["bundled fern-2", "adapters fern-2"]
+    assert {entry.path.name for entry in library.entries if not entry.card} == {
+        "-bundled fern.safetensors",
+        "-adapters fern.safetensors",
+    }
+
+
+def test_a_suffix_in_capitals_survives_deleting_and_renaming(
+    library: Library, upload: Path, pipe: StableDiffusionPipeline, folders: Folders, tmp_path: Path
+) -> None:
+    upload.rename(tmp_path / "data" / "adapters" / "MOSS.SAFETENSORS")
+    library = Library(tiny.pipeline(), folders.adapters, tmp_path / "data")
+    library.delete("MOSS")
+    assert library.deleted == ("MOSS",)
+    assert library.undo().card
+    assert library.rename("MOSS", "fern").card
+    assert files(library) == ["fern.safetensors"]
+
+
+def test_a_folder_of_peft_among_the_bundled_ones(pipe: StableDiffusionPipeline, peft: Path, tmp_path: Path) -> None:
+    """As the library of services has it; loaded, glanced at, looked into."""
+    shutil.copytree(peft, tmp_path / "bundled" / "strokes")
+    weights = tmp_path / "bundled" / "strokes" / "adapter_model.safetensors"
+    for at_once in (24, 0):
+        library = Library(tiny.pipeline(), tmp_path / "bundled", at_once=at_once)
+        (entry,) = library.entries
+        assert entry.card and (entry.name, entry.card.opened) == ("strokes", at_once > 0)
+        assert (entry.file, entry.megabytes) == (weights, weights.stat().st_size / 1e6)
+        assert library.inspect("strokes").kind == "PEFT SHiRA adapter"
+        assert library.adapter("strokes").nnz > 0
+        assert library.entry("strokes").sha256 == sha256_of(weights)
 
 
 def test_another_base_is_noted_on_the_card(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
