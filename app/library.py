@@ -21,8 +21,9 @@ from app.shelf import OPENED_AT_START, ROOM, Shelf
 from app.uploads import DEFAULT_MAX_MB, UploadError, received
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
 from shira_diffusers.catalog import adapters_in
-from shira_diffusers.files import SUFFIX, safetensors_in
+from shira_diffusers.files import safetensors_in
 from shira_diffusers.inspection import Inspection, inspect_adapter
+from shira_diffusers.paths import SUFFIX
 from shira_diffusers.pipeline import resident_of
 
 logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from app.suggestions import read_suggestions
 from app.turns import BACKGROUND, Turns
 from app.uploads import DEFAULT_MAX_MB
 from shira_diffusers import ShiraError, __version__
+from shira_diffusers.paths import did_you_mean
 from shira_diffusers.pipeline import models_of, resident_of
 
 OnStep = Callable[[int, int], None]
@@ -79,7 +80,7 @@ class Session:
             ShiraError: there is no such folder, no pipeline in it, or no such device.
         """
         if not adapters.is_dir():
-            raise ShiraError(f"no folder of adapters at {adapters}; name one with --adapters")
+            raise ShiraError(f"no folder of adapters at {adapters}; name one with --adapters{did_you_mean(adapters)}")
         pipe = load_pipeline(base, device, dtype)
         library = Library(pipe, adapters, data, max_upload_mb=max_upload_mb)
         return cls(pipe, Path(base).name, library, read_suggestions(Path(base), adapters))

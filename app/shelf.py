@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shira_diffusers import ShiraAdapter, ShiraError
+from shira_diffusers import ShiraAdapter
 from shira_diffusers.catalog import weights_file
 from shira_diffusers.pipeline import resident_of
+from shira_diffusers.tensorfile import unreadable
 
 OPENED_AT_START = 24  # files; what more there is, is opened when it is used or nobody draws
 ROOM = 1_000_000_000  # bytes of files that may be open at once; in memory they take two or three times that
@@ -40,7 +41,7 @@ def glance(path: Path) -> Glance:
         except (ValueError, RecursionError):
             head = None
     if not isinstance(head, dict):
-        raise ShiraError(f"{path} cannot be read: expected a safetensors file; get an intact copy")
+        raise unreadable(path, "it has no header")
     told = head.pop("__metadata__", None)
     metadata = {key: value for key, value in told.items() if isinstance(value, str)} if isinstance(told, dict) else {}
     return Glance(metadata, tuple(sorted({key.partition(".")[0] for key in head})))

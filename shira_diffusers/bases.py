@@ -14,7 +14,9 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from shira_diffusers.contents import guess
 from shira_diffusers.errors import ShiraError
+from shira_diffusers.paths import did_you_mean, is_hub_id
 
 # What from_pretrained raises for a folder that is missing, damaged, incomplete or of a class unknown here.
 _LOADING = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -32,9 +34,10 @@ def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
         ShiraError: there is none, or it cannot be loaded.
     """
     path = Path(base)
-    if not path.exists() and (path.is_absolute() or base.startswith(".") or base.count("/") != 1):
+    if not path.exists() and not is_hub_id(base):
         raise ShiraError(
             f"no base pipeline at {base}: expected a diffusers folder or a Hub id owner/name; name one with --base"
+            f"{did_you_mean(path)}"
         )
     try:
         with _quiet(), warnings.catch_warnings():
@@ -43,10 +46,21 @@ def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
     except (*_LOADING, *_DAMAGED) as error:
         raise ShiraError(
             f"cannot load a pipeline from {base!r}, expected a diffusers folder or a Hub id owner/name "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {error}){_remedy(path)}"
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _remedy(path: Path) -> str:
+    """What is wrong with a base that could not be loaded, if its name or the first bytes of its weights tell."""
+    if not path.exists():
+        return did_you_mean(path)
+    for file in sorted(path.rglob("*.safetensors")):
+        found = guess(file)
+        if found is not None:
+            return f"; {file} looks like {found.kind}; {found.remedy}"
+    return ""
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shira_diffusers.errors import ShiraError
-from shira_diffusers.files import WEIGHTS_NAME, safetensors_in, shown_in
+from shira_diffusers.files import WEIGHTS_NAME, safetensors_in
 from shira_diffusers.interop import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
+from shira_diffusers.paths import did_you_mean, shown_in
 
 _SHOWN = 20
 
@@ -64,7 +65,7 @@ class Catalog:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"no folder at {folder}: expected one of adapters")
+            raise FileNotFoundError(f"no folder at {folder}: expected one of adapters{did_you_mean(folder)}")
         self.folder = folder
         self._lock = threading.Lock()
         self._paths: dict[str, list[Path]] = {}

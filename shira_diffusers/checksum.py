@@ -15,11 +15,11 @@ from shira_diffusers.tensorfile import Bytes
 _THREADED = 2**18  # bytes from which on a thread is worth starting: below, hashing takes less than 0.2 ms
 
 
-def digest(*parts: Bytes | memoryview | bytes) -> str:
-    """The SHA-256 over the bytes of contiguous parts in this order, 64 lower-case hexadecimal digits."""
+def digest(*parts: Bytes) -> str:
+    """The SHA-256 over contiguous parts, uint8 ``[n]`` each, in this order: 64 lower-case hexadecimal digits."""
     found = hashlib.sha256()
     for part in parts:
-        found.update(part)
+        found.update(part.data)
     return found.hexdigest()
 
 

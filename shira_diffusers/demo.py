@@ -17,6 +17,7 @@ from shira_diffusers.bases import fingerprints, open_pipeline
 from shira_diffusers.catalog import adapters_in
 from shira_diffusers.errors import ResidentStateError, ShiraError
 from shira_diffusers.files import WEIGHTS_NAME, write_atomically
+from shira_diffusers.paths import did_you_mean
 from shira_diffusers.pipeline import models_of, resident_of
 from shira_diffusers.sheet import contact_sheet
 
@@ -135,7 +136,7 @@ def run_demo(
 
 def _adapter_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise ShiraError(f"no folder of adapters at {folder}; name one with --adapters")
+        raise ShiraError(f"no folder of adapters at {folder}; name one with --adapters{did_you_mean(folder)}")
     listed = adapters_in(folder)
     found = dict(listed)
     if not found:

@@ -21,14 +21,13 @@ from shira_diffusers.decoding import Coded, decode_parts
 from shira_diffusers.delta import VALUE_DTYPES, SparseDelta
 from shira_diffusers.errors import AdapterFormatError, listing
 from shira_diffusers.gaps import encode_gaps
+from shira_diffusers.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, shown_in
 from shira_diffusers.tensorfile import Bytes, body_at, mapped, open_safetensors
 from shira_diffusers.tensorfile import read_safetensors as read_safetensors  # for all who read files
 
-SUFFIX = ".safetensors"
 WEIGHTS_NAME = "pytorch_shira_weights.safetensors"
 FORMAT = "shira"
 FORMAT_VERSION = "1"
-_OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of weights; none is a folder's name
 
 _CHECKSUM = "sha256"  # over the tensors
 _OF_THE_FILE = ("format", "format_version", _CHECKSUM)  # metadata that is the file's, not the adapter's
@@ -61,7 +60,7 @@ def serialize(adapter: ShiraAdapter) -> bytes:
     whole = {"__metadata__": dict(sorted(metadata.items())), **header}
     text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
-    return b"".join((len(text).to_bytes(8, "little"), text, body))
+    return b"".join((len(text).to_bytes(8, "little"), text, body.data))
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -231,7 +230,7 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
     if not adapter.deltas:
         raise AdapterFormatError("the adapter holds no deltas, expected at least one; nothing was written")
     target = Path(path)
-    if target.suffix.lower() in _OTHER_FILES and not target.is_dir():
+    if target.suffix.lower() in OTHER_WEIGHTS and not target.is_dir():
         raise AdapterFormatError(
             f"expected a .safetensors file or a folder to write to, got {target}; choose such a name"
         )
@@ -288,11 +287,6 @@ def safetensors_in(folder: Path) -> list[Path]:
     return [path for path in files if path.suffix == SUFFIX or path.stem not in usual]
 
 
-def shown_in(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, but for hidden entries; nothing where there is no such folder."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
-
-
 def load_adapter(path: str | os.PathLike[str]) -> ShiraAdapter:
     """Read an adapter from a file, or from a folder that holds one.
 
@@ -316,7 +310,9 @@ def load_adapter(path: str | os.PathLike[str]) -> ShiraAdapter:
 def find_file(path: Path) -> Path:
     """The adapter file that ``path`` means: itself, or the one in a folder."""
     if not path.exists():
-        raise FileNotFoundError(f"no adapter at {path}: expected a .safetensors file or a folder that holds one")
+        raise FileNotFoundError(
+            f"no adapter at {path}: expected a .safetensors file or a folder that holds one{did_you_mean(path)}"
+        )
     if path.is_file():
         return path
     if not path.is_dir():

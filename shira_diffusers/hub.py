@@ -1,14 +1,21 @@
 """Find an adapter: a file, a folder, or a repository of the Hugging Face Hub."""
 
 import os
+import re
 from pathlib import Path
 from typing import TypedDict
 
 import huggingface_hub
+import huggingface_hub.constants
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from shira_diffusers.files import WEIGHTS_NAME, find_file
 from shira_diffusers.interop import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
+from shira_diffusers.paths import did_you_mean, is_hub_id
+
+_HUB_ONLY = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # keywords without a local meaning
+_FILE_IN_REPOSITORY = re.compile(r"([^/]+/[^/]+)/(.+)")
+_ADDRESS = re.compile(r"https?://[^/]+/([^/]+/[^/]+)(?:/(?:blob|resolve|tree)/([^/]+)/?(.*))?/?")
 
 
 class HubOptions(TypedDict, total=False):
@@ -36,11 +43,11 @@ def find_adapter(source: str | os.PathLike[str], options: HubOptions) -> Path:
         OSError: the Hub cannot be reached or refuses.
     """
     weight_name, subfolder = options.get("weight_name"), options.get("subfolder") or ""
-    path = Path(source)
-    if os.path.exists(source):  # unlike Path.exists, also for names that no file can have
+    path = Path(os.path.expanduser(source) if re.match(r"~[/\\]", str(source)) else source)
+    if str(source) and os.path.exists(path):  # unlike Path.exists, also for names that no file can have
         return _local(path / subfolder if subfolder else path, weight_name)
-    if not str(source) or path.suffix == ".safetensors" or path.is_absolute() or str(source).startswith((".", "~")):
-        raise FileNotFoundError(f"no adapter at {path}: expected a .safetensors file, a folder or a Hub id owner/name")
+    if not _is_on_hub(str(source), options):
+        raise FileNotFoundError(_missing(str(source), path))
     try:
         return _download(str(source), weight_name, subfolder, options)
     except LocalEntryNotFoundError as error:
@@ -55,10 +62,46 @@ def find_adapter(source: str | os.PathLike[str], options: HubOptions) -> Path:
         raise _unreachable(source, error) from error
 
 
+def _is_on_hub(source: str, options: HubOptions) -> bool:
+    """Whether to ask the Hub for what is not here, which takes half a minute where there is no network.
+
+    ``owner/name`` is taken for a mistyped path if the folder ``owner`` is here, unless a keyword is given that only the
+    Hub has, or the repository is in the cache.
+    """
+    if not is_hub_id(source) or not os.path.isdir(os.path.dirname(source)):
+        return is_hub_id(source)
+    cache = Path(options.get("cache_dir") or huggingface_hub.constants.HF_HUB_CACHE)
+    known = (cache / "--".join(("models", *source.split("/")))).is_dir()
+    return known or any(options.get(name) is not None for name in _HUB_ONLY)
+
+
+def _missing(source: str, path: Path) -> str:
+    """What to say about a name that is nothing here, and is not looked for on the Hub."""
+    shown = source if _ADDRESS.fullmatch(source) else path
+    expected = "expected a .safetensors file, a folder or a Hub id owner/name"
+    return f"no adapter at {shown}: {expected}{did_you_mean(path)}{_hub_hint(source)}"
+
+
+def _hub_hint(source: str) -> str:
+    """How to name what is on the Hub, for names that look as if it were meant."""
+    if address := _ADDRESS.fullmatch(source):
+        repo, revision, name = address.groups()
+        told = {"weight_name": name, "revision": None if revision == "main" else revision}
+        words = [repr(repo), *(f"{key}={value!r}" for key, value in told.items() if value)]
+        return f"; for what is at this address, give {', '.join(words)}"
+    if is_hub_id(source):
+        owner = Path(source).parent
+        return f"; the folder {owner} is here: for a repository of this name on the Hub, add revision='main'"
+    inside = _FILE_IN_REPOSITORY.fullmatch(source)
+    if inside and is_hub_id(inside[1]) and not os.path.isdir(os.path.dirname(inside[1])):
+        return f"; for a file on the Hub, give {inside[1]!r}, weight_name={inside[2]!r}"
+    return ""
+
+
 def _unreachable(source: str | os.PathLike[str], error: Exception) -> OSError:
     return OSError(
         f"{source!r} is no file or folder here, and could not be read from the Hub: {error}. "
-        "Check the name, your connection, or the token for a private repository"
+        f"Check the name, your connection, or the token for a private repository{did_you_mean(Path(source))}"
     )
 
 

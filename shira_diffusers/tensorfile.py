@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shira_diffusers.contents import guess
 from shira_diffusers.errors import AdapterFormatError
+from shira_diffusers.paths import SUFFIX
 
 Bytes = NDArray[np.uint8]
 
@@ -67,8 +69,7 @@ def _identity(file: Path) -> tuple[int, ...]:
 
 
 def _open(file: Path, read: Callable[[Path], Bytes]) -> tuple[dict[str, Tensor], dict[str, str], Bytes]:
-    with open(file, "rb") as raw:  # safetensors calls a file that may not be read a missing one
-        start = raw.read(2)
+    open(file, "rb").close()  # safetensors calls a file that may not be read a missing one
     try:
         with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
             content = read(file)
@@ -77,11 +78,17 @@ def _open(file: Path, read: Callable[[Path], Bytes]) -> tuple[dict[str, Tensor],
             tensors = {key: cut_out[key] if key in cut_out else opened.get_tensor(key) for key in keys}
             return tensors, dict(opened.metadata() or {}), content
     except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        kind = "like a pickle, which is never loaded" if _starts_pickle(start) else "damaged or truncated"
-        raise AdapterFormatError(
-            f"{file} cannot be read: expected a safetensors file, got {file.stat().st_size} bytes that look {kind} "
-            f"({error}); get an intact .safetensors file"
-        ) from error
+        raise unreadable(file, str(error)) from error
+
+
+def unreadable(file: Path, why: str) -> AdapterFormatError:
+    """The error about a file that is no safetensors file: what it seems to be, or else ``why`` it cannot be read."""
+    size, found = file.stat().st_size, guess(file)
+    looks = f"like {found.kind}" if found else f"damaged or truncated ({why})"
+    remedy = found.remedy if found else f"get an intact {SUFFIX} file"
+    return AdapterFormatError(
+        f"{file} cannot be read: expected a safetensors file, got {size} bytes that look {looks}; {remedy}"
+    )
 
 
 def cut(content: Bytes) -> dict[str, Tensor]:
@@ -114,8 +121,3 @@ def _tensor(content: Bytes, body: int, entry: dict[str, Any]) -> Tensor:
         part = part.copy()
     tensor = torch.from_numpy(part.view(array).reshape(entry["shape"]))
     return tensor.view(torch.bfloat16) if entry["dtype"] == "BF16" else tensor
-
-
-def _starts_pickle(start: bytes) -> bool:
-    """Whether a file begins as what ``torch.save`` or ``pickle`` write: a zip archive, or protocol 2 to 5."""
-    return start == b"PK" or (start[:1] == b"\x80" and start[1:] in (b"\x02", b"\x03", b"\x04", b"\x05"))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "shira_diffusers"
 # From the ground up; a module may import from lower floors only. A folder stands on one floor with all its modules.
 FLOORS = (
-    "_version callers errors terminal sheet kernels",
+    "_version callers errors terminal sheet kernels paths contents",
     "delta targets scales locks gaps tensorfile tiers spares unions",
     "calibration probes decoding gaps_device hostmemory checksum",
     "masks devicedecoder",

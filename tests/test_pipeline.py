@@ -222,7 +222,7 @@ def test_what_is_no_adapter(loaded: StableDiffusionPipeline, tmp_path: Path) -> 
     assert_unchanged(loaded, lambda: loaded.load_shira(3, "x"), AdapterFormatError, "got int")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"nothing of the kind")
-    assert_unchanged(loaded, lambda: loaded.load_shira(damaged, "x"), AdapterFormatError, "damaged or truncated")
+    assert_unchanged(loaded, lambda: loaded.load_shira(damaged, "x"), AdapterFormatError, "text that begins 'noth")
     torch.save({"a": torch.ones(1)}, tmp_path / "pickle.bin")
     assert_unchanged(loaded, lambda: loaded.load_shira(tmp_path / "pickle.bin", "x"), AdapterFormatError, "pickle")
 
@@ -241,9 +241,10 @@ def test_state_dicts_of_other_things(loaded: StableDiffusionPipeline) -> None:
 
 
 def test_names_that_no_file_can_have(loaded: StableDiffusionPipeline) -> None:
-    assert_unchanged(loaded, lambda: loaded.load_shira("", "x"), FileNotFoundError, "no adapter at")
-    for source in ("a\0b", "a" * 5000):
-        assert_unchanged(loaded, lambda s=source: loaded.load_shira(s, "x"), OSError, "is no file or folder here")
+    for source in ("", "a\0b", "a" * 5000, "b" * 5000 + "/a", "a/\0", "~\0", "~" * 300):
+        assert_unchanged(loaded, lambda s=source: loaded.load_shira(s, "x"), FileNotFoundError, "no adapter at")
+    too_long = "a/" + "b" * 97
+    assert_unchanged(loaded, lambda: loaded.load_shira(too_long, "x"), FileNotFoundError, "no adapter at")
 
 
 def test_a_lora_is_sent_to_its_own_loader(loaded: StableDiffusionPipeline, tmp_path: Path) -> None:
@@ -799,12 +800,92 @@ def test_what_the_hub_does_not_have(loaded: StableDiffusionPipeline, hub: type[H
         ("me/styles", {"weight_name": "x.safetensors"}, FileNotFoundError, "has no x.safetensors; give weight_name="),
         ("you/nothing", {}, OSError, "could not be read from the Hub"),
         ("me/private", {}, OSError, "the token for a private repository"),
-        ("not a/repo/id", {}, OSError, "Check the name"),
+        ("not a/repo/id", {}, FileNotFoundError, "no adapter at not a/repo/id"),
         ("me/other", {"local_files_only": True}, OSError, "could not be read from the Hub"),
     ]:
         assert_unchanged(
             loaded, lambda s=source, o=options: loaded.load_shira(s, "x", token=False, **o), error, message
         )
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A working folder with ``styles/gold.safetensors``, and a Hub that must not be asked."""
+
+    def ask(*_: object, **__: object) -> str:
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", ask)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_adapter(tiny.adapter_for(tiny.pipeline(), 1), tmp_path / "styles" / "gold.safetensors")
+    save_adapter(tiny.adapter_for(tiny.pipeline(), 1), tmp_path / "styles" / "bluefire")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("styles/gols.safetensors", r"did you mean styles/gold\.safetensors\?"),
+        ("styles/GOLD", r"did you mean styles/gold\.safetensors\?.*on the Hub, add revision='main'"),
+        ("styles/blufire", r"did you mean styles/bluefire\?"),
+        ("style/gold.safetensors", r"did you mean styles/gold\.safetensors\?"),
+        ("style/gold.safetensor", r"did you mean styles\?"),
+        ("nowhere/gold.safetensor", "no adapter at nowhere/gold.safetensor: expected"),
+        ("nowhere/gold.SAFETENSORS", "no adapter at"),
+        ("nowhere/gold.bin", "no adapter at"),
+        ("styles", r"styles has no pytorch_shira_weights.safetensors; .*got gold\.safetensors"),
+        ("style", r"did you mean styles\?"),
+        ("./styles/gol", r"did you mean styles/gold\.safetensors\?"),
+        ("~/styles/gol.safetensors", r"did you mean .+/styles/gold\.safetensors\?"),
+        ("~nobody-at-all/gold.safetensors", "no adapter at ~nobody"),
+        ("../gold", "no adapter at"),
+        ("/nowhere/gold", "no adapter at /nowhere/gold: expected a .safetensors file"),
+        ("styles\\gold", "no adapter at"),
+        ("styles/", r"got gold\.safetensors"),
+        ("styles/else", "the folder styles is here: for a repository of this name on the Hub, add revision='main'"),
+        ("me/styles/gold.safetensors", "for a file on the Hub, give 'me/styles', weight_name='gold.safetensors'"),
+        (
+            "https://huggingface.co/me/styles/blob/v2/inner/gold.safetensors",
+            "at https://hugg.*give 'me/styles', weight_name='inner/gold.safetensors', revision='v2'",
+        ),
+        ("https://huggingface.co/me/styles", "for what is at this address, give 'me/styles'$"),
+    ],
+)
+def test_a_mistyped_path_is_answered_at_once(no_hub: Path, source: str, message: str) -> None:
+    """Without the Hub, which takes half a minute when it cannot be reached; and with names that are much alike."""
+    pipe = tiny.pipeline()
+    if source in ("styles/", "styles"):
+        save_adapter(tiny.adapter_for(pipe, 1), no_hub / "styles" / "other.safetensors")
+    assert_unchanged(pipe, lambda: pipe.load_shira(source, "x"), FileNotFoundError, message)
+
+
+def test_a_home_folder_is_found(no_hub: Path) -> None:
+    pipe = tiny.pipeline()
+    pipe.load_shira("~/styles/gold.safetensors", "gold")
+    assert pipe.get_active_shira() == {"gold": 1.0}
+
+
+@pytest.mark.parametrize(
+    "options", [{"revision": "main"}, {"token": False}, {"cache_dir": "c"}, {"local_files_only": True}, None]
+)
+def test_a_folder_of_the_owners_name_does_not_hide_the_hub(
+    no_hub: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object] | None
+) -> None:
+    """Where a keyword says that the Hub is meant, or the repository is in the cache."""
+    asked: list[str] = []
+
+    def ask(repo: str, name: str, **_: object) -> str:
+        asked.append(repo)
+        return str(no_hub / "styles" / "gold.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", ask)
+    if options is None:
+        (no_hub / "cache" / "models--styles--x").mkdir(parents=True)
+    tiny.pipeline().load_shira("styles/x", **(options or {}))
+    tiny.pipeline().load_shira("me/styles.v1.5")
+    assert asked == ["styles/x", "me/styles.v1.5"]
 
 
 def test_no_network(loaded: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """The base model of a run: loaded once in float32, never written to."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import nn
 
 from shira_diffusers.errors import ShiraError
+from shira_diffusers.paths import did_you_mean
 from shira_diffusers.targets import Targets, select
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.families import Family, Pipe, family_of, find_family
@@ -97,7 +100,7 @@ def _load_autoencoder(name: str) -> nn.Module:
 def _not_found(what: str, name: str, file: str, error: Exception) -> ShiraError:
     return ShiraError(
         f"cannot load the {what} {name!r}, expected a folder that holds {file}, or a Hub id that can be reached: "
-        f"{error}"
+        f"{error}{'' if os.path.exists(name) else did_you_mean(Path(name))}"
     )
 
 
