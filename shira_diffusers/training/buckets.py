@@ -11,7 +11,22 @@ def frames_of(config: TrainingConfig) -> list[Size]:
     """The frames of a run: with buckets those of ``bucket_frames``, otherwise the square one."""
     if not config.enable_bucket:
         return [(config.resolution, config.resolution)]
-    return bucket_frames(config.resolution, config.min_bucket_reso, config.max_bucket_reso, config.bucket_reso_steps)
+    return bucket_frames(config.resolution, *bounds_of(config))
+
+
+def bounds_of(config: TrainingConfig) -> tuple[int, int, int]:
+    """Shortest side, longest side and step of a run's frames, in pixels: those given, or else what suits the
+    resolution. At 512 these are kohya's: 256, 1024 and 64.
+
+    The shortest side is half the resolution, the longest twice it, as those that SDXL was trained on. The step divides
+    the resolution, and is a multiple of 8, the factor of autoencoders, of at most an eighth of it.
+    """
+    side = config.resolution
+    step = max((step for step in range(8, min(64, side // 8) + 1, 8) if side % step == 0), default=8)
+    usual = (side // 2, 2 * side, step)
+    given = (config.min_bucket_reso, config.max_bucket_reso, config.bucket_reso_steps)
+    shortest, longest, step = (own or default for own, default in zip(given, usual, strict=True))
+    return shortest, longest, step
 
 
 def bucket_frames(resolution: int, shortest: int, longest: int, step: int) -> list[Size]:

@@ -62,9 +62,16 @@ class TrainingConfig:
     enable_bucket: bool = _flag(
         False, "keep aspect ratios: frames of about resolution x resolution pixels, one for all pictures of a batch"
     )
-    min_bucket_reso: int = _flag(256, "shortest side of a frame, with --enable_bucket")
-    max_bucket_reso: int = _flag(1024, "longest side of a frame, with --enable_bucket")
-    bucket_reso_steps: int = _flag(64, "sides of frames are multiples of this, with --enable_bucket")
+    min_bucket_reso: int | None = _flag(
+        None, "shortest side of a frame, with --enable_bucket; default: half of --resolution"
+    )
+    max_bucket_reso: int | None = _flag(
+        None, "longest side of a frame, with --enable_bucket; default: twice --resolution"
+    )
+    bucket_reso_steps: int | None = _flag(
+        None,
+        "sides of frames are multiples of this, with --enable_bucket; default: an eighth of --resolution, at most 64",
+    )
     caption_dropout_rate: float = _flag(0.0, "how often a prompt is left empty, so that guidance keeps what is learned")
     cache_latents: bool = _flag(
         False, "encode each picture once (and mirrored, with --random_flip); needs crops that are not random"
@@ -235,11 +242,12 @@ def _buckets_at_odds(config: TrainingConfig) -> list[str]:
     if not config.enable_bucket or config.resolution is None:
         return []
     wrong = []
-    if not config.min_bucket_reso <= config.resolution <= config.max_bucket_reso:
+    shortest, longest = config.min_bucket_reso or 1, config.max_bucket_reso or config.resolution
+    if not shortest <= config.resolution <= longest:
         wrong.append(
             f"enable_bucket needs min_bucket_reso <= resolution <= max_bucket_reso, got {config.min_bucket_reso}, "
             f"{config.resolution}, {config.max_bucket_reso}"
         )
-    if config.bucket_reso_steps > config.resolution:
+    if (config.bucket_reso_steps or 1) > config.resolution:
         wrong.append(f"bucket_reso_steps {config.bucket_reso_steps} is above resolution {config.resolution}")
     return wrong

@@ -10,13 +10,15 @@ from PIL import Image
 
 from shira_diffusers import ShiraAdapter, ShiraError, load_adapter
 from shira_diffusers.training.base import load_base
-from shira_diffusers.training.buckets import bucket_frames, frames_of, nearest_frame
+from shira_diffusers.training.buckets import bounds_of, bucket_frames, frames_of, nearest_frame
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.examples import load_batches, prepare_examples
 from shira_diffusers.training.loop import train
 from shira_diffusers.training.objective import encode
 from shira_diffusers.training.pictures import find_pictures
 from tests import tiny
+
+DEMO = Path(__file__).parents[2] / "assets" / "emoji-diffusion"
 
 
 def test_frames_keep_the_area_and_the_steps() -> None:
@@ -43,6 +45,48 @@ def test_a_picture_gets_the_frame_of_the_nearest_shape() -> None:
     assert nearest_frame(frames, (4, 3)) == (576, 448)
     assert nearest_frame(frames, (9000, 10)) == (1024, 256)
     assert nearest_frame([(64, 64), (128, 128)], (5, 5)) == (128, 128)
+
+
+def with_buckets(resolution: int, **others: object) -> TrainingConfig:
+    needed = {"pretrained_model_name_or_path": "base", "instance_data_dir": "pictures", "instance_prompt": "x"}
+    return TrainingConfig(**needed, resolution=resolution, enable_bucket=True, **others)
+
+
+def test_bounds_suit_the_resolution_unless_they_are_given() -> None:
+    assert bounds_of(with_buckets(512)) == (256, 1024, 64)
+    assert bounds_of(with_buckets(1024)) == (512, 2048, 64)
+    assert bounds_of(with_buckets(128)) == (64, 256, 16)
+    assert bounds_of(with_buckets(128, min_bucket_reso=96, bucket_reso_steps=8)) == (96, 256, 8)
+    assert bounds_of(with_buckets(128, max_bucket_reso=160)) == (64, 160, 16)
+
+
+@pytest.mark.parametrize("resolution", [8, 16, 64, 96, 104, 128, 200, 256, 384, 512, 640, 768, 1024, 2048])
+def test_frames_of_every_resolution_keep_its_area_and_go_through_the_autoencoder(resolution: int) -> None:
+    frames = frames_of(with_buckets(resolution))
+    assert (resolution, resolution) in frames
+    for width, height in frames:
+        assert width % 8 == height % 8 == 0
+        assert 0.7 * resolution**2 < width * height <= resolution**2
+    if resolution >= 64:  # photographs keep their shape, less a sixth
+        for aspect in (2 / 3, 3 / 4, 4 / 3, 16 / 9):
+            width, height = nearest_frame(frames, (round(1200 * aspect), 1200))
+            assert 5 / 6 < width / height / aspect < 6 / 5
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model (assets/emoji-diffusion) is not in this checkout")
+def test_buckets_with_the_demo_model(tmp_path: Path) -> None:
+    """With no other flag of buckets; frames whose latents the UNet cannot halve to the end."""
+    for number, size in enumerate([(200, 150), (150, 200), (100, 320)]):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / f"{number}.png")
+    config = TrainingConfig(
+        pretrained_model_name_or_path=str(DEMO), instance_data_dir=str(tmp_path), instance_prompt="a picture",
+        output_dir=str(tmp_path / "out"), resolution=128, enable_bucket=True, max_train_steps=3, mask_type="rand",
+        train_batch_size=1, report_to="none", seed=0, checkpointing_steps=10,
+    )  # fmt: skip
+    assert {nearest_frame(frames_of(config), size) for size in [(200, 150), (150, 200), (100, 320)]} == {
+        (144, 112), (112, 144), (64, 208),
+    }  # fmt: skip
+    assert load_adapter(train(config)).metadata["steps"] == "3"
 
 
 # ---------------------------------------------------------------- whole runs
