@@ -20,6 +20,8 @@ from shira_diffusers.training.pictures import Picture, Size
 Draw = tuple[int, int]
 """The how-manieth example of the run, from 0, and which one of the data."""
 
+# pixels; a strip that is to cover a frame may have thousands of millions, of which only the frame's part is made
+_LARGEST = 64_000_000
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -63,14 +65,25 @@ class Framing:
     def __call__(self, image: Image.Image, frame: Size, generator: torch.Generator) -> View:
         """An RGB picture as float32 ``(3, height, width)`` of the frame, in [-1, 1], and how it was framed."""
         original, resized = image.size, covering(image.size, frame)
-        image = image.resize(resized, self.interpolation)
         spare = [length - side for length, side in zip(resized, frame, strict=True)]
         left, top = (s // 2 if self.center_crop else _below(s + 1, generator) for s in spare)
-        image = image.crop((left, top, left + frame[0], top + frame[1]))
+        image = _resized_part(image, resized, (left, top, left + frame[0], top + frame[1]), self.interpolation)
         time_ids = torch.tensor([original[1], original[0], top, left, frame[1], frame[0]], dtype=torch.float32)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
         view = View(pixels.float() / 127.5 - 1.0, time_ids)
         return mirror(view, original, frame) if self.random_flip and _below(2, generator) else view
+
+
+def _resized_part(
+    image: Image.Image, size: Size, part: tuple[int, int, int, int], interpolation: Image.Resampling
+) -> Image.Image:
+    """What lies in ``part`` (left, top, right, bottom) of a picture resized to ``size``."""
+    if size[0] * size[1] <= _LARGEST:
+        return image.resize(size, interpolation).crop(part)
+    across, down = (length / side for length, side in zip(image.size, size, strict=True))
+    left, top, right, bottom = part
+    box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+    return image.resize((right - left, bottom - top), interpolation, box)
 
 
 def mirror(view: View, size: Size, frame: Size) -> View:

@@ -89,6 +89,21 @@ def test_every_shape_fills_every_frame() -> None:
             assert view.time_ids.tolist()[4:] == [frame[1], frame[0]]
 
 
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_of_a_strip_only_the_part_that_is_shown_is_made(center_crop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strip that covers a frame of 512 would take 16 GB; what is made of it is what a crop of the whole would be."""
+    strip = Image.effect_noise((2, 40_000), 90).convert("RGB")
+    view = Framing(center_crop, False)(strip, (512, 512), generator())
+    assert view.tensor.shape == (3, 512, 512)
+    assert view.time_ids.tolist()[:2] == [40_000, 2] and view.time_ids[2] > 512
+    short = Image.effect_noise((20, 61), 90).convert("RGB")
+    whole = Framing(center_crop, False)(short, (16, 24), generator())
+    monkeypatch.setattr("shira_diffusers.training.data._LARGEST", 0)
+    part = Framing(center_crop, False)(short, (16, 24), generator())
+    torch.testing.assert_close(part.tensor, whole.tensor, atol=2 / 127.5, rtol=0)
+    assert torch.equal(part.time_ids, whole.time_ids)
+
+
 def test_each_pass_sees_each_example_once_in_a_new_order() -> None:
     batches = list(Batches([SQUARE] * 5, 2, seed=3, first=0, last=6))
     assert [len(batch) for batch in batches] == [2, 2, 1, 2, 2, 1]
