@@ -1,4 +1,4 @@
-"""Find and read training pictures: any mode that Pillow opens, upright, with their captions."""
+"""Find and read training pictures: any mode that Pillow opens, upright, in sRGB, with their captions."""
 
 import io
 import logging
@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.training.colours import Note, flatten, silent
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +21,15 @@ Size = tuple[int, int]
 OnBad = Literal["error", "skip"]
 
 # pictures that not every Pillow opens: naming them beats passing them over
-_FOREIGN = {".heic", ".heif", ".avif", ".jxl", ".webp"}
-# what Pillow's decoders and EXIF reader raise on damaged files
-_DAMAGED = (
+FOREIGN = {".heic", ".heif", ".avif", ".jxl", ".webp"}
+DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError,
     struct.error, Image.DecompressionBombError,
 )  # fmt: skip
+"""What Pillow's decoders and EXIF reader raise on damaged files."""
+
+# formats whose further frames are a film; in others they are pages, or a phone's depth map
+_FILMS = {"GIF", "PNG", "WEBP", "AVIF"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Picture:
     content: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
 
     def read(self) -> Image.Image:
-        """The picture as RGB, upright by its EXIF orientation, transparent parts white."""
+        """The picture as ``read_picture`` gives it."""
         return read_picture(self.path if self.content is None else io.BytesIO(self.content()))
 
 
@@ -77,7 +79,7 @@ def find_pictures(folder: str | Path, prompt: str, on_bad: OnBad = "error") -> l
     place = Path(folder)
     if not place.is_dir():
         raise ShiraError(f"no folder of pictures at {str(folder)!r}; expected a folder, check the path")
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | _FOREIGN
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | FOREIGN
     files = sorted(p for p in place.iterdir() if p.suffix.lower() in kinds and not p.name.startswith("."))
     paths = [path for path in files if not path.is_dir()]
     if not paths:
@@ -92,13 +94,15 @@ def examine(found: Iterable[Found], source: str, on_bad: OnBad) -> list[Picture]
     Raises:
         ShiraError: pictures that cannot be read, with ``error``, or if there are no others; all are named.
     """
-    pictures, bad = [], []
+    pictures, bad, notes = [], [], []
     for one in found:
+        told: list[str] = []
         try:
-            size = read_picture(one.path if one.content is None else io.BytesIO(one.content())).size
-        except _DAMAGED as error:
+            size = read_picture(one.path if one.content is None else io.BytesIO(one.content()), told.append).size
+        except DAMAGED as error:
             bad.append(f"{one.path}: {_problem(one.path, error)}")
             continue
+        notes += [f"{one.path}: {note}" for note in told]
         pictures.append(Picture(one.path, one.prompt, size, one.content))
     count = f"{len(bad)} of {len(bad) + len(pictures)} pictures in {source}"
     if bad and (on_bad == "error" or not pictures):
@@ -106,14 +110,22 @@ def examine(found: Iterable[Found], source: str, on_bad: OnBad) -> list[Picture]
         raise ShiraError(f"{count} cannot be read; mend or remove them{remedy}:{listing(bad, shown=len(bad))}")
     if bad:
         logger.warning("%s cannot be read and are skipped:%s", count, listing(bad, shown=len(bad)))
+    if notes:
+        logger.warning("taken from %s all the same:%s", source, listing(notes))
     return pictures
 
 
 def _problem(path: Path, error: Exception) -> str:
-    if path.suffix.lower() in _FOREIGN and isinstance(error, UnidentifiedImageError):
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels, save it smaller"
+    if "MAX_TEXT_CHUNK" in str(error):
+        return "its texts or colour profile are larger than a megabyte, save it without metadata"
+    if path.suffix.lower() in FOREIGN and isinstance(error, UnidentifiedImageError):
         return f"{path.suffix} is not read here, save it as .png or .jpg"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error) or type(error).__name__
 
 
@@ -133,23 +145,19 @@ def _captions(paths: Iterable[Path]) -> dict[Path, str]:
     return captions
 
 
-def read_picture(file: Path | BinaryIO) -> Image.Image:
-    """Open a picture of any mode as RGB, upright by its EXIF orientation, transparent parts white, the first of many.
+def read_picture(file: Path | BinaryIO, note: Note = silent, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Open a picture of any mode as RGB: upright by its EXIF orientation, in sRGB by its embedded colour profile,
+    transparent parts white, the first of many.
+
+    Args:
+        file: a path, or a file that is open in binary mode.
+        note: is told what a user may want to know about a picture that is read all the same.
+        formats: Pillow's names of those to accept; None for all.
 
     Raises:
-        OSError: not a picture, or a damaged one; Pillow raises other kinds for some damage, too.
+        OSError: not a picture, or a damaged one; for some damage Pillow raises another of ``DAMAGED``.
     """
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith(("I", "F")):
-            image = Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.float32), image.mode))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-def _to_8_bit(values: NDArray[np.float32], mode: str) -> NDArray[np.uint8]:
-    """Pillow would clip wide grey levels at 255: scale them, 16-bit ones by their range, floats of 0 to 1 by theirs."""
-    top = 65535.0 if mode.startswith("I") else 1.0 if values.max(initial=0) <= 1 else 255.0
-    return np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)
+    with Image.open(file, formats=formats) as opened:
+        if opened.format in _FILMS and note is not silent and getattr(opened, "is_animated", False):
+            note("it moves: its first frame is taken")
+        return flatten(ImageOps.exif_transpose(opened), note)

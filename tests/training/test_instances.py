@@ -12,6 +12,7 @@ from shira_diffusers import ShiraError
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.instances import instance_pictures
 from shira_diffusers.training.pictures import Picture
+from tests.training import colour_science as science
 
 datasets = pytest.importorskip("datasets")
 
@@ -55,6 +56,17 @@ def test_a_folder_of_pictures_with_captions(folder: Path, cache: Path) -> None:
         np.testing.assert_array_equal(np.asarray(picture.read()), np.asarray(Image.open(folder / f"{number}.png")))
     assert {picture.prompt for picture in load(folder, cache)} == {"a sks cat"}
     assert cache.is_dir()
+
+
+def test_colour_profiles_in_a_table_are_applied(tmp_path: Path, cache: Path) -> None:
+    profile = science.rgb_profile(science.DISPLAY_P3, science.SRGB_CURVE)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", icc_profile=profile)
+    content = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    place = table(tmp_path / "table", {"image": [content]}, datasets.Features({"image": datasets.Image()}))
+    (found,) = load(place, cache)
+    expected = science.rgb_to_srgb(pixels, science.DISPLAY_P3, science.SRGB_CURVE)
+    np.testing.assert_allclose(found.read(), expected, atol=0.75)
 
 
 def test_a_table_of_pictures(tmp_path: Path, cache: Path) -> None:
