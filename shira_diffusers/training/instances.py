@@ -8,7 +8,7 @@ from typing import Any
 
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.training.config import TrainingConfig
-from shira_diffusers.training.pictures import Found, Picture, examine, find_pictures
+from shira_diffusers.training.pictures import Found, Picture, examine, find_pictures, log_count
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +59,21 @@ def dataset_pictures(config: TrainingConfig, name: str) -> list[Picture]:
         )
     captions = rows[config.caption_column] if config.caption_column else [None] * len(rows)
     rows = rows.cast_column(config.image_column, library.Image(decode=False))
-    prompts = [" ".join((caption or "").split()) or config.instance_prompt for caption in captions]
+    texts = [" ".join((caption or "").split()) for caption in captions]
     found = [
-        Found(Path(f"{config.image_column} of row {number}"), prompt, Cell(rows, number, config.image_column))
-        for number, prompt in enumerate(prompts)
+        Found(
+            Path(f"{config.image_column} of row {number}"),
+            text or config.instance_prompt,
+            Cell(rows, number, config.image_column),
+        )
+        for number, text in enumerate(texts)
     ]
     if not found:
         raise ShiraError(f"the split {_SPLIT!r} of the data set {name!r} is empty")
-    return examine(found, f"data set {name!r}", config.on_bad_image)
+    own = {one.path for one, text in zip(found, texts, strict=True) if text}
+    pictures = examine(found, f"data set {name!r}", config.on_bad_image)
+    log_count(pictures, sum(picture.path in own for picture in pictures), f"data set {name!r}")
+    return pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import io
 import logging
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.training.colours import Note, flatten, silent
+from shira_diffusers.training.folder import FOREIGN, list_pictures, read_captions
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +21,6 @@ Size = tuple[int, int]
 
 OnBad = Literal["error", "skip"]
 
-# pictures that not every Pillow opens: naming them beats passing them over
-FOREIGN = {".heic", ".heif", ".avif", ".jxl", ".webp"}
 DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError,
     struct.error, Image.DecompressionBombError,
@@ -63,9 +62,10 @@ class Found:
 
 
 def find_pictures(folder: str | Path, prompt: str, on_bad: OnBad = "error") -> list[Picture]:
-    """The pictures of a folder by name, each with the caption in the ``.txt`` of its name, or else ``prompt``.
+    """The pictures of a folder by name, each with the caption in the ``.txt`` or ``.caption`` of its name, or else
+    ``prompt``.
 
-    Folders in it, hidden files, and files that by their name are no pictures are passed over.
+    Logs how many there are, and what in the folder was not taken; ``list_pictures`` tells what counts.
 
     Args:
         folder: holds the pictures.
@@ -76,16 +76,23 @@ def find_pictures(folder: str | Path, prompt: str, on_bad: OnBad = "error") -> l
         ShiraError: no such folder, no pictures in it, pictures that cannot be read or captions that are not UTF-8; all
             are named.
     """
-    place = Path(folder)
-    if not place.is_dir():
-        raise ShiraError(f"no folder of pictures at {str(folder)!r}; expected a folder, check the path")
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | FOREIGN
-    files = sorted(p for p in place.iterdir() if p.suffix.lower() in kinds and not p.name.startswith("."))
-    paths = [path for path in files if not path.is_dir()]
-    if not paths:
-        raise ShiraError(f"no pictures in {str(folder)!r}; expected files such as .png, .jpg or .webp")
-    captions = _captions(paths)
-    return examine((Found(path, captions[path] or prompt) for path in paths), str(folder), on_bad)
+    contents = list_pictures(folder)
+    if not contents.pictures:
+        raise ShiraError(
+            f"no pictures in {str(folder)!r}; expected files such as .png, .jpg or .webp{listing(contents.left)}"
+        )
+    captions = read_captions(contents)
+    found = [Found(path, captions.get(path, prompt)) for path in contents.pictures]
+    pictures = examine(found, str(folder), on_bad)
+    log_count(pictures, sum(picture.path in captions for picture in pictures), str(folder))
+    if contents.left:
+        logger.warning("not taken from %s:%s", folder, listing(contents.left))
+    return pictures
+
+
+def log_count(pictures: Sequence[Picture], captions: int, source: str) -> None:
+    """Log how many pictures were found, and how many of them have captions of their own."""
+    logger.info("%d picture%s, %d with captions, in %s", len(pictures), "s" * (len(pictures) != 1), captions, source)
 
 
 def examine(found: Iterable[Found], source: str, on_bad: OnBad) -> list[Picture]:
@@ -127,22 +134,6 @@ def _problem(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
-
-
-def _captions(paths: Iterable[Path]) -> dict[Path, str]:
-    """The caption of each picture, empty where there is none; line ends and runs of spaces become one space."""
-    captions, bad = {}, []
-    for path in paths:
-        file = path.with_suffix(".txt")
-        try:
-            text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
-        except UnicodeDecodeError as error:
-            bad.append(f"{file}: byte {error.object[error.start]:#04x} at {error.start}")
-            text = ""
-        captions[path] = " ".join(text.split())
-    if bad:
-        raise ShiraError(f"{len(bad)} captions are not UTF-8; save them as UTF-8:{listing(bad, shown=len(bad))}")
-    return captions
 
 
 def read_picture(file: Path | BinaryIO, note: Note = silent, formats: tuple[str, ...] | None = None) -> Image.Image:

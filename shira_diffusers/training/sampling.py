@@ -15,6 +15,7 @@ from shira_diffusers.training.base import load_base
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import step_seed
 from shira_diffusers.training.families import Pipe
+from shira_diffusers.training.folder import list_pictures
 from shira_diffusers.training.pictures import Picture, find_pictures
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def class_pictures(config: TrainingConfig, device: torch.device, seed: int) -> l
         raise ShiraError("class pictures need class_data_dir and class_prompt")
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    have = len(find_pictures(folder, config.class_prompt, config.on_bad_image)) if any(folder.iterdir()) else 0
+    have = len(find_pictures(folder, config.class_prompt, config.on_bad_image)) if list_pictures(folder).pictures else 0
     numbers = range(have, config.num_class_images)
     if numbers:
         logger.info("generating %d class pictures into %s", len(numbers), folder)

@@ -1,6 +1,7 @@
 """Training pictures from data sets of the ``datasets`` library: folders of pictures, and tables."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def test_a_folder_of_pictures_with_captions(folder: Path, cache: Path) -> None:
         np.testing.assert_array_equal(np.asarray(picture.read()), np.asarray(Image.open(folder / f"{number}.png")))
     assert {picture.prompt for picture in load(folder, cache)} == {"a sks cat"}
     assert cache.is_dir()
+
+
+def test_pictures_and_captions_are_counted(folder: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        load(folder, cache, caption_column="text")
+    assert f"3 pictures, 2 with captions, in data set '{folder}'" in caplog.text
 
 
 def test_colour_profiles_in_a_table_are_applied(tmp_path: Path, cache: Path) -> None:

@@ -196,6 +196,24 @@ def test_class_pictures_are_made_once_and_trained_on(settings: dict[str, object]
     assert not all(without.deltas[name] == with_prior.deltas[name] for name in without.deltas)
 
 
+def test_class_pictures_beside_what_systems_leave_behind(settings: dict[str, object], tmp_path: Path) -> None:
+    """A folder without pictures is an empty one, whatever else is in it."""
+    folder = tmp_path / "class"
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "left.png")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._x.png", "notes.txt"):
+        (folder / name).write_bytes(b"no picture")
+    config = TrainingConfig(
+        **settings, with_prior_preservation=True, class_data_dir=str(folder), class_prompt="a cat", num_class_images=2
+    )
+    made = class_pictures(config, torch.device("cpu"), seed=3)
+    assert [(picture.path.name, picture.prompt) for picture in made] == [
+        ("class-00000.png", "a cat"),
+        ("class-00001.png", "a cat"),
+    ]
+
+
 def test_v_prediction_base_trains(settings: dict[str, object], tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     pipe.scheduler = DDIMScheduler(
