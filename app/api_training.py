@@ -36,7 +36,8 @@ def add_training_api(studio: Studio) -> None:
     def train(pictures: list[str], settings: Any, captions: Any) -> dict[str, Any]:
         """Start to train an adapter on pictures; follow it with /training_status, its end is in the library.
 
-        pictures: up to 200 files (PNG, JPEG, WEBP, BMP, GIF, TIFF), and .txt files of the same names as captions.
+        pictures: up to 200 files (PNG, JPEG, WEBP, BMP, GIF, TIFF), and .txt or .caption files of the same
+        names as captions; those of no picture are listed under "left" in what is returned.
         settings: what differs from the defaults of /estimate_training, such as {"name": "moss", "prompt":
         "a picture in sks style", "steps": 200}; a prompt is needed. captions: a list, in the order of the pictures, in
         place of .txt files. One training at a time.
@@ -46,7 +47,7 @@ def add_training_api(studio: Studio) -> None:
             lines = captions or captions_of(sent)
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
                 raise SettingsError("captions must be a list of texts, one a picture")
-            return told(trainings.start(recipe(settings), sent, lines).id)
+            return {**told(trainings.start(recipe(settings), sent, lines).id), "left": list(sent.left)}
 
     def estimate_training(settings: Any = None) -> dict[str, Any]:
         """All settings of a training, with defaults where none are given, and what it would take.

@@ -9,7 +9,8 @@ from app.cards import Card
 from app.session import Session
 from app.settings import DEFAULT_GUIDANCE, Settings, SettingsError
 from app.turns import BACKGROUND
-from shira_diffusers import ShiraError
+from shira_diffusers.training.folder import is_side_file, name_key
+from shira_diffusers.training.pictures import DAMAGED, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Thumbnails:
             self.version += 1
         except _Later:
             self._session.turns.submit(BACKGROUND, lambda: self._make(card, path))
-        except (ShiraError, OSError, ValueError, RuntimeError, MemoryError, Image.DecompressionBombError):
+        except DAMAGED:  # which ShiraError is one of
             logger.warning("no thumbnail of %r", card.name, exc_info=True)
 
     def _give_way(self, done: int, of: int) -> None:
@@ -67,9 +68,8 @@ class Thumbnails:
             raise _Later
 
     def _beside(self, card: Card) -> Image.Image | None:
-        path = self._session.library.entry(card.name).path
-        found = next((p for ending in BESIDE if (p := path.with_name(path.stem + ending)).is_file()), None)
-        return Image.open(found) if found else None
+        found = picture_beside(self._session.library.entry(card.name).path)
+        return read_picture(found) if found else None
 
     def _settings(self, card: Card) -> Settings:
         for prompt in (card.trigger, self._session.suggestions[0]):
@@ -78,3 +78,11 @@ class Thumbnails:
             except SettingsError:  # no trigger, or one too long for this model
                 continue
         raise SettingsError(f"no prompt for a picture of {card.name!r}")
+
+
+def picture_beside(path: Path) -> Path | None:
+    """The picture of a file's name in its folder, its suffix in any case; of several the first kind of ``BESIDE``."""
+    key = name_key(path.name)
+    files = [file for file in path.parent.iterdir() if file.suffix.lower() in BESIDE and name_key(file.name) == key]
+    found = [file for file in files if file.is_file() and not is_side_file(file.name)]
+    return min(found, key=lambda file: (file.stem != path.stem, BESIDE.index(file.suffix.lower())), default=None)

@@ -1,5 +1,6 @@
 """Train: pictures, words, how it learns, the estimate, and how the training goes."""
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from app.recipe import Recipe
 from app.studio import Studio
 from app.tabs.events import TELLING
 from app.tabs.mix import MixTab
-from app.training_pictures import FORMATS, MAX_PICTURES, Sent, captions_of, require_pictures, sort_out
+from app.training_pictures import FORMATS, MAX_PICTURES, Sent, captions_of, named, require_pictures, sort_out
 from app.trainings import Training
 from shira_diffusers.targets import PRESETS
+from shira_diffusers.training.folder import CAPTIONS
 
 STARTING: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}
 EVERY = 2.0  # seconds between two looks at a training that goes on
@@ -68,7 +70,7 @@ class TrainTab:
         self.files = gr.File(
             label="Pictures",
             file_count="multiple",
-            file_types=["image", ".txt"],
+            file_types=["image", *CAPTIONS],
             type="filepath",
             height=160,
             elem_id="train-files",
@@ -79,8 +81,8 @@ class TrainTab:
         )  # fmt: skip
         gr.Markdown(
             f"5 of a subject, or 20 to 70 of a style; at most {MAX_PICTURES}, of {', '.join(FORMATS)}. "
-            "A .txt of a picture's name is its caption. They are kept in the app's folder, without their metadata, "
-            "until the training is discarded.",
+            "A .txt or .caption of a picture's name is its caption. They are kept in the app's folder, without "
+            "their metadata, until the training is discarded.",
             elem_classes="remark",
         )
 
@@ -206,6 +208,8 @@ class TrainTab:
             sent = self._sent(files)
             require_pictures(sent)
             captions = captions_of(sent)
+        if sent.left:
+            gr.Warning(f"No picture takes these for its caption: {escape(named(sent.left))}")
         told = "\n".join(captions) if any(captions) else ""
         return gr.Gallery([str(path) for _, path in sent.pictures], visible=True), told
 

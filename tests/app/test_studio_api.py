@@ -77,7 +77,10 @@ def test_a_training(client: Client, tmp_path: Path) -> None:
     settings = {"name": "api style", "prompt": "a sks cat", "steps": 4, "batch": 1, "sample_prompt": "a cat"}
     with pytest.raises(AppError, match="No setting named 'step'"):
         client.predict(pictures, {"step": 4}, None, api_name="/train")
-    started = client.predict(pictures, settings, ["a red cat"], api_name="/train")
+    (tmp_path / "lonely.caption").write_text("of no picture")
+    files = [*pictures, handle_file(str(tmp_path / "lonely.caption"))]
+    started = client.predict(files, settings, ["a red cat"], api_name="/train")
+    assert started["left"] == ["lonely.caption"] and started["pictures"] == 2
     assert started["state"] == "running" and started["pictures"] == 2
     status: dict[str, Any] = started
     end = time.time() + 90

@@ -4,6 +4,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from app.turns import BACKGROUND
 from shira_diffusers.pipeline import resident_of
 from tests import tiny
 from tests.app.conftest import Folders
+from tests.training import colour_science as science
 
 
 @pytest.fixture
@@ -44,6 +46,29 @@ def test_the_picture_beside_the_file(own: Session, tmp_path: Path) -> None:
         assert (image.format, image.size) == ("WEBP", (SIDE, SIDE))
         assert image.convert("RGB").getpixel((5, 5))[0] > 240  # type: ignore[index]
     assert Thumbnails(own, tmp_path / "thumbnails").get(card(own, "bluefire")) == made  # after a restart
+
+
+def test_the_picture_beside_is_upright_on_white_and_in_srgb(own: Session, tmp_path: Path) -> None:
+    """As the trainer reads it; its suffix in any case, and side files are none."""
+    folder = tmp_path / "adapters"
+    (folder / "bluefire.png").unlink()
+    (folder / "._bluefire.png").write_bytes(b"no picture")
+    pixels = np.zeros((64, 32, 4), np.uint8)
+    pixels[:32] = (100, 200, 30, 255)  # above, but below is clear
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    profile = science.rgb_profile(science.ADOBE_RGB, science.ADOBE_CURVE)
+    Image.fromarray(pixels).save(folder / "bluefire.PNG", exif=exif, icc_profile=profile)
+    thumbnails = Thumbnails(own, tmp_path / "thumbnails")
+    thumbnails.get(card(own, "bluefire"))
+    idle(own)
+    made = thumbnails.get(card(own, "bluefire"))
+    assert made is not None
+    shown = np.asarray(Image.open(made).convert("RGB"), dtype=np.int16)
+    expected = science.rgb_to_srgb(pixels[0, 0, :3], science.ADOBE_RGB, science.ADOBE_CURVE)
+    np.testing.assert_allclose(shown[8, 64], 255, atol=4)
+    np.testing.assert_allclose(shown[120, 64], expected, atol=6)  # WebP loses a little
+    assert np.abs(expected - pixels[0, 0, :3]).max() > 30
 
 
 def test_one_is_drawn_and_gives_way_to_visitors(own: Session, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -24,6 +26,7 @@ from app.training_log import last_line, read_steps
 from app.training_pictures import MAX_PICTURES, Sent, captions_of, sort_out, write_pictures
 from app.trainings import ROOT, Training, Trainings
 from tests.app.conftest import Folders
+from tests.training import colour_science as science
 
 TINY = {"name": "moss", "prompt": "a sks cat", "steps": 6, "batch": 1, "mask": "rand", "learning_rate": 1e-2}
 PATIENCE = 90  # seconds
@@ -283,6 +286,33 @@ def test_pictures_are_written_anew_without_metadata(tmp_path: Path) -> None:
     assert (first.size, first.mode, first.getpixel((0, 0))) == ((2048, 14), "RGB", (255, 255, 255))
     assert second.size == (20, 30) and not second.getexif() and not second.info
     assert (tmp_path / "out" / "0000.txt").read_text() == "the first"
+
+
+def test_colours_are_written_in_srgb(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    profile = science.rgb_profile(science.DISPLAY_P3, science.SRGB_CURVE)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for name, embedded in (("a.png", profile), ("b.png", b"broken")):
+        Image.fromarray(pixels).save(tmp_path / name, icc_profile=embedded)
+    sent = sort_out([(path.name, path) for path in sorted(tmp_path.iterdir())])
+    write_pictures(sent, [], tmp_path / "out")
+    first, second = (Image.open(tmp_path / "out" / name) for name in ("0000.png", "0001.png"))
+    expected = science.rgb_to_srgb(pixels, science.DISPLAY_P3, science.SRGB_CURVE)
+    np.testing.assert_allclose(first, expected, atol=0.75)
+    np.testing.assert_array_equal(second, pixels)
+    assert not first.info and "b.png: its colour profile is broken" in caplog.text and "a.png" not in caplog.text
+
+
+def test_captions_and_side_files_are_told_from_pictures(tmp_path: Path) -> None:
+    names = ["a.png", "B.PNG", unicodedata.normalize("NFC", "ä.png"), "d.png"]
+    captions = ["a.caption", "b.TXT", unicodedata.normalize("NFD", "ä.txt"), "lonely.txt"]
+    side = [".DS_Store", "Thumbs.db", "._a.png", "__MACOSX/a.png", ".ipynb_checkpoints/a.png"]
+    for name in (*names, *captions, *side):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"words of {name}", encoding="utf-8")
+    sent = sort_out([(name, tmp_path / name) for name in (*names, *captions, *side)])
+    assert [name for name, _ in sent.pictures] == names
+    assert captions_of(sent) == [*(f"words of {caption}" for caption in captions[:3]), ""]
+    assert sent.left == ("lonely.txt",)
 
 
 def bomb(side: int) -> bytes:
