@@ -1,6 +1,7 @@
-"""Flags of diffusers' DreamBooth LoRA scripts that have no meaning here: accepted, with a note of what happens instead.
+"""Flags of diffusers' DreamBooth scripts that have no meaning here: accepted, with a note of what happens instead.
 
-So that a command line for ``train_dreambooth_lora.py`` or ``train_dreambooth_lora_sdxl.py`` can be kept as it is.
+So that a command line for ``train_dreambooth.py``, ``train_dreambooth_lora.py`` or
+``train_dreambooth_lora_sdxl.py`` can be kept as it is.
 """
 
 import argparse
@@ -18,6 +19,9 @@ _VALUES: dict[str, Any] = {"type": str, "nargs": "+"}
 _NO_LORA = "there are no low-rank matrices: --density says how many entries of each weight are trained"
 _ATTENTION = "attention is PyTorch's scaled_dot_product_attention, which chooses a memory-efficient kernel by itself"
 _FRAMING = "the UNet is told where each picture was cropped"
+
+# of --noise_offset, for the switch --offset_noise
+OFFSET_NOISE = 0.1
 
 # flag -> (how it is parsed, what happens instead)
 _INSTEAD: Mapping[str, tuple[dict[str, Any], str]] = MappingProxyType(
@@ -45,14 +49,23 @@ _INSTEAD: Mapping[str, tuple[dict[str, Any], str]] = MappingProxyType(
             "the loss is that of the base's own prediction type, epsilon or v_prediction",
         ),
         "set_grads_to_none": (_SWITCH, "gradients are always freed after a step"),
+        "skip_save_text_encoder": (_SWITCH, "an adapter's file holds trained entries only, never a text encoder"),
     }
 )
 
 
 def add_accepted(parser: argparse.ArgumentParser) -> None:
-    """Let a parser take the flags that have no effect; they are not in its ``--help``."""
+    """Let a parser take the flags that have no effect, or another name here; they are not in its ``--help``."""
     for name, (options, _) in _INSTEAD.items():
         parser.add_argument(f"--{name}", **options, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(  # of diffusers' train_dreambooth.py, which adds a tenth
+        "--offset_noise",
+        dest="noise_offset",
+        action="store_const",
+        const=OFFSET_NOISE,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
 
 
 def drop_accepted(chosen: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class TrainingConfig:
 
     pretrained_model_name_or_path: str = _required("Stable Diffusion 1.x, 2.x or XL: a diffusers folder or a Hub id")
     pretrained_vae_model_name_or_path: str | None = _flag(None, "another autoencoder: a diffusers folder or a Hub id")
+    revision: str | None = _flag(None, "branch, tag or commit of the Hub repository")
+    variant: str | None = _flag(None, "variant of the model files, such as fp16")
+
     instance_data_dir: str | None = _flag(None, "folder of training pictures; a .txt beside a picture is its caption")
     dataset_name: str | None = _flag(
         None, "in place of --instance_data_dir: a data set of the Hub, or a folder that `datasets` can load"
@@ -45,11 +48,9 @@ class TrainingConfig:
     caption_column: str | None = _flag(None, "column of the data set that holds the captions; without, there are none")
     cache_dir: str | None = _flag(None, "where `datasets` keeps what it downloads and prepares")
     instance_prompt: str = _required("prompt of the pictures that have no caption of their own")
-    revision: str | None = _flag(None, "branch, tag or commit of the Hub repository")
-    variant: str | None = _flag(None, "variant of the model files, such as fp16")
-    output_dir: str = _flag("shira-dreambooth-model", "where the adapter, checkpoints and pictures are written")
-    seed: int | None = _flag(None, "the same seed gives the same adapter (bit for bit on CPU); drawn if not given")
-    resolution: int = _of_base("pictures are resized and cropped to this many pixels a side; 512, or 1024 for SDXL")
+    resolution: int = _of_base(
+        "pictures are resized and cropped to this many pixels per side (default: 512, SDXL 1024)"
+    )
     center_crop: bool = _flag(False, "crop the centre; otherwise crops are random")
     random_flip: bool = _flag(False, "mirror pictures at random")
     repeats: int = _flag(1, "how often each training picture counts in a pass over the data")
@@ -91,6 +92,9 @@ class TrainingConfig:
     )
     train_text_encoder: bool = _flag(False, "adapt the text encoder too; of SDXL both")
 
+    seed: int | None = _flag(
+        None, "the same seed gives the same adapter, bit for bit on CPU (default: drawn at random)"
+    )
     train_batch_size: int = _flag(4, "pictures a batch")
     num_train_epochs: int = _flag(1, "passes over the pictures, unless --max_train_steps is given")
     max_train_steps: int | None = _flag(None, "optimizer steps in all; overrides --num_train_epochs")
@@ -99,12 +103,14 @@ class TrainingConfig:
     recompute_inputs: bool = _flag(
         False, "keep no inputs of adapted layers for backward where they can be computed again: less memory, more time"
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(None, "default: what accelerate is configured to")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
+        None, "precision of the models (default: as accelerate is configured)"
+    )
     allow_tf32: bool = _flag(False, "use TF32 matrix products on Ampere GPUs and later")
     dataloader_num_workers: int = _flag(0, "processes that load pictures; 0 loads in the main one")
 
-    learning_rate: float = _of_base("learning rate after warmup; 5e-4, or 1e-4 for SDXL")
-    text_encoder_lr: float | None = _of_base("learning rate of text encoders; --learning_rate, or 5e-6 for SDXL")
+    learning_rate: float = _of_base("learning rate after warmup (default: 5e-4, SDXL 1e-4)")
+    text_encoder_lr: float | None = _of_base("learning rate of text encoders (default: --learning_rate, SDXL 5e-6)")
     scale_lr: bool = _flag(False, "multiply the learning rate by processes, batch size and accumulation steps")
     optimizer: str = _flag("AdamW", "AdamW or prodigy, which must be installed (prodigyopt) and finds its step size")
     lr_scheduler: Literal[
@@ -116,10 +122,12 @@ class TrainingConfig:
     use_8bit_adam: bool = _flag(False, "AdamW of bitsandbytes, which must be installed")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
-    adam_weight_decay: float = _of_base("pulls deltas to zero, so weights to the base; 1e-2, or 1e-4 for SDXL")
-    adam_weight_decay_text_encoder: float | None = _of_base("that of text encoders; the same, or 1e-3 for SDXL")
+    adam_weight_decay: float = _of_base("pulls deltas to zero, so weights to the base (default: 1e-2, SDXL 1e-4)")
+    adam_weight_decay_text_encoder: float | None = _of_base(
+        "that of text encoders (default: --adam_weight_decay, SDXL 1e-3)"
+    )
     adam_epsilon: float = _flag(1e-8, "epsilon of Adam")
-    prodigy_beta3: float | None = _flag(None, "decay of Prodigy's step size statistics; the root of --adam_beta2")
+    prodigy_beta3: float | None = _flag(None, "decay of Prodigy's step size statistics (default: root of --adam_beta2)")
     prodigy_decouple: bool = _flag(True, "weight decay apart from the gradient, as in AdamW")
     prodigy_use_bias_correction: bool = _flag(True, "Adam's bias correction in Prodigy")
     prodigy_safeguard_warmup: bool = _flag(True, "keep the learning rate out of Prodigy's statistics during warmup")
@@ -135,24 +143,32 @@ class TrainingConfig:
     class_prompt: str | None = _flag(None, "prompt of the class pictures")
     num_class_images: int = _flag(100, "class pictures to have")
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = _flag(
-        None, "precision in which class pictures are generated; fp16 on a GPU, else fp32"
+        None, "precision in which class pictures are generated (default: fp16 on a GPU, else fp32)"
     )
     sample_batch_size: int = _flag(4, "pictures a batch when class pictures are generated")
 
+    output_dir: str = _flag("shira-dreambooth-model", "folder that receives the adapter, checkpoints and pictures")
     validation_prompt: str | None = _flag(None, "prompt of pictures made while and after training")
     num_validation_images: int = _flag(4, "validation pictures at a time")
     validation_epochs: int = _flag(50, "epochs between validations")
     validation_steps: int | None = _flag(None, "steps between validations, beside --validation_epochs")
-    checkpointing_steps: int = _flag(500, "steps between checkpoints")
-    checkpoints_total_limit: int | None = _flag(None, "checkpoints to keep, the newest ones")
-    resume_from_checkpoint: str | None = _flag(None, 'a folder made by --checkpointing_steps, or "latest"')
+    validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] | None = _flag(
+        None, "scheduler of validation pictures (default: the base's own)"
+    )
+    checkpointing_steps: int | None = _flag(
+        None, "steps between checkpoints (default: a quarter of the run, at most 500)"
+    )
+    checkpoints_total_limit: int | None = _flag(None, "checkpoints of this run to keep, the newest ones")
+    resume_from_checkpoint: str | None = _flag(
+        None, 'a folder made by --checkpointing_steps, or "latest" for the last one of this run in --output_dir'
+    )
     report_to: str = _flag(
         "tensorboard", "tracker: tensorboard, wandb, ..., all, none, or jsonl for a file of JSON lines"
     )
     logging_dir: str = _flag("logs", "folder of the trackers, inside --output_dir")
     push_to_hub: bool = _flag(False, "upload adapter, model card and validation pictures to the Hugging Face Hub")
-    hub_model_id: str | None = _flag(None, "repository to upload to; default: the name of --output_dir")
-    hub_token: str | None = _secret("token to upload with; default: that of `hf auth login`")
+    hub_model_id: str | None = _flag(None, "repository to upload to (default: the name of --output_dir)")
+    hub_token: str | None = _secret("token to upload with (default: that of `hf auth login`)")
 
     def __post_init__(self) -> None:
         wrong = [*_out_of_range(self), *_at_odds(self)]
@@ -168,6 +184,14 @@ class TrainingConfig:
     def uses_prodigy(self) -> bool:
         """``optimizer`` is Prodigy, however it is spelled."""
         return self.optimizer.lower() == "prodigy"
+
+    @property
+    def idle(self) -> list[str]:
+        """The settings that are given but have no effect, each with the reason."""
+        if self.with_prior_preservation:
+            return []
+        names = [name for name in ("class_data_dir", "class_prompt") if getattr(self, name)]
+        return [f"--{name} has no effect without --with_prior_preservation" for name in names]
 
 
 _AT_LEAST_ONE = (
@@ -214,9 +238,6 @@ def _at_odds(config: TrainingConfig) -> list[str]:
     if config.with_prior_preservation:
         lacking = [name for name in ("class_data_dir", "class_prompt") if not getattr(config, name)]
         wrong += [f"with_prior_preservation needs {name}" for name in lacking]
-    else:
-        idle = [name for name in ("class_data_dir", "class_prompt") if getattr(config, name)]
-        wrong += [f"{name} has no effect without with_prior_preservation: drop it or add that" for name in idle]
     wrong += [*_data_at_odds(config), *_buckets_at_odds(config)]
     if config.report_to == "wandb" and config.hub_token is not None:
         wrong.append("hub_token with report_to wandb could expose the token: log in with `hf auth login` instead")

@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+import diffusers
 import torch
 from PIL import Image
 from torch import Tensor
@@ -54,13 +56,14 @@ def class_pictures(config: TrainingConfig, device: torch.device, seed: int) -> l
     if config.class_data_dir is None or config.class_prompt is None:
         raise ShiraError("class pictures need class_data_dir and class_prompt")
     folder = Path(config.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    have = len(find_pictures(folder, config.class_prompt, config.on_bad_image)) if list_pictures(folder).pictures else 0
+    filled = folder.is_dir() and list_pictures(folder).pictures
+    have = len(find_pictures(folder, config.class_prompt, config.on_bad_image)) if filled else 0
     numbers = range(have, config.num_class_images)
     if numbers:
         logger.info("generating %d class pictures into %s", len(numbers), folder)
         images = sample(_generator(config, device), config.class_prompt, numbers, seed, config)
         for number, image in zip(numbers, tqdm(images, "Class pictures", len(numbers)), strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
             image.save(_unused(folder, number))
     return find_pictures(folder, config.class_prompt, config.on_bad_image)[: config.num_class_images]
 
@@ -82,13 +85,28 @@ def validate(pipe: Pipe, config: TrainingConfig, step: int, seed: int) -> list[I
     """Make the validation pictures with the model as it is now and save them in ``output_dir/validation``."""
     if config.validation_prompt is None:
         return []
-    images = list(sample(pipe, config.validation_prompt, range(config.num_validation_images), seed, config))
+    with _scheduler(pipe, config.validation_scheduler):
+        images = list(sample(pipe, config.validation_prompt, range(config.num_validation_images), seed, config))
     for path, image in zip(_validation_paths(config, step), images, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")  # whoever watches the folder sees whole pictures only
         image.save(unfinished, format="png")
         unfinished.replace(path)
     return images
+
+
+@contextmanager
+def _scheduler(pipe: Pipe, wanted: str | None) -> Iterator[None]:
+    """Let a pipeline draw with another scheduler, with its own one's settings, as diffusers' scripts do."""
+    own = pipe.scheduler
+    if wanted is not None:
+        learned = str(own.config.get("variance_type")).startswith("learned")
+        options = {"variance_type": "fixed_small"} if learned else {}
+        pipe.scheduler = getattr(diffusers, wanted).from_config(own.config, **options)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def validation_files(config: TrainingConfig, step: int) -> list[Path]:

@@ -32,6 +32,22 @@ SDXL = shlex.split("""
 --crops_coords_top_left_h 0 --crops_coords_top_left_w 0""")
 
 
+# what train_dreambooth.py has beyond those
+FULL = shlex.split("""
+--validation_steps 100 --set_grads_to_none --offset_noise --skip_save_text_encoder --validation_scheduler DDPMScheduler
+""")
+
+
+def test_the_command_line_of_the_full_script_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = parse_config([*NEEDED, *LORA, *FULL])
+    assert config.noise_offset == 0.1  # which that script adds
+    assert config.validation_scheduler == "DDPMScheduler"
+    assert "--skip_save_text_encoder has no effect: an adapter's file holds trained entries only" in caplog.text
+    assert "offset_noise" not in caplog.text
+    assert parse_config([*NEEDED]).noise_offset == 0.0
+
+
 def test_both_scripts_command_lines_are_taken(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         config = parse_config([*NEEDED, *LORA, *SDXL])

@@ -1,5 +1,6 @@
 """Settings are checked as a whole, and each is a flag."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -51,7 +52,7 @@ CHANGED = {
     "learning_rate": 0.1, "lr_scheduler": "cosine", "lr_power": 2.0, "adam_beta1": 0.1, "adam_beta2": 0.2,
     "adam_weight_decay": 0.0, "adam_epsilon": 1e-3, "max_grad_norm": 2.0, "snr_gamma": 5.0,
     "prior_loss_weight": 0.5, "class_data_dir": "class", "class_prompt": "a cat", "validation_prompt": "a sks cat",
-    "hub_model_id": "me/cat", "hub_token": "hf_x",
+    "hub_model_id": "me/cat", "hub_token": "hf_x", "validation_scheduler": "DDPMScheduler",
     "resume_from_checkpoint": "latest", "report_to": "none", "logging_dir": "tracks", "caption_dropout_rate": 0.25,
 }  # fmt: skip
 
@@ -78,9 +79,58 @@ def test_not_a_number_is_refused() -> None:
         TrainingConfig(**NEEDED, learning_rate=float("nan"))
 
 
-def test_idle_class_settings_are_refused() -> None:
-    with pytest.raises(ShiraError, match="class_prompt has no effect without with_prior_preservation"):
-        TrainingConfig(**NEEDED, class_prompt="a cat")
+def test_idle_class_settings_are_told() -> None:
+    config = TrainingConfig(**NEEDED, class_prompt="a cat", class_data_dir="cats")
+    assert config.idle == [
+        f"--{name} has no effect without --with_prior_preservation" for name in ("class_data_dir", "class_prompt")
+    ]
+    assert not TrainingConfig(**NEEDED, with_prior_preservation=True, class_prompt="c", class_data_dir="d").idle
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_help_has_each_flag_once_in_a_group_with_its_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_config(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    groups = re.split(r"\n(?=\S)", shown)
+    titles = [group.splitlines()[0] for group in groups]
+    for title, flag in {
+        "base model:": "variant", "pictures and prompts:": "cache_latents", "which weights are trained:": "use_dora",
+        "training and memory:": "seed", "optimizer and loss:": "snr_gamma", "prior preservation:": "class_prompt",
+        "results, checkpoints and validation:": "output_dir", "trackers and the Hub:": "hub_token",
+    }.items():  # fmt: skip
+        assert f"\n  --{flag} " in groups[titles.index(title)], title
+    flags = re.split(r"\n  (?=--)", shown)[1:]
+    names = [flag.split()[0] for flag in flags]
+    assert sorted(names) == sorted(f"--{setting.name}" for setting in fields(TrainingConfig))
+    assert all(flag.count("default") <= 1 for flag in flags)
+    assert not re.search(r"default: (None|False)", shown)
+    by_name = dict(zip(names, (" ".join(flag.split()) for flag in flags), strict=True))
+    assert "(default: 0.02)" in by_name["--density"]
+    assert "(default: a quarter of the run, at most 500)" in by_name["--checkpointing_steps"]
+    assert "(required)" in by_name["--instance_prompt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (NEEDED_FLAGS[:4], "the following arguments are required: --instance_prompt"),
+        ([*NEEDED_FLAGS, "--density", "much"], "argument --density: invalid float value: 'much'"),
+        ([*NEEDED_FLAGS, "--densty", "1"], "unrecognized arguments: --densty 1"),
+    ],
+    ids=["missing", "wrong", "unknown"],
+)
+def test_a_wrong_command_line_is_told_in_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_config(flags)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}; ") and line.endswith(" --help lists all flags")
 
 
 def test_output_inside_the_base_is_refused(tmp_path: Path) -> None:
