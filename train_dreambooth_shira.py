@@ -4,16 +4,24 @@ import logging
 import os
 import sys
 
-from shira_diffusers import ShiraError
-from shira_diffusers.training.flags import parse_config
-from shira_diffusers.training.loop import train
-
 
 def main() -> None:
     """Read the command line and train; of several processes the first one reports."""
     first = os.environ.get("RANK", "0") == "0"
     level = logging.INFO if first else logging.ERROR
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level)
+    try:
+        run(first)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell tells Ctrl-C; what was saved has been told
+
+
+def run(first: bool) -> None:
+    """Import, which takes seconds, and train."""
+    from shira_diffusers import ShiraError
+    from shira_diffusers.training.flags import parse_config
+    from shira_diffusers.training.loop import train
+
     try:
         train(parse_config())
     except (ShiraError, OSError) as error:

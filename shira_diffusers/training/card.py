@@ -2,9 +2,8 @@
 
 import logging
 import re
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.training.config import TrainingConfig
-from shira_diffusers.training.flags import command_line
+from shira_diffusers.training.flags import launch_command
+from shira_diffusers.training.names import public_name
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def write_card(config: TrainingConfig, adapter: ShiraAdapter, pictures: Sequence
     """Write the card into ``output_dir``. A README of somebody else's is kept as it is; a card's licence stays.
 
     Args:
-        config: the settings, ``seed`` included, from which the command is written.
+        config: the settings, ``seed`` included, from which the command is written, without a checkpoint to resume
+            from. A card that goes to a repository tells names of folders, not where they lie.
         adapter: as trained; the card tells its metadata.
         pictures: of the validation, inside ``output_dir``.
         origin: the rest.
@@ -52,6 +53,7 @@ def write_card(config: TrainingConfig, adapter: ShiraAdapter, pictures: Sequence
     if path.is_file() and _TAG not in (before.get("tags") or ()):
         logger.warning("%s is no card of an adapter: it is kept as it is, and no card is written", path)
         return
+    config = replace(config, resume_from_checkpoint=None)
     images = [picture.relative_to(config.output_dir).as_posix() for picture in pictures]
     data = _data(config, images, origin, {name: value for name, value in before.items() if name.startswith("license")})
     text = _text(config, adapter, images, origin, licensed="license" in before)
@@ -83,12 +85,12 @@ def _data(config: TrainingConfig, images: Sequence[str], origin: Origin, licence
 def _text(
     config: TrainingConfig, adapter: ShiraAdapter, images: Sequence[str], origin: Origin, *, licensed: bool
 ) -> str:
-    told = adapter.metadata
+    told, base = adapter.metadata, _shown(config.pretrained_model_name_or_path, origin.repository)
     title = origin.repository or Path(config.output_dir).resolve().name
     entries = f"{adapter.nnz:,} entries ({100 * adapter.density:.3g} % of the adapted weights)"
     parts = [
         f"# {title}",
-        f"A sparse high rank adapter ([SHiRA]({_PAPER})) for {_code(config.pretrained_model_name_or_path)}, trained "
+        f"A sparse high rank adapter ([SHiRA]({_PAPER})) for {_code(base)}, trained "
         f"with DreamBooth by shira_diffusers. It changes {entries} of {', '.join(adapter.component_names())}: mask "
         f"{_code(told['mask'])}, density {told['density']}.",
         f"Say {_code(config.instance_prompt)} in the prompt to call it up.",
@@ -97,7 +99,7 @@ def _text(
         shown = "\n".join(f"![validation picture {number}]({image})" for number, image in enumerate(images, 1))
         parts += [f"{_code(config.validation_prompt or '')}, with the adapter at strength 1:", shown]
     parts += ["## Use it", _fence("python", _usage(config, origin.repository))]
-    parts += ["## How it was made", _fence("bash", _command(config, origin.processes)), _table(told)]
+    parts += ["## How it was made", _fence("bash", _command(config, origin)), _table(told)]
     if not licensed:
         parts += [
             "## Licence",
@@ -107,24 +109,28 @@ def _text(
     return "\n\n".join(parts) + "\n"
 
 
+def _shown(path: str, repository: str | None) -> str:
+    """A path as it is, or for a repository its name."""
+    return public_name(path) if repository else path
+
+
+def _command(config: TrainingConfig, origin: Origin) -> str:
+    return launch_command(config, origin.processes, public=origin.repository is not None)
+
+
 def _usage(config: TrainingConfig, repository: str | None) -> str:
+    base = _shown(config.pretrained_model_name_or_path, repository)
     revision = f", revision={config.revision!r}" if config.revision else ""
     return "\n".join(
         [
             "import shira_diffusers  # the library: adds load_shira to diffusers' pipelines",
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipe = DiffusionPipeline.from_pretrained({config.pretrained_model_name_or_path!r}{revision})",
+            f"pipe = DiffusionPipeline.from_pretrained({base!r}{revision})",
             f"pipe.load_shira({repository or config.output_dir!r})",
             f"image = pipe({config.validation_prompt or config.instance_prompt!r}).images[0]",
         ]
     )
-
-
-def _command(config: TrainingConfig, processes: int) -> str:
-    several = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
-    lines = [shlex.join(flag) for flag in command_line(config)]
-    return " \\\n  ".join([f"accelerate launch {several}train_dreambooth_shira.py", *lines])
 
 
 def _table(told: Mapping[str, str]) -> str:

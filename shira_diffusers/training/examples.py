@@ -3,9 +3,10 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.masks import seeded
@@ -30,6 +31,7 @@ from shira_diffusers.training.families import Conditions, Pipe, embed
 from shira_diffusers.training.objective import Objective, encode
 from shira_diffusers.training.parallel import Parts, Share, share_of
 from shira_diffusers.training.pictures import Picture, Size
+from shira_diffusers.training.stopping import leave_to_the_main_process
 
 Groups = Sequence[Sequence[Picture]]
 
@@ -66,7 +68,7 @@ def load_batches(examples: Examples, config: TrainingConfig, seed: int, first: i
     """Batches number ``first`` to ``last`` (excluded) of a run."""
     batches = Batches(examples.frames, config.train_batch_size, seed, first, last)
     workers = config.dataloader_num_workers
-    return DataLoader(examples, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    return _loader(examples, batches, workers)
 
 
 def load_shares(
@@ -79,9 +81,19 @@ def load_shares(
     size = config.train_batch_size
     batches = Batches(examples.frames, size * processes, seed, first, last)
     parts = Parts(batches, size, process, processes)
-    loader = DataLoader(examples, batch_sampler=parts, collate_fn=collate, num_workers=config.dataloader_num_workers)
+    loader = _loader(examples, parts, config.dataloader_num_workers)
     for draws, batch in zip(batches, loader, strict=True):
         yield batch, share_of(len(draws), size, process, processes)
+
+
+def _loader(examples: Examples, batches: Sampler[Any], workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        examples,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=leave_to_the_main_process,
+    )
 
 
 def _require_whole_latents(pipe: Pipe, frames: Sequence[Size]) -> None:

@@ -85,24 +85,44 @@ def make_optimizer(config: TrainingConfig, slices: Slices, examples_a_step: int)
 def _adamw(config: TrainingConfig, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
     if not config.use_8bit_adam:
         return torch.optim.AdamW(groups, **options)
+    optimizer: torch.optim.Optimizer = _adamw_8bit()(groups, **options)
+    return optimizer
+
+
+def _adamw_8bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ShiraError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or drop it") from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
-    return optimizer
+    return AdamW8bit
 
 
-def _prodigy(config: TrainingConfig, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+def _prodigy_class() -> Any:
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
         raise ShiraError("optimizer prodigy needs prodigyopt: pip install prodigyopt, or use AdamW") from error
+    return Prodigy
+
+
+def require_optimizer(config: TrainingConfig) -> None:
+    """Check, before anything is loaded, that the optimizer's library is installed.
+
+    Raises:
+        ShiraError: 8-bit Adam without bitsandbytes, Prodigy without prodigyopt.
+    """
+    if config.uses_prodigy:
+        _prodigy_class()
+    elif config.use_8bit_adam:
+        _adamw_8bit()
+
+
+def _prodigy(config: TrainingConfig, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
     if config.use_8bit_adam:
         logger.warning("use_8bit_adam has no effect with optimizer prodigy")
     if config.learning_rate <= 0.1:
         logger.warning("Prodigy finds its own step size: a learning_rate of about 1.0 is usual")
-    optimizer: torch.optim.Optimizer = Prodigy(
+    optimizer: torch.optim.Optimizer = _prodigy_class()(
         groups,
         beta3=config.prodigy_beta3,
         decouple=config.prodigy_decouple,
@@ -122,6 +142,16 @@ def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, step
         num_training_steps=steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
+    )
+
+
+def warm_up_problem(config: TrainingConfig, steps: int) -> str | None:
+    """What is wrong where a run is over before its learning rate has risen; None if all is well."""
+    if config.lr_scheduler == "constant" or config.lr_warmup_steps < steps:
+        return None
+    return (
+        f"--lr_warmup_steps {config.lr_warmup_steps} is not shorter than the run ({steps} steps): the learning rate "
+        f"never reaches {config.learning_rate:g}; lower it, 0 is no warm-up"
     )
 
 

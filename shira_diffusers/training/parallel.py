@@ -70,12 +70,13 @@ class Parts(Sampler[list[T]]):
             yield list(batch[share.start : share.end])
 
 
-def add_up(deltas: nn.Parameter, loss: Tensor) -> None:
-    """Add up, in place, the gradients and the weighted losses of all processes; each then has the same bits.
+def add_up(deltas: nn.Parameter, figures: Tensor) -> None:
+    """Add up, in place, the gradients and the figures of all processes; each then has the same bits.
 
-    All that is exchanged in a step: float32 ``[nnz]``, and the loss for the progress bar.
+    All that is exchanged in a step: float32 ``[nnz]``, and ``figures`` ``[2]``, the weighted loss, for the progress
+    bar, and 1 from each process that was asked to stop, as all stop after the same step.
     """
     if deltas.grad is None:
         deltas.grad = torch.zeros_like(deltas)
     torch.distributed.all_reduce(deltas.grad)
-    torch.distributed.all_reduce(loss)
+    torch.distributed.all_reduce(figures)

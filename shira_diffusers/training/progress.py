@@ -1,5 +1,6 @@
 """What a run tells while it trains: on the terminal, and to the trackers."""
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -10,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 
@@ -25,6 +28,7 @@ class Progress:
         self._accelerator = accelerator
         self._bar = tqdm(desc="Steps", total=last, initial=done, disable=not accelerator.is_main_process)
         self._started = time.perf_counter()
+        self._mute = False
 
     def begin(self) -> None:
         """A step begins: what passed since the last one, such as making pictures, is not its time."""
@@ -55,7 +59,17 @@ class Progress:
         }
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
-        self._accelerator.log(figures, step=step)
+        self._report(figures, step)
+
+    def _report(self, figures: dict[str, Any], step: int) -> None:
+        """Send figures to the trackers; one that fails is not used any more, and training goes on."""
+        if self._mute:
+            return
+        try:
+            self._accelerator.log(figures, step=step)
+        except Exception as error:  # noqa: BLE001 - trackers are others' code: none of it may end a training
+            self._mute = True
+            logger.warning("step %d and those after it are not tracked: %s; training goes on", step, error)
 
     def __enter__(self) -> "Progress":
         return self

@@ -10,14 +10,21 @@ from accelerate import Accelerator
 from shira_diffusers._version import __version__
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.training import optimizers
-from shira_diffusers.training.checkpoints import choices
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import Batch, Examples, batches_in, step_seed
 from shira_diffusers.training.examples import load_shares
+from shira_diffusers.training.identity import choices
+from shira_diffusers.training.names import public_name
 from shira_diffusers.training.objective import Objective
 from shira_diffusers.training.parallel import Share, add_up
 from shira_diffusers.training.progress import Progress
+from shira_diffusers.training.stopping import StopRequest
 from shira_diffusers.training.tuner import SparseTuner
+
+
+def checkpoint_interval(steps: int) -> int:
+    """Steps between checkpoints where none is given: a quarter of the run, at most 500; a run has at least one."""
+    return min(500, steps // 4 or steps)
 
 
 class Run:
@@ -39,6 +46,8 @@ class Run:
         batch = config.train_batch_size * accelerator.num_processes
         self.steps_per_epoch = math.ceil(batches_in(examples.frames, batch) / self._accumulation)
         self.last = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
+        self.checkpointing_steps = config.checkpointing_steps or checkpoint_interval(self.last)
+        self.stopped = False
         self._done = 0
         self._groups = 2 if config.with_prior_preservation else 1
         self._slices = optimizers.Slices(tuner.deltas, tuner.trained)
@@ -46,8 +55,11 @@ class Run:
         self._schedule = optimizers.make_schedule(config, optimizer, self.last)
         self._optimizer = accelerator.prepare(optimizer)
 
-    def steps(self, objective: Objective) -> Iterator[int]:
+    def steps(self, objective: Objective, stop: StopRequest) -> Iterator[int]:
         """Train; yields the number of each step when it is done, from 1 to ``last``.
+
+        Args:
+            stop: asks to end; after the step in which that is seen, ``stopped`` is true, on all processes.
 
         Raises:
             ShiraError: a loss that is not finite.
@@ -58,13 +70,15 @@ class Run:
         with Progress(self._accelerator, self.last, self._done) as progress:
             while self._done < self.last:
                 progress.begin()
-                loss, pictures = self._step(objective, batches)
+                loss, pictures = self._step(objective, batches, stop)
                 self._done += 1
                 self._require_finite(loss)
                 progress.end(self._done, loss, self._schedule.get_last_lr(), pictures)
                 yield self._done
 
-    def _step(self, objective: Objective, batches: Iterator[tuple[Batch, Share]]) -> tuple[float, int]:
+    def _step(
+        self, objective: Objective, batches: Iterator[tuple[Batch, Share]], stop: StopRequest
+    ) -> tuple[float, int]:
         """One optimizer step: its loss, and how many pictures it took, of all processes."""
         generator = torch.Generator(self._accelerator.device)
         total = torch.zeros((), device=self._accelerator.device)
@@ -77,8 +91,9 @@ class Run:
             self._accelerator.backward(loss)  # divides by the accumulation steps
             total += loss.detach()
             pictures += share.whole(len(batch.prompts), self._groups)
+        figures = torch.stack([total, torch.full_like(total, bool(stop.number))])
         if self._accelerator.num_processes > 1:
-            add_up(self._tuner.deltas, total)
+            add_up(self._tuner.deltas, figures)
         self._slices.receive_gradients()
         self._accelerator.clip_grad_norm_([self._tuner.deltas], self._config.max_grad_norm)
         self._optimizer.step()
@@ -86,7 +101,9 @@ class Run:
             self._schedule.step()
         self._slices.clear_gradients()
         self._tuner.apply()
-        return total.item() / self._accumulation, pictures
+        summed, stopped = figures.tolist()
+        self.stopped = bool(stopped)
+        return summed / self._accumulation, pictures
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -95,20 +112,27 @@ class Run:
                 "--learning_rate, or use --mixed_precision bf16 or no"
             )
 
+    @property
+    def checkpoints(self) -> int:
+        """How many checkpoints it keeps."""
+        made = self.last // self.checkpointing_steps
+        return min(made, self._config.checkpoints_total_limit or made)
+
     def saves(self, step: int) -> bool:
         """This process writes a checkpoint after a step."""
-        return self._accelerator.is_main_process and step % self._config.checkpointing_steps == 0
+        return self._accelerator.is_main_process and (step % self.checkpointing_steps == 0 or self.stopped)
 
     def validates(self, step: int) -> bool:
-        """This process makes validation pictures after a step."""
-        periods = [self._config.validation_epochs * self.steps_per_epoch, self._config.validation_steps, self.last]
-        return self._accelerator.is_main_process and any(period and step % period == 0 for period in periods)
+        """This process makes validation pictures after a step, and trains on."""
+        periods = [self._config.validation_epochs * self.steps_per_epoch, self._config.validation_steps]
+        due = step < self.last and any(period and step % period == 0 for period in periods)
+        return self._accelerator.is_main_process and due
 
     def metadata(self) -> dict[str, str]:
         """What an adapter made now tells about itself."""
         config = self._config
         return {
-            "base_model": config.pretrained_model_name_or_path,
+            "base_model": public_name(config.pretrained_model_name_or_path),
             "mask": config.mask_type,
             "density": f"{config.density:g}",
             "mask_seed": str(config.mask_seed),

@@ -13,12 +13,13 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from shira_diffusers import ShiraAdapter, ShiraError, SparseDelta, load_adapter
+from shira_diffusers import ShiraAdapter, ShiraError, SparseDelta, load_adapter, save_adapter
 from shira_diffusers.files import WEIGHTS_NAME
 from shira_diffusers.training.card import Origin, write_card
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.flags import command_line, parse_config
 from shira_diffusers.training.loop import train
+from shira_diffusers.training.names import public_name
 from tests.training.hub import TOKEN, Hub, serve
 
 
@@ -149,6 +150,50 @@ def test_a_run_that_is_pushed_can_be_loaded_by_its_name(
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.load_shira("me/sks-cat", "sks")
     assert pipe.list_shira() == {"sks": ["unet"]}
+
+
+def test_what_is_published_names_folders_and_tells_not_where_they_are(
+    settings: dict[str, object], hub: type[Hub], tmp_path: Path, base: Path
+) -> None:
+    avoided = save_adapter(replace(ADAPTER, metadata={}), tmp_path / "other.safetensors")
+    paths = {
+        "class_data_dir": str(tmp_path / "class"), "with_prior_preservation": True, "class_prompt": "a cat",
+        "num_class_images": 1, "pretrained_vae_model_name_or_path": str(base / "vae"), "mask_type": "rand",
+        "avoid_adapters": (str(avoided),), "report_to": "tensorboard",
+    }  # fmt: skip
+    file = train(TrainingConfig(**settings | paths, push_to_hub=True, hub_token=TOKEN))
+    published = {name.rpartition("/")[2]: content for name, content in hub.files.items()}
+    card = published["README.md"].decode()
+    places = (str(tmp_path), str(base.parent))
+    assert not [place for place in places if place in card]
+    assert not [place for place in places if place.encode() in published[WEIGHTS_NAME]]
+    assert load_adapter(file).metadata["base_model"] == base.name
+    ran = parse_config(shlex.split(fence(card, "bash").replace("\\\n", " "))[3:])
+    assert (ran.instance_data_dir, ran.class_data_dir, ran.output_dir) == ("pictures", "class", "sks-cat")
+    assert (ran.pretrained_vae_model_name_or_path, ran.avoid_adapters) == ("vae", ("other.safetensors",))
+    assert f"from_pretrained('{base.name}')" in card
+    logs = [path.read_bytes() for path in (file.parent / "logs").rglob("*") if path.is_file()]
+    assert any(b"instance_data_dir" in log for log in logs)
+    assert not [place for place in places for log in logs if place.encode() in log]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/me/sd15", "sd15"), ("/home/me/sd15/", "sd15"), ("../secret/sd15", "sd15"), ("~/sd15", "sd15"),
+        ("C:\\Users\\me\\sd15", "sd15"), ("org/sd15", "org/sd15"), ("assets/sd15", "assets/sd15"), ("./out", "./out"),
+        ("latest", "latest"), ("/", "/"),
+    ],
+)  # fmt: skip
+def test_public_names(path: str, name: str) -> None:
+    assert public_name(path) == name
+
+
+def test_the_card_of_a_resumed_run_shows_the_command_of_the_whole(settings: dict[str, object]) -> None:
+    train(TrainingConfig(**settings))
+    file = train(TrainingConfig(**settings | {"max_train_steps": 2}, resume_from_checkpoint="latest"))
+    command = fence((file.parent / "README.md").read_text(encoding="utf-8"), "bash")
+    assert "--max_train_steps 2" in command and "--resume" not in command
 
 
 def test_the_repository_may_have_another_name(settings: dict[str, object], hub: type[Hub]) -> None:

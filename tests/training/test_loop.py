@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -155,7 +156,7 @@ def test_class_pictures_are_generated_in_the_precision_asked_for(
 def test_metadata_tells_how_the_adapter_was_made(settings: dict[str, object], base: Path) -> None:
     adapter = run(settings, mask_type="rand", mask_seed=3, density=0.05, target_modules=("to_q", "conv1"))
     told = {
-        "base_model": str(base), "mask": "rand", "density": "0.05", "mask_seed": "3", "targets": "to_q conv1",
+        "base_model": base.name, "mask": "rand", "density": "0.05", "mask_seed": "3", "targets": "to_q conv1",
         "instance_prompt": "a sks cat", "steps": "2", "learning_rate": "0.01", "resolution": "16", "seed": "7",
         "train_batch_size": "2", "library_version": __version__,
     }  # fmt: skip
@@ -385,6 +386,68 @@ def test_fp16_on_a_cpu_is_refused(settings: dict[str, object], monkeypatch: pyte
             run(settings, mixed_precision="fp16")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ],
+)
+def test_plans_of_accelerate_that_have_no_meaning_here_are_refused(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(
+        ShiraError, match=rf"accelerate is configured to use {name}, which cannot be used .*--multi_gpu"
+    ):
+        run(settings)
+
+
+def test_a_precision_of_accelerate_that_is_not_there_is_told(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process has one precision
+    try:
+        with pytest.raises(
+            ShiraError, match=r"accelerate does not start with its configuration: .*fp8.*accelerate config"
+        ):
+            run(settings)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_compiler_in_accelerates_configuration_is_told_to_have_no_effect(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = run(settings)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    tiny.assert_same_adapter(run(settings), plain)
+    assert "accelerate's dynamo_backend INDUCTOR has no effect" in caplog.text
+
+
+def test_validation_pictures_are_drawn_with_the_scheduler_asked_for(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    options = {"validation_prompt": "a dog", "num_validation_images": 1, "validation_steps": 1}
+    own = run(settings, **options)
+    drawn = {}
+    for name in ("DPMSolverMultistepScheduler", "DDPMScheduler"):
+        other = run(settings, **options, validation_scheduler=name, output_dir=str(tmp_path / name))
+        tiny.assert_same_adapter(other, own)
+        drawn[name] = (tmp_path / name / "validation" / "step-000002-0.png").read_bytes()
+    pipe = StableDiffusionPipeline.from_pretrained(str(settings["pretrained_model_name_or_path"]))
+    pipe.load_shira(tmp_path / "DDPMScheduler")
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    config = TrainingConfig(**settings)
+    (expected,) = sample(pipe, "a dog", range(1), 7, config)
+    made = Image.open(tmp_path / "DDPMScheduler" / "validation" / "step-000002-0.png")
+    assert np.abs(np.asarray(expected, dtype=int) - np.asarray(made, dtype=int)).max() <= 3  # the file's fp16 values
+    drawn["own"] = (tmp_path / "out" / "validation" / "step-000002-0.png").read_bytes()
+    assert len(set(drawn.values())) == 3
 
 
 @pytest.mark.parametrize(

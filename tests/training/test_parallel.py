@@ -61,7 +61,7 @@ def test_weighted_losses_of_shares_add_up(prior: bool, total: int) -> None:
 
 
 LAUNCHED = """
-import json, os, sys
+import json, os, signal, sys
 import torch
 from shira_diffusers.training.flags import parse_config
 from shira_diffusers.training.loop import train
@@ -72,6 +72,8 @@ reduce = torch.distributed.all_reduce
 
 def count(tensor, *rest, **named):
     sent.append(tensor.numel())
+    if os.environ["RANK"] == os.environ.get("ENDED") and len(sent) == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
     return reduce(tensor, *rest, **named)
 
 
@@ -100,13 +102,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, monkeyp
         "output_dir": str(tmp_path / "two"), "validation_prompt": "a cat", "num_validation_images": 1,
         "checkpointing_steps": 2, "train_batch_size": 2,
     }  # fmt: skip
-    sent = launch(tmp_path, settings | written)
+    sent = exchanges(tmp_path, settings | written)
     two = load_adapter(tmp_path / "two")
     files = {path.relative_to(tmp_path / "two").parts[0] for path in (tmp_path / "two").rglob("*") if path.is_file()}
     assert files == {"pytorch_shira_weights.safetensors", "README.md", "checkpoint-2", "validation", "logs"}
     assert len(list((tmp_path / "class").iterdir())) == 2
-    # a step sends the entries' gradients and the loss, nothing else
-    assert sent == [two.nnz, 1] * 3
+    # a step sends the entries' gradients, and the loss with the wish to stop, nothing else
+    assert sent == [two.nnz, 2] * 3
 
     settings |= {"report_to": "none"}
     alone = TrainingConfig(
@@ -122,22 +124,48 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, monkeyp
         torch.testing.assert_close(two.deltas[name].values, delta.values, rtol=0, atol=3e-4)
 
 
-def launch(folder: Path, settings: dict[str, object]) -> list[int]:
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("ended", ["0", "1"])
+def test_all_processes_stop_after_the_same_step(tmp_path: Path, ended: str) -> None:
+    """One of them is sent SIGTERM during its third step."""
+    tiny.pipeline().save_pretrained(tmp_path / "base")
+    (tmp_path / "pictures").mkdir()
+    Image.effect_noise((20, 16), 90).save(tmp_path / "pictures" / "0.png")
+    settings = {
+        "pretrained_model_name_or_path": str(tmp_path / "base"), "instance_data_dir": str(tmp_path / "pictures"),
+        "instance_prompt": "a sks cat", "resolution": 16, "max_train_steps": 1000, "seed": 7, "train_batch_size": 1,
+        "output_dir": str(tmp_path / "out"), "report_to": "none", "repeats": 2,
+    }  # fmt: skip
+    done = launch(tmp_path, settings, ENDED=ended)
+    assert done.returncode != 0
+    (checkpoint,) = (tmp_path / "out").iterdir()
+    assert checkpoint.name == "checkpoint-4"
+    assert load_adapter(checkpoint).metadata["steps"] == "4"
+    assert "stopped after step 4 of 1000, which is saved; go on with\naccelerate launch --multi_gpu" in done.stderr
+    assert "exitcode  : 143" in done.stderr
+
+
+def exchanges(folder: Path, settings: dict[str, object]) -> list[int]:
     """Train on two processes; how many elements each of their exchanges had."""
+    done = launch(folder, settings)
+    assert done.returncode == 0, done.stderr
+    sent: list[int] = json.loads((folder / "sent.json").read_text())
+    return sent
+
+
+def launch(folder: Path, settings: dict[str, object], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Train on two processes."""
     (folder / "launched.py").write_text(LAUNCHED)
     (folder / "flags.json").write_text(json.dumps(flags(settings)))
-    done = subprocess.run(
+    return subprocess.run(
         [
             sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
             "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
             str(folder / "launched.py"), str(folder / "flags.json"), str(folder / "sent.json"),
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    sent: list[int] = json.loads((folder / "sent.json").read_text())
-    return sent
 
 
 def flags(settings: dict[str, object]) -> list[str]:
