@@ -250,7 +250,8 @@ class Locator:
                 return first
             raise ResidentStateError(
                 f"{name} is offloaded to disk: writing to it has no effect; offload to the CPU instead "
-                "(enable_model_cpu_offload or enable_sequential_cpu_offload)"
+                "(enable_model_cpu_offload or enable_sequential_cpu_offload), or bring the weights back with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
             )
         raise ResidentStateError(f"{name} is on the meta device: it has no values; load the model's weights first")
 

@@ -337,7 +337,9 @@ def _guard(cls: type[DiffusionPipeline]) -> None:
 def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def guarded(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-        with resident_of(self).reading():
+        resident = resident_of(self)
+        resident.refresh()
+        with resident.reading():
             return run(self, *args, **kwargs)
 
     guarded._shira_guarded = True  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from shira_diffusers.fitting import compare_base, fit, trained_on
 from shira_diffusers.fuse import fuse_scaled, merge_method
 from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.locks import Held, Hold, hold, leave
+from shira_diffusers.offloading import is_offloaded_anew
 from shira_diffusers.probes import BaseMatch
 from shira_diffusers.scales import Scale, check_scale, scale_of
 from shira_diffusers.state import Mix, ShiraState, ensure_state, state_of
@@ -347,6 +348,26 @@ class Resident:
             put_aside = disabled and _known_to(state, disabled)
             plans.append(plan_switch(part, self._models[part], _known_to(state, mix), put_aside))
         run(plans)
+
+    def refresh(self) -> None:
+        """Write the active mix again where accelerate has begun to offload a component since the last switch.
+
+        What it keeps may be the base, as ``state_dict()`` gives it; a pipeline calls this before each generation.
+
+        Raises:
+            ResidentStateError: the weights were modified outside shira_diffusers, or are on disk now; as for ``set``
+                nothing has changed.
+        """
+        if self._offloaded_anew():
+            with self.writing():
+                states = self._states()
+                run(
+                    [plan_switch(p, self._models[p], states[p].mix, states[p].disabled) for p in self._offloaded_anew()]
+                )
+
+    def _offloaded_anew(self) -> list[str]:
+        states = self._states()
+        return [p for p, state in states.items() if state.overwritten and is_offloaded_anew(unwrap(self._models[p]))]
 
     def bake(self) -> None:
         """Make the weights as they are now the base for good, and deactivate all adapters (they stay loaded).

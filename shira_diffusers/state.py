@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.errors import ResidentStateError, listing
 from shira_diffusers.locate import Located, Locator
+from shira_diffusers.offloading import offload_under_way
 from shira_diffusers.scales import Scale
 from shira_diffusers.scatter import bits_of, cast, gather, overwrite
 from shira_diffusers.spares import Spares
+from shira_diffusers.targets import canonical_name
 
 ATTRIBUTE = "_shira"
 _REMEMBERED_BYTES = 2**26  # of layouts beyond the last two
@@ -194,20 +196,26 @@ def _save_the_base(
 ) -> None:
     """State-dict hook: what is saved while adapters are active is the base, without them.
 
+    accelerate's offloads get the weights as they are, since the model goes on with what they are given. So do callers
+    that pass ``keep_vars=True``, who want the parameters themselves (``torch.jit``, the ONNX export).
+
     Raises:
         ResidentStateError: names the weights that somebody else has written: base and adapters cannot be told apart.
+            Or accelerate is about to offload the module to disk, from where no weight could be restored.
     """
     state = state_of(module)
     if state is None or not state.overwritten:
         return
-    keys: dict[int, list[str]] = {}
-    for key, value in state_dict.items():
-        if key.startswith(prefix) and isinstance(value, Tensor) and not value.is_meta:
-            keys.setdefault(value.data_ptr(), []).append(key)
+    offload = offload_under_way()
+    if offload == "disk":
+        raise _no_way_to_disk(module, state)
+    entries = state.entries
+    if offload == "memory" or _holds_parameters(state_dict, prefix, entries):
+        return
     restored: dict[int, Tensor] = {}
     locator = Locator(module)
-    entries = state.entries
     located = {name: locator.locate(name) for name in entries}
+    keys = _keys_by_address(state_dict, prefix, located)
     if foreign := written_since(entries.items(), located):
         raise written_by_others(foreign, f"what to save as the base of {type(module).__name__} is not known")
     for name, entry in entries.items():
@@ -221,6 +229,35 @@ def _save_the_base(
     for address, copy in restored.items():
         for key in keys[address]:
             state_dict[key] = copy
+
+
+def _holds_parameters(state_dict: Mapping[str, object], prefix: str, names: Collection[str]) -> bool:
+    """Whether a state dict was asked for with ``keep_vars=True``."""
+    return any(
+        isinstance(value, nn.Parameter) and canonical_name(key.removeprefix(prefix)) in names
+        for key, value in state_dict.items()
+    )
+
+
+def _keys_by_address(
+    state_dict: Mapping[str, object], prefix: str, located: Mapping[str, Located]
+) -> dict[int, list[str]]:
+    """The keys of a module in a state dict by the memory that they name; offloaded ones by where that is kept."""
+    keys: dict[int, list[str]] = {}
+    for key, value in state_dict.items():
+        if key.startswith(prefix) and isinstance(value, Tensor):
+            stored = located.get(canonical_name(key.removeprefix(prefix))) if value.is_meta else None
+            keys.setdefault(value.data_ptr() if stored is None else stored.weight.data_ptr(), []).append(key)
+    return keys
+
+
+def _no_way_to_disk(module: nn.Module, state: ShiraState) -> ResidentStateError:
+    active = ", ".join(state.mix.scales)
+    return ResidentStateError(
+        f"{type(module).__name__} cannot be offloaded to disk while adapters are active ({active}): its "
+        "weights could not be restored there. Offload to the CPU instead, or before you offload to disk call "
+        "disable_shira() (Resident.disable()) for the base, or bake_shira() (Resident.bake()) to keep the mix for good"
+    )
 
 
 def written_since(

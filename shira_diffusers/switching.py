@@ -17,6 +17,7 @@ from shira_diffusers.fitting import join_name
 from shira_diffusers.fuse import MergeMethod, merge_method, sum_deltas
 from shira_diffusers.layout import lay_out
 from shira_diffusers.locate import locator_of, unwrap
+from shira_diffusers.offloading import note_offload
 from shira_diffusers.scales import Scale, scale_of
 from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state, written_by_others, written_since
 from shira_diffusers.sweep import Step
@@ -89,6 +90,7 @@ def run(plans: Sequence[Plan]) -> None:
     for plan in plans:
         plan.state.mix, plan.state.disabled = plan.mix, plan.disabled
         plan.state.set_overwritten(plan.fresh)
+        note_offload(plan.module)
         if plan.weights.located:
             _reset_step_cache(plan.module)
 

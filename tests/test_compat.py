@@ -203,16 +203,161 @@ def offload_to_cpu(pipe: DiffusionPipeline, parts: tuple[str, ...]) -> None:
         accelerate.cpu_offload(getattr(pipe, part), CPU)
 
 
-def test_accelerate_cpu_offload_while_active(pipe: StableDiffusionPipeline) -> None:
-    """accelerate takes the weights from ``state_dict``, which is the base: the next switch brings the mix back."""
+def sequentially(pipe: DiffusionPipeline) -> None:
+    """What ``enable_sequential_cpu_offload`` does; itself it gives accelerate the device "cpu:0", which fails."""
+    pipe.remove_all_hooks()
+    for model in tiny.modules_of(pipe).values():
+        accelerate.cpu_offload(model, CPU, offload_buffers=len(model._parameters) > 0)
+
+
+def in_part(pipe: DiffusionPipeline) -> None:
+    """Some blocks are offloaded; the device is given as an object, since the string "cpu" offloads nothing."""
+    blocks = dict.fromkeys((name for name, _ in pipe.unet.named_children()), CPU)
+    accelerate.dispatch_model(pipe.unet, blocks | {"mid_block": "cpu", "up_blocks": "cpu"}, main_device=CPU)
+
+
+OFFLOADS: dict[str, Configure] = {
+    "cpu_offload": lambda pipe: offload_to_cpu(pipe, ("unet", "text_encoder", "vae")),
+    "sequential": sequentially,
+    "sequential, twice": lambda pipe: (sequentially(pipe), sequentially(pipe)),
+    "sequential, and back": lambda pipe: (sequentially(pipe), pipe.remove_all_hooks()),
+    "dispatch_model": in_part,
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential, then model": lambda pipe: (sequentially(pipe), pipe.enable_model_cpu_offload(device="cpu")),
+    "model, then sequential": lambda pipe: (pipe.enable_model_cpu_offload(device="cpu"), sequentially(pipe)),
+    "a state dict given": lambda pipe: accelerate.cpu_offload(pipe.unet, CPU, state_dict=pipe.unet.state_dict()),
+}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS.keys())
+def test_offload_while_active(pipe: StableDiffusionPipeline, offload: Configure) -> None:
+    """accelerate fills its map from ``state_dict()``: the picture stays, and the base comes back to the bit."""
+    adapter = tiny.adapter_for(pipe)
+    base, bits = tiny.picture(pipe), tiny.snapshot(pipe)
+    load(pipe, adapter, "a")
+    adapted = tiny.picture(pipe)
+    offload(pipe)
+    assert pipe.get_active_shira() == {"a": 1.0}
+    assert torch.equal(tiny.picture(pipe), adapted)
+    pipe.set_shira("a", 0.5)
+    assert torch.equal(tiny.picture(pipe), dense_picture(lambda pipe: None, {"a": adapter}, {"a": 0.5}))
+    pipe.unload_shira()
+    assert torch.equal(tiny.picture(pipe), base)
+    pipe.remove_all_hooks()
+    tiny.assert_same_bits(pipe, bits)
+
+
+@pytest.mark.parametrize("offload", [accelerate.cpu_offload, accelerate.hooks.attach_align_device_hook])
+def test_offload_of_a_module_while_active(offload: Callable) -> None:
+    """Without a pipeline nothing looks after it at a generation."""
+    model = tiny.linears()[:1]
+    rows = torch.randn(3, 12)
+    base, bits = model(rows), tiny.snapshot(model)
+    resident = Resident(model)
+    resident.add(tiny.adapter_for(model, only=("",)), "a")
+    resident.set({"a": 1.0})
+    adapted = model(rows)
+    assert not torch.equal(adapted, base)
+    for _ in range(2):
+        offload(model, CPU, offload=True) if offload is not accelerate.cpu_offload else offload(model, CPU)
+        assert model[0].weight.is_meta
+        assert torch.equal(model(rows), adapted)
+        resident.verify()
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        assert torch.equal(model(rows), adapted)
+    resident.clear()
+    tiny.assert_same_bits(model, bits)
+
+
+def test_offload_with_a_lora_loaded_meanwhile(pipe: StableDiffusionPipeline, lora_folder: Path) -> None:
+    """``load_lora_weights`` takes accelerate's hooks off and puts new ones on."""
     adapter = tiny.adapter_for(pipe)
     base = tiny.picture(pipe)
     load(pipe, adapter, "a")
-    offload_to_cpu(pipe, ("unet", "text_encoder", "vae"))
-    pipe.set_shira("a")
-    assert torch.equal(tiny.picture(pipe), dense_picture(lambda pipe: None, {"a": adapter}, {"a": 1.0}))
+    sequentially(pipe)
+    pipe.enable_sequential_cpu_offload = lambda: sequentially(pipe)
+    pipe.load_lora_weights(lora_folder)
+    expected = dense_picture(lambda pipe: pipe.load_lora_weights(lora_folder), {"a": adapter}, {"a": 1.0})
+    assert pipe.unet.conv_in.weight.is_meta
+    assert torch.equal(tiny.picture(pipe), expected)
+    pipe.unload_lora_weights()
     pipe.unload_shira()
     assert torch.equal(tiny.picture(pipe), base)
+
+
+def to_disk(model: nn.Module, folder: Path) -> None:
+    accelerate.disk_offload(model, str(folder), CPU)
+
+
+def in_part_to_disk(model: nn.Module, folder: Path) -> None:
+    blocks = dict.fromkeys((name for name, _ in model.named_children()), "cpu")
+    accelerate.dispatch_model(model, blocks | {"mid_block": "disk"}, main_device=CPU, offload_dir=str(folder))
+
+
+@pytest.mark.parametrize("offload", [to_disk, in_part_to_disk])
+def test_disk_offload_while_active_is_refused(
+    pipe: StableDiffusionPipeline, tmp_path: Path, offload: Callable[[nn.Module, Path], None]
+) -> None:
+    base = tiny.snapshot(pipe)
+    plain = tiny.picture(pipe)
+    load(pipe, tiny.adapter_for(pipe, components=("unet",)), "a")
+    before = tiny.picture(pipe)
+    with pytest.raises(
+        ResidentStateError, match=r"UNet2DConditionModel cannot be offloaded to disk.*\(a\).*bake_shira"
+    ):
+        offload(pipe.unet, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(tiny.picture(pipe), before)
+    pipe.disable_shira()
+    tiny.assert_same_bits(pipe, base)
+    offload(pipe.unet, tmp_path)
+    assert torch.equal(tiny.picture(pipe), plain)
+
+
+def test_a_picture_from_a_base_on_disk_is_refused_while_active(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """accelerate asks nobody where the folder is full already; taking its hooks off brings the weights back."""
+    base = tiny.snapshot(pipe)
+    accelerate.utils.offload_state_dict(str(tmp_path), tiny.unet().state_dict())
+    load(pipe, tiny.adapter_for(pipe, components=("unet",)), "a")
+    before = tiny.picture(pipe)
+    to_disk(pipe.unet, tmp_path)
+    for act in (lambda: tiny.picture(pipe), pipe.disable_shira):
+        with pytest.raises(ResidentStateError, match=r"offloaded to disk.*remove_hook_from_module"):
+            act()
+    accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
+    pipe.set_shira("a")
+    assert torch.equal(tiny.picture(pipe), before)
+    pipe.unload_shira()
+    tiny.assert_same_bits(pipe, base)
+
+
+def test_an_offload_looks_at_weights_that_others_wrote(pipe: StableDiffusionPipeline) -> None:
+    load(pipe, tiny.adapter_for(pipe, components=("unet",)), "a")
+    accelerate.cpu_offload(pipe.unet, CPU, state_dict=tiny.unet(seed=5).state_dict())
+    with pytest.raises(ResidentStateError, match=r"somebody else[\s\S]*bake_shira"):
+        tiny.picture(pipe)
+
+
+def test_the_parameters_themselves_are_the_live_ones(pipe: StableDiffusionPipeline) -> None:
+    """``keep_vars``, as ``torch.jit`` and the ONNX export ask, gives Parameters."""
+    load(pipe, tiny.adapter_for(pipe), "a")
+    kept = pipe.unet.state_dict(keep_vars=True)
+    assert all(kept[name] is parameter for name, parameter in pipe.unet.named_parameters())
+
+
+def test_transformers_save_the_base_of_an_offloaded_model(tmp_path: Path) -> None:
+    """``save_pretrained`` reads meta tensors from accelerate's map, past the state dict."""
+    model = tiny.text_encoder()
+    base = tiny.snapshot(model)
+    resident = Resident(model)
+    resident.add(tiny.adapter_for(model), "a")
+    resident.set({"a": 1.0})
+    accelerate.dispatch_model(
+        model, {name: "cpu" for name, _ in model.named_children()}, main_device=CPU, force_hooks=True
+    )
+    model.save_pretrained(tmp_path)
+    tiny.assert_same_bits(CLIPTextModel.from_pretrained(tmp_path), base)
+    resident.verify()
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
@@ -230,14 +375,6 @@ def test_disk_offload_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) 
     with pytest.raises(ResidentStateError, match=r"offloaded to disk.*offload to the CPU instead"):
         load(pipe, adapter, "a")
     assert pipe.list_shira() == {}
-
-
-def test_disk_offload_while_active_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    load(pipe, tiny.adapter_for(pipe, components=("unet",)), "a")
-    accelerate.disk_offload(pipe.unet, str(tmp_path), CPU)
-    with pytest.raises(ResidentStateError, match="offloaded to disk"):
-        pipe.disable_shira()
-    assert pipe.get_active_shira() == {"a": 1.0}
 
 
 def test_group_offload_to_disk_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
