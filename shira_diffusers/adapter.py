@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.delta import SparseDelta
-from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, listing
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, counted, listing
 from shira_diffusers.probes import probe_base
 from shira_diffusers.targets import named_weights
 
@@ -109,7 +109,21 @@ class ShiraAdapter:
         )
 
     def astype(self, dtype: torch.dtype) -> "ShiraAdapter":
-        """The same adapter with values rounded to ``dtype`` (float16 halves the file of a float32 one)."""
+        """The same adapter with values rounded to ``dtype`` (float16 halves the file of a float32 one).
+
+        Raises:
+            AdapterFormatError: values that are too large for the dtype; all parameters with such are named.
+        """
+        wide = [
+            f"{name}: {counted(count, 'value', of=delta.nnz)}, up to {float(delta.values.abs().max()):.4g}"
+            for name, delta in self.deltas.items()
+            if (count := int((~torch.isfinite(delta.values.to(dtype))).sum()))
+        ]
+        if wide:
+            raise AdapterFormatError(
+                f"values of {counted(len(wide), 'parameter')} are too large for {dtype}; "
+                f"choose float32 (shira fuse --dtype float32):{listing(wide)}"
+            )
         deltas = {name: delta.astype(dtype) for name, delta in self.deltas.items()}
         return ShiraAdapter(deltas, self.metadata, self.base_probes)
 

@@ -31,3 +31,15 @@ def listing(offenders: Sequence[str], shown: int = _SHOWN) -> str:
     if len(offenders) > shown:
         lines.append(f"\n  - ... and {len(offenders) - shown} more")
     return "".join(lines)
+
+
+def counted(count: int, noun: str, *, of: int | None = None) -> str:
+    """A count with its noun: ``1 weight``, ``2 weights``, ``1 of 3 weights``, ``no entries``."""
+    many = f"{noun[:-1]}ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else f"{noun}s"
+    total = count if of is None else of
+    return f"{count or 'no'}{'' if of is None else f' of {of}'} {noun if total == 1 else many}"
+
+
+def verb(count: int, one: str, many: str) -> str:
+    """The form of a verb that agrees with a count: ``was`` or ``were``."""
+    return one if count == 1 else many

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.errors import AdapterFormatError, ShiraError, listing
+from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.files import WEIGHTS_NAME, decode, file_to_write, reading, save_adapter
 from shira_diffusers.fuse import fuse
 from shira_diffusers.inspection import locate_adapter
@@ -54,7 +54,7 @@ def fuse_files(
         raise ShiraError(f"expected one weight a file, got {len(weights)} weights for {len(files)} files")
     adapters = [_read(file) for file in files]
     _compare_bases(adapters, tell)
-    fused = _rounded(fuse(adapters, weights, method), dtype)
+    fused = fuse(adapters, weights, method).astype(dtype)
     scales = [1.0] * len(files) if weights is None else list(weights)
     mix = dict(zip(_titles(files), scales, strict=True))
     return save_adapter(fused.with_metadata(mix=json.dumps(mix), method=method), output)
@@ -83,19 +83,6 @@ def _compare_bases(adapters: Sequence[ShiraAdapter], tell: Callable[[str], None]
     bases = sorted({adapter.metadata["base_model"] for adapter in adapters if "base_model" in adapter.metadata})
     if len(bases) > 1:
         tell(f"note: the adapters name different bases: {', '.join(map(repr, bases))}")
-
-
-def _rounded(adapter: ShiraAdapter, dtype: torch.dtype) -> ShiraAdapter:
-    wide = [
-        f"{name}: up to {float(delta.values.abs().max()):.4g}"
-        for name, delta in adapter.deltas.items()
-        if delta.nnz and not bool(torch.isfinite(delta.values.to(dtype)).all())
-    ]
-    if wide:
-        raise AdapterFormatError(
-            f"values of {len(wide)} parameters are too large for {dtype}; choose --dtype float32:{listing(wide)}"
-        )
-    return adapter.astype(dtype)
 
 
 def _titles(files: Sequence[Path]) -> list[str]:

@@ -39,7 +39,8 @@ def sweep(  # type: ignore[no-untyped-def]
         steps: int64 ``[steps, 14]``: number of its first tile; of what leaves the addresses of starts, at, base,
             written and seen, and the shift of its runs; of what arrives those of starts, at, base, written and delta,
             and the shift; whether the entries are the same. A side that is not there has empty starts.
-        differs: int64 ``[1]``, set to 1 where what leaves is not what was written.
+        differs: int64 ``[2]``: the first is set to 1 where what leaves is not what was written, the second where what
+            arrives is not finite.
     """
     tile = tl.program_id(0)
     row = weights + 3 * tl.load(owners + tile)
@@ -88,6 +89,10 @@ def sweep(  # type: ignore[no-untyped-def]
         else:
             base = tl.load(weight + place, mask=inside, other=0)
             tl.store(saved + entry, base, mask=inside)
-        mixed = (base.to(FLOAT, bitcast=True).to(tl.float32) + total).to(FLOAT).to(BITS, bitcast=True)
+        value = (base.to(FLOAT, bitcast=True).to(tl.float32) + total).to(FLOAT)
+        far = tl.where(inside, tl.abs(value.to(tl.float32)), 0.0)
+        if tl.sum((far < float("inf")).to(tl.int32), 0) < BLOCK:  # NaN is not less either
+            tl.store(differs + 1, 1)
+        mixed = value.to(BITS, bitcast=True)
         tl.store(new + entry, mixed, mask=inside)
         tl.store(weight + place, mixed, mask=inside)

@@ -278,7 +278,8 @@ class Resident:
             method: how several adapters are merged, a name in ``fuse.METHODS``.
 
         Raises:
-            ShiraError: unknown adapters, a scale that is not finite, or an unknown method.
+            ShiraError: unknown adapters, a scale that is not finite, sums out of the range of the weights' dtype, or an
+                unknown method.
             ResidentStateError: adapted weights were written by somebody else, or cannot be overwritten now.
 
         On error, at whatever point, the mix and all bits are what they were.

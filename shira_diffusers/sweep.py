@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shira_diffusers.scatter import bits_of, flat_view, put_bits
+from shira_diffusers.delta import all_finite
+from shira_diffusers.scatter import bits_of, flat_view, is_byte_dtype, put_bits
 from shira_diffusers.tiles import RUN
 
 _ALONE = 2**15  # entries; torch gives no more than these to several threads, and fewer are not worth a second one
@@ -72,7 +73,13 @@ class Step:
 
 
 class Sweep(Protocol):
-    """Carries out steps."""
+    """Carries out steps.
+
+    ``finite`` tells after a ``run`` whether all that was written is finite; if not, a sum was too large for the dtype
+    (or the base is not finite there), and ``undo`` is due.
+    """
+
+    finite: bool
 
     def run(self) -> bool:
         """Do it. Returns whether all that left was what ``written`` tells; if not, ``undo`` is due."""
@@ -107,6 +114,14 @@ def _compute_alone() -> None:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+@cache
+def _limit(dtype: torch.dtype) -> float:
+    """Up to where sums round to the maximum of an 8-bit float: half a step above it. Some versions of torch go on."""
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    second, top = values[values.isfinite()].unique()[-2:].tolist()
+    return float(top + (top - second) / 2)
+
+
 class TorchSweep:
     """Tile by tile with torch's index kernels."""
 
@@ -114,9 +129,15 @@ class TorchSweep:
         self._tiles = [(step, *place) for step in map(Prepared, steps) for place in step.tiles()]
         self._entries = sum(step.step.entries for step in {id(t[0]): t[0] for t in self._tiles}.values())
         self._begun: list[_Tile] = []
+        self.finite = True
 
     def run(self) -> bool:
         """As ``Sweep.run``."""
+        same = self._run_all()
+        self.finite = all(tile.finite for tile in self._begun)
+        return same
+
+    def _run_all(self) -> bool:
         threads = threads_for(self._entries)
         if threads == 1 or not self._tiles[0][0].memory[0].is_cpu:
             return self._run(self._tiles)
@@ -197,7 +218,10 @@ def _part(side: Side, cut: slice, memory: Tensor) -> _Part:
 
 @dataclass(slots=True)
 class _Tile:
-    """One tile of a step, and how far it has come; ``seen`` are the bits that left, if not those once written."""
+    """One tile of a step, and how far it has come; ``seen`` are the bits that left, if not those once written.
+
+    ``finite`` is whether all that arrived is. Looking at it here costs 3 % of a switch, as the values are in the cache.
+    """
 
     leaving: _Part | None
     arriving: _Part | None
@@ -207,6 +231,7 @@ class _Tile:
     stays: bool
     left: bool = False
     arrived: bool = False
+    finite: bool = True
     seen: Tensor | None = None
 
     def run(self) -> bool:
@@ -235,7 +260,13 @@ class _Tile:
         total = self.delta.view(base.shape).to(torch.float32, copy=True)
         total.mul_(self.scale).add_(0.0)  # as a sum that begins at zero: no -0
         wide = base if self.dtype in (torch.float32, torch.float64) else base.float()
-        torch.add(wide, total, out=part.written.view(self.dtype))
+        written = part.written.view(self.dtype)
+        if is_byte_dtype(self.dtype):
+            total.add_(wide).masked_fill_((total.abs() > _limit(self.dtype)) & wide.isfinite(), torch.nan)
+            written.copy_(total)
+        else:
+            torch.add(wide, total, out=written)
+        self.finite = bool(all_finite(written.float() if is_byte_dtype(self.dtype) else written))
         self.arrived = True
         put_bits(part.memory, at, part.written)
 

@@ -58,11 +58,14 @@ class TritonSweep:
             self._groups.setdefault((*_kind(step), delta), []).append(step)
         self._seen = {id(s): torch.empty_like(s.leaving.written) for s in steps if s.leaving is not None}
         self._begun: list[Step] = []
+        self.finite = True
 
     def run(self) -> bool:
-        """As ``Sweep.run``. Waits for the device, to hear whether what left was there."""
-        differs = [self._launch(steps, *key) for key, steps in self._groups.items()]
-        return not any(bool(one) for one in differs)
+        """As ``Sweep.run``. Waits for the device, to hear whether what left was there, and what arrived is finite."""
+        found = [self._launch(steps, *key) for key, steps in self._groups.items()]
+        flags = [one.tolist() for one in found]
+        self.finite = not any(infinite for _, infinite in flags)
+        return not any(differs for differs, _ in flags)
 
     def _launch(self, steps: Sequence[Step], device: torch.device, dtype: torch.dtype, delta: torch.dtype) -> Tensor:
         import triton.language as tl  # there only where CUDA is
@@ -70,7 +73,7 @@ class TritonSweep:
         from shira_diffusers.kernels import sweep as kernel
 
         rows, parts = _table(steps, [self._seen.get(id(step)) for step in steps])
-        table = torch.from_numpy(np.concatenate([rows.ravel(), parts.ravel(), np.zeros(1, np.int64)])).to(device)
+        table = torch.from_numpy(np.concatenate([rows.ravel(), parts.ravel(), np.zeros(2, np.int64)])).to(device)
         owners = _owners(tuple(count for step in steps for count in step.tiles), device)
         cut = rows.size, rows.size + parts.size
         how = _IN_RUNS if all(_in_runs(step) for step in steps) else _SCATTERED

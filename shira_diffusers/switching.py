@@ -12,14 +12,23 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.errors import ResidentStateError
+from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing
 from shira_diffusers.fitting import join_name
 from shira_diffusers.fuse import MergeMethod, merge_method, sum_deltas
 from shira_diffusers.layout import lay_out
 from shira_diffusers.locate import locator_of, unwrap
 from shira_diffusers.offloading import note_offload
 from shira_diffusers.scales import Scale, scale_of
-from shira_diffusers.state import Layout, Mix, Overwritten, ShiraState, ensure_state, written_by_others, written_since
+from shira_diffusers.state import (
+    Entry,
+    Layout,
+    Mix,
+    Overwritten,
+    ShiraState,
+    ensure_state,
+    written_by_others,
+    written_since,
+)
 from shira_diffusers.sweep import Step
 from shira_diffusers.sweep_cuda import sweeps_of
 from shira_diffusers.unions import Union
@@ -78,6 +87,7 @@ def run(plans: Sequence[Plan]) -> None:
 
     Raises:
         ResidentStateError: somebody else has written the weights that leave.
+        ShiraError: sums that are too large for the weights' dtype.
     """
     with ExitStack() as undo:
         if not _carry_out(plans, undo):
@@ -100,19 +110,60 @@ def _carry_out(plans: Sequence[Plan], undo: ExitStack) -> bool:
 
     Returns:
         Whether all that left was what had been written; if not, ``undo`` is due.
+
+    Raises:
+        ShiraError: sums that are too large for the weights' dtype; ``undo`` is due.
     """
     for plan in plans:
         plan.fresh = []
+    finite = True
     for steps in zip_longest(*(_steps(plan) for plan in plans)):
         taken = [step for own in steps if own for step in own]
         for sweep in sweeps_of([step for step, _, _, _ in taken]):
             undo.callback(sweep.undo)
             if not sweep.run():
                 return False
+            finite &= sweep.finite
         for _, weights, old, new in taken:
             undo.callback(_undo_copies, weights, old, new)
             _write_copies(weights, old, new)
+    if not finite:
+        _require_in_range(plans)
     return True
+
+
+def _require_in_range(plans: Sequence[Plan]) -> None:
+    """Require that no finite value of the base has become infinite or NaN.
+
+    Raises:
+        ShiraError: names the weights, with counts.
+    """
+    wide = [
+        f"{join_name(plan.component, name)}: {counted(count, 'entry', of=entry.base.numel())} in {_name_of(entry)}"
+        for plan in plans
+        for group in plan.fresh
+        for name, entry in group.entries()
+        if (count := int((_finite(entry.base) & ~_finite(entry.written)).sum()))
+    ]
+    if wide:
+        mix = ", ".join(f"{name}={scale}" for name, scale in sorted(_all_scales(plans).items()))
+        raise ShiraError(
+            f"{counted(len(wide), 'weight')} would become infinite or NaN with {mix}, expected sums in the range of "
+            "their dtype; nothing has changed. Use smaller scales, or load the model in a wider dtype:"
+            f"{listing(wide)}"
+        )
+
+
+def _all_scales(plans: Iterable[Plan]) -> dict[str, Scale]:
+    return {name: scale for plan in plans for name, scale in plan.mix.scales.items()}
+
+
+def _name_of(entry: Entry) -> str:
+    return str(entry.base.dtype).removeprefix("torch.")
+
+
+def _finite(values: Tensor) -> Tensor:
+    return torch.isfinite(values.float() if values.dtype != torch.float64 else values)
 
 
 _Taken = tuple[Step, Weights, Overwritten | None, Overwritten | None]

@@ -152,3 +152,16 @@ def test_what_cannot_be_compared() -> None:
         after[2].weight[0, 0] = torch.nan
     with pytest.raises(AdapterFormatError, match=r"2\.weight: .*NaN or infinite"):
         ShiraAdapter.from_difference(before, after)
+
+
+def test_values_too_large_for_a_dtype_are_named() -> None:
+    values = torch.tensor([1e6, 1.0, -7e4])
+    adapter = ShiraAdapter(
+        {"a": SparseDelta(torch.arange(3), values, (2, 2)), "b": SparseDelta(torch.arange(1), values[1:2], (2, 2))}
+    )
+    with pytest.raises(
+        AdapterFormatError,
+        match=r"of 1 parameter are too large for torch.float16[\s\S]*- a: 2 of 3 values, up to 1e\+06",
+    ):
+        adapter.astype(torch.float16)
+    assert adapter.astype(torch.bfloat16).deltas["a"].values[0] == torch.tensor(1e6).bfloat16()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
+from shira_diffusers import Resident, ShiraAdapter, ShiraError, SparseDelta, build_masks
 from shira_diffusers.launches import available
 from shira_diffusers.pipeline import resident_of
 from shira_diffusers.sweep_cuda import TritonSweep, _works, usable
@@ -188,6 +188,34 @@ def test_a_foreign_write_on_cuda_is_noticed() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+@pytest.mark.parametrize("triton", [True, False])
+def test_sums_out_of_range_are_refused(dtype: torch.dtype, triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not triton:
+        monkeypatch.setattr("shira_diffusers.sweep_cuda.available", lambda: False)
+    top = torch.finfo(dtype).max
+    model = torch.nn.Linear(64, 64, bias=False)
+    with torch.no_grad():
+        model.weight.view(-1)[5] = top
+    model.to("cuda", dtype)
+    resident = Resident(model)
+    indices = torch.arange(3000)
+    for name, value in (("up", 0.5), ("other", 0.01)):
+        values = torch.full((3000,), 0.001)
+        values[5] = value * top
+        resident.add(ShiraAdapter({"weight": SparseDelta(indices, values, (64, 64))}), name)
+    resident.set({"other": -1.0})
+    before = tiny.snapshot(model)
+    for mix in ({"up": 1.0}, {"up": 1.0, "other": 0.5}, {"other": 20.0}):
+        with pytest.raises(ShiraError, match="weight: 1 of 3000 entries"):
+            resident.set(mix)
+        assert resident.active == {"other": -1.0}
+        tiny.assert_same_bits(model, before)
+        resident.verify()
+    resident.set({"up": -1.0})
+    assert model.weight.view(-1)[5].float().item() == pytest.approx(top / 2, rel=0.1)
+
+
 def test_a_recorded_graph_sees_every_switch() -> None:
     model, resident, _ = resident_on_cuda(torch.float16)
     model.eval()

@@ -318,6 +318,89 @@ def test_the_base_put_back_by_somebody_else_is_no_harm(
     tiny.assert_same_bits(model, base)
 
 
+LARGE = {
+    torch.float16: 65504.0,
+    torch.bfloat16: 3.38e38,
+    torch.float32: 3.4e38,
+    torch.float8_e4m3fn: 448.0,
+    torch.float8_e5m2: 57344.0,
+}
+
+
+def near_the_limit(dtype: torch.dtype) -> tuple[nn.Linear, Resident, dict[str, torch.Tensor]]:
+    """Entries 0 and 1 hold the dtype's largest value; "up" doubles them, "down" halves them; "b" is active."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4, bias=False)
+    with torch.no_grad():
+        model.weight.view(-1)[:2] = LARGE[dtype]
+    model.to(dtype)
+    resident = Resident(model)
+    values = torch.tensor([LARGE[dtype], LARGE[dtype], 1.0, 2.0])
+    for name, sign in (("up", 1.0), ("down", -0.5)):
+        resident.add(ShiraAdapter({"weight": SparseDelta(torch.arange(4), sign * values, (4, 8))}), name)
+    resident.add(ShiraAdapter({"weight": SparseDelta(torch.arange(2, 6), torch.ones(4), (4, 8))}), "b")
+    resident.set({"b": 0.5})
+    return model, resident, tiny.snapshot(model)
+
+
+@pytest.mark.parametrize("dtype", LARGE)
+@pytest.mark.parametrize("mix", [{"up": 1.0}, {"up": 1.0, "b": 1.0}, {"down": 1.0, "up": 0.75}])
+def test_sums_out_of_range_are_refused(dtype: torch.dtype, mix: dict) -> None:
+    model, resident, before = near_the_limit(dtype)
+    message = rf"1 weight would become infinite or NaN with .*up=[\s\S]*weight: 2 of \d entries in {str(dtype)[6:]}"
+    with pytest.raises(ShiraError, match=message):
+        resident.set(mix)
+    assert resident.active == {"b": 0.5}
+    tiny.assert_same_bits(model, before)
+    resident.verify()
+    resident.set({"down": 1.0})
+    assert resident.active == {"down": 1.0}
+    with pytest.raises(ShiraError, match="2 of 4 entries"):
+        resident.set({"down": -1.0})  # the same entries: a new strength
+    assert resident.active == {"down": 1.0}
+    resident.clear()
+    assert bool((model.weight.view(-1)[:2].float() >= 0.98 * LARGE[dtype]).all())
+
+
+def test_all_components_are_refused_together() -> None:
+    parts = {"fine": nn.Linear(4, 4).half(), "wide": nn.Linear(4, 4).half()}
+    before = {name: tiny.snapshot(part) for name, part in parts.items()}
+    resident = Resident(parts)
+    for name, size in (("fine", 1.0), ("wide", 1e3)):
+        adapter = ShiraAdapter({"weight": SparseDelta(torch.arange(3), torch.full((3,), size), (4, 4))})
+        resident.add(adapter.prefixed(name), name)
+    with pytest.raises(ShiraError, match=r"1 weight would.*fine=100.0, wide=100.0[\s\S]*wide.weight: 3 of 3 entries"):
+        resident.set({"fine": 100.0, "wide": 100.0})
+    assert resident.active == {}
+    for name, part in parts.items():
+        tiny.assert_same_bits(part, before[name])
+
+
+def test_a_base_that_is_not_finite_may_be_adapted() -> None:
+    model = nn.Linear(4, 4).half()
+    with torch.no_grad():
+        model.weight.view(-1)[:2] = torch.tensor([torch.nan, torch.inf])
+    before = tiny.snapshot(model)
+    resident = Resident(model)
+    resident.add(ShiraAdapter({"weight": SparseDelta(torch.arange(4), torch.ones(4), (4, 4))}), "a")
+    resident.set({"a": 1.0})
+    assert resident.active == {"a": 1.0}
+    assert torch.equal(model.weight.view(-1)[2:4], (before["weight"].view(-1)[2:4].float() + 1.0).half())
+    with pytest.raises(ShiraError, match="2 of 4 entries in float16"):
+        resident.set({"a": 1e5})
+    resident.clear()
+    tiny.assert_same_bits(model, before)
+
+
+def test_a_failing_load_with_a_scale_out_of_range_leaves_nothing() -> None:
+    pipe = tiny.pipeline(torch.float16)
+    before = tiny.snapshot(pipe)
+    with pytest.raises(ShiraError, match=r"\d+ weights would become infinite or NaN with a=1e\+20"):
+        pipe.load_shira(tiny.adapter_for(pipe), "a", scale=1e20)
+    assert pipe.list_shira() == {}
+    tiny.assert_same_bits(pipe, before)
+
+
 def test_a_foreign_write_of_a_free_entry_is_none_of_our_business(resident: Resident, model: nn.Module) -> None:
     resident.set({"c": 1.0})
     with torch.no_grad():

@@ -208,6 +208,35 @@ def test_what_left_must_have_been_there() -> None:
     assert TorchSweep([step]).run()
 
 
+HALF_STEPS = {
+    torch.float8_e4m3fn: 16.0,
+    torch.float8_e5m2: 4096.0,
+    torch.float8_e4m3fnuz: 8.0,
+    torch.float8_e5m2fnuz: 4096.0,
+}
+
+
+@pytest.mark.parametrize("dtype", HALF_STEPS)
+def test_the_range_of_8_bit_floats(dtype: torch.dtype) -> None:
+    """What rounds to the maximum is in range; what torch clamps to it, in some versions, is not."""
+    top = torch.finfo(dtype).max
+    half_step = HALF_STEPS[dtype]
+    for extra, finite in ((0.9 * half_step, True), (1.1 * half_step, False), (1e6, False)):
+        weight = torch.tensor([top, 0.0]).to(dtype)
+        side = Side(
+            torch.tensor([0], dtype=torch.int32),
+            False,
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.zeros(1, dtype=torch.uint8),
+            torch.zeros(1, dtype=torch.uint8),
+        )
+        sweep = TorchSweep([Step([weight], [1], None, side, torch.tensor([extra]), [1.0])])
+        assert sweep.run()
+        assert sweep.finite == finite
+        sweep.undo()
+        assert weight.float().tolist() == [top, 0.0]
+
+
 def _work_in_child(queue: "multiprocessing.Queue[int]") -> None:
     queue.put(sweep._pool(2).submit(int, 7).result(timeout=20))
 
