@@ -44,7 +44,8 @@ class Located(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """The same for two names of one tied weight."""
-        return (self.weight.data_ptr(), self.weight.device, self.weight.shape)
+        weight = self.weight
+        return (weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride())
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -285,6 +286,17 @@ def locator_of(module: nn.Module) -> Locator:
     if found is None or not found.is_current(module):
         found = _locators[root] = Locator(module)
     return found
+
+
+def locator_beside(root: nn.Module) -> Locator:
+    """A locator of an unwrapped module of which the caller holds no lock: the last one if it is true, else a new one.
+
+    Raises:
+        ResidentStateError: as ``Locator``.
+    """
+    found = _locators.get(root)
+    model = None if found is None else found._model()
+    return found if found is not None and model is not None and found.is_current(model) else Locator(root)
 
 
 def _out_features(attention: nn.Module, projection: str) -> int:

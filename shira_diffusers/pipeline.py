@@ -109,8 +109,8 @@ def set_shira(
         method: how several are merged, a name in ``fuse.METHODS``.
 
     Raises:
-        ShiraError: unknown or repeated names, another number of weights, a weight that is no finite number, or too large for
-            the model's dtype.
+        ShiraError: unknown or repeated names, another number of weights, a weight that is no finite number or too
+            large for the model's dtype.
         ResidentStateError: see ``Resident.set``.
 
     On error the mix and all bits are what they were.

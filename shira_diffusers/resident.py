@@ -204,7 +204,7 @@ class Resident:
         """
         with self.writing():
             self.require_known([name])
-            parts = fit(adapter, self._models)
+            parts = fit(adapter, self._models, replacing=name)
             self._tell_base(adapter, name, compare_base(parts, self._models))
             for part in parts:
                 ensure_state(unwrap(self._models[part]))

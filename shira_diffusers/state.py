@@ -3,7 +3,9 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -175,10 +177,31 @@ def _applied(group: Overwritten, fn: Callable[[Tensor], Tensor]) -> Overwritten:
     return Overwritten(group.layout.moved(group.layout.indices.to(base.device)), base, written)
 
 
+_owners: WeakSet[nn.Module] = WeakSet()
+_owners_guard = Lock()
+
+
 def state_of(module: nn.Module) -> ShiraState | None:
     """The state that an unwrapped module carries, if any."""
     found: Any = module._modules.get(ATTRIBUTE)
-    return found if isinstance(found, ShiraState) else None
+    if not isinstance(found, ShiraState):
+        return None
+    if module not in _owners:  # a copy, which nobody has told of
+        _register(module)
+    return found
+
+
+def _register(module: nn.Module) -> None:
+    with _owners_guard:
+        _owners.add(module)
+
+
+def owners() -> list[tuple[nn.Module, ShiraState]]:
+    """The modules alive whose state was looked at, and their states; of two that share a state the first."""
+    with _owners_guard:
+        modules = list(_owners)
+    states = {id(state): (module, state) for module in modules if (state := state_of(module)) is not None}
+    return list(states.values())
 
 
 def ensure_state(module: nn.Module) -> ShiraState:
@@ -188,6 +211,7 @@ def ensure_state(module: nn.Module) -> ShiraState:
         state = ShiraState()
         module.add_module(ATTRIBUTE, state)
         module.register_state_dict_post_hook(_save_the_base)
+        _register(module)
     return state
 
 

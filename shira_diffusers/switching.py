@@ -4,7 +4,7 @@ Everything is planned and checked first; then the entries are overwritten. Nothi
 were overwritten are saved and written back.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -12,13 +12,14 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing
+from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.fitting import join_name
 from shira_diffusers.fuse import MergeMethod, merge_method, sum_deltas
 from shira_diffusers.layout import lay_out
-from shira_diffusers.locate import locator_of, unwrap
+from shira_diffusers.locate import Located, locator_of, unwrap
 from shira_diffusers.offloading import note_offload
 from shira_diffusers.scales import Scale, scale_of
+from shira_diffusers.sharing import claims, conflicts
 from shira_diffusers.state import (
     Entry,
     Layout,
@@ -62,7 +63,7 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
 
     Raises:
         AdapterMismatchError: an adapter with different deltas for one tied weight.
-        ResidentStateError: weights that cannot be overwritten now.
+        ResidentStateError: weights that cannot be overwritten now, or that share memory by now.
     """
     module = unwrap(model)
     state = ensure_state(module)
@@ -75,9 +76,26 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     located = {name: locator.locate(name) for name in sorted(names)}
     weights = Weights(located, state.spares)
     current = [part for group in state.overwritten for part in weights.as_now(group)]
+    if adapters and any(len(weight.holders) > 1 for weight in located.values()):
+        _require_apart(component, located)  # ``add`` has seen to all that was not fused since
     layouts = lay_out(adapters, located, [tuple(group.layout for group in current), *state.remembered])
     state.remember(layouts)
     return Plan(component, module, state, mix, disabled, weights, current, layouts, merge_method(mix.method))
+
+
+def _require_apart(component: str, located: Mapping[str, Located]) -> None:
+    """Require that no two weights share memory, as an original and its copy do that was fused since they were added.
+
+    Raises:
+        ResidentStateError: names the weights.
+    """
+    shared = [f"{join_name(component, b.name)} and {a.name}" for a, b in conflicts(claims(located))]
+    if shared:
+        raise ResidentStateError(
+            f"{counted(len(shared), 'pair')} of adapted weights {verb(len(shared), 'shares', 'share')} memory, "
+            "expected one name for each; nothing has changed. Clear the mix and activate adapters of one of the two "
+            f"alone, or undo what made them share:{listing(shared)}"
+        )
 
 
 def run(plans: Sequence[Plan]) -> None:

@@ -21,7 +21,7 @@ FLOORS = (
     "adapter branch",
     "files fuse interference scatter",
     "locate launches tiles packed",
-    "sites sweep",
+    "sites sweep sharing",
     "sweep_cuda",
     "state interop",
     "layout fitting hub gradients weights catalog",
