@@ -34,7 +34,7 @@ class ShiraAdapter:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{name}: {probe.numel()} base values"
+            f"{name}: {counted(probe.numel(), 'base value')}"
             for name, probe in self.base_probes.items()
             if name not in self.deltas or probe.ndim != 1 or probe.numel() > self.deltas[name].nnz
         ]
@@ -49,7 +49,7 @@ class ShiraAdapter:
 
     def __repr__(self) -> str:
         known = "".join(f", {key}={value!r}" for key, value in self.metadata.items())
-        return f"<ShiraAdapter: {self.nnz:,} entries in {len(self.deltas)} parameters{known}>"
+        return f"<ShiraAdapter: {counted(self.nnz, 'entry')} in {counted(len(self.deltas), 'parameter')}{known}>"
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ShiraAdapter":
         return self  # frozen data: copies of a model share it

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.branch import SideBranch, weight_shape
 from shira_diffusers.delta import SparseDelta
-from shira_diffusers.errors import AdapterMismatchError, ShiraError, listing
+from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.fitting import trained_on
 from shira_diffusers.fuse import fuse_scaled
 from shira_diffusers.locate import Locator, unwrap
@@ -194,7 +194,8 @@ def _merge(
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(adapters)
     if not adapters or len(scales) != len(adapters):
         raise ShiraError(
-            f"expected at least one adapter and one scale each, got {len(adapters)} adapters and {len(scales)} scales"
+            f"expected at least one adapter and one scale each, got {counted(len(adapters), 'adapter')} "
+            f"and {counted(len(scales), 'scale')}"
         )
     parts = []
     for number, (given, strength) in enumerate(zip(adapters, scales, strict=True)):
@@ -241,7 +242,8 @@ def _require_fit(locator: Locator, adapter: ShiraAdapter) -> None:
             wrong.append(f"{name}: expected {expected}, got {delta.shape}")
     if wrong:
         raise AdapterMismatchError(
-            f"adapter does not fit: {len(wrong)} of {len(adapter.deltas)} parameters differ"
+            f"adapter does not fit: {counted(len(wrong), 'parameter', of=len(adapter.deltas))} "
+            f"{verb(len(wrong), 'differs', 'differ')}"
             f"{trained_on(adapter)}; use it with the model it was trained for:{listing(wrong)}"
         )
 

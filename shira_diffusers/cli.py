@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shira_diffusers import ShiraError, __version__
 from shira_diffusers.demo import PROMPTS, find_assets, run_demo
-from shira_diffusers.errors import AdapterMismatchError
+from shira_diffusers.errors import AdapterMismatchError, counted
 from shira_diffusers.fuse import METHODS
 from shira_diffusers.fusing import DTYPES, fuse_files
 from shira_diffusers.inspection import SHORTENED, as_text, inspect_adapter
@@ -63,7 +63,10 @@ def _fuse(args: argparse.Namespace) -> None:
         args.files, args.output, weights=args.weights, method=args.method, dtype=DTYPES[args.dtype], force=args.force
     )
     found = inspect_adapter(written)
-    say(f"wrote {written}: {found.nnz:,} entries in {len(found.parameters)} parameters, {found.size:,} bytes")
+    say(
+        f"wrote {written}: {counted(found.nnz, 'entry')} in "
+        f"{counted(len(found.parameters), 'parameter')}, {counted(found.size, 'byte')}"
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:

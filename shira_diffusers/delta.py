@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shira_diffusers.errors import AdapterFormatError
+from shira_diffusers.errors import AdapterFormatError, counted, verb
 
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INT32_MAX = 2**31 - 1
@@ -66,7 +66,8 @@ def _problem(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> str | N
         return f"{tuple(values.shape)} values for {tuple(indices.shape)} indices, expected one value an index"
     if not bool(all_finite(values)):
         count = int((~torch.isfinite(values)).sum())
-        return f"{count} of {values.numel()} values are NaN or infinite, expected finite values"
+        found = counted(count, "value", of=values.numel())
+        return f"{found} {verb(count, 'is', 'are')} NaN or infinite, expected finite values"
     return None
 
 
@@ -98,7 +99,7 @@ class SparseDelta:
         object.__setattr__(self, "values", self.values.detach())
 
     def __repr__(self) -> str:
-        return f"<SparseDelta: {self.nnz:,} entries of a {self.shape} weight, {self.values.dtype}>"
+        return f"<SparseDelta: {counted(self.nnz, 'entry')} of a {self.shape} weight, {self.values.dtype}>"
 
     @classmethod
     def unchecked(cls, indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> "SparseDelta":

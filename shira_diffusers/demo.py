@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from shira_diffusers.bases import fingerprints, open_pipeline
 from shira_diffusers.catalog import adapters_in
-from shira_diffusers.errors import ResidentStateError, ShiraError
+from shira_diffusers.errors import ResidentStateError, ShiraError, counted, verb
 from shira_diffusers.files import WEIGHTS_NAME, write_atomically
 from shira_diffusers.paths import did_you_mean
 from shira_diffusers.pipeline import models_of, resident_of
@@ -123,10 +123,10 @@ def run_demo(
         start = time.perf_counter()
         pictures.append(_draw(pipe, prompts, seed, steps))
         seconds = time.perf_counter() - start
-        tell(f"column {number} of {len(columns)}, {label}: {len(prompts)} pictures in {seconds:.1f} s")
+        tell(f"column {number} of {len(columns)}, {label}: {counted(len(prompts), 'picture')} in {seconds:.1f} s")
     switches = _again(pipe, columns, first)
     _require_restored(before, fingerprints(models_of(pipe)))
-    tell(f"all {len(before)} parameters are bit-equal to the start")
+    tell(f"all {counted(len(before), 'parameter')} {verb(len(before), 'is', 'are')} bit-equal to the start")
     rows = [[column[row] for column in pictures] for row in range(len(prompts))]
     buffer = io.BytesIO()
     contact_sheet([label for label, _ in columns], prompts, rows).save(buffer, "PNG", optimize=True)
@@ -196,5 +196,6 @@ def _require_restored(before: Mapping[str, str], after: Mapping[str, str]) -> No
     changed = [name for name in before if before[name] != after[name]]
     if changed:
         raise ResidentStateError(
-            f"{len(changed)} of {len(before)} parameters are not what they were: {changed[0]}, ..."
+            f"{counted(len(changed), 'parameter', of=len(before))} {verb(len(changed), 'differs', 'differ')} from "
+            f"the start: {changed[0]}, ..."
         )

@@ -34,10 +34,10 @@ def listing(offenders: Sequence[str], shown: int = _SHOWN) -> str:
 
 
 def counted(count: int, noun: str, *, of: int | None = None) -> str:
-    """A count with its noun: ``1 weight``, ``2 weights``, ``1 of 3 weights``, ``no entries``."""
+    """A count with its noun: ``1 weight``, ``2,000 weights``, ``1 of 3 entries``."""
     many = f"{noun[:-1]}ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else f"{noun}s"
     total = count if of is None else of
-    return f"{count or 'no'}{'' if of is None else f' of {of}'} {noun if total == 1 else many}"
+    return f"{count:,}{'' if of is None else f' of {of:,}'} {noun if total == 1 else many}"
 
 
 def verb(count: int, one: str, many: str) -> str:

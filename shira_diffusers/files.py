@@ -19,7 +19,7 @@ from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.checksum import Checksum, digest
 from shira_diffusers.decoding import Coded, decode_parts
 from shira_diffusers.delta import VALUE_DTYPES, SparseDelta
-from shira_diffusers.errors import AdapterFormatError, listing
+from shira_diffusers.errors import AdapterFormatError, counted, listing
 from shira_diffusers.gaps import encode_gaps
 from shira_diffusers.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, shown_in
 from shira_diffusers.tensorfile import Bytes, body_at, mapped, open_safetensors
@@ -199,7 +199,7 @@ def _coded(part: Mapping[str, Tensor]) -> Coded:
         raise AdapterFormatError(f"{', '.join(missing)} missing, expected .values, .gaps and .shape")
     shape = part[_SHAPE]
     if shape.numel() > _DIMENSIONS:
-        raise AdapterFormatError(f"shape has {shape.numel()} dimensions, expected at most {_DIMENSIONS}")
+        raise AdapterFormatError(f"shape has {counted(shape.numel(), 'dimension')}, expected at most {_DIMENSIONS}")
     sizes = tuple(shape.tolist()) if shape.ndim == 1 and shape.dtype == torch.int64 else (-1,)
     if any(size < 0 for size in sizes):
         raise AdapterFormatError(f"shape is {shape.dtype} {shape.tolist()}, expected int64 sizes")
@@ -209,7 +209,9 @@ def _coded(part: Mapping[str, Tensor]) -> Coded:
     if probe is not None and (probe.ndim != 1 or probe.dtype not in VALUE_DTYPES):
         raise AdapterFormatError(f"base is {probe.dtype} {tuple(probe.shape)}, expected float16 [k]")
     if probe is not None and probe.numel() > part[_VALUES].numel():
-        raise AdapterFormatError(f"{probe.numel()} base values for {part[_VALUES].numel()} entries")
+        raise AdapterFormatError(
+            f"{counted(probe.numel(), 'base value')} for {counted(part[_VALUES].numel(), 'entry')}"
+        )
     return Coded(part[_GAPS], part[_VALUES], sizes)
 
 

@@ -39,9 +39,9 @@ def _split(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, 
     lost = [name for name in adapter.deltas if name.partition(".")[0] not in models]
     if lost:
         raise AdapterMismatchError(
-            f"adapter does not fit: {len(lost)} of {len(adapter.deltas)} parameters belong to no component of this "
-            f"model, which has {', '.join(models) or 'none'}"
-            f"{trained_on(adapter)}{_bare(lost[0], models)}:{listing(lost)}"
+            f"adapter does not fit: {counted(len(lost), 'parameter', of=len(adapter.deltas))} "
+            f"{verb(len(lost), 'belongs', 'belong')} to no component of this model, "
+            f"which has {', '.join(models) or 'none'}{trained_on(adapter)}{_bare(lost[0], models)}:{listing(lost)}"
         )
     return {part: adapter.part(part) for part in adapter.component_names()}
 
@@ -93,12 +93,13 @@ def fit(
     wrong += [f"{b.name}: {_relation(a, b)} with {a.name}, which has deltas for it too" for a, b in conflicts(own)]
     if wrong:
         raise AdapterMismatchError(
-            f"adapter does not fit: {len(wrong)} of {len(adapter.deltas)} parameters differ"
+            f"adapter does not fit: {counted(len(wrong), 'parameter', of=len(adapter.deltas))} "
+            f"{verb(len(wrong), 'differs', 'differ')}"
             f"{trained_on(adapter)}; use it with the model it was trained for:{listing(wrong)}"
         )
     if unusable:
         raise ResidentStateError(
-            f"{len(unusable)} of {len(adapter.deltas)} weights cannot be overwritten:{listing(unusable)}"
+            f"{counted(len(unusable), 'weight', of=len(adapter.deltas))} cannot be overwritten:{listing(unusable)}"
         )
     _require_unshared(own, models, replacing)
     return fitted

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.delta import SparseDelta, all_finite
-from shira_diffusers.errors import AdapterMismatchError, ShiraError, listing
+from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.unions import Union, plan_union
 
 MergeMethod = Callable[[Union, Sequence[Tensor], Sequence[float | Tensor]], Tensor]
@@ -88,8 +88,8 @@ def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]],
             wide.append(name)
     if wide:
         raise ShiraError(
-            f"{len(wide)} of {len(names)} parameters become too large for float32 when they are fused, expected finite "
-            f"sums; use smaller weights:{listing(wide)}"
+            f"{counted(len(wide), 'parameter', of=len(names))} {verb(len(wide), 'becomes', 'become')} too large for "
+            f"float32 when fused, expected finite sums; use smaller weights:{listing(wide)}"
         )
     return ShiraAdapter(deltas, _metadata(plain), _base_probes(plain, deltas))
 
@@ -105,7 +105,9 @@ def _scales(weights: Sequence[float] | float | None, count: int) -> list[float]:
         weights = [1.0 if weights is None else weights] * count
     scales = [float(weight) for weight in weights]
     if len(scales) != count:
-        raise ShiraError(f"expected one weight an adapter, got {len(scales)} weights for {count} adapters")
+        raise ShiraError(
+            f"expected one weight an adapter, got {counted(len(scales), 'weight')} for {counted(count, 'adapter')}"
+        )
     if not all(map(math.isfinite, scales)):
         raise ShiraError(f"weights must be finite numbers, got {scales}")
     return scales
@@ -119,7 +121,8 @@ def _require_same_shapes(adapters: Sequence[ShiraAdapter], names: Sequence[str])
             wrong.append(f"{name}: {' and '.join(map(str, shapes))}")
     if wrong:
         raise AdapterMismatchError(
-            f"adapters of different models cannot be fused; {len(wrong)} of {len(names)} parameters differ in shape:"
+            "adapters of different models cannot be fused; "
+            f"{counted(len(wrong), 'parameter', of=len(names))} {verb(len(wrong), 'differs', 'differ')} in shape:"
             f"{listing(wrong)}"
         )
 

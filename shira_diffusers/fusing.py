@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.errors import AdapterFormatError, ShiraError
+from shira_diffusers.errors import AdapterFormatError, ShiraError, counted
 from shira_diffusers.files import WEIGHTS_NAME, decode, file_to_write, reading, save_adapter
 from shira_diffusers.fuse import fuse
 from shira_diffusers.inspection import locate_adapter
@@ -51,7 +51,9 @@ def fuse_files(
     if target.exists() and not force:
         raise ShiraError(f"{target} exists, expected a new file; choose another name or replace it with --force")
     if weights is not None and len(weights) != len(files):
-        raise ShiraError(f"expected one weight a file, got {len(weights)} weights for {len(files)} files")
+        raise ShiraError(
+            f"expected one weight a file, got {counted(len(weights), 'weight')} for {counted(len(files), 'file')}"
+        )
     adapters = [_read(file) for file in files]
     _compare_bases(adapters, tell)
     fused = fuse(adapters, weights, method).astype(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shira_diffusers.delta import check_indices
-from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, listing
+from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.scatter import gather, overwrite
 from shira_diffusers.state import state_of
@@ -60,10 +60,15 @@ def masked_parameters(
         except ResidentStateError as error:
             unusable.append(str(error))
     if misfits:
-        raise AdapterMismatchError(f"{len(misfits)} of {len(masks)} masks fit no parameter:{listing(misfits)}")
+        raise AdapterMismatchError(
+            f"{counted(len(misfits), 'mask', of=len(masks))} {verb(len(misfits), 'fits', 'fit')} no parameter:"
+            f"{listing(misfits)}"
+        )
     unusable += _tied_twice(found)
     if unusable:
-        raise ResidentStateError(f"{len(unusable)} of {len(masks)} parameters cannot be trained:{listing(unusable)}")
+        raise ResidentStateError(
+            f"{counted(len(unusable), 'parameter', of=len(masks))} cannot be trained:{listing(unusable)}"
+        )
     return found
 
 

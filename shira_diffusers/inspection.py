@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.errors import counted
 from shira_diffusers.files import FORMAT_VERSION, checksum_in, decode, find_file, reading
 from shira_diffusers.hub import find_adapter
 from shira_diffusers.interop import PEFT_WEIGHTS, is_peft_folder, is_peft_state_dict, peft_values, read_peft_folder
@@ -173,7 +174,7 @@ def as_text(found: Inspection, shown: int | None = None) -> str:
     lines += ["", *table(rows, right=(0, 1))]
     left = len(found.parameters) - (len(rows) - 1)
     if left:
-        lines.append(f"... and {left} more parameters; list them with --all")
+        lines.append(f"... and {counted(left, 'more parameter')}; list them with --all")
     return "\n".join(lines)
 
 
@@ -187,9 +188,9 @@ def _summary(found: Inspection) -> list[tuple[str, ...]]:
         ("base model", printable(found.metadata.get("base_model", "not told")) + f" ({told})"),
         ("mask", printable(found.metadata.get("mask", "not told"))),
         ("density", percent(found.density) if found.numel is not None else _NO_SHAPES),
-        ("entries", f"{found.nnz:,}{whole} in {len(found.parameters)} parameters{_parts(found)}"),
+        ("entries", f"{found.nnz:,}{whole} in {counted(len(found.parameters), 'parameter')}{_parts(found)}"),
         ("values", ", ".join(found.dtypes)),
-        ("size", f"{found.size:,} bytes{each}"),
+        ("size", f"{counted(found.size, 'byte')}{each}"),
         ("checksum", checksum_finding(found)),
     ]
 

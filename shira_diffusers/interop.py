@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.delta import SparseDelta
-from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError, listing
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.files import read_safetensors
 from shira_diffusers.locate import Locator
 
@@ -119,8 +119,9 @@ def decode_peft(
         )
     if misfits:
         raise AdapterMismatchError(
-            f"adapter does not fit: {len(misfits)} of {len(misfits) + len(deltas)} layers are not in "
-            f"{type(model).__name__}; use it with the model it was trained for:{listing(misfits)}"
+            f"adapter does not fit: {counted(len(misfits), 'layer', of=len(misfits) + len(deltas))} "
+            f"{verb(len(misfits), 'is', 'are')} not in {type(model).__name__}; use it with the model it was trained "
+            f"for:{listing(misfits)}"
         )
     return ShiraAdapter(deltas, metadata or {"source": "peft"})
 
@@ -173,12 +174,16 @@ def _decode_layer(values: Tensor, indices: Tensor | None, shape: tuple[int, ...]
     if indices is None:
         raise AdapterFormatError("its indices are missing; save with PEFT 0.17 or newer, which stores them")
     if indices.ndim != 2 or indices.shape[0] != 2 or indices.shape[1] != values.numel() or len(shape) != 2:
-        raise AdapterFormatError(f"indices {tuple(indices.shape)} for {values.numel()} values of a {shape} weight")
+        raise AdapterFormatError(
+            f"indices {tuple(indices.shape)} for {counted(values.numel(), 'value')} of a {shape} weight"
+        )
     if indices.is_floating_point() and not bool((indices == indices.trunc()).all()):  # NaN differs from itself
         raise AdapterFormatError(f"indices are {indices.dtype} with fractions or NaN, expected whole numbers")
     rows, columns = indices.to(torch.int64)  # float32 when saved on Windows
     inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
     if not bool(inside.all()):
-        raise AdapterFormatError(f"{int((~inside).sum())} indices are out of range for a {shape} weight")
+        raise AdapterFormatError(
+            f"indices of {counted(int((~inside).sum()), 'entry')} are out of range for a {shape} weight"
+        )
     flat, order = (rows * shape[1] + columns).sort()  # (row, column) -> row-major
     return SparseDelta(flat, values.flatten()[order], shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.calibration import Calibration, gradient_magnitudes
 from shira_diffusers.delta import SparseDelta, check_indices
-from shira_diffusers.errors import AdapterMismatchError, ShiraError, listing
+from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.targets import DEFAULT_TARGETS, Targets, select
 
 BLOCK = 32
@@ -273,7 +273,8 @@ def build_masks(
             problems.append(f"{name}: {problem}")
     if problems:
         raise AdapterMismatchError(
-            f"cannot build {family!r} masks of density {density:g} for {len(problems)} of {len(weights)} weights; "
+            f"cannot build {family!r} masks of density {density:g} for "
+            f"{counted(len(problems), 'weight', of=len(weights))}; "
             f"lower the density, avoid fewer adapters or mend the family:{listing(problems)}"
         )
     return masks
@@ -296,12 +297,13 @@ def _shortage(family: str | MaskFamily, count: int, weight: Tensor, blocked: Ten
         return None
     if family in ("block", "block_rand"):
         runs = weight.numel() // BLOCK
-        free, unit = int((~blocked[: runs * BLOCK].view(runs, BLOCK).any(1)).sum()), "runs of 32"
+        free, unit = int((~blocked[: runs * BLOCK].view(runs, BLOCK).any(1)).sum()), "run"
         needed = _run_count(runs, count)
     else:
-        free, needed, unit = int((~blocked).sum()), count, "entries"
+        free, needed, unit = int((~blocked).sum()), count, "entry"
     if family in _EXACT | {"block", "block_rand"} and free < needed:
-        return f"{needed} {unit} needed, {free} left free"
+        size = f" of {BLOCK}" if unit == "run" else ""
+        return f"{counted(needed, unit)}{size} needed, {free:,} left free"
     return None
 
 
@@ -312,7 +314,8 @@ def _violation(
     if wrong:
         return wrong
     if family in _EXACT and mask.numel() != count:
-        return f"{mask.numel()} entries chosen, expected {count}; does the weight hold NaN?"
+        return f"{counted(mask.numel(), 'entry')} chosen, expected {count:,}; does the weight hold NaN?"
     if blocked is not None and bool(blocked[mask].any()):
-        return f"{int(blocked[mask].sum())} entries belong to avoided adapters"
+        taken = int(blocked[mask].sum())
+        return f"{counted(taken, 'entry')} {verb(taken, 'belongs', 'belong')} to avoided adapters"
     return None

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.errors import AdapterFormatError, ShiraError
+from shira_diffusers.errors import AdapterFormatError, ShiraError, counted
 from shira_diffusers.files import decode, reading, require_tensors, save_adapter
 from shira_diffusers.hub import HubOptions, find_adapter
 from shira_diffusers.interference import interference
@@ -305,7 +305,10 @@ def _mix(names: str | Sequence[str], weights: Weights) -> dict[str, Scale]:
         weights = list(weights)  # type: ignore[arg-type]
     each = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights] * len(chosen)
     if len(each) != len(chosen):
-        raise ShiraError(f"expected one weight an adapter, got {len(each)} weights for {len(chosen)} adapters {chosen}")
+        raise ShiraError(
+            f"expected one weight an adapter, got {counted(len(each), 'weight')} for "
+            f"{counted(len(chosen), 'adapter')} {chosen}"
+        )
     return {name: 1.0 if weight is None else weight for name, weight in zip(chosen, each, strict=True)}
 
 

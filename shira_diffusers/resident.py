@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.errors import ShiraError, counted, listing
 from shira_diffusers.fitting import compare_base, fit, trained_on
 from shira_diffusers.fuse import fuse_scaled, merge_method
 from shira_diffusers.locate import Locator, unwrap
@@ -56,6 +56,11 @@ class Resident:
         self._models = {name: model for name, model in parts.items() if first[id(unwrap(model))] == name}
 
     # ---------------------------------------------------------------- what is there
+
+    def __repr__(self) -> str:
+        parts = (f"{name}: {type(unwrap(model)).__name__}".removeprefix(": ") for name, model in self._models.items())
+        active = ", ".join(f"{name}={scale}" for name, scale in self.active.items()) or "none"
+        return f"<Resident of {', '.join(parts) or 'nothing'}; {counted(len(self.names), 'adapter')}, active: {active}>"
 
     @property
     def models(self) -> dict[str, nn.Module]:

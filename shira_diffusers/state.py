@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.errors import ResidentStateError, listing
+from shira_diffusers.errors import ResidentStateError, counted, listing, verb
 from shira_diffusers.locate import Located, Locator
 from shira_diffusers.offloading import offload_under_way
 from shira_diffusers.scales import Scale
@@ -306,7 +306,8 @@ def _holds_any(weight: Tensor, indices: Tensor, values: Iterable[Tensor]) -> boo
 def written_by_others(names: Sequence[str], consequence: str) -> ResidentStateError:
     """The error for weights that hold neither what the last switch wrote nor the base."""
     return ResidentStateError(
-        f"{len(names)} adapted weights were written by somebody else while adapters were active "
+        f"{counted(len(names), 'adapted weight')} {verb(len(names), 'was', 'were')} written by somebody else while "
+        "adapters were active "
         f"(load_state_dict, fuse_lora, training), so {consequence}; expected what the last switch "
         "wrote. Undo that write, or keep the new weights as the base with bake_shira() (Resident.bake()):"
         f"{listing(names)}"

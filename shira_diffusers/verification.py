@@ -10,7 +10,7 @@ from torch import nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.bases import fingerprints, open_pipeline
-from shira_diffusers.errors import AdapterMismatchError, listing
+from shira_diffusers.errors import AdapterMismatchError, counted, listing, verb
 from shira_diffusers.files import load_adapter
 from shira_diffusers.inspection import Inspection, checksum_finding, inspect_adapter
 from shira_diffusers.locate import Locator
@@ -58,7 +58,7 @@ def verify_adapter(path: Path, base: str, tell: Callable[[Verdict], None]) -> bo
         return ok
 
     found = inspect_adapter(path)
-    told("file", True, f"{found.kind}, {found.nnz:,} entries in {len(found.parameters)} parameters")
+    told("file", True, f"{found.kind}, {counted(found.nnz, 'entry')} in {counted(len(found.parameters), 'parameter')}")
     told("checksum", True, checksum_finding(found))
     pipe = open_pipeline(base)
     models, resident = models_of(pipe), resident_of(pipe)
@@ -111,8 +111,11 @@ def _misfits(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> tuple[li
 
 def _finding(offenders: list[str], total: int, fine: str) -> str:
     if offenders:
-        return f"{len(offenders)} of {total} parameters are not {fine}:{listing(offenders)}"
-    return f"all {total} parameters {fine}"
+        return (
+            f"{counted(len(offenders), 'parameter', of=total)} {verb(len(offenders), 'is', 'are')} not {fine}:"
+            f"{listing(offenders)}"
+        )
+    return f"all {counted(total, 'parameter')} {fine}"
 
 
 def _apply(adapter: ShiraAdapter, resident: Resident) -> tuple[bool, str]:

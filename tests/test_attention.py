@@ -421,7 +421,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(kind: str, message: str)
     set_shira_attn_processors(model, good)
     before = tiny.run_unet(model)
     with pytest.raises(
-        AdapterMismatchError, match=rf"1 of \d+ parameters differ; it was trained on 'tiny'(.|\n)*{message}"
+        AdapterMismatchError, match=rf"1 of \d+ parameters differs; it was trained on 'tiny'(.|\n)*{message}"
     ):
         set_shira_attn_processors(model, [good, broken(good, kind)])
     assert torch.equal(tiny.run_unet(model), before)
@@ -439,7 +439,7 @@ def test_components_are_named(pipe: DiffusionPipeline) -> None:
 def test_scales_are_checked() -> None:
     model = tiny.unet()
     adapter = tiny.adapter_for(model)
-    with pytest.raises(ShiraError, match="got 1 adapters and 2 scales"):
+    with pytest.raises(ShiraError, match="got 1 adapter and 2 scales"):
         set_shira_attn_processors(model, adapter, [1.0, 2.0])
     with pytest.raises(ShiraError, match="got 0 adapters"):
         set_shira_attn_processors(model, [])

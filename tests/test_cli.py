@@ -257,7 +257,7 @@ def test_inspect_without_metadata(run: Run, tmp_path: Path) -> None:
     status, out, _ = run("inspect", path)
     assert status == 0
     assert "base model  not told (no values are kept to recognise it)\n" in out
-    assert "0 of 16 in 1 parameters" in out
+    assert "0 of 16 in 1 parameter" in out
     assert re.search(r"size +[\d,]+ bytes\n", out)
 
 
@@ -456,7 +456,7 @@ def test_a_failing_fuse_writes_nothing(run: Run, files: dict[str, Path], tmp_pat
     good, target, peft = files["gold"], outputs / "c.safetensors", peft_folder(inputs / "peft")
     attempts: list[tuple[str, list[object]]] = [
         *((message, [good, path]) for message, path in broken_files(inputs, good).items()),
-        ("expected one weight a file, got 1 weights for 2 files", [good, files["bluefire"], "--weights", "1"]),
+        ("expected one weight a file, got 1 weight for 2 files", [good, files["bluefire"], "--weights", "1"]),
         ("weights must be finite", [good, "--weights", "nan"]),
         ("adapters of different models cannot be fused; .*differ in shape: unet", [good, files["wide"]]),
         (

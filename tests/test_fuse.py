@@ -65,7 +65,7 @@ def test_a_scale_for_each_parameter() -> None:
 @pytest.mark.parametrize(
     ("weights", "method", "message"),
     [
-        ([1.0], "sum", "got 1 weights for 3 adapters"),
+        ([1.0], "sum", "got 1 weight for 3 adapters"),
         ([1.0, torch.nan, 1.0], "sum", "finite numbers"),
         (float("inf"), "sum", "finite numbers"),
         (1e39, "sum", r"3 of 3 parameters become too large for float32 .*use smaller weights:\n  - 0\.weight"),

@@ -283,7 +283,7 @@ def test_a_function_of_the_user(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("indices", "message"),
-    [([1, 1], "duplicate"), ([10**6], "out of range"), ([-1], "out of range"), ([0, 5], "belong to avoided adapters")],
+    [([1, 1], "duplicate"), ([10**6], "out of range"), ([-1], "out of range"), ([0, 5], "belongs to avoided adapters")],
 )
 def test_a_wrong_function_of_the_user(model: nn.Module, indices: list[int], message: str) -> None:
     taken = adapter_on({"wide.weight": torch.tensor([5])}, model)

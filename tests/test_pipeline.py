@@ -263,9 +263,9 @@ def test_what_fits_nothing_or_only_in_part(loaded: StableDiffusionPipeline, tmp_
     odd = SparseDelta(torch.tensor([1]), torch.ones(1), (2, 2))
     name = next(iter(good.deltas))
     misfits = {
-        "1 of .* parameters belong to no component": ShiraAdapter({**good.deltas, "transformer.x.weight": odd}),
+        "1 of .* parameters belongs to no component": ShiraAdapter({**good.deltas, "transformer.x.weight": odd}),
         "2 of .* parameters differ": ShiraAdapter({**good.deltas, name: odd, "unet.nowhere.weight": odd}),
-        "1 of 1 parameters differ": ShiraAdapter({"unet.nowhere.weight": odd}),
+        "1 of 1 parameter differs": ShiraAdapter({"unet.nowhere.weight": odd}),
         "no component of this model, which has vae, text_encoder, unet": ShiraAdapter({"weight": odd}),
         r"of a bare module is named by adapter.prefixed\('unet'\)": tiny.adapter_for(loaded.unet),
     }
@@ -367,7 +367,7 @@ def test_bad_mixes(loaded: StableDiffusionPipeline) -> None:
     for names, weights, message in [
         ("nobody", None, "no adapter named 'nobody', loaded are"),
         (["bluefire", "bluefire"], None, "named once"),
-        (["bluefire", "paintings"], [1.0], "got 1 weights for 2 adapters"),
+        (["bluefire", "paintings"], [1.0], "got 1 weight for 2 adapters"),
         ("bluefire", "1.0", "finite number"),
         ("bluefire", torch.nan, "finite number"),
         ("bluefire", True, "finite number"),
@@ -375,7 +375,7 @@ def test_bad_mixes(loaded: StableDiffusionPipeline) -> None:
         ("bluefire", 1e39, "finite number"),  # infinite in float32
         ("bluefire", 10**400, r"finite number[\s\S]*00\.\.\."),
         ("bluefire", 10**5000, "finite number"),
-        ("bluefire", torch.ones(2), "got 2 weights for 1 adapters"),
+        ("bluefire", torch.ones(2), "got 2 weights for 1 adapter"),
         (None, None, "expected the name of an adapter or a list of names, got None"),
         ([["bluefire"]], None, "expected the name of an adapter or a list of names"),
         ("bluefire", {"transformer": 1.0}, "'transformer': no such component"),
@@ -654,7 +654,7 @@ def test_damaged_adapters_of_peft(pipe: StableDiffusionPipeline, tmp_path: Path)
         "out of range": {**good, key: good[key] + 1000},
         "fractions or NaN": {**good, key: good[key].float() + 0.5},
         "indices are torch.float32": {**good, key: good[key].float() * torch.nan},
-        " indices are out of range": {**good, key: torch.full_like(good[key], torch.inf, dtype=torch.float32)},
+        "entries are out of range": {**good, key: torch.full_like(good[key], torch.inf, dtype=torch.float32)},
         "its values are missing": {k: v for k, v in good.items() if k != key.replace("indices", "weight")},
         r"indices \(1, ": {**good, key: good[key][:1].contiguous()},
         r"save it again without modules_to_save:[\s\S]*unknown key": {

@@ -318,6 +318,28 @@ def test_the_base_put_back_by_somebody_else_is_no_harm(
     tiny.assert_same_bits(model, base)
 
 
+def test_what_a_resident_shows(resident: Resident) -> None:
+    resident.clear()
+    assert repr(resident) == "<Resident of UNet2DConditionModel; 3 adapters, active: none>"
+    resident.set({"b": 0.5, "a": 1})
+    resident.remove("c")
+    assert repr(resident) == "<Resident of UNet2DConditionModel; 2 adapters, active: b=0.5, a=1>"
+    parts = Resident({"first": nn.Linear(2, 2), "second": torch.compile(nn.Conv2d(2, 2, 1))})
+    assert repr(parts) == "<Resident of first: Linear, second: Conv2d; 0 adapters, active: none>"
+    assert repr(Resident({})) == "<Resident of nothing; 0 adapters, active: none>"
+
+
+def test_one_weight_that_others_wrote() -> None:
+    model = tiny.linears()
+    resident = Resident(model)
+    resident.add(tiny.adapter_for(model, only=("0.",)), "a")
+    resident.set({"a": 1.0})
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    with pytest.raises(ResidentStateError, match=r"^1 adapted weight was written by somebody else while adapters were"):
+        resident.clear()
+
+
 LARGE = {
     torch.float16: 65504.0,
     torch.bfloat16: 3.38e38,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.delta import SparseDelta, index_dtype
-from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, listing
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, counted, listing, verb
 from shira_diffusers.gradients import components_of, let_gradients_in, masked_parameters
 from shira_diffusers.probes import probe_base
 from shira_diffusers.training.arrivals import Arrivals
@@ -229,8 +229,9 @@ class SparseTuner:
     def _sparse(self, values: Tensor, dtype: torch.dtype) -> dict[str, SparseDelta]:
         host = values.to(dtype).cpu()
         if not bool(torch.isfinite(host).all()):
+            count = int((~torch.isfinite(host)).sum())
             raise AdapterFormatError(
-                f"{int((~torch.isfinite(host)).sum())} of {host.numel()} deltas are NaN or infinite in {dtype}: "
+                f"{counted(count, 'delta', of=host.numel())} {verb(count, 'is', 'are')} NaN or infinite in {dtype}: "
                 "training diverged; lower the learning rate"
             )
         return {

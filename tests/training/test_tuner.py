@@ -241,7 +241,7 @@ def test_deltas_that_diverged_make_no_adapter() -> None:
     with SparseTuner(tiny.linears(), {"0.weight": torch.tensor([3])}) as tuner:
         tuner.deltas.data.fill_(1e6)
         assert tuner.adapter(dtype=torch.float32).nnz == 1
-        with pytest.raises(AdapterFormatError, match=r"1 of 1 deltas are NaN or infinite in torch.float16"):
+        with pytest.raises(AdapterFormatError, match=r"1 of 1 delta is NaN or infinite in torch.float16"):
             tuner.adapter()
 
 
