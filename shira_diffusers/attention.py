@@ -20,7 +20,7 @@ from shira_diffusers.fitting import trained_on
 from shira_diffusers.fuse import fuse_scaled
 from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.locks import hold
-from shira_diffusers.scales import Scale, check_scale, scale_of
+from shira_diffusers.scales import Scale, Weights, blocks_of, check_scale, each_scale, scale_of
 from shira_diffusers.targets import FUSED_COPIES
 
 _PROJECTIONS = frozenset((*chain(*FUSED_COPIES.values()), "to_out", "to_out.0", "to_add_out"))
@@ -127,7 +127,7 @@ class _Projection:
 def set_shira_attn_processors(
     model: nn.Module,
     adapter: ShiraAdapter | Sequence[ShiraAdapter],
-    scale: Scale | Sequence[Scale] = 1.0,
+    scale: Weights = 1.0,
     *,
     component: str | None = None,
 ) -> None:
@@ -142,12 +142,13 @@ def set_shira_attn_processors(
         model: a UNet, transformer or text encoder, quantized in whatever way or not at all.
         adapter: one, or several that are added up.
         scale: for all, or one each: a number, ``{component: number}`` or ``{component: {"down" | "mid" | "up":
-            number}}``. At 0 nothing is installed.
+            ...}}``, as for ``pipe.set_shira``; None is 1.0. At 0 nothing is installed.
         component: the part of the adapter that is meant for this model, such as ``"unet"``; None where adapters have
             one component only, or plain parameter names.
 
     Raises:
-        ShiraError: no adapters, another number of scales, or a scale that is not a finite number.
+        ShiraError: no adapters, another number of scales, or a scale that is not a finite number or for a component
+            that the adapter does not change.
         AdapterMismatchError: deltas that fit no layer, by name or shape, or are of norms, biases or embeddings; all are
             named.
 
@@ -186,12 +187,12 @@ def remove_shira_attn_processors(model: nn.Module) -> None:
 def _merge(
     locator: Locator,
     adapter: ShiraAdapter | Sequence[ShiraAdapter],
-    scale: Scale | Sequence[Scale],
+    scale: Weights,
     component: str | None,
 ) -> dict[str, SparseDelta]:
     """One float32 delta a weight, strength included; those that are zero are left out."""
     adapters = [adapter] if isinstance(adapter, ShiraAdapter) else list(adapter)
-    scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(adapters)
+    scales = each_scale(scale, len(adapters))
     if not adapters or len(scales) != len(adapters):
         raise ShiraError(
             f"expected at least one adapter and one scale each, got {counted(len(adapters), 'adapter')} "
@@ -200,11 +201,19 @@ def _merge(
     parts = []
     for number, (given, strength) in enumerate(zip(adapters, scales, strict=True)):
         name, part = _part_for(locator, given, component)
-        check_scale(f"number {number}", strength, given.component_names() if name else [])
+        checked = _checked(f"number {number}", strength, given.component_names() if name else [], name, locator)
         _require_fit(locator, part)
-        parts.append((part, partial(scale_of, strength, name)))
+        parts.append((part, partial(scale_of, checked, name)))
     fused = fuse_scaled(parts)
     return {name: delta for name, delta in fused.deltas.items() if bool(delta.values.any())}
+
+
+def _checked(adapter: str, scale: Scale | None, components: Sequence[str], own: str, locator: Locator) -> Scale:
+    """A scale as ``check_scale`` gives it; the blocks of components other than ``own`` are not known here."""
+    if isinstance(scale, Mapping):
+        scale = {p: 1.0 if p != own and isinstance(value, Mapping) else value for p, value in scale.items()}
+    blocks = blocks_of(locator.module(""))
+    return check_scale(adapter, 1.0 if scale is None else scale, dict.fromkeys(components, blocks))
 
 
 def _part_for(locator: Locator, adapter: ShiraAdapter, component: str | None) -> tuple[str, ShiraAdapter]:

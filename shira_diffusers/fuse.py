@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from shira_diffusers.adapter import ShiraAdapter
 from shira_diffusers.delta import SparseDelta, all_finite
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
+from shira_diffusers.scales import each_scale
 from shira_diffusers.unions import Union, plan_union
 
 MergeMethod = Callable[[Union, Sequence[Tensor], Sequence[float | Tensor]], Tensor]
@@ -43,7 +45,7 @@ def merge_method(name: str) -> MergeMethod:
 
 def fuse(
     adapters: Sequence[ShiraAdapter] | Mapping[str, ShiraAdapter],
-    weights: Sequence[float] | float | None = None,
+    weights: Mapping[str, float | None] | Sequence[float | None] | float | None = None,
     method: str = "sum",
 ) -> ShiraAdapter:
     """Fuse adapters into one that does the same as all of them together.
@@ -51,7 +53,7 @@ def fuse(
     Args:
         adapters: in the order in which they are added; ``{name: adapter}`` adds in the order of names, as a
             resident pipeline does.
-        weights: scale of each adapter, or one for all; None is 1.0.
+        weights: scale of each adapter, or one for all, or ``{name: scale}`` where adapters have names; None is 1.0.
         method: a name in ``METHODS``.
 
     Returns:
@@ -64,7 +66,8 @@ def fuse(
         AdapterMismatchError: a parameter that has another shape in another adapter.
     """
     if isinstance(adapters, Mapping):
-        by_name = dict(zip(adapters, _scales(weights, len(adapters)), strict=True))
+        given = _by_name(adapters, weights) if isinstance(weights, Mapping) else weights
+        by_name = dict(zip(adapters, _scales(given, len(adapters)), strict=True))
         return fuse([adapters[name] for name in sorted(adapters)], [by_name[name] for name in sorted(adapters)], method)
     scales = _scales(weights, len(adapters))
     return fuse_scaled([(adapter, _constant(scale)) for adapter, scale in zip(adapters, scales, strict=True)], method)
@@ -98,15 +101,28 @@ def _constant(scale: float) -> Callable[[str], float]:
     return lambda name: scale
 
 
-def _scales(weights: Sequence[float] | float | None, count: int) -> list[float]:
+def _by_name(adapters: Mapping[str, object], weights: Mapping[str, float | None]) -> list[float | None]:
+    if weights.keys() != adapters.keys():
+        raise ShiraError(f"expected a weight for each of {list(adapters)}, got weights for {list(weights)}")
+    return [weights[name] for name in adapters]
+
+
+def _scales(weights: object, count: int) -> list[float]:
     if count == 0:
         raise ShiraError("nothing to fuse: expected at least one adapter, got none")
-    if weights is None or isinstance(weights, int | float):
-        weights = [1.0 if weights is None else weights] * count
-    scales = [float(weight) for weight in weights]
+    given: list[Any] = each_scale(weights, count)  # type: ignore[arg-type]  # checked below
+    plain = [weight.item() if getattr(weight, "ndim", None) == 0 else weight for weight in given]
+    if not all(
+        weight is None or (isinstance(weight, int | float) and not isinstance(weight, bool)) for weight in plain
+    ):
+        raise ShiraError(
+            f"expected one number for all adapters, one each, or {{name: number}} for adapters {{name: adapter}}, got "
+            f"{weights!r}; for a strength per component use pipe.set_shira and then pipe.save_shira"
+        )
+    scales = [1.0 if weight is None else float(weight) for weight in plain]
     if len(scales) != count:
         raise ShiraError(
-            f"expected one weight an adapter, got {counted(len(scales), 'weight')} for {counted(count, 'adapter')}"
+            f"expected one weight per adapter, got {counted(len(scales), 'weight')} for {counted(count, 'adapter')}"
         )
     if not all(map(math.isfinite, scales)):
         raise ShiraError(f"weights must be finite numbers, got {scales}")

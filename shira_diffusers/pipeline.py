@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any, Unpack
@@ -23,12 +23,13 @@ from shira_diffusers.interference import interference
 from shira_diffusers.interop import decode_peft_for, is_peft_folder, is_peft_state_dict, read_peft_folder
 from shira_diffusers.locks import Held
 from shira_diffusers.resident import Resident
-from shira_diffusers.scales import Scale
+from shira_diffusers.scales import Scale, Weights, mix_of, name_list
 
 logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | ShiraAdapter
-Weights = Scale | Sequence[Scale | None] | None
+Names = str | Sequence[str] | Mapping[str, Scale | None]
+"""Adapters by name: one, several, or ``{name: strength}``."""
 
 # Public methods of pipelines that run models which adapters change: no switch comes between.
 _RUNNING = ("__call__", "encode_prompt", "generate_mask", "invert")
@@ -95,7 +96,7 @@ def load_shira(
 
 def set_shira(
     self: DiffusionPipeline,
-    adapter_names: str | Sequence[str],
+    adapter_names: Names,
     adapter_weights: Weights = None,
     *,
     method: str = "sum",
@@ -103,19 +104,21 @@ def set_shira(
     """Replace the active mix.
 
     Args:
-        adapter_names: one or several loaded adapters; an empty list activates none.
+        adapter_names: one or several loaded adapters, or ``{name: weight}``; an empty list activates none.
         adapter_weights: for all, or one each: a float, ``{component: float}``,
-            ``{component: {"down" | "mid" | "up": float}}``, or None for 1.0; what a mapping leaves out is 1.0.
+            ``{component: {"down" | "mid" | "up": float}}``, or None for 1.0; what a mapping leaves out is 1.0. For
+            down, mid and up also finer, in the forms of diffusers' ``set_adapters``: ``{"up": {"block_0": 0.5}}``, and
+            a list with one float per layer in the place of a float: ``{"up": {"block_0": [0.5, 0.2, 1.0]}}``.
         method: how several are merged, a name in ``fuse.METHODS``.
 
     Raises:
-        ShiraError: unknown or repeated names, another number of weights, a weight that is no finite number or too
-            large for the model's dtype.
+        ShiraError: unknown or repeated names, another number of weights, a weight that is no finite number, too large
+            for the model's dtype, or for a component or block that is not there; weights beside a mapping of names.
         ResidentStateError: see ``Resident.set``.
 
     On error the mix and all bits are what they were.
     """
-    resident_of(self).set(_mix(adapter_names, adapter_weights), method)
+    resident_of(self).set(mix_of(adapter_names, adapter_weights), method)
 
 
 def get_active_shira(self: DiffusionPipeline) -> dict[str, Scale]:
@@ -138,8 +141,11 @@ def enable_shira(self: DiffusionPipeline) -> None:
     resident_of(self).enable()
 
 
-def delete_shira(self: DiffusionPipeline, adapter_names: str | Sequence[str]) -> None:
+def delete_shira(self: DiffusionPipeline, adapter_names: Names) -> None:
     """Forget adapters; the rest of the mix stays active without them.
+
+    Args:
+        adapter_names: one or several; of a mapping, such as ``get_active_shira()`` returns, the names count.
 
     Raises:
         ShiraError: unknown names.
@@ -147,7 +153,7 @@ def delete_shira(self: DiffusionPipeline, adapter_names: str | Sequence[str]) ->
 
     On error nothing has changed.
     """
-    resident_of(self).remove(*_name_list(adapter_names))
+    resident_of(self).remove(*name_list(adapter_names))
 
 
 def unload_shira(self: DiffusionPipeline) -> None:
@@ -158,30 +164,33 @@ def unload_shira(self: DiffusionPipeline) -> None:
         resident.remove(*resident.names)
 
 
-def save_shira(self: DiffusionPipeline, directory: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
-    """Write a loaded adapter, or the active mix fused into one, to a folder (or a ``.safetensors`` file).
+def save_shira(self: DiffusionPipeline, directory: str | os.PathLike[str], adapter_name: Names | None = None) -> Path:
+    """Write a loaded adapter, or a mix fused into one, to a folder (or a ``.safetensors`` file).
 
     Args:
         directory: the folder, made if needed, or the file.
-        adapter_name: which; None is the active mix.
+        adapter_name: which; several names, or ``{name: weight}``, are a mix; None is the active one.
 
     Returns:
         The file written.
 
     Raises:
-        ShiraError: an unknown name, or None while nothing is active.
+        ShiraError: an unknown name, or None while nothing is active; a mix as for ``set_shira``.
     """
     resident = resident_of(self)
-    return save_adapter(resident.adapter(adapter_name) if adapter_name else resident.fused(), directory)
+    if isinstance(adapter_name, str):
+        return save_adapter(resident.adapter(adapter_name), directory)
+    return save_adapter(resident.fused(None if adapter_name is None else mix_of(adapter_name)), directory)
 
 
 def fuse_report(
-    self: DiffusionPipeline, adapter_names: Sequence[str] | None = None
+    self: DiffusionPipeline, adapter_names: Sequence[str] | Mapping[str, Scale | None] | None = None
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """How much adapters are in each other's way, for each pair: overlap, sign_conflict, awom, awor, l2.
+    """How much adapters interfere, for each pair: overlap, sign_conflict, awom, awor, l2.
 
     Args:
-        adapter_names: at least two; None is all that are loaded.
+        adapter_names: at least two; None is all that are loaded. Of ``{name: weight}`` the adapters are compared as
+            they are at these weights, which are those of ``set_shira``.
 
     Raises:
         ShiraError: unknown names or fewer than two.
@@ -189,16 +198,21 @@ def fuse_report(
     See ``interference.Interference`` for the figures (arXiv 2406.13175, section 4.2).
     """
     resident = resident_of(self)
-    names = resident.names if adapter_names is None else list(adapter_names)
-    if isinstance(adapter_names, str) or len(names) < 2:
+    mix = mix_of(resident.names if adapter_names is None else adapter_names)
+    if isinstance(adapter_names, str) or len(mix) < 2:
         raise ShiraError(f"expected a list of at least two adapters to compare, got {adapter_names!r}")
-    adapters = {name: resident.adapter(name) for name in names}
-    return {(a, b): interference(adapters[a], adapters[b]).as_dict() for a, b in combinations(names, 2)}
+    adapters = {name: _at(resident, name, scale) for name, scale in mix.items()}
+    return {(a, b): interference(adapters[a], adapters[b]).as_dict() for a, b in combinations(mix, 2)}
+
+
+def _at(resident: Resident, name: str, scale: Scale) -> ShiraAdapter:
+    is_plain = isinstance(scale, int | float) and scale == 1
+    return resident.adapter(name) if is_plain else resident.fused({name: scale})
 
 
 def shira(
     self: DiffusionPipeline,
-    adapter_names: str | Sequence[str],
+    adapter_names: Names,
     adapter_weights: Weights = None,
     *,
     method: str = "sum",
@@ -210,7 +224,7 @@ def shira(
 
     Args and Raises: as ``set_shira``; also ResidentStateError for a wait that could never end, see ``Resident.using``.
     """
-    return resident_of(self).using(_mix(adapter_names, adapter_weights), method).giving(self)
+    return resident_of(self).using(mix_of(adapter_names, adapter_weights), method).giving(self)
 
 
 def bake_shira(self: DiffusionPipeline) -> None:
@@ -295,28 +309,6 @@ def _decode(
 
 def _auto_name(names: Sequence[str]) -> str:
     return next(name for name in (f"default_{i}" for i in count()) if name not in names)
-
-
-def _mix(names: str | Sequence[str], weights: Weights) -> dict[str, Scale]:
-    chosen = _name_list(names)
-    if len(set(chosen)) != len(chosen):
-        raise ShiraError(f"each adapter may be named once, got {chosen}")
-    if getattr(weights, "ndim", 0) == 1:  # of NumPy or torch
-        weights = list(weights)  # type: ignore[arg-type]
-    each = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights] * len(chosen)
-    if len(each) != len(chosen):
-        raise ShiraError(
-            f"expected one weight an adapter, got {counted(len(each), 'weight')} for "
-            f"{counted(len(chosen), 'adapter')} {chosen}"
-        )
-    return {name: 1.0 if weight is None else weight for name, weight in zip(chosen, each, strict=True)}
-
-
-def _name_list(names: str | Iterable[str]) -> list[str]:
-    chosen: list[object] = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
-    if not all(isinstance(name, str) for name in chosen):
-        raise ShiraError(f"expected the name of an adapter or a list of names, got {names!r}")
-    return [str(name) for name in chosen]
 
 
 @classmethod  # type: ignore[misc]

@@ -17,7 +17,7 @@ from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.locks import Held, Hold, hold, leave
 from shira_diffusers.offloading import is_offloaded_anew
 from shira_diffusers.probes import BaseMatch
-from shira_diffusers.scales import Scale, check_scale, scale_of
+from shira_diffusers.scales import Blocks, Scale, blocks_of, check_scale, scale_of
 from shira_diffusers.state import Mix, ShiraState, ensure_state, state_of
 from shira_diffusers.sweep_cuda import engine_for
 from shira_diffusers.switching import plan_switch, require_written, run
@@ -120,20 +120,24 @@ class Resident:
             {n: probe for adapter in named for n, probe in adapter.base_probes.items()},
         )
 
-    def fused(self) -> ShiraAdapter:
-        """The active mix as one adapter, which gives the same weights at scale 1.
+    def fused(self, scales: Mapping[str, Scale | None] | None = None, method: str = "sum") -> ShiraAdapter:
+        """A mix as one adapter, which gives the same weights at scale 1.
+
+        Args:
+            scales: as for ``set``; None is the active mix, with its method.
+            method: as for ``set``.
 
         Raises:
-            ShiraError: nothing is active.
+            ShiraError: nothing is active; or as ``set``.
         """
         with self.reading():
-            active = self.active
-            if not active:
+            mix, method = (self.active, self.method) if scales is None else (self._checked(scales), method)
+            if not mix:
                 raise ShiraError("no adapter is active: there is no mix to fuse; activate some or name an adapter")
 
-            scaled = [(self.adapter(name), self._scale_by_weight(active[name])) for name in sorted(active)]
-            mixed = fuse_scaled(scaled, self.method)
-            return mixed.with_metadata(mix=json.dumps(active), method=self.method)
+            scaled = [(self.adapter(name), self._scale_by_weight(mix[name])) for name in sorted(mix)]
+            mixed = fuse_scaled(scaled, method)
+            return mixed.with_metadata(mix=json.dumps(mix), method=method)
 
     def _scale_by_weight(self, scale: Scale) -> Callable[[str], float]:
         def of(full_name: str) -> float:
@@ -272,33 +276,45 @@ class Resident:
 
     # ---------------------------------------------------------------- switching
 
-    def set(self, scales: Mapping[str, Scale], method: str = "sum") -> None:
+    def set(self, scales: Mapping[str, Scale | None], method: str = "sum") -> None:
         """Make exactly these adapters active: restore what leaves, overwrite what arrives.
 
         In float32: ``acc = 0; acc += scale * delta`` in the order of names; ``W = round(base + acc)``, rounded once.
         Only masked entries change, addresses never do.
 
         Args:
-            scales: name -> a number, ``{component: number}`` or ``{component: {"down" | "mid" | "up": number}}``.
+            scales: name -> a number, ``{component: number}`` or ``{component: {"down" | "mid" | "up": ...}}``, see
+                ``scales.Scale``; None is 1.0.
             method: how several adapters are merged, a name in ``fuse.METHODS``.
 
         Raises:
-            ShiraError: unknown adapters, a scale that is not finite, sums out of the range of the weights' dtype, or an
-                unknown method.
+            ShiraError: unknown adapters, a scale that is not finite or for a component that the adapter does not
+                change, sums out of the range of the weights' dtype, or an unknown method.
             ResidentStateError: adapted weights were written by somebody else, or cannot be overwritten now.
 
         On error, at whatever point, the mix and all bits are what they were.
         """
         with self.writing():
-            self.require_known(scales)
-            parts = [part for part in self._models if part]
-            scales = {name: check_scale(name, scale, parts) for name, scale in scales.items()}
+            scales = self._checked(scales)
             merge_method(method)
             plans = []
             for part, state in self._states().items():
                 own = {name: scale for name, scale in scales.items() if name in state.adapters}
                 plans.append(plan_switch(part, self._models[part], Mix(own, method)))
             run(plans)
+
+    def _checked(self, scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
+        if not isinstance(scales, Mapping):
+            raise ShiraError(f"expected the mix as {{name: strength}}, got {scales!r}")
+        self.require_known(scales)
+        components = self.components
+        return {
+            name: check_scale(name, 1.0 if scale is None else scale, self._blocks(components[name]))
+            for name, scale in scales.items()
+        }
+
+    def _blocks(self, components: Iterable[str]) -> dict[str, Blocks]:
+        return {part: blocks_of(unwrap(self._models[part])) for part in components if part}
 
     def clear(self) -> None:
         """Make no adapter active: every parameter is bit-equal to what it was before the first.

@@ -22,6 +22,11 @@ def scale_for(scale: object, name: str) -> float:
     if isinstance(scale, Mapping):
         block = "down" if rest.startswith("down_blocks.") else "up" if rest.startswith("up_blocks.") else "other"
         scale = scale.get("mid" if rest.startswith("mid_block.") else block, 1.0)
+    _, number, _, layer, *_ = rest.split(".") + [""] * 3
+    if isinstance(scale, Mapping):
+        scale = scale.get(f"block_{number}", 1.0)
+    if isinstance(scale, list):
+        scale = scale[0] if len(scale) == 1 else scale[int(layer)]
     return scale
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +76,36 @@ def test_a_scale_for_each_parameter() -> None:
 def test_what_is_refused(weights: object, method: str, message: str) -> None:
     with pytest.raises(ShiraError, match=message):
         fuse(list(adapters().values()), weights, method)
+
+
+def test_weights_by_name() -> None:
+    named = {name: adapters()[name] for name in "ba"}
+    by_name = fuse(named, {"a": 0.25, "b": None})
+    assert by_name.deltas == fuse([named["a"], named["b"]], [0.25, 1.0]).deltas
+    assert by_name.deltas == fuse(named, [None, 0.25]).deltas
+    for weights in (np.array([1.0, 0.25]), torch.tensor([1.0, 0.25]), [np.float32(1), torch.tensor(0.25)]):
+        assert fuse(named, weights).deltas == by_name.deltas
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 0.25}, r"expected a weight for each of \['c', 'a', 'b'\], got weights for \['a'\]"),
+        ({"unet": 0.25}, r"expected a weight for each of"),
+        ({"a": 1.0, "b": 1.0, "c": {"unet": 0.5}}, "for a strength per component use pipe.set_shira"),
+        ("0.5", "expected one number for all adapters, one each"),
+        (["1", 1.0, 1.0], "expected one number for all adapters"),
+        (True, "expected one number for all adapters"),
+    ],
+)
+def test_bad_weights_by_name(weights: object, message: str) -> None:
+    with pytest.raises(ShiraError, match=message):
+        fuse(adapters(), weights)
+
+
+def test_weights_by_name_need_names() -> None:
+    with pytest.raises(ShiraError, match=r"\{name: number\} for adapters \{name: adapter\}, got \{'a': 0\.25\}"):
+        fuse([adapters()["a"]], {"a": 0.25})
 
 
 def test_nothing_to_fuse() -> None:
