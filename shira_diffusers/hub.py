@@ -19,7 +19,10 @@ _ADDRESS = re.compile(r"https?://[^/]+/([^/]+/[^/]+)(?:/(?:blob|resolve|tree)/([
 
 
 class HubOptions(TypedDict, total=False):
-    """The keywords of diffusers' ``load_lora_weights`` that say where and how to look."""
+    """The keywords of diffusers' ``load_lora_weights`` that say where and how to look.
+
+    ``low_cpu_mem_usage`` and ``use_safetensors`` change nothing here.
+    """
 
     weight_name: str | None
     subfolder: str | None
@@ -29,6 +32,8 @@ class HubOptions(TypedDict, total=False):
     local_files_only: bool
     force_download: bool
     proxies: dict[str, str] | None
+    low_cpu_mem_usage: bool
+    use_safetensors: bool | None
 
 
 def find_adapter(source: str | os.PathLike[str], options: HubOptions) -> Path:

@@ -6,22 +6,25 @@ Source: https://huggingface.co/docs/peft/package_reference/shira
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.branch import weight_shape
 from shira_diffusers.delta import SparseDelta
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.files import read_safetensors
-from shira_diffusers.locate import Locator
+from shira_diffusers.locate import Locator, unwrap
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _VALUES, _INDICES = ".shira_weight", ".shira_indices"
 _DENOISERS = ("", "unet", "transformer", "prior")  # what most adapters are for; a bare module has no name
+_MASKS = {"random": "rand"}  # PEFT's mask types, by our families; a function of the user's own keeps its name
 
 
 def is_peft_folder(path: Path) -> bool:
@@ -70,7 +73,8 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not (folder / PEFT_WEIGHTS).is_file():
         raise AdapterFormatError(f"{folder} has no {PEFT_WEIGHTS}; save it with safe_serialization=True")
     tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
-    metadata = {"mask": str(config.get("mask_type", "random")), "source": "peft"}
+    mask = str(config.get("mask_type", "random"))
+    metadata = {"mask": _MASKS.get(mask, mask), "source": "peft"}
     base = config.get("base_model_name_or_path")
     return tensors, {**metadata, **({"base_model": str(base)} if base else {})}
 
@@ -78,10 +82,12 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def peft_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameter name -> values ``[nnz]``, in PEFT's order: all that is known of its adapters without a model."""
     return {
-        key.removeprefix(_PREFIX).removesuffix(_VALUES) + ".weight": tensor.flatten()
-        for key, tensor in tensors.items()
-        if key.endswith(_VALUES)
+        _weight(key.removesuffix(_VALUES)): tensor.flatten() for key, tensor in tensors.items() if key.endswith(_VALUES)
     }
+
+
+def _weight(layer: str) -> str:
+    return f"{layer.removeprefix(_PREFIX)}.weight"
 
 
 def decode_peft(
@@ -131,43 +137,82 @@ def decode_peft_for(
     tensors: Mapping[str, Tensor],
     source: str,
     metadata: Mapping[str, str] | None = None,
+    *,
+    component: str | None = None,
 ) -> ShiraAdapter:
     """Build an adapter, named by component, for a pipeline's models: ``{component: model}``.
 
-    It is for the denoiser, unless that has none of the layers and another model has them all, as a text encoder may.
+    Args:
+        models: the adapter is for the one that has all its layers; where several do, for the one whose shapes it fits.
+        tensors: of PEFT's SHiRA tuner.
+        source: for messages.
+        metadata: of the adapter.
+        component: the model that it is for; None looks for it.
 
     Raises:
-        ShiraError: there is no such model.
+        ShiraError: there is no such model, or there are several.
         AdapterFormatError, AdapterMismatchError: see ``load_peft_adapter``.
     """
-    component = _component_of(tensors, models)
-    if component is None:
+    chosen = _component_of(tensors, models, source) if component is None else component
+    adapter = decode_peft(tensors, models[chosen], source, metadata)
+    return adapter.prefixed(chosen) if chosen else adapter
+
+
+def _component_of(tensors: Mapping[str, Tensor], models: Mapping[str, nn.Module], source: str) -> str:
+    fitting = _fitting(tensors, models)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ShiraError(
+            f"{source} is PEFT's, which does not say what it is for, and fits several models: {', '.join(fitting)}; "
+            f"name the right one, such as load_shira(..., component={fitting[-1]!r}); save_shira then writes a file "
+            "that says it"
+        )
+    denoiser = next((name for name in _DENOISERS if name in models), None)
+    if denoiser is None:
         raise ShiraError(
             f"{source} is PEFT's: expected a model with one of {', '.join(_DENOISERS[1:])} or with all layers of the "
             f"adapter, got {', '.join(models) or 'none'}; use it with the model it was trained for"
         )
-    adapter = decode_peft(tensors, models[component], source, metadata)
-    return adapter.prefixed(component) if component else adapter
+    return denoiser
 
 
-def _component_of(tensors: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> str | None:
-    names = list(peft_values(tensors))
-    denoiser = next((name for name in _DENOISERS if name in models), None)
-    if denoiser is not None and any(_has(models[denoiser], names)):
-        return denoiser
-    others = (part for part, model in models.items() if part != denoiser and all(_has(model, names)))
-    return next(others, denoiser)
+def _fitting(tensors: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> list[str]:
+    """The models with all layers of an adapter; of several those whose shapes it fits, where it fits any."""
+    values = peft_values(tensors)
+    once = {id(unwrap(model)): name for name, model in reversed(list(models.items()))}  # a model may have two names
+    shapes = {name: _shapes(models[name], values) for name in models if name in once.values() and values}
+    found = {name: its for name, its in shapes.items() if its is not None}
+    for fits in (_indices_fit, _counts_fit):
+        if len(found) > 1:
+            found = {name: its for name, its in found.items() if fits(tensors, its)} or found
+    return list(found)
 
 
-def _has(model: nn.Module, names: Iterable[str]) -> Iterator[bool]:
+def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]] | None:
+    """Each weight's shape by its layer's own account, empty for one that is no Linear; None if a layer is missing."""
     locator = Locator(model)
-    for name in names:
-        try:
-            locator.layer(name)
-        except AdapterMismatchError:
-            yield False
-        else:
-            yield True
+    try:
+        return {name: weight_shape(locator.layer(name)) or () for name in names}
+    except AdapterMismatchError:
+        return None
+
+
+def _indices_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether all indices lie inside the weights."""
+    indices = {_weight(key.removesuffix(_INDICES)): tensor for key, tensor in tensors.items() if key.endswith(_INDICES)}
+    pairs = [(its, shapes.get(name, ())) for name, its in indices.items()]
+    return all(its.shape[:1] == (len(shape),) and _below(its, shape) for its, shape in pairs)
+
+
+def _below(indices: Tensor, shape: tuple[int, ...]) -> bool:
+    return not indices.numel() or bool((indices.amax(dim=1).cpu() < torch.tensor(shape)).all())
+
+
+def _counts_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether each weight has as many values as PEFT gives it: ``r * (in + out)``, with one ``r`` for all."""
+    ranks = {Fraction(values.numel(), sum(shapes[name]) or 1) for name, values in peft_values(tensors).items()}
+    return len(ranks) == 1 and ranks.pop().denominator == 1
 
 
 def _decode_layer(values: Tensor, indices: Tensor | None, shape: tuple[int, ...]) -> SparseDelta:

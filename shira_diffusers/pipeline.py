@@ -55,35 +55,49 @@ def load_shira(
     *,
     scale: Scale = 1.0,
     activate: bool = True,
+    component: str | None = None,
+    hotswap: bool = False,
     **hub_kwargs: Unpack[HubOptions],
 ) -> None:
     """Load a SHiRA adapter and make it the active one.
 
     Args:
         source: a ``.safetensors`` file, a folder, a Hub id, a state dict with a file's keys, or an adapter in memory.
-            What PEFT's SHiRA tuner wrote (folder, file or state dict) goes to the denoiser, or where that has none of
-            its layers to the first model that has them all.
+            What PEFT's SHiRA tuner wrote (folder, file or state dict) goes to the one model that has all its layers.
         adapter_name: not in use; None takes ``default_0``, ``default_1``, ...
         scale: strength when active; 0 is the base, above 1 exaggerates. Also per component, see ``set_shira``.
-        activate: make it active, alone; False only loads it.
+        activate: make it active, alone; False only loads it, without a scale.
+        component: the model that an adapter is for which does not say so: one of PEFT's where several models fit, such
+            as ``"transformer_2"``, or one with plain parameter names.
+        hotswap: put it in the place of the loaded adapter ``adapter_name``. The mix stays as it was, its strengths too:
+            ``scale`` and ``activate`` do not count. Nothing is compiled anew.
         hub_kwargs: ``weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download, proxies``,
-            as for ``load_lora_weights``. (Proxies come from the environment; others are refused.)
+            as for ``load_lora_weights``. (Proxies come from the environment; others are refused.) ``low_cpu_mem_usage``
+            and ``use_safetensors`` change nothing.
 
     Raises:
         ValueError: the name is in use, or a ``ShiraError``: a damaged file (AdapterFormatError), an adapter that does
-            not fit this pipeline (AdapterMismatchError), weights that cannot be overwritten (ResidentStateError).
+            not fit this pipeline (AdapterMismatchError), weights that cannot be overwritten (ResidentStateError),
+            several models that one of PEFT's adapters fits, arguments that contradict each other.
         OSError: there is no such file, or the Hub cannot be reached.
 
     On error nothing has changed: not the weights, not the mix, not the list of adapters.
     """
     _check_options(hub_kwargs)
     resident = resident_of(self)
-    if adapter_name is not None and adapter_name in resident.names:
+    if hotswap:
+        _require_swap(resident, adapter_name, scale, activate)
+    elif scale != 1.0 and not activate:
+        raise ShiraError(f"scale={scale!r} is lost with activate=False; give it to set_shira, or leave activate out")
+    elif adapter_name is not None and adapter_name in resident.names:
         raise ShiraError(
-            f"adapter name {adapter_name!r} is in use, expected a new one; call delete_shira({adapter_name!r}) first"
+            f"adapter name {adapter_name!r} is in use, expected a new one; call delete_shira({adapter_name!r}) first, "
+            "or replace it with hotswap=True"
         )
-    adapter = _read(self, source, hub_kwargs)
+    adapter = _read(self, source, component, hub_kwargs)
     with resident.writing():
+        if hotswap:
+            return resident.replace(adapter, str(adapter_name))
         name = adapter_name if adapter_name is not None else _auto_name(resident.names)
         resident.add(adapter, name)
         if activate:
@@ -276,15 +290,39 @@ def _check_options(options: Mapping[str, object]) -> None:
         raise ShiraError(
             f"proxies={options['proxies']!r}: huggingface_hub takes proxies from HTTP_PROXY and HTTPS_PROXY; set those"
         )
+    if options.get("use_safetensors") is False:
+        raise ShiraError("use_safetensors=False: adapters are safetensors files, others are not read; leave it out")
+    if "low_cpu_mem_usage" in options:
+        logger.warning(
+            "low_cpu_mem_usage has no effect on a SHiRA adapter: its deltas are read once and no layer is made for them"
+        )
 
 
-def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> ShiraAdapter:
+def _require_swap(resident: Resident, name: str | None, scale: Scale, activate: bool) -> None:
+    if name is None or name not in resident.names:
+        raise ShiraError(
+            f"hotswap=True replaces a loaded adapter: expected its name as adapter_name, got {name!r}; loaded are "
+            f"{', '.join(map(repr, resident.names)) or 'none'}; leave hotswap out to load another"
+        )
+    if scale != 1.0 or not activate:
+        raise ShiraError(
+            f"hotswap=True leaves the mix as it is, got scale={scale!r} and activate={activate!r}; leave them out and "
+            "call set_shira to change the mix"
+        )
+
+
+def _read(pipe: DiffusionPipeline, source: Source, component: str | None, options: HubOptions) -> ShiraAdapter:
     """Read an adapter, with component names."""
+    models = models_of(pipe)
+    if component is not None and component not in models:
+        raise ShiraError(
+            f"component={component!r} is no model of this pipeline, which has {', '.join(models) or 'none'}"
+        )
     if isinstance(source, ShiraAdapter):
-        return source
+        return _named(source, component, models)
     if isinstance(source, Mapping):
         require_tensors(source, "the state dict")
-        return _decode(pipe, source, None, "the state dict")
+        return _decode(models, component, source, None, "the state dict")
     if not isinstance(source, str | os.PathLike):
         raise AdapterFormatError(
             "expected a file, a folder, a Hub id, a state dict of tensors or a ShiraAdapter, "
@@ -293,18 +331,36 @@ def _read(pipe: DiffusionPipeline, source: Source, options: HubOptions) -> Shira
     path = find_adapter(source, options)
     if is_peft_folder(path):
         tensors, metadata = read_peft_folder(path)
-        return decode_peft_for(models_of(pipe), tensors, str(path), metadata)
+        return decode_peft_for(models, tensors, str(path), metadata, component=component)
     with reading(path) as (tensors, metadata):
-        return _decode(pipe, tensors, metadata, str(path))
+        return _decode(models, component, tensors, metadata, str(path))
 
 
 def _decode(
-    pipe: DiffusionPipeline, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str
+    models: Mapping[str, nn.Module],
+    component: str | None,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    source: str,
 ) -> ShiraAdapter:
     """Build an adapter of our own keys, or of PEFT's (``unet.save_lora_adapter`` writes them without a config)."""
     if is_peft_state_dict(tensors):
-        return decode_peft_for(models_of(pipe), tensors, source)
-    return decode(tensors, metadata, source)
+        return decode_peft_for(models, tensors, source, component=component)
+    return _named(decode(tensors, metadata, source), component, models)
+
+
+def _named(adapter: ShiraAdapter, component: str | None, models: Mapping[str, nn.Module]) -> ShiraAdapter:
+    """An adapter by component names: as it is, or with one put before plain parameter names."""
+    has = adapter.component_names()
+    if component is None or has == [component]:
+        return adapter
+    known = [part for part in has if part in models]
+    if known:
+        raise ShiraError(
+            f"component={component!r}, but the adapter says itself that it is for {', '.join(known)}; leave component "
+            "out, or take one part of the adapter with adapter.part(...).prefixed(...)"
+        )
+    return adapter.prefixed(component)
 
 
 def _auto_name(names: Sequence[str]) -> str:

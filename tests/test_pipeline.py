@@ -6,18 +6,26 @@ import inspect
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    WanPipeline,
+)
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextModelWithProjection
 
 import shira_diffusers
 from shira_diffusers import (
@@ -104,6 +112,24 @@ def test_public_names() -> None:
         assert callable(getattr(DiffusionPipeline, name)), name
     assert issubclass(ShiraError, ValueError)
     assert {AdapterFormatError, AdapterMismatchError, ResidentStateError} <= set(ShiraError.__subclasses__())
+
+
+def test_the_docs_list_all_methods() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "coming_from_lora.md").read_text()
+    methods = page.partition("## All methods")[2]
+    for method in shira_diffusers.pipeline.METHODS:
+        assert f"{method.__name__}(" in methods, method.__name__
+
+
+def test_the_strengths_in_the_docs(pipe: StableDiffusionPipeline) -> None:
+    """With the blocks of the real UNets."""
+    page = (Path(__file__).parents[1] / "docs" / "coming_from_lora.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    pipe.unet = tiny.unet(layers_per_block=2)
+    for name in "ab":
+        pipe.load_shira(tiny.adapter_for(pipe), name)
+    exec(compile(code, "coming_from_lora.md", "exec"), {"pipe": pipe})
+    assert pipe.get_active_shira() == {"a": 0.8, "b": {"unet": 0.5}}
 
 
 def test_installing_twice_changes_nothing() -> None:
@@ -197,6 +223,11 @@ def test_loading_with_a_scale(pipe: StableDiffusionPipeline, file: Path) -> None
     assert oracle(pipe, base, {"bluefire": {"unet": {"down": 0.2}, "text_encoder": 0.0}})
 
 
+def test_a_scale_that_would_be_lost(loaded: StableDiffusionPipeline, second: Path) -> None:
+    message = r"scale=0\.5 is lost with activate=False; give it to set_shira"
+    assert_unchanged(loaded, lambda: loaded.load_shira(second, "x", scale=0.5, activate=False), ShiraError, message)
+
+
 def test_a_name_in_use(loaded: StableDiffusionPipeline, second: Path) -> None:
     assert_unchanged(loaded, lambda: loaded.load_shira(second, "bluefire"), ValueError, "'bluefire' is in use")
 
@@ -211,6 +242,35 @@ def test_unknown_keywords_and_proxies(loaded: StableDiffusionPipeline, second: P
     assert_unchanged(loaded, lambda: loaded.load_shira(second, "x", wieght_name="y"), TypeError, "wieght_name")
     proxies = {"https": "http://proxy"}
     assert_unchanged(loaded, lambda: loaded.load_shira(second, "x", proxies=proxies), ShiraError, "HTTPS_PROXY")
+
+
+def test_keywords_of_load_lora_weights(
+    pipe: StableDiffusionPipeline, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tiny.snapshot(pipe)
+    pipe.load_shira(file, "bluefire", low_cpu_mem_usage=True, use_safetensors=True, hotswap=False)
+    assert oracle(pipe, base, {"bluefire": 1.0})
+    assert "low_cpu_mem_usage has no effect" in caplog.text
+    told = "use_safetensors=False: adapters are safetensors files"
+    assert_unchanged(pipe, lambda: pipe.load_shira(file, "x", use_safetensors=False), ShiraError, told)
+
+
+def test_what_cannot_be_hotswapped(loaded: StableDiffusionPipeline, second: Path, tmp_path: Path) -> None:
+    for name in (None, "nobody"):
+        assert_unchanged(
+            loaded,
+            lambda n=name: loaded.load_shira(second, n, hotswap=True),
+            ShiraError,
+            f"expected its name as adapter_name, got {name!r}; loaded are 'paintings', 'bluefire'",
+        )
+    for options in ({"scale": 0.5}, {"activate": False}):
+        message = "leaves the mix as it is, got scale=.* and activate=.*call set_shira"
+        act = partial(loaded.load_shira, second, "bluefire", hotswap=True, **options)
+        assert_unchanged(loaded, act, ShiraError, message)
+    other = save_adapter(tiny.adapter_for(tiny.unet(block_out_channels=(32, 96))).prefixed("unet"), tmp_path / "other")
+    act = partial(loaded.load_shira, other, "bluefire", hotswap=True)
+    assert_unchanged(loaded, act, AdapterMismatchError, "adapter does not fit")
+    assert_unchanged(loaded, lambda: loaded.load_shira(second, "bluefire"), ShiraError, "replace it with hotswap=True")
 
 
 def test_what_is_no_adapter(loaded: StableDiffusionPipeline, tmp_path: Path) -> None:
@@ -387,6 +447,98 @@ def test_bad_mixes(loaded: StableDiffusionPipeline) -> None:
     )
 
 
+@pytest.fixture
+def unet_only(loaded: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """Beside the two adapters a third, which changes the UNet only."""
+    adapter = tiny.adapter_for(loaded, 4, components=("unet",))
+    loaded.load_shira(adapter, "unet_only", activate=False)
+    return loaded
+
+
+def test_a_mapping_gives_names_and_weights(loaded: StableDiffusionPipeline) -> None:
+    loaded.disable_shira()
+    base = tiny.snapshot(loaded)
+    by_component = {"unet": 0.5, "text_encoder": {}}
+    for mix in (
+        {"bluefire": 0.25},
+        {"paintings": 0.5, "bluefire": {"unet": {"down": 0.2}}},
+        {"bluefire": None},
+        {"bluefire": by_component},
+        {"bluefire": np.float32(0.5)},
+        {},
+    ):
+        scales = {name: 1.0 if scale is None else scale for name, scale in mix.items()}
+        loaded.set_shira(mix)
+        assert loaded.get_active_shira() == scales
+        assert oracle(loaded, base, scales), mix
+        loaded.set_shira("paintings")
+        with loaded.shira(mix):
+            assert loaded.get_active_shira() == scales
+            assert oracle(loaded, base, scales), mix
+        resident_of(loaded).set(mix)
+        assert oracle(loaded, base, scales), mix
+    loaded.set_shira({"bluefire": 0.25, "paintings": 0.5})
+    loaded.delete_shira({"bluefire": 0.25})
+    assert oracle(loaded, base, {"paintings": 0.5})
+    loaded.delete_shira(loaded.get_active_shira())
+    assert loaded.list_shira() == {}
+    tiny.assert_same_bits(loaded, base)
+
+
+def test_weights_beside_a_mapping_are_refused(loaded: StableDiffusionPipeline) -> None:
+    message = r"expected strengths once, got \{'bluefire': 0\.5\} and adapter_weights=1\.0; leave adapter_weights out"
+
+    def use() -> None:
+        with loaded.shira({"bluefire": 0.5}, 1.0):
+            pytest.fail("the block was entered")
+
+    assert_unchanged(loaded, lambda: loaded.set_shira({"bluefire": 0.5}, 1.0), ShiraError, message)
+    assert_unchanged(loaded, use, ShiraError, message)
+    for bad, told in [
+        ({"nobody": 0.5}, "no adapter named 'nobody'"),
+        ({3: 0.5}, "expected the name of an adapter"),
+        ({"bluefire": "strong"}, "finite number"),
+        ({"bluefire": [0.5]}, "finite number"),
+    ]:
+        assert_unchanged(loaded, lambda b=bad: loaded.set_shira(b), ShiraError, told)
+    for bad in ("bluefire", ["bluefire"], None):
+        assert_unchanged(
+            loaded, lambda b=bad: resident_of(loaded).set(b), ShiraError, r"expected the mix as \{name: strength\}, got"
+        )
+
+
+def test_a_strength_for_a_component_that_the_adapter_lacks(unet_only: StableDiffusionPipeline, file: Path) -> None:
+    pipe, scale = unet_only, {"unet": 0.5, "text_encoder": 0.5}
+    message = r"components of \['unet'\][\s\S]*'text_encoder': no such component in this adapter"
+    resident = resident_of(pipe)
+    adapter = resident.adapter("unet_only")
+
+    def use() -> None:
+        with pipe.shira("unet_only", scale):
+            pytest.fail("the block was entered")
+
+    for act in (
+        lambda: pipe.set_shira("unet_only", scale),
+        lambda: pipe.set_shira(["bluefire", "unet_only"], scale),
+        lambda: pipe.set_shira({"bluefire": 1.0, "unet_only": scale}),
+        lambda: pipe.load_shira(adapter, "x", scale=scale),
+        lambda: pipe.fuse_report({"bluefire": 1.0, "unet_only": scale}),
+        lambda: pipe.save_shira("nowhere", {"unet_only": scale}),
+        lambda: resident.set({"unet_only": scale}),
+        use,
+    ):
+        assert_unchanged(pipe, act, ShiraError, message)
+    assert_unchanged(pipe, lambda: pipe.set_shira("bluefire", {"vae": 0.5}), ShiraError, "'vae': no such component")
+    with shira_diffusers.AdapterLibrary(file.parent, device="cpu") as library:
+        save_adapter(adapter, file.parent / "thin.safetensors")
+        bits = tiny.snapshot(pipe)
+        with pytest.raises(ShiraError, match=message):
+            library.set(pipe, {"thin": scale})
+        tiny.assert_same_bits(pipe, bits)
+        assert pipe.get_active_shira() == {"bluefire": 1.0}
+    pipe.set_shira(["bluefire", "unet_only"], [scale, {"unet": 0.5}])
+
+
 def test_disable_enable_delete(loaded: StableDiffusionPipeline) -> None:
     loaded.set_shira(["bluefire", "paintings"], [1.0, 0.5])
     mixed = tiny.snapshot(loaded)
@@ -552,6 +704,36 @@ def test_the_report(loaded: StableDiffusionPipeline, file: Path) -> None:
         assert_unchanged(loaded, lambda n=names: loaded.fuse_report(n), ShiraError, message)
 
 
+def test_the_report_of_a_mix(loaded: StableDiffusionPipeline) -> None:
+    """Adapters are compared at their strengths."""
+    plain = loaded.fuse_report()["paintings", "bluefire"]
+    assert loaded.fuse_report({"paintings": 1.0, "bluefire": None})["paintings", "bluefire"] == plain
+    mix = {"paintings": 0.5, "bluefire": {"unet": -0.5, "text_encoder": -0.5}}
+    mixed = loaded.fuse_report(mix)["paintings", "bluefire"]
+    assert mixed["overlap"] == plain["overlap"]
+    assert mixed["awom"] == pytest.approx(0.25 * plain["awom"])
+    assert mixed["sign_conflict"] == pytest.approx(1 - plain["sign_conflict"])
+
+
+def test_saving_another_mix_than_the_active_one(loaded: StableDiffusionPipeline, tmp_path: Path) -> None:
+    mix = {"bluefire": 0.5, "paintings": {"unet": 0.3}}
+    with loaded.shira(mix):
+        mixed = tiny.snapshot(loaded)
+    loaded.save_shira(tmp_path / "mix", mix)
+    loaded.save_shira(tmp_path / "both", ["bluefire", "paintings"])
+    assert loaded.get_active_shira() == {"bluefire": 1.0}
+    loaded.unload_shira()
+    base = tiny.snapshot(loaded)
+    loaded.load_shira(tmp_path / "mix")
+    tiny.assert_same_bits(loaded, mixed)
+    loaded.unload_shira()
+    loaded.load_shira(tmp_path / "both")
+    assert oracle(loaded, base, {"bluefire": 1.0, "paintings": 1.0})
+    for nothing in ({}, []):
+        with pytest.raises(ShiraError, match="there is no mix to fuse"):
+            loaded.save_shira(tmp_path / "none", nothing)
+
+
 # -------------------------------------------------------------------- pipelines that share models
 
 
@@ -638,6 +820,117 @@ def test_an_adapter_of_peft_for_a_text_encoder(pipe: StableDiffusionPipeline, tm
     with shira_diffusers.AdapterLibrary(tmp_path, device="cpu") as library:
         library.set(pipe, {"peft": 1.0})
         assert torch.allclose(read(pipe.text_encoder), expected, atol=1e-4)
+
+
+def two_transformers() -> WanPipeline:
+    """Wan 2.2 in small: two transformers of one shape."""
+    parts = {name: None for name in ("tokenizer", "text_encoder", "vae")}
+    return WanPipeline(
+        transformer=tiny.wan_transformer(),
+        transformer_2=tiny.wan_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **parts,
+    )
+
+
+def peft_state(model: nn.Module, folder: Path, targets: Sequence[str], rank: int = 2) -> dict[str, torch.Tensor]:
+    """Write a PEFT folder for a model; its tensors."""
+    model = get_peft_model(model, ShiraConfig(r=rank, target_modules=list(targets)))
+    peft_shira(model)
+    model.save_pretrained(folder)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("source", ["folder", "file", "state dict"])
+def test_an_adapter_of_peft_for_the_second_transformer(tmp_path: Path, source: str) -> None:
+    pipe = two_transformers()
+    state = peft_state(tiny.wan_transformer(), tmp_path / "peft", ["attn1.to_q", "ffn.net.2"])
+    given = {"folder": tmp_path / "peft", "file": tmp_path / "peft" / "adapter_model.safetensors", "state dict": state}
+    given = given[source]
+    message = r"fits several models: transformer, transformer_2; name the right one.*component='transformer_2'\)"
+    assert_unchanged(pipe, lambda: pipe.load_shira(given), ShiraError, message)
+    before = tiny.snapshot(pipe)
+    pipe.load_shira(given, "a", component="transformer_2")
+    assert pipe.list_shira() == {"a": ["transformer_2"]}
+    now = tiny.snapshot(pipe)
+    changed = [name for name, weight in before.items() if not torch.equal(weight, now[name])]
+    assert changed
+    assert all(name.startswith("transformer_2.") for name in changed)
+    pipe.load_shira(given, "b", component="transformer")
+    assert pipe.list_shira() == {"a": ["transformer_2"], "b": ["transformer"]}
+    saved = pipe.save_shira(tmp_path / "ours", "a")  # which says what it is for
+    pipe.load_shira(saved, "c")
+    tiny.assert_same_bits(pipe, now)
+    pipe.unload_shira()
+    tiny.assert_same_bits(pipe, before)
+    pipe.transformer = None  # one model left
+    pipe.load_shira(given, "a")
+    assert pipe.list_shira() == {"a": ["transformer_2"]}
+
+
+def test_one_model_under_two_names_is_one(tmp_path: Path) -> None:
+    pipe = two_transformers()
+    pipe.transformer_2 = pipe.transformer
+    pipe.load_shira(peft_state(tiny.wan_transformer(), tmp_path / "peft", ["attn1.to_q"]), "a")
+    assert pipe.list_shira() == {"a": ["transformer"]}
+
+
+def test_adapters_of_peft_for_both_text_encoders(tmp_path: Path) -> None:
+    """SDXL's have layers of the same names: shapes tell them apart where they differ."""
+    pipe = tiny.sdxl_pipeline()
+    small = peft_state(tiny.text_encoder(), tmp_path / "small", ["q_proj", "fc1"])
+    message = "fits several models: text_encoder, text_encoder_2;"
+    assert_unchanged(pipe, lambda: pipe.load_shira(small), ShiraError, message)
+    library = shira_diffusers.AdapterLibrary(tmp_path, device="cpu")
+    assert_unchanged(pipe, lambda: library.set(pipe, {"small": 1.0}), ShiraError, message)
+    library.close()
+    pipe.load_shira(small, component="text_encoder_2")
+    assert pipe.list_shira() == {"default_0": ["text_encoder_2"]}
+    pipe.unload_shira()
+
+    torch.manual_seed(3)
+    config = tiny.text_config()
+    config.hidden_size, config.intermediate_size = 48, 50
+    pipe.text_encoder_2 = CLIPTextModelWithProjection(config)
+    twin = CLIPTextModelWithProjection(config)
+    large = peft_state(twin, tmp_path / "large", ["q_proj", "fc1"])
+    for state, component in [(small, "text_encoder"), (large, "text_encoder_2")]:
+        pipe.load_shira(state, "a")
+        assert pipe.list_shira() == {"a": [component]}
+        pipe.unload_shira()
+    odd = {k: v[:3] if k.endswith("weight") else v[:, :3].contiguous() for k, v in small.items()}  # of any size
+    assert_unchanged(pipe, lambda: pipe.load_shira(odd), ShiraError, message)
+
+
+def test_bad_components(loaded: StableDiffusionPipeline, file: Path, tmp_path: Path) -> None:
+    state = peft_state(tiny.unet(), tmp_path / "peft", ["to_q"])
+    message = "component='transformer' is no model of this pipeline, which has vae, text_encoder, unet"
+    for source in (state, file, load_adapter(file)):
+        assert_unchanged(loaded, lambda s=source: loaded.load_shira(s, component="transformer"), ShiraError, message)
+    mismatch = "layers are not in CLIPTextModel"
+    assert_unchanged(loaded, lambda: loaded.load_shira(state, component="text_encoder"), AdapterMismatchError, mismatch)
+    told = "component='unet', but the adapter says itself that it is for text_encoder, unet; leave component out"
+    assert_unchanged(loaded, lambda: loaded.load_shira(file, component="unet"), ShiraError, told)
+
+
+def test_an_adapter_of_a_bare_module_for_a_component(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    base, bare = tiny.snapshot(pipe), tiny.adapter_for(pipe.unet, 6)
+    expected = reference.apply(base, {"a": bare.prefixed("unet")}, {"a": 1.0})
+    path = save_adapter(bare, tmp_path / "bare.safetensors")
+    for source in (bare, path, load_file(path), bare.prefixed("unet")):
+        pipe.load_shira(source, component="unet")
+        tiny.assert_same_bits(pipe, expected)
+        pipe.unload_shira()
+
+
+def test_masks_of_peft_by_our_names(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    peft_state(tiny.unet(), tmp_path, ["to_q"])
+    pipe.load_shira(tmp_path, "a")
+    assert resident_of(pipe).adapter("a").metadata["mask"] == "rand"
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "mask_type": "my_mask"}))
+    pipe.load_shira(tmp_path, "b")
+    assert resident_of(pipe).adapter("b").metadata["mask"] == "my_mask"
 
 
 def test_damaged_adapters_of_peft(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:

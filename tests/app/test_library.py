@@ -214,7 +214,7 @@ def test_what_peft_wrote_becomes_ours_with_its_config(library: Library, peft: Pa
     bare = library.add(peft / "adapter_model.safetensors", "bare")
     entry = library.add(peft / "adapter_model.safetensors", "whole", peft / "adapter_config.json")
     card = entry.card
-    assert card and (card.base, card.mask, card.note, card.components) == ("tiny", "random", "", ("unet",))
+    assert card and (card.base, card.mask, card.note, card.components) == ("tiny", "rand", "", ("unet",))
     assert library.inspect("whole").kind == "SHiRA adapter" and entry.sha256 == sha256_of(entry.path)
     tiny.assert_same_adapter(library.adapter("whole"), library.adapter("bare"))
     again = Library(StableDiffusionPipeline.from_pretrained(folders.base), folders.adapters, peft.parent / "data")

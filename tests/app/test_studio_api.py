@@ -53,7 +53,7 @@ def test_what_peft_wrote_comes_with_its_config(client: Client, tmp_path: Path) -
         "model.safetensors", "config.json",
     ))  # fmt: skip
     entry = client.predict(weights, config, "fern", api_name="/upload_peft_adapter")
-    assert (entry["name"], entry["fits"], entry["mask"], entry["note"]) == ("fern", True, "random", "")
+    assert (entry["name"], entry["fits"], entry["mask"], entry["note"]) == ("fern", True, "rand", "")
     with pytest.raises(AppError, match=r"adapter_config\.json is not JSON"):
         client.predict(weights, weights, "x", api_name="/upload_peft_adapter")
     client.predict("fern", api_name="/delete_adapter")
