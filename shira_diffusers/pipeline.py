@@ -22,6 +22,7 @@ from shira_diffusers.hub import HubOptions, find_adapter
 from shira_diffusers.interference import interference
 from shira_diffusers.interop import decode_peft_for, is_peft_folder, is_peft_state_dict, read_peft_folder
 from shira_diffusers.locks import Held
+from shira_diffusers.lorascale import warn_of_ignored_scale
 from shira_diffusers.resident import Resident
 from shira_diffusers.scales import Scale, Weights, mix_of, name_list
 
@@ -391,10 +392,13 @@ def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         resident = resident_of(self)
         resident.refresh()
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        warn_of_ignored_scale(self, given, lambda: resident.active, resident.models.values())
         with resident.reading():
             return run(self, *args, **kwargs)
 
     guarded._shira_guarded = True  # type: ignore[attr-defined]
+    parameters = list(inspect.signature(run).parameters)[1:]
     return guarded
 
 

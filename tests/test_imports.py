@@ -15,7 +15,7 @@ PACKAGE = "shira_diffusers"
 # From the ground up; a module may import from lower floors only. A folder stands on one floor with all its modules.
 FLOORS = (
     "_version callers errors terminal sheet kernels paths contents",
-    "delta targets scales offloading locks gaps tensorfile tiers spares unions",
+    "delta targets scales lorascale offloading locks gaps tensorfile tiers spares unions",
     "calibration probes decoding gaps_device hostmemory checksum",
     "masks devicedecoder",
     "adapter branch",
