@@ -1,4 +1,6 @@
-"""``load_shira`` and its family on every ``DiffusionPipeline``. The only module that knows pipelines.
+"""``load_shira`` and its family on every ``DiffusionPipeline`` and ``ModularPipeline``.
+
+The only module that knows pipelines.
 
 State lives with the models, not the pipeline: two pipelines that share a UNet see one state.
 """
@@ -8,15 +10,16 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any, Unpack
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline, ModularPipelineBlocks
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.errors import AdapterFormatError, ShiraError, counted
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError
 from shira_diffusers.files import decode, reading, require_tensors, save_adapter
 from shira_diffusers.hub import HubOptions, find_adapter
 from shira_diffusers.interference import interference
@@ -36,16 +39,18 @@ Names = str | Sequence[str] | Mapping[str, Scale | None]
 _RUNNING = ("__call__", "encode_prompt", "generate_mask", "invert")
 
 
-def resident_of(pipe: DiffusionPipeline) -> Resident:
+def resident_of(pipe: DiffusionPipeline | ModularPipeline) -> Resident:
     """The engine over all models of a pipeline, by component name."""
     return Resident(models_of(pipe))
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline by component name."""
+    """The models of a pipeline by component name; of a modular one those that are loaded by now."""
     # not `components`, which refuses pipelines of the user's own whose __init__ takes other names; one that registers
-    # nothing has no config
-    parts = {name: vars(pipe).get(name) for name in getattr(pipe, "config", ()) if not name.startswith("_")}
+    # nothing has no config, and that of a modular one leaves out models that it makes itself
+    is_modular = isinstance(pipe, ModularPipeline)
+    names = pipe.components if is_modular else getattr(pipe, "config", ())
+    parts = {name: vars(pipe).get(name) for name in names if not name.startswith("_")}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
@@ -95,7 +100,10 @@ def load_shira(
             f"adapter name {adapter_name!r} is in use, expected a new one; call delete_shira({adapter_name!r}) first, "
             "or replace it with hotswap=True"
         )
+    if component is not None:
+        _require_loaded(self, [component])
     adapter = _read(self, source, component, hub_kwargs)
+    _require_loaded(self, adapter.component_names())
     with resident.writing():
         if hotswap:
             return resident.replace(adapter, str(adapter_name))
@@ -267,17 +275,17 @@ METHODS = (
 
 
 def install() -> None:
-    """Add the methods to ``DiffusionPipeline``, so to every pipeline. Calling it again changes nothing.
+    """Add the methods to ``DiffusionPipeline`` and ``ModularPipeline``, so to every pipeline. Idempotent.
 
     From now on the generations of all pipelines (and their inversions, masks and encoded prompts), since any two may
     share a model, hold their models' locks for reading, so that no switch tears a picture, not even the first
-    adapter's.
+    adapter's. So do the blocks of modular pipelines, which may be called one by one.
     """
-    for method in METHODS:
-        setattr(DiffusionPipeline, method.__name__, method)
-    DiffusionPipeline.__init_subclass__ = _guard_new_class  # type: ignore[method-assign, assignment]
-    for cls in _family(DiffusionPipeline):
-        _guard(cls)
+    for base in (DiffusionPipeline, ModularPipeline):
+        for method in METHODS:
+            setattr(base, method.__name__, method)
+        _guard_family(base, _guard)
+    _guard_family(ModularPipelineBlocks, _guard_block)
 
 
 def _check_options(options: Mapping[str, object]) -> None:
@@ -309,6 +317,16 @@ def _require_swap(resident: Resident, name: str | None, scale: Scale, activate: 
         raise ShiraError(
             f"hotswap=True leaves the mix as it is, got scale={scale!r} and activate={activate!r}; leave them out and "
             "call set_shira to change the mix"
+        )
+
+
+def _require_loaded(pipe: Any, components: Sequence[str]) -> None:
+    """Require the models that a modular pipeline loads later."""
+    missing = [part for part in components if part in getattr(pipe, "null_component_names", ())]
+    if missing:
+        raise AdapterMismatchError(
+            f"the adapter is for {', '.join(missing)}, not loaded yet by this pipeline; call load_components() or "
+            "update_components() first"
         )
 
 
@@ -368,23 +386,43 @@ def _auto_name(names: Sequence[str]) -> str:
     return next(name for name in (f"default_{i}" for i in count()) if name not in names)
 
 
-@classmethod  # type: ignore[misc]
-def _guard_new_class(cls: type[DiffusionPipeline], **options: Any) -> None:
-    super(DiffusionPipeline, cls).__init_subclass__(**options)
-    _guard(cls)
+def _guard_family(base: Any, guard: Callable[[type], None]) -> None:
+    """Guard all classes that come from a base, those made later too."""
+    base.__init_subclass__ = _guard_of_new_classes(base, guard)
+    for cls in _family(base):
+        guard(cls)
 
 
-def _family(cls: type[DiffusionPipeline]) -> Iterator[type[DiffusionPipeline]]:
+@functools.cache
+def _guard_of_new_classes(base: Any, guard: Callable[[type], None]) -> Any:
+    def init_subclass(cls: Any, **options: Any) -> None:
+        super(base, cls).__init_subclass__(**options)
+        guard(cls)
+
+    return classmethod(init_subclass)  # type: ignore[arg-type]
+
+
+def _family(cls: Any) -> Iterator[type]:
     yield cls
     for child in cls.__subclasses__():
         yield from _family(child)
 
 
-def _guard(cls: type[DiffusionPipeline]) -> None:
+def _guard(cls: type) -> None:
     for name in _RUNNING:
-        run = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
-        if inspect.isfunction(run) and not hasattr(run, "_shira_guarded"):
-            setattr(cls, name, _reading(run))
+        _wrap(cls, name, _reading)
+
+
+def _guard_block(cls: type) -> None:
+    _wrap(cls, "__call__", _reading_by_block)
+
+
+def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    run = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+    if inspect.isfunction(run) and not hasattr(run, "_shira_guarded"):
+        guarded = wrapper(run)
+        guarded._shira_guarded = True  # type: ignore[attr-defined]
+        setattr(cls, name, guarded)
 
 
 def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -397,8 +435,17 @@ def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
         with resident.reading():
             return run(self, *args, **kwargs)
 
-    guarded._shira_guarded = True  # type: ignore[attr-defined]
     parameters = list(inspect.signature(run).parameters)[1:]
+    return guarded
+
+
+def _reading_by_block(run: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run)
+    def guarded(self: ModularPipelineBlocks, *args: Any, **kwargs: Any) -> Any:
+        pipe = next((value for value in (*args, *kwargs.values()) if isinstance(value, ModularPipeline)), None)
+        with nullcontext() if pipe is None else resident_of(pipe).reading():
+            return run(self, *args, **kwargs)
+
     return guarded
 
 
