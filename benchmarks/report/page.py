@@ -8,6 +8,7 @@ from benchmarks.report.bars import bar_table, counted, reasons
 from benchmarks.report.cold_start import cold_start_table
 from benchmarks.report.demo import demo_table
 from benchmarks.report.figures import Figures, Result, Row
+from benchmarks.report.readme import in_short
 from benchmarks.report.sections import LABELS, PARTS, UNKNOWN, Part
 from benchmarks.report.series import PLOTS, panels
 from benchmarks.report.size import size_table
@@ -46,6 +47,7 @@ def summary(scripts: list[str], figures: Figures) -> Iterator[str]:
         told = f": {len(missed)} of {len(AIMS[script])} aims not reached" if missed else ""
         lines.append(f"* [{question(script)}](#{anchor(question(script))}){told}")
     yield "\n".join(lines)
+    yield in_short(figures)
 
 
 def question(script: str) -> str:
