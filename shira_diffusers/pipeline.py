@@ -10,7 +10,6 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any, Unpack
@@ -443,7 +442,11 @@ def _reading_by_block(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def guarded(self: ModularPipelineBlocks, *args: Any, **kwargs: Any) -> Any:
         pipe = next((value for value in (*args, *kwargs.values()) if isinstance(value, ModularPipeline)), None)
-        with nullcontext() if pipe is None else resident_of(pipe).reading():
+        if pipe is None:
+            return run(self, *args, **kwargs)
+        resident = resident_of(pipe)
+        resident.refresh()
+        with resident.reading():
             return run(self, *args, **kwargs)
 
     return guarded

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from diffusers import ComponentsManager, ModularPipeline, ModularPipelineBlocks, StableDiffusionXLPipeline
@@ -231,6 +232,17 @@ def test_blocks_of_the_users_own(blocks: type[ModularPipelineBlocks]) -> None:
     pipe.enable_shira()
     assert_a_switch_waits(pipe, lambda: got.append(blocks()(pipe, PipelineState())[1].get("latents")))
     assert all(torch.equal(one, expected) for one in got)
+
+
+def test_an_offload_that_begins_while_an_adapter_is_active() -> None:
+    pipe = Denoise().init_pipeline()
+    pipe.update_components(unet=tiny.unet())
+    pipe.load_shira(tiny.adapter_for(pipe.unet), "a", component="unet")
+    expected = pipe(output="latents")
+    for run in (lambda: Denoise()(pipe, PipelineState())[1].get("latents"), lambda: pipe(output="latents")):
+        accelerate.cpu_offload(pipe.unet, torch.device("cpu"), state_dict=pipe.unet.state_dict())  # which is the base's
+        assert torch.equal(run(), expected)
+        accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
 
 
 def test_a_block_whose_components_are_no_pipeline() -> None:
