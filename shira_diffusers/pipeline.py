@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, count
 from pathlib import Path
@@ -71,7 +72,7 @@ def load_shira(
             What PEFT's SHiRA tuner wrote (folder, file or state dict) goes to the one model that has all its layers.
         adapter_name: not in use; None takes ``default_0``, ``default_1``, ...
         scale: strength when active; 0 is the base, above 1 exaggerates. Also per component, see ``set_shira``.
-        activate: make it active, alone; False only loads it, without a scale.
+        activate: make it active, alone; False only loads it, and ``scale`` then has no effect, which a warning says.
         component: the model that an adapter is for which does not say so: one of PEFT's where several models fit, such
             as ``"transformer_2"``, or one with plain parameter names.
         hotswap: put it in the place of the loaded adapter ``adapter_name``. The mix stays as it was, its strengths too:
@@ -92,8 +93,6 @@ def load_shira(
     resident = resident_of(self)
     if hotswap:
         _require_swap(resident, adapter_name, scale, activate)
-    elif scale != 1.0 and not activate:
-        raise ShiraError(f"scale={scale!r} is lost with activate=False; give it to set_shira, or leave activate out")
     elif adapter_name is not None and adapter_name in resident.names:
         raise ShiraError(
             f"adapter name {adapter_name!r} is in use, expected a new one; call delete_shira({adapter_name!r}) first, "
@@ -114,6 +113,10 @@ def load_shira(
             except BaseException:
                 resident.remove(name)
                 raise
+        elif scale != 1.0:
+            warnings.warn(
+                f"scale={scale!r} has no effect with activate=False; give it to set_shira({name!r}, ...)", stacklevel=2
+            )
 
 
 def set_shira(

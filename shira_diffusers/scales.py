@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.errors import ShiraError, counted, listing
 
 LayerScales = float | Sequence[float]
 BlockScales = Mapping[str, LayerScales | Mapping[str, LayerScales]]
@@ -44,7 +44,8 @@ def mix_of(names: str | Iterable[str] | Mapping[str, Scale | None], weights: Wei
     given = list(names.values()) if isinstance(names, Mapping) else each_scale(weights, len(chosen))
     if len(given) != len(chosen):
         raise ShiraError(
-            f"expected one weight per adapter, got {len(given)} weights for {len(chosen)} adapters {chosen}"
+            f"expected one weight per adapter, got {counted(len(given), 'weight')} for "
+            f"{counted(len(chosen), 'adapter')} {chosen}"
         )
     return {name: 1.0 if scale is None else scale for name, scale in zip(chosen, given, strict=True)}
 

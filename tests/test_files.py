@@ -337,7 +337,7 @@ def test_other_details_of_damage_are_told_first(adapter: ShiraAdapter, tmp_path:
     content = safetensors.torch.save(encode(adapter)[0], {**HEADER, "sha256": "0" * 64})
     path = tmp_path / "a.safetensors"
     path.write_bytes(content.replace(b"\x00\x3c\x00\xc0\x00\x38", b"\x00\x7c\x00\xc0\x00\x38"))
-    with pytest.raises(AdapterFormatError, match=r"unet\.a\.weight: .*1 of 3 values are NaN or infinite"):
+    with pytest.raises(AdapterFormatError, match=r"unet\.a\.weight: .*1 of 3 values is NaN or infinite"):
         load_adapter(path)
 
 

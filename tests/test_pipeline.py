@@ -223,9 +223,12 @@ def test_loading_with_a_scale(pipe: StableDiffusionPipeline, file: Path) -> None
     assert oracle(pipe, base, {"bluefire": {"unet": {"down": 0.2}, "text_encoder": 0.0}})
 
 
-def test_a_scale_that_would_be_lost(loaded: StableDiffusionPipeline, second: Path) -> None:
-    message = r"scale=0\.5 is lost with activate=False; give it to set_shira"
-    assert_unchanged(loaded, lambda: loaded.load_shira(second, "x", scale=0.5, activate=False), ShiraError, message)
+def test_a_scale_of_what_is_not_activated(loaded: StableDiffusionPipeline, second: Path) -> None:
+    before, mix = tiny.snapshot(loaded), loaded.get_active_shira()
+    with pytest.warns(UserWarning, match=r"scale=0\.5 has no effect with activate=False; give it to set_shira\('x'"):
+        loaded.load_shira(second, "x", scale=0.5, activate=False)
+    assert loaded.get_active_shira() == mix
+    tiny.assert_same_bits(loaded, before)
 
 
 def test_a_name_in_use(loaded: StableDiffusionPipeline, second: Path) -> None:

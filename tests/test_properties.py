@@ -7,6 +7,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ SETTINGS = settings(
 NAMES = st.sampled_from(["a", "b", "c", "d"])
 NUMBERS = st.sampled_from([1.0, 0.0, -1.0, 0.3, 2, 1.7])
 BLOCKS = st.dictionaries(st.sampled_from(["down", "mid", "up"]), NUMBERS)
-SCALES = st.one_of(NUMBERS, st.dictionaries(st.sampled_from(["unet", "text_encoder"]), st.one_of(NUMBERS, BLOCKS)))
+PARTS = st.fixed_dictionaries({}, optional={"unet": st.one_of(NUMBERS, BLOCKS), "text_encoder": NUMBERS})
+SCALES = st.one_of(NUMBERS, PARTS)
 
 Scales = Mapping[str, object]
 
@@ -50,6 +52,14 @@ def some_of(names: Iterable[str]) -> st.SearchStrategy[list[str]]:
     """Some of these names, in any order; none of none."""
     known = sorted(names)
     return st.lists(st.sampled_from(known), unique=True) if known else st.just([])
+
+
+def fitting(scale: object, adapters: Iterable[ShiraAdapter]) -> object:
+    """A strength without the components that one of the adapters lacks, which are refused."""
+    if not isinstance(scale, Mapping):
+        return scale
+    lists = [adapter.component_names() for adapter in adapters]
+    return {part: own for part, own in scale.items() if all(part in names for names in lists)}
 
 
 @functools.cache
@@ -127,7 +137,9 @@ class Sequences(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="in use"):
                 self.pipe.load_shira(state, name, scale=scale, activate=activate)
             return
-        self.pipe.load_shira(state, name, scale=scale, activate=activate)
+        scale = fitting(scale, [adapters()[which]])
+        with nullcontext() if activate or scale == 1.0 else pytest.warns(UserWarning, match="has no effect"):
+            self.pipe.load_shira(state, name, scale=scale, activate=activate)
         self.loaded[name] = adapters()[which]
         if activate:
             self.mix, self.aside = {name: scale}, None
@@ -136,6 +148,10 @@ class Sequences(RuleBasedStateMachine):
     def set_mix(self, data: st.DataObject) -> None:
         names = data.draw(some_of(self.loaded))
         weights = data.draw(st.one_of(st.none(), SCALES, st.lists(SCALES, min_size=len(names), max_size=len(names))))
+        if isinstance(weights, list):
+            weights = [fitting(one, [self.loaded[name]]) for one, name in zip(weights, names, strict=True)]
+        else:
+            weights = fitting(weights, [self.loaded[name] for name in names])
         self.pipe.set_shira(names, weights)
         each = weights if isinstance(weights, list) else [1.0 if weights is None else weights] * len(names)
         self.mix, self.aside = dict(zip(names, each, strict=True)), None
@@ -181,7 +197,8 @@ class Sequences(RuleBasedStateMachine):
     @rule(data=st.data(), inside=st.sampled_from(["", "set_mix", "delete", "disable", "enable", "unload", "load"]))
     def use_for_a_while(self, data: st.DataObject, inside: str) -> None:
         """A block in which something else happens, and which then raises."""
-        names, scale = data.draw(some_of(self.loaded)), data.draw(SCALES)
+        names = data.draw(some_of(self.loaded))
+        scale = fitting(data.draw(SCALES), [self.loaded[name] for name in names])
         before, aside = self.mix, self.aside
         with pytest.raises(KeyboardInterrupt), self.pipe.shira(names, scale):
             self.mix, self.aside = dict.fromkeys(names, scale), None
