@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.branch import SideBranch, weight_shape
+from shira_diffusers.branch import SideBranch, branch_of, weight_shape
 from shira_diffusers.delta import SparseDelta
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.fitting import trained_on
@@ -164,7 +164,7 @@ def set_shira_attn_processors(
         for attention, own in _by_attention(locator, deltas):
             attention.set_processor(ShiraAttnProcessor(attention.processor, own))
         for layer, delta in _by_layer(locator, deltas):
-            layer.register_forward_hook(SideBranch(delta))
+            layer.register_forward_hook(branch_of(layer, delta))
 
 
 def remove_shira_attn_processors(model: nn.Module) -> None:
@@ -246,7 +246,9 @@ def _require_fit(locator: Locator, adapter: ShiraAdapter) -> None:
             continue
         expected = weight_shape(layer)
         if expected is None or not name.endswith(".weight"):
-            wrong.append(f"{name} of {type(layer).__name__}: only weights of Linear and Conv2d layers have a branch")
+            wrong.append(
+                f"{name} of {type(layer).__name__}: only weights of Linear, Conv2d and Conv1D layers have a branch"
+            )
         elif expected != delta.shape:
             wrong.append(f"{name}: expected {expected}, got {delta.shape}")
     if wrong:

@@ -5,6 +5,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from shira_diffusers.delta import SparseDelta
 
@@ -83,9 +84,22 @@ def _csr(delta: SparseDelta) -> Tensor:
 def weight_shape(layer: nn.Module) -> tuple[int, ...] | None:
     """The shape of a layer's dense weight by its own account, however it is stored; None for what can have no branch.
 
-    Linear and Conv2d layers can, those of optimum-quanto, bitsandbytes, torchao and GGUF too.
+    Linear and Conv2d layers can, those of optimum-quanto, bitsandbytes, torchao and GGUF too, and GPT-2's Conv1D.
     """
+    if isinstance(layer, Conv1D):
+        return tuple(layer.weight.shape)  # (in, out)
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     sizes = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
     return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
+
+
+def branch_of(layer: nn.Module, delta: SparseDelta) -> SideBranch:
+    """The branch of a layer for the delta of its weight, as the layer stores it: ``(in, out)`` in GPT-2's Conv1D."""
+    return SideBranch(_transposed(delta) if isinstance(layer, Conv1D) else delta)
+
+
+def _transposed(delta: SparseDelta) -> SparseDelta:
+    rows, columns = delta.shape
+    indices, order = (delta.indices.long() % columns * rows + delta.indices.long() // columns).sort()
+    return SparseDelta(indices, delta.values[order], (columns, rows))

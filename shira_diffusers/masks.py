@@ -106,7 +106,8 @@ def struct(weight: Tensor, count: int, context: MaskContext) -> Tensor:
 
     Whole columns alone are of rank 1; the diagonal makes the delta of high rank. At most ``count`` entries, unless
     the diagonal alone has more. The first column is drawn at random, so adapters of other seeds are offset.
-    Columns, not rows: only the selected inputs of a layer are needed to train them.
+    Columns, not rows: only the selected inputs of a layer are needed to train them. GPT-2's Conv1D stores (in, out):
+    there ``struct_rows`` selects inputs.
     """
     return _lines(weight, count, context, rows=False)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from shira_diffusers.errors import AdapterMismatchError
 
@@ -18,6 +19,8 @@ _ATTENTION = (
     # text encoders: CLIP, Gemma and its like (o_proj), T5
     "q_proj", "k_proj", "v_proj", "out_proj", "o_proj",
     "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",
+    # GPT-2, whose layers are Conv1D
+    "c_attn", "q_attn", "attn.c_proj", "crossattention.c_proj",
 )  # fmt: skip
 _FEED_FORWARD = (
     "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
@@ -26,6 +29,7 @@ _FEED_FORWARD = (
     "proj_mlp", "single_transformer_blocks.*.proj_out",
     "fc1", "fc2", "gate_proj", "up_proj", "down_proj",
     "DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo",
+    "mlp.c_fc", "mlp.c_proj",
 )  # fmt: skip
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
@@ -59,7 +63,7 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def named_weights(model: nn.Module, *, every: bool = False) -> dict[str, Tensor]:
-    """Canonical name -> weight of each Linear and Conv2d of a module.
+    """Canonical name -> weight of each Linear and Conv2d of a module, and of GPT-2's Conv1D, stored as (in, out).
 
     Args:
         model: any module; compiled ones and PEFT-wrapped layers are looked through.
@@ -74,7 +78,7 @@ def named_weights(model: nn.Module, *, every: bool = False) -> dict[str, Tensor]
     for path, module in _owners(model):
         if any(part.startswith("lora_") for part in path.split(".")):
             continue
-        is_target = isinstance(module, nn.Linear | nn.Conv2d)
+        is_target = isinstance(module, nn.Linear | nn.Conv2d | Conv1D)
         for leaf, parameter in module.named_parameters(recurse=False):
             wanted = (is_target and leaf == "weight") or (every and parameter.is_floating_point())
             if wanted and id(parameter) not in seen:
