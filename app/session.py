@@ -133,7 +133,7 @@ class Session:
             seed: 0 to 2^32 - 1; None draws one, which the report tells.
             steps, guidance: 1 to 100, and 0 to 30.
             on_step: told of each step; may raise to end the generation.
-            method: how several adapters are merged, a name in ``shira_diffusers.fuse.METHODS``.
+            method: how several adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``.
             visit: who asks; visits take turns.
 
         Raises:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from app.checks import SettingsError, number, whole
 from app.strengths import MAX_STRENGTH, MIN_STRENGTH, Mix, checked_mix
-from shira_diffusers.fuse import METHODS
+from shira_diffusers.fuse import MERGE_METHODS
 
 MAX_STEPS = 100
 MAX_GUIDANCE = 30.0
@@ -39,7 +39,7 @@ class Settings:
             seed: 0 to 2^32 - 1; None draws one.
             steps: 1 to 100.
             guidance: 0 to 30.
-            method: how several adapters are merged, a name in ``shira_diffusers.fuse.METHODS``.
+            method: how several adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``.
 
         Raises:
             SettingsError: names the first setting that is wrong, what was expected and what came.
@@ -65,8 +65,8 @@ def _prompt(prompt: object) -> str:
 
 
 def _method(method: object) -> str:
-    if not isinstance(method, str) or method not in METHODS:
-        raise SettingsError(f"the merge method must be one of {', '.join(METHODS)}, got {reprlib.repr(method)}")
+    if not isinstance(method, str) or method not in MERGE_METHODS:
+        raise SettingsError(f"the merge method must be one of {', '.join(MERGE_METHODS)}, got {reprlib.repr(method)}")
     return method
 
 

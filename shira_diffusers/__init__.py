@@ -14,7 +14,7 @@ from shira_diffusers.attention import (
 from shira_diffusers.delta import SparseDelta
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError
 from shira_diffusers.files import load_adapter, save_adapter
-from shira_diffusers.fuse import fuse
+from shira_diffusers.fuse import MERGE_METHODS, fuse
 from shira_diffusers.gradients import mask_gradients
 from shira_diffusers.library import AdapterLibrary
 from shira_diffusers.masks import build_masks
@@ -24,6 +24,7 @@ from shira_diffusers.resident import Resident
 install()
 
 __all__ = [
+    "MERGE_METHODS",
     "AdapterFormatError",
     "AdapterLibrary",
     "AdapterMismatchError",

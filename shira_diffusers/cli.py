@@ -13,7 +13,7 @@ from pathlib import Path
 from shira_diffusers import ShiraError, __version__
 from shira_diffusers.demo import PROMPTS, find_assets, run_demo
 from shira_diffusers.errors import AdapterMismatchError, counted
-from shira_diffusers.fuse import METHODS
+from shira_diffusers.fuse import MERGE_METHODS
 from shira_diffusers.fusing import DTYPES, fuse_files
 from shira_diffusers.inspection import SHORTENED, as_text, inspect_adapter
 from shira_diffusers.terminal import note, one_line, printable, say, table
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument("files", metavar="FILE", type=Path, nargs="+", help="adapter files, or folders that hold one")
     fuse.add_argument("-o", "--output", type=Path, required=True, help="a .safetensors file, or a folder for it")
     fuse.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each adapter (1.0)")
-    fuse.add_argument("--method", choices=sorted(METHODS), default="sum", help="how to merge (%(default)s)")
+    fuse.add_argument("--method", choices=sorted(MERGE_METHODS), default="sum", help="how to merge (%(default)s)")
     fuse.add_argument(
         "--dtype",
         choices=DTYPES,

@@ -33,14 +33,14 @@ def sum_deltas(union: Union, values: Sequence[Tensor], scales: Sequence[float | 
     return total
 
 
-METHODS: dict[str, MergeMethod] = {"sum": sum_deltas}
+MERGE_METHODS: dict[str, MergeMethod] = {"sum": sum_deltas}
 
 
 def merge_method(name: str) -> MergeMethod:
     """The merge method of a name; ShiraError if there is none."""
-    if name not in METHODS:
-        raise ShiraError(f"unknown merge method {name!r}, expected one of {', '.join(METHODS)}")
-    return METHODS[name]
+    if name not in MERGE_METHODS:
+        raise ShiraError(f"unknown merge method {name!r}, expected one of {', '.join(MERGE_METHODS)}")
+    return MERGE_METHODS[name]
 
 
 def fuse(
@@ -54,7 +54,7 @@ def fuse(
         adapters: in the order in which they are added; ``{name: adapter}`` adds in the order of names, as a
             resident pipeline does.
         weights: scale of each adapter, or one for all, or ``{name: scale}`` where adapters have names; None is 1.0.
-        method: a name in ``METHODS``.
+        method: a name in ``shira_diffusers.MERGE_METHODS``.
 
     Returns:
         An adapter with float32 values on the union of the indices; applied at scale 1 it gives bit for bit the

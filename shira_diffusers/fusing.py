@@ -33,7 +33,7 @@ def fuse_files(
         files: files, or folders that hold one.
         output: a ``.safetensors`` file, or a folder, made if needed, for the default name.
         weights: the scale of each adapter; None is 1.0.
-        method: a name in ``fuse.METHODS``.
+        method: a name in ``shira_diffusers.MERGE_METHODS``.
         dtype: of the values; float32 gives bit for bit the weights that the adapters give together.
         force: replace an output that exists.
         tell: is given remarks.

@@ -134,7 +134,7 @@ def set_shira(
             ``{component: {"down" | "mid" | "up": float}}``, or None for 1.0; what a mapping leaves out is 1.0. For
             down, mid and up also finer, in the forms of diffusers' ``set_adapters``: ``{"up": {"block_0": 0.5}}``, and
             a list with one float per layer in the place of a float: ``{"up": {"block_0": [0.5, 0.2, 1.0]}}``.
-        method: how several are merged, a name in ``fuse.METHODS``.
+        method: how several are merged, a name in ``shira_diffusers.MERGE_METHODS``.
 
     Raises:
         ShiraError: unknown or repeated names, another number of weights, a weight that is no finite number, too large

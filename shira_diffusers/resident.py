@@ -89,7 +89,7 @@ class Resident:
 
     @property
     def method(self) -> str:
-        """How the active adapters are merged, a name in ``fuse.METHODS``."""
+        """How the active adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``."""
         return next((state.mix.method for state in self._states().values() if state.mix.scales), "sum")
 
     def components_of(self, name: str) -> list[str]:
@@ -285,7 +285,7 @@ class Resident:
         Args:
             scales: name -> a number, ``{component: number}`` or ``{component: {"down" | "mid" | "up": ...}}``, see
                 ``scales.Scale``; None is 1.0.
-            method: how several adapters are merged, a name in ``fuse.METHODS``.
+            method: how several adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``.
 
         Raises:
             ShiraError: unknown adapters, a scale that is not finite or for a component that the adapter does not

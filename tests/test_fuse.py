@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shira_diffusers import AdapterMismatchError, ShiraAdapter, ShiraError, SparseDelta, fuse
-from shira_diffusers.fuse import METHODS, fuse_scaled, merge_method
+from shira_diffusers.fuse import MERGE_METHODS, fuse_scaled, merge_method
 from tests import reference, tiny
 
 
@@ -133,7 +133,7 @@ def test_a_method_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     def last_wins(union: object, values: Sequence[Tensor], scales: Sequence[object]) -> Tensor:
         return torch.full((union.indices.numel(),), float(len(values)))
 
-    monkeypatch.setitem(METHODS, "count", last_wins)
+    monkeypatch.setitem(MERGE_METHODS, "count", last_wins)
     assert merge_method("count") is last_wins
     fused = fuse([adapters()["a"], adapters()["c"]], method="count")
     assert set(fused.deltas["0.weight"].values.tolist()) == {2.0}

@@ -13,7 +13,7 @@ from app.restore import as_dict, to_keep
 from app.settings import DEFAULT_METHOD, Settings
 from app.studio import Studio
 from app.tabs.events import TELLING
-from shira_diffusers.fuse import METHODS
+from shira_diffusers.fuse import MERGE_METHODS
 
 ADD_ADDRESS = """(_, text) => {
   const link = new URL(window.location.href)
@@ -44,7 +44,7 @@ class PresetsFold:
                 self.apply = gr.Button("Apply the JSON below", min_width=100, size="md")
             self.link = gr.Textbox(label="Link", visible=False, buttons=["copy"], interactive=False)
             self.text = gr.Textbox(label="Settings as JSON", lines=2, max_lines=8, buttons=["copy"])
-            method = gr.Dropdown(list(METHODS), value=DEFAULT_METHOD, label="Merge method", interactive=True)
+            method = gr.Dropdown(list(MERGE_METHODS), value=DEFAULT_METHOD, label="Merge method", interactive=True)
         return method
 
     def connect(
