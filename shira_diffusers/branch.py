@@ -74,11 +74,11 @@ def _csr(delta: SparseDelta) -> Tensor:
     """The delta as a float32 CSR matrix with int32 indices, on the CPU."""
     rows, columns = delta.shape
     indices = delta.indices.cpu().long()
-    starts = torch.searchsorted(indices, torch.arange(rows + 1) * columns)
+    starts = torch.searchsorted(indices, torch.arange(rows + 1, device="cpu") * columns)
     parts = starts.int(), (indices % columns).int(), delta.values.cpu().float()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(*parts, (rows, columns), check_invariants=False)
+        return torch.sparse_csr_tensor(*parts, (rows, columns), check_invariants=False, device="cpu")
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...] | None:

@@ -41,7 +41,7 @@ def encode(adapter: ShiraAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, delta in adapter.deltas.items():
         tensors[name + _VALUES] = _own(delta.values)
         tensors[name + _GAPS] = encode_gaps(delta.indices)
-        tensors[name + _SHAPE] = torch.tensor(delta.shape, dtype=torch.int64)
+        tensors[name + _SHAPE] = torch.tensor(delta.shape, dtype=torch.int64, device="cpu")
     for name, probe in adapter.base_probes.items():
         tensors[name + _BASE] = _own(probe.to(torch.float16))
     metadata = {"library_version": __version__, "density": f"{adapter.density:.6g}", **adapter.metadata}

@@ -154,7 +154,7 @@ def _base_probes(adapters: Sequence[ShiraAdapter], deltas: Mapping[str, SparseDe
                 known |= zip(adapter.deltas[name].indices[: probe.numel()].tolist(), probe.tolist(), strict=True)
         told = [known[index] for index in takewhile(known.__contains__, deltas[name].indices[: len(known)].tolist())]
         if told:
-            probes[name] = torch.tensor(told, dtype=torch.float16)
+            probes[name] = torch.tensor(told, dtype=torch.float16, device="cpu")
     return probes
 
 

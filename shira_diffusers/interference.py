@@ -70,7 +70,12 @@ def _matrix(delta: SparseDelta) -> Tensor:
     flat = delta.indices.long().cpu()
     places = torch.stack([flat // max(width, 1), flat % max(width, 1)])
     return torch.sparse_coo_tensor(
-        places, delta.values.double().cpu(), (height, width), is_coalesced=True, check_invariants=False
+        places,
+        delta.values.double().cpu(),
+        (height, width),
+        is_coalesced=True,
+        check_invariants=False,
+        device="cpu",
     )
 
 

@@ -78,12 +78,13 @@ def table(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> T
     if not all(weight.is_contiguous() for weight in weights):
         parts = zip(weights, at.split(list(sizes)), strict=True)
         at = torch.cat([physical(own, weight).to(at.dtype) for weight, own in parts])
-    counts = torch.tensor(sizes, dtype=torch.int64)
+    counts = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     ends = counts.cumsum(0)
     programs = (counts + _BLOCK - 1) // _BLOCK
-    owner = torch.arange(len(sizes)).repeat_interleave(programs)
-    number = torch.arange(len(owner)) - (programs.cumsum(0) - programs)[owner]  # of the program in its weight
+    owner = torch.arange(len(sizes), device="cpu").repeat_interleave(programs)
+    # of the program in its weight
+    number = torch.arange(len(owner), device="cpu") - (programs.cumsum(0) - programs)[owner]
     first = (ends - counts)[owner] + number * _BLOCK
     blocks = torch.stack([owner, first, torch.minimum(first + _BLOCK, ends[owner])], dim=1).to(torch.int32)
-    addresses = torch.tensor([weight.data_ptr() for weight in weights], dtype=torch.int64)
+    addresses = torch.tensor([weight.data_ptr() for weight in weights], dtype=torch.int64, device="cpu")
     return Table(addresses.to(device), blocks.contiguous().to(device), at)

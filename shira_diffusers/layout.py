@@ -116,7 +116,7 @@ def _one_layout(
 
 
 def _values(adapter: ShiraAdapter, names: Sequence[str]) -> Tensor:
-    return end_to_end([adapter.deltas[name].values for name in names]) if names else torch.empty(0)
+    return end_to_end([adapter.deltas[name].values for name in names]) if names else torch.empty(0, device="cpu")
 
 
 def end_to_end(parts: Sequence[Tensor]) -> Tensor:

@@ -69,15 +69,15 @@ def _draw(numel: int, count: int, context: MaskContext) -> Tensor:
     blocked = None if context.blocked is None else context.blocked.cpu()
     free = numel if blocked is None else numel - int(blocked.sum())
     if count * 4 > free:  # rejection would run long: shuffle what is free
-        pool = torch.arange(numel) if blocked is None else (~blocked).nonzero().flatten()
-        return pool[torch.randperm(pool.numel(), generator=context.generator)[:count]]
-    drawn = torch.empty(0, dtype=torch.int64)
+        pool = torch.arange(numel, device="cpu") if blocked is None else (~blocked).nonzero().flatten()
+        return pool[torch.randperm(pool.numel(), generator=context.generator, device="cpu")[:count]]
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < count:
-        more = torch.randint(numel, (count + count // 8 + 16,), generator=context.generator)
+        more = torch.randint(numel, (count + count // 8 + 16,), generator=context.generator, device="cpu")
         if blocked is not None:
             more = more[~blocked[more]]
         drawn = torch.cat([drawn, more]).unique()
-    return drawn[torch.randperm(drawn.numel(), generator=context.generator)[:count]]
+    return drawn[torch.randperm(drawn.numel(), generator=context.generator, device="cpu")[:count]]
 
 
 def wm(weight: Tensor, count: int, context: MaskContext) -> Tensor:
@@ -128,9 +128,9 @@ def _lines(weight: Tensor, count: int, context: MaskContext, *, rows: bool) -> T
     kept = min(lines, max(0, (count - diagonal) // max(1, length - crossed)))
     blocked = None if context.blocked is None else context.blocked.view(height, width).cpu()
     chosen = _spaced(lines, kept, context.generator, None if blocked is None else blocked.sum(1 if rows else 0))
-    step = torch.arange(diagonal)
+    step = torch.arange(diagonal, device="cpu")
     shift = 0 if blocked is None else _free_shift(blocked, diagonal)
-    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask = torch.zeros(height, width, dtype=torch.bool, device="cpu")
     mask[step % height, (step + shift) % width] = True
     if rows:
         mask[chosen] = True
@@ -144,10 +144,10 @@ def _lines(weight: Tensor, count: int, context: MaskContext, *, rows: bool) -> T
 def _spaced(lines: int, kept: int, generator: torch.Generator, used: Tensor | None) -> Tensor:
     """``kept`` line numbers, evenly spaced, from a random start; where some are in use, from the freest start."""
     if kept == 0:
-        return torch.empty(0, dtype=torch.int64)
-    spread = torch.arange(kept) * lines // kept
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    spread = torch.arange(kept, device="cpu") * lines // kept
     stride = max(1, lines // kept)
-    start = int(torch.randint(stride, (1,), generator=generator))
+    start = int(torch.randint(stride, (1,), generator=generator, device="cpu"))
     if used is not None:
         cost = torch.stack([used[(spread + (start + s) % stride) % lines].sum() for s in range(stride)])
         start = (start + int(cost.argmin())) % stride
@@ -157,7 +157,7 @@ def _spaced(lines: int, kept: int, generator: torch.Generator, used: Tensor | No
 def _free_shift(blocked: Tensor, diagonal: int) -> int:
     """The cyclic shift of the diagonal that meets the fewest blocked entries."""
     height, width = blocked.shape
-    step = torch.arange(diagonal)
+    step = torch.arange(diagonal, device="cpu")
     best, fewest = 0, diagonal + 1
     for shift in range(width):
         met = int(blocked[step % height, (step + shift) % width].sum())

@@ -40,7 +40,7 @@ class Claim(NamedTuple):
     def addresses(self) -> Tensor:
         """The address of each entry, int64 ``[numel]``."""
         tensor, offset = self.holder
-        places = physical(torch.arange(offset, offset + self.numel), tensor).cpu()
+        places = physical(torch.arange(offset, offset + self.numel, device="cpu"), tensor).cpu()
         return places * tensor.dtype.itemsize + tensor.data_ptr()
 
 

@@ -111,7 +111,7 @@ def positions(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) 
     """Find row-major indices, ``[n]``, ``sizes`` of them in each weight, in the range that holds the weights."""
     size = weights[0].dtype.itemsize
     start, length = extent(weights)
-    at = torch.empty(indices.numel(), dtype=torch.int64)
+    at = torch.empty(indices.numel(), dtype=torch.int64, device="cpu")
     for weight, own, out in zip(weights, indices.split(list(sizes)), at.split(list(sizes)), strict=True):
         torch.add(physical(own, weight), (weight.data_ptr() - start) // size, out=out)
     return Positions(start, length, at)

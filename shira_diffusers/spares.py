@@ -35,8 +35,9 @@ class Spares:
         for k, storage in enumerate(self._free):
             if needed <= storage.nbytes() <= 2 * needed:
                 del self._free[k]
-                return torch.empty(0, dtype=like.dtype).set_(storage)[:count]
-        return torch.empty(count + count // 16, dtype=like.dtype)[:count]  # the next mask may be a little larger
+                return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage)[:count]
+        room = count + count // 16  # the next mask may be a little larger
+        return torch.empty(room, dtype=like.dtype, device="cpu")[:count]
 
     def keep(self, tensors: Iterable[Tensor], still_used: Iterable[Tensor] = ()) -> None:
         """Take back what nobody holds any more; those that are ``still_used`` are passed over."""

@@ -117,7 +117,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive 
 @cache
 def _limit(dtype: torch.dtype) -> float:
     """Up to where sums round to the maximum of an 8-bit float: half a step above it. Some versions of torch go on."""
-    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
     second, top = values[values.isfinite()].unique()[-2:].tolist()
     return float(top + (top - second) / 2)
 

@@ -147,8 +147,8 @@ def _addresses(side: Side | None, none: int, last: Tensor | None) -> list[int]:
 @lru_cache(maxsize=8)
 def _owners(tiles: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 ``[sum of tiles]``: the weight of each tile."""
-    counts = torch.tensor(tiles)
-    return torch.arange(len(tiles), dtype=torch.int32).repeat_interleave(counts).to(device)
+    counts = torch.tensor(tiles, device="cpu")
+    return torch.arange(len(tiles), dtype=torch.int32, device="cpu").repeat_interleave(counts).to(device)
 
 
 @lru_cache(maxsize=8)

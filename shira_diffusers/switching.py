@@ -234,8 +234,8 @@ def _scales(plan: Plan, layout: Layout, adapter: int, scale: Scale) -> float | T
     if isinstance(scale, int | float):
         return float(scale)
     by_weight = [scale_of(scale, plan.component, weight) for weight in layout.members[adapter]]
-    sizes = torch.tensor([layout.adapters[adapter].deltas[name].nnz for name in layout.members[adapter]])
-    return torch.tensor(by_weight, dtype=torch.float32).repeat_interleave(sizes).to(layout.indices.device)
+    sizes = torch.tensor([layout.adapters[adapter].deltas[name].nnz for name in layout.members[adapter]], device="cpu")
+    return torch.tensor(by_weight, dtype=torch.float32, device="cpu").repeat_interleave(sizes).to(layout.indices.device)
 
 
 def _write_copies(weights: Weights, old: Overwritten | None, new: Overwritten | None) -> None:

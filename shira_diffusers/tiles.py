@@ -48,11 +48,11 @@ def find_starts(grid: Grid, names: Sequence[str], bounds: Sequence[int], indices
     """
     place = dict(zip(names, range(len(names)), strict=True))
     before = [0, *accumulate(int(name in place) for name in grid.names)]  # how many of the names come before
-    low = torch.tensor([bounds[k] for k in before[:-1]], dtype=torch.int64)
-    high = torch.tensor([bounds[k] for k in before[1:]], dtype=torch.int64)
-    tiles = torch.tensor(grid.tiles, dtype=torch.int64)
-    owner = torch.arange(len(tiles)).repeat_interleave(tiles)
-    number = torch.arange(len(owner)) - (tiles.cumsum(0) - tiles)[owner]
+    low = torch.tensor([bounds[k] for k in before[:-1]], dtype=torch.int64, device="cpu")
+    high = torch.tensor([bounds[k] for k in before[1:]], dtype=torch.int64, device="cpu")
+    tiles = torch.tensor(grid.tiles, dtype=torch.int64, device="cpu")
+    owner = torch.arange(len(tiles), device="cpu").repeat_interleave(tiles)
+    number = torch.arange(len(owner), device="cpu") - (tiles.cumsum(0) - tiles)[owner]
     device = indices.device
     found = _search(indices, (number * grid.tile).to(device), low[owner].to(device), high[owner].to(device))
     return torch.cat([found, found.new_tensor([bounds[-1]])]).to(torch.int32)

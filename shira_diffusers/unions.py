@@ -47,11 +47,11 @@ def _span(indices: Sequence[Tensor]) -> int:
 
 def _by_marks(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Mark all that is held, range by range, and count the marks: no sorting."""
-    edges = torch.arange(0, _span(indices) + _RANGE, _RANGE).to(indices[0].dtype)
+    edges = torch.arange(0, _span(indices) + _RANGE, _RANGE, device="cpu").to(indices[0].dtype)
     cuts = [torch.searchsorted(own, edges).tolist() for own in indices]
-    places = [torch.empty(own.numel(), dtype=torch.int64) for own in indices]
-    held = torch.empty(_RANGE, dtype=torch.bool)
-    rank = torch.empty(_RANGE, dtype=torch.int64)
+    places = [torch.empty(own.numel(), dtype=torch.int64, device="cpu") for own in indices]
+    held = torch.empty(_RANGE, dtype=torch.bool, device="cpu")
+    rank = torch.empty(_RANGE, dtype=torch.int64, device="cpu")
     merged, counted = [], 0
     for k, start in enumerate(edges[:-1].tolist()):
         spans = [slice(cut[k], cut[k + 1]) for cut in cuts]
@@ -60,7 +60,7 @@ def _by_marks(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         for at in local:
             held[at] = True
         here = held.nonzero().view(-1)
-        rank[here] = torch.arange(counted, counted + here.numel())
+        rank[here] = torch.arange(counted, counted + here.numel(), device="cpu")
         for place, span, at in zip(places, spans, local, strict=True):
             torch.index_select(rank, 0, at, out=place[span])
         merged.append((here + start).to(indices[0].dtype))

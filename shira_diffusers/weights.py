@@ -174,7 +174,7 @@ class _Range:
     def side(self, group: Overwritten) -> Side:
         names, bounds = group.layout.names, group.layout.bounds
         inner = (bounds[bisect_left(names, first)] for first in self._firsts)
-        starts = torch.tensor([0, *inner, bounds[-1]], dtype=torch.int32)
+        starts = torch.tensor([0, *inner, bounds[-1]], dtype=torch.int32, device="cpu")
         return Side(self._places(group.layout), False, starts, bits_of(group.base), bits_of(group.written))
 
     def _places(self, layout: Layout) -> Tensor:

@@ -68,7 +68,9 @@ class Framing:
         spare = [length - side for length, side in zip(resized, frame, strict=True)]
         left, top = (s // 2 if self.center_crop else _below(s + 1, generator) for s in spare)
         image = _resized_part(image, resized, (left, top, left + frame[0], top + frame[1]), self.interpolation)
-        time_ids = torch.tensor([original[1], original[0], top, left, frame[1], frame[0]], dtype=torch.float32)
+        time_ids = torch.tensor(
+            [original[1], original[0], top, left, frame[1], frame[0]], dtype=torch.float32, device="cpu"
+        )
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
         view = View(pixels.float() / 127.5 - 1.0, time_ids)
         return mirror(view, original, frame) if self.random_flip and _below(2, generator) else view
@@ -94,7 +96,7 @@ def mirror(view: View, size: Size, frame: Size) -> View:
 
 
 def _below(limit: int, generator: torch.Generator) -> int:
-    return int(torch.randint(limit, (), generator=generator))
+    return int(torch.randint(limit, (), generator=generator, device="cpu"))
 
 
 Reader = Callable[[Picture, Size, int], View]
@@ -187,7 +189,8 @@ class Examples(Dataset[list[Example]]):
     def _drops_caption(self, position: int) -> bool:
         if not self._caption_dropout_rate:
             return False
-        return float(torch.rand((), generator=seeded(self._seed, f"caption:{position}"))) < self._caption_dropout_rate
+        generator = seeded(self._seed, f"caption:{position}")
+        return float(torch.rand((), generator=generator, device="cpu")) < self._caption_dropout_rate
 
 
 def collate(examples: Sequence[list[Example]]) -> Batch:
@@ -224,7 +227,7 @@ class Batches(Sampler[list[Draw]]):
 
     def _batches_of(self, turn: int) -> list[list[Draw]]:
         """A pass: batches in the order in which they fill up, then those that stay smaller."""
-        order = torch.randperm(len(self._frames), generator=seeded(self._seed, f"order:{turn}")).tolist()
+        order = torch.randperm(len(self._frames), generator=seeded(self._seed, f"order:{turn}"), device="cpu").tolist()
         full: list[list[int]] = []
         open_ones: dict[Size, list[int]] = {}
         for index in order:

@@ -146,7 +146,7 @@ class _MomentReader:
     def __call__(self, picture: Picture, frame: Size, position: int) -> View:
         either = self._views[picture, frame]
         generator = seeded(self._seed, f"framing:{position}:{picture.path.name}")
-        return either[int(torch.randint(len(either), (), generator=generator))]
+        return either[int(torch.randint(len(either), (), generator=generator, device="cpu"))]
 
 
 def _encode_all(pipe: Pipe, config: TrainingConfig, pairings: Sequence[Pairing], seed: int) -> _MomentReader:
