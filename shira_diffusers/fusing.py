@@ -32,7 +32,7 @@ def fuse_files(
     Args:
         files: files, or folders that hold one.
         output: a ``.safetensors`` file, or a folder, made if needed, for the default name.
-        weights: the scale of each adapter; None is 1.0.
+        weights: the scale of each adapter, or one for all; None is 1.0.
         method: a name in ``shira_diffusers.MERGE_METHODS``.
         dtype: of the values; float32 gives bit for bit the weights that the adapters give together.
         force: replace an output that exists.
@@ -50,6 +50,8 @@ def fuse_files(
     target = file_to_write(output)
     if target.exists() and not force:
         raise ShiraError(f"{target} exists, expected a new file; choose another name or replace it with --force")
+    if weights is not None and len(weights) == 1:
+        weights = list(weights) * len(files)
     if weights is not None and len(weights) != len(files):
         raise ShiraError(
             f"expected one weight a file, got {counted(len(weights), 'weight')} for {counted(len(files), 'file')}"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,18 @@ import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from shira_diffusers import ShiraAdapter, SparseDelta, __version__, fuse, load_adapter, save_adapter, verification
+from shira_diffusers import (
+    MERGE_METHODS,
+    ShiraAdapter,
+    SparseDelta,
+    __version__,
+    commands,
+    fuse,
+    fusing,
+    load_adapter,
+    save_adapter,
+    verification,
+)
 from shira_diffusers.cli import main
 from shira_diffusers.files import WEIGHTS_NAME
 from shira_diffusers.probes import probe_base
@@ -456,7 +468,10 @@ def test_a_failing_fuse_writes_nothing(run: Run, files: dict[str, Path], tmp_pat
     good, target, peft = files["gold"], outputs / "c.safetensors", peft_folder(inputs / "peft")
     attempts: list[tuple[str, list[object]]] = [
         *((message, [good, path]) for message, path in broken_files(inputs, good).items()),
-        ("expected one weight a file, got 1 weight for 2 files", [good, files["bluefire"], "--weights", "1"]),
+        (
+            "expected one weight a file, got 3 weights for 2 files",
+            [good, files["bluefire"], "--weights", "1", "1", "1"],
+        ),
         ("weights must be finite", [good, "--weights", "nan"]),
         ("adapters of different models cannot be fused; .*differ in shape: unet", [good, files["wide"]]),
         (
@@ -484,3 +499,53 @@ def test_fuse_remarks_on_other_bases(run: Run, files: dict[str, Path], tmp_path:
     assert (status, err) == (0, "note: the adapters name different bases: 'b/c', 'tiny'\n")
     mix = json.loads(load_adapter(tmp_path / "both.safetensors").metadata["mix"])
     assert list(mix) == [f"1: {files['gold']}", f"2: {other}"]
+
+
+LIGHT = """
+import sys, shira_command
+try:
+    shira_command.main(sys.argv[1:])
+except SystemExit as end:
+    print(end.code)
+print(sorted({"torch", "diffusers", "transformers", "numpy"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [(["--version"], 0), (["--help"], 0), (["fuse", "--help"], 0), ([], 2), (["inspect"], 2), (["fly"], 2)],
+)
+def test_help_and_usage_errors_load_no_torch(argv: list[str], status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT, *argv], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == [str(status), "[]"]
+    assert argv != ["--version"] or done.stdout.startswith(f"shira_diffusers {__version__}\n")
+
+
+def test_the_entry_point_runs_commands(files: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "shira_command", "inspect", "--json", str(files["gold"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["kind"] == "SHiRA adapter"
+
+
+def test_the_parser_knows_all_choices() -> None:
+    assert set(commands.METHODS) == MERGE_METHODS.keys()
+    assert set(commands.DTYPES) == fusing.DTYPES.keys()
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "fuse", "demo"])
+def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    for line in commands.EXAMPLES[command]:
+        assert f"  {line}\n" in shown
+        program, *argv = shlex.split(line)
+        assert program == "shira"
+        assert commands.parser("1").parse_args(argv).command == command
+
+
+def test_one_weight_is_for_all_adapters(run: Run, files: dict[str, Path], tmp_path: Path) -> None:
+    both = (files["bluefire"], files["gold"])
+    assert run("fuse", *both, "--weights", "0.5", "-o", tmp_path / "one.safetensors")[0] == 0
+    assert run("fuse", *both, "--weights", "0.5", "0.5", "-o", tmp_path / "two.safetensors")[0] == 0
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "shira_diffusers"
 # From the ground up; a module may import from lower floors only. A folder stands on one floor with all its modules.
 FLOORS = (
-    "_version callers errors terminal sheet kernels paths contents",
+    "_version callers commands errors terminal sheet kernels paths contents",
     "delta targets scales lorascale offloading locks gaps tensorfile tiers spares unions",
     "calibration probes decoding gaps_device hostmemory checksum",
     "masks devicedecoder",
@@ -35,7 +35,12 @@ FLOORS = (
     "verification fusing demo",
     "cli",
 )
-TOP = ("app", "train_dreambooth_shira", "benchmarks")  # above the library; benchmarks measure the others too
+TOP = (
+    "app",
+    "shira_command",
+    "train_dreambooth_shira",
+    "benchmarks",
+)  # above the library; benchmarks measure the others too
 KNOWS_PIPELINES = {"pipeline", "training", "bases"}
 # state hands out copies of weights; training writes through sites
 WRITES_WEIGHTS = {"weights", "sites", "state", "gradients"}
