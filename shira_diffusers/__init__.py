@@ -43,3 +43,7 @@ __all__ = [
     "save_adapter",
     "set_shira_attn_processors",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from shira_diffusers.delta import SparseDelta
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, counted, listing
 from shira_diffusers.probes import probe_base
-from shira_diffusers.targets import named_weights
+from shira_diffusers.targets import named_weights, parts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ class ShiraAdapter:
         """Extract what training changed: the entries in which ``after`` differs from ``before``.
 
         Args:
-            before, after: modules, ``{component: module}``, or state dicts; the same on both sides.
+            before, after: modules, ``{component: module}``, pipelines, or state dicts; the same on both sides.
             dtype: of the values; the difference is taken in float32 and rounded once.
             metadata: strings to keep with the adapter.
 
@@ -172,6 +172,7 @@ def _tensors(source: nn.Module | Mapping[str, Tensor | nn.Module]) -> dict[str, 
     """Name -> weight, of a module, of modules by component, or of a state dict."""
     if isinstance(source, nn.Module):
         return named_weights(source, every=True)
+    source = parts_of(source)
     found: dict[str, Tensor] = {}
     for name, value in source.items():
         if isinstance(value, nn.Module):

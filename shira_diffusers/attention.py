@@ -21,7 +21,7 @@ from shira_diffusers.fuse import fuse_scaled
 from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.locks import hold
 from shira_diffusers.scales import Scale, Weights, blocks_of, check_scale, each_scale, scale_of
-from shira_diffusers.targets import FUSED_COPIES
+from shira_diffusers.targets import FUSED_COPIES, require_modules
 
 _PROJECTIONS = frozenset((*chain(*FUSED_COPIES.values()), "to_out", "to_out.0", "to_add_out"))
 
@@ -147,7 +147,7 @@ def set_shira_attn_processors(
             one component only, or plain parameter names.
 
     Raises:
-        ShiraError: no adapters, another number of scales, or a scale that is not a finite number or for a component
+        ShiraError: a pipeline instead of a model, no adapters, another number of scales, or a scale that is not a finite number or for a component
             that the adapter does not change.
         AdapterMismatchError: deltas that fit no layer, by name or shape, or are of norms, biases or embeddings; all are
             named.
@@ -156,6 +156,7 @@ def set_shira_attn_processors(
     before: diffusers' setters replace processors, ours too. Compile after: hooks of a compiled model are not seen.
     A weight that two layers share gets its branch in the layer that the adapter names only.
     """
+    require_modules(model, "a module", "set_shira_attn_processors(pipe.unet, ...), once for each model")
     root = unwrap(model)
     locator = Locator(root)
     deltas = _merge(locator, adapter, scale, component)
@@ -169,6 +170,7 @@ def set_shira_attn_processors(
 
 def remove_shira_attn_processors(model: nn.Module) -> None:
     """Give a model the processors back that it had, and take all branches away. Twice is once."""
+    require_modules(model, "a module", "remove_shira_attn_processors(pipe.unet), once for each model")
     root = unwrap(model)
     with hold([root], write=True):
         modules: list[Any] = list(root.modules())

@@ -14,13 +14,14 @@ from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, Shi
 from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.scatter import gather, overwrite
 from shira_diffusers.state import state_of
-from shira_diffusers.targets import canonical_name
+from shira_diffusers.targets import canonical_name, parts_of
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules by what their parameters' names begin with: ``component.``, or nothing for a bare module."""
+    """The modules, or a pipeline's, by what their parameters' names begin with: ``component.``, or nothing."""
+    model = parts_of(model)
     if isinstance(model, nn.Module):
         return {"": model}
     return {f"{component}.": module for component, module in model.items()}

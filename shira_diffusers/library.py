@@ -19,7 +19,7 @@ from shira_diffusers.devicedecoder import lend
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.locate import unwrap
 from shira_diffusers.locks import Held, Hold
-from shira_diffusers.pipeline import resident_of
+from shira_diffusers.pipeline import models_of, resident_of
 from shira_diffusers.resident import Resident
 from shira_diffusers.scales import Scale
 from shira_diffusers.state import ShiraState, state_of
@@ -340,7 +340,7 @@ class _User:
             self.resident = target
         elif isinstance(target, nn.Module | Mapping):
             self.resident = Resident(target)
-        elif hasattr(target, "config"):
+        elif models_of(target):
             self.resident = resident_of(target)
         else:
             raise ShiraError(

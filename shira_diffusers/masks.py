@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shira_diffusers.calibration import Calibration, gradient_magnitudes
 from shira_diffusers.delta import SparseDelta, check_indices
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
-from shira_diffusers.targets import DEFAULT_TARGETS, Targets, select
+from shira_diffusers.targets import DEFAULT_TARGETS, Targets, require_modules, select
 
 BLOCK = 32
 
@@ -248,9 +248,11 @@ def build_masks(
         grad and snip; whole runs of 32 for block; whole columns and the diagonal for struct.
 
     Raises:
-        ShiraError: unknown family, density out of range, or grad and snip without calibration.
+        ShiraError: a pipeline (name the components to train), unknown family, density out of range, or grad and snip
+            without calibration.
         AdapterMismatchError: targets that match nothing, gradients missing, or too few entries left by ``avoid``.
     """
+    require_modules(model, "a module or {component: module}", 'build_masks({"unet": pipe.unet}, ...)')
     chosen = FAMILIES.get(family) if isinstance(family, str) else family
     if chosen is None:
         raise ShiraError(f"unknown mask family {family!r}, expected one of {', '.join(FAMILIES)} or a function")

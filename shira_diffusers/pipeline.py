@@ -28,6 +28,7 @@ from shira_diffusers.locks import Held
 from shira_diffusers.lorascale import warn_of_ignored_scale
 from shira_diffusers.resident import Resident
 from shira_diffusers.scales import Scale, Weights, mix_of, name_list
+from shira_diffusers.targets import models_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +43,6 @@ _RUNNING = ("__call__", "encode_prompt", "generate_mask", "invert")
 def resident_of(pipe: DiffusionPipeline | ModularPipeline) -> Resident:
     """The engine over all models of a pipeline, by component name."""
     return Resident(models_of(pipe))
-
-
-def models_of(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline by component name; of a modular one those that are loaded by now."""
-    # not `components`, which refuses pipelines of the user's own whose __init__ takes other names; one that registers
-    # nothing has no config, and that of a modular one leaves out models that it makes itself
-    is_modular = isinstance(pipe, ModularPipeline)
-    names = pipe.components if is_modular else getattr(pipe, "config", ())
-    parts = {name: vars(pipe).get(name) for name in names if not name.startswith("_")}
-    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def load_shira(

@@ -21,6 +21,7 @@ from shira_diffusers.scales import Blocks, Scale, blocks_of, check_scale, scale_
 from shira_diffusers.state import Mix, ShiraState, ensure_state, state_of
 from shira_diffusers.sweep_cuda import engine_for
 from shira_diffusers.switching import plan_switch, require_written, run
+from shira_diffusers.targets import models_of
 from shira_diffusers.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Resident:
 
     Args:
         components: a module, whose adapters have plain parameter names, or ``{component: module}``, whose adapters'
-            names begin with the component. Compiled modules are looked through.
+            names begin with the component, or a pipeline. Compiled modules are looked through.
 
     Raises:
         ShiraError: something else than modules.
@@ -43,6 +44,8 @@ class Resident:
     """
 
     def __init__(self, components: nn.Module | Mapping[str, nn.Module]) -> None:
+        if not isinstance(components, nn.Module | Mapping):
+            components = models_of(components) or components
         parts = {"": components} if isinstance(components, nn.Module) else components
         if not isinstance(parts, Mapping):
             raise ShiraError(f"expected a module or {{component: module}}, got {type(parts).__name__}")

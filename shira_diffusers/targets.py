@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shira_diffusers.errors import AdapterMismatchError
+from shira_diffusers.errors import AdapterMismatchError, ShiraError
 
 Targets = str | re.Pattern[str] | Sequence[str]
 
@@ -47,6 +48,43 @@ FUSED_COPIES: dict[str, tuple[str, ...]] = {
 }
 # What torch.compile and PEFT put between a module and its weight.
 WRAPPERS = ("_orig_mod", "base_layer")
+
+
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline by component name; of a modular one those that are loaded by now."""
+    # not `components`, which refuses pipelines of the user's own whose __init__ takes other names; one that registers
+    # nothing has no config, and that of a modular one leaves out models that it makes itself
+    is_modular = any(cls.__name__ == "ModularPipeline" for cls in type(pipe).__mro__)
+    names = pipe.components if is_modular else getattr(pipe, "config", ())
+    parts = {name: vars(pipe).get(name) for name in names if not name.startswith("_")}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def parts_of(target: Any) -> nn.Module | Mapping[str, nn.Module]:
+    """What adapters are for: a module, or ``{component: module}``, as given or a pipeline's.
+
+    Raises:
+        ShiraError: anything else.
+    """
+    if isinstance(target, nn.Module | Mapping):
+        return target
+    if found := models_of(target):
+        return found
+    raise ShiraError(f"expected a module, {{component: module}} or a pipeline, got {type(target).__name__}")
+
+
+def require_modules(target: Any, expected: str, call: str) -> None:
+    """Require something else than a pipeline, where its meaning is not clear.
+
+    Raises:
+        ShiraError: neither a module nor, where ``expected`` is more than a module, ``{component: module}``; names what
+            to call instead.
+    """
+    if isinstance(target, nn.Module) or (isinstance(target, Mapping) and expected != "a module"):
+        return
+    models = target if isinstance(target, Mapping) else models_of(target)
+    among = f", which has {', '.join(models)}" if models else ""
+    raise ShiraError(f"expected {expected}, got {type(target).__name__}{among}; call {call}")
 
 
 def canonical_name(name: str) -> str:
