@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,13 +169,13 @@ class ShiraAdapter:
         return cls(deltas, metadata or {}, probe_base(deltas, old))
 
 
-def _tensors(source: nn.Module | Mapping[str, Tensor | nn.Module]) -> dict[str, Tensor]:
+def _tensors(source: Any) -> dict[str, Tensor]:
     """Name -> weight, of a module, of modules by component, or of a state dict."""
-    if isinstance(source, nn.Module):
-        return named_weights(source, every=True)
-    source = parts_of(source)
+    parts: Mapping[str, Tensor | nn.Module] | nn.Module = source if isinstance(source, Mapping) else parts_of(source)
+    if isinstance(parts, nn.Module):
+        return named_weights(parts, every=True)
     found: dict[str, Tensor] = {}
-    for name, value in source.items():
+    for name, value in parts.items():
         if isinstance(value, nn.Module):
             found.update({f"{name}.{n}": w for n, w in named_weights(value, every=True).items()})
         elif value.is_floating_point():

@@ -147,8 +147,8 @@ def set_shira_attn_processors(
             one component only, or plain parameter names.
 
     Raises:
-        ShiraError: a pipeline instead of a model, no adapters, another number of scales, or a scale that is not a finite number or for a component
-            that the adapter does not change.
+        ShiraError: a pipeline instead of a model, no adapters, another number of scales, or a scale that is not a
+            finite number or for a component that the adapter does not change.
         AdapterMismatchError: deltas that fit no layer, by name or shape, or are of norms, biases or embeddings; all are
             named.
 
