@@ -19,8 +19,8 @@ app: $(VENV)/.app ## mix styles in the browser, on the bundled demo model: http:
 demo: $(VENV)/.app ## the same without a browser: writes shira-demo.png
 	$(BIN)/shira demo
 
-test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev ## run the tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: format lint types test ## format, lint, strict types and tests, as CI runs them
 

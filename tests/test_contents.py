@@ -56,7 +56,7 @@ OTHERS = [
     ),
     (pickle.dumps({"a": 1}), "like a pickle, which is never loaded"),
     (zipped(), "or another zip archive"),
-    (gzip.compress(b"x"), "like a compressed archive; unpack it first"),
+    (gzip.compress(b"x", mtime=0), "like a compressed archive; unpack it first"),
     (b"GGUF\x03\x00\x00\x00", "like a GGUF model"),
     (saved(lambda f: Image.new("RGB", (4, 4)).save(f, "PNG")), "like a picture; name the adapter's file"),
     (saved(lambda f: Image.new("RGB", (4, 4)).save(f, "WEBP")), "like a picture"),
