@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from shira_diffusers.errors import counted
 from shira_diffusers.tensorfile import Bytes
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def _pin(content: Bytes, device: torch.device) -> bool:
     with torch.cuda.device(device):
         error = int(torch.cuda.cudart().cudaHostRegister(content.ctypes.data, content.nbytes, _PORTABLE))
     if error:
-        logger.warning("could not pin %d bytes (CUDA error %d): copies to the GPU are slower", content.nbytes, error)
+        size = counted(content.nbytes, "byte")
+        logger.warning("could not pin %s (CUDA error %d): copies to the GPU are slower", size, error)
     return not error
 
 

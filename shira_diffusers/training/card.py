@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.errors import counted
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.flags import launch_command
 from shira_diffusers.training.names import public_name
@@ -87,7 +88,7 @@ def _text(
 ) -> str:
     told, base = adapter.metadata, _shown(config.pretrained_model_name_or_path, origin.repository)
     title = origin.repository or Path(config.output_dir).resolve().name
-    entries = f"{adapter.nnz:,} entries ({100 * adapter.density:.3g} % of the adapted weights)"
+    entries = f"{counted(adapter.nnz, 'entry')} ({100 * adapter.density:.3g} % of the adapted weights)"
     parts = [
         f"# {title}",
         f"A sparse high rank adapter ([SHiRA]({_PAPER})) for {_code(base)}, trained "

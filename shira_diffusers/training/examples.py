@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.errors import ShiraError, counted, listing, verb
 from shira_diffusers.masks import seeded
 from shira_diffusers.training.buckets import frames_of
 from shira_diffusers.training.config import TrainingConfig
@@ -119,15 +119,15 @@ def _tell_what_may_surprise(pairings: Sequence[Pairing], config: TrainingConfig)
     small = [picture for picture, frame in first.items() if covering(picture.size, frame) > picture.size]
     if small:
         told = [f"{picture.path} ({picture.size[0]} x {picture.size[1]})" for picture in small]
-        logger.warning(
-            "%d pictures are smaller than their frame and are enlarged:%s", len(small), listing(sorted(told))
-        )
+        count, are = counted(len(small), "picture"), verb(len(small), "is", "are")
+        frame = verb(len(small), "its frame", "their frames")
+        logger.warning("%s %s smaller than %s and %s enlarged:%s", count, are, frame, are, listing(sorted(told)))
     most = max(Counter(pairing.frame for pairing in pairings).values())
     if most < config.train_batch_size:
         shape = " of one shape" if config.enable_bucket else ""
         logger.warning(
-            "batches hold %d examples at most, since there are no more%s, and train_batch_size is %d; "
-            "--repeats would fill them", most, shape, config.train_batch_size
+            "batches hold %s at most, since there are no more%s, and train_batch_size is %d; "
+            "--repeats would fill them", counted(most, "example"), shape, config.train_batch_size
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from PIL import Image
 
-from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.errors import ShiraError, counted, listing, verb
 
 CAPTIONS = (".txt", ".caption")
 """Suffixes of captions; where a picture has both, the first is taken."""
@@ -123,7 +123,7 @@ def _within(folder: Path) -> str:
     for _, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_side_file(name)]
         count += sum(map(is_picture, files))
-    return f"{folder.name}{os.sep}: {count} picture{'s' * (count != 1)} in a sub-folder" if count else ""
+    return f"{folder.name}{os.sep}: {counted(count, 'picture')} in a sub-folder" if count else ""
 
 
 def read_captions(contents: Contents) -> dict[Path, str]:
@@ -142,6 +142,7 @@ def read_captions(contents: Contents) -> dict[Path, str]:
             bad.append(f"{file}: {error.strerror}")
     if bad:
         raise ShiraError(
-            f"{len(bad)} captions are not UTF-8 that can be read; save them as UTF-8:{listing(bad, shown=len(bad))}"
+            f"{counted(len(bad), 'caption')} {verb(len(bad), 'is', 'are')} not UTF-8 that can be read; save "
+            f"{verb(len(bad), 'it', 'them')} as UTF-8:{listing(bad, shown=len(bad))}"
         )
     return {picture: text for picture, text in texts.items() if text}

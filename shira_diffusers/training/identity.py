@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.errors import ShiraError, counted, listing, verb
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.pictures import Picture
 
@@ -62,7 +62,9 @@ def require_same_run(config: TrainingConfig, checkpoint: Mapping[str, Any]) -> N
         then["seed"], now["seed"] = checkpoint["seed"], config.seed
     wrong = differences(then, now)
     if config.max_train_steps is not None and config.max_train_steps < checkpoint["step"]:
-        wrong.append(f"max_train_steps is {config.max_train_steps}, but {checkpoint['step']} steps are done")
+        done = checkpoint["step"]
+        steps = f"{counted(done, 'step')} {verb(done, 'is', 'are')}"
+        wrong.append(f"max_train_steps is {config.max_train_steps}, but {steps} done")
     if wrong:
         raise ShiraError(
             "a run resumes with the masks, the optimizer and the seed that it began with; give the same settings:"

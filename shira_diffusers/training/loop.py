@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from shira_diffusers.adapter import ShiraAdapter
+from shira_diffusers.errors import counted, verb
 from shira_diffusers.files import WEIGHTS_NAME, load_adapter
 from shira_diffusers.masks import build_masks
 from shira_diffusers.training.base import adapted_models, adapted_targets, cast, complete, load_base
@@ -115,7 +116,8 @@ def _train(asked: TrainingConfig, config: TrainingConfig, saved: list[Path]) -> 
             logger.warning(problem)
         repository = create_repository(config) if config.push_to_hub and accelerator.is_main_process else None
         start_trackers(accelerator, config)
-        logger.info("training %d entries of %d weights for %d steps", tuner.deltas.numel(), len(masks), run.last)
+        entries, weights = counted(tuner.deltas.numel(), "entry"), counted(len(masks), "weight")
+        logger.info("training %s of %s for %s", entries, weights, counted(run.last, "step"))
         with StopRequest() as stop:
             for step in run.steps(objective, stop):
                 if run.saves(step):
@@ -156,7 +158,8 @@ def _find_resumed(config: TrainingConfig, identity: Identity) -> tuple[Path | No
         return None, None
     checkpoint = read_checkpoint(resumed)
     require_same_run(config, checkpoint)
-    logger.info("resuming from %s: %d steps are done", resumed, checkpoint["step"])
+    done = checkpoint["step"]
+    logger.info("resuming from %s: %s %s done", resumed, counted(done, "step"), verb(done, "is", "are"))
     return resumed, checkpoint
 
 

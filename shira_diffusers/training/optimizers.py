@@ -9,7 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from shira_diffusers.errors import ShiraError
+from shira_diffusers.errors import ShiraError, counted
 from shira_diffusers.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,8 @@ def warm_up_problem(config: TrainingConfig, steps: int) -> str | None:
     if config.lr_scheduler == "constant" or config.lr_warmup_steps < steps:
         return None
     return (
-        f"--lr_warmup_steps {config.lr_warmup_steps} is not shorter than the run ({steps} steps): the learning rate "
-        f"never reaches {config.learning_rate:g}; lower it, 0 is no warm-up"
+        f"--lr_warmup_steps {config.lr_warmup_steps} is not shorter than the run ({counted(steps, 'step')}): the "
+        f"learning rate never reaches {config.learning_rate:g}; lower it, 0 is no warm-up"
     )
 
 

@@ -10,7 +10,7 @@ from typing import BinaryIO, Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.errors import ShiraError, counted, listing, verb
 from shira_diffusers.training.colours import Note, flatten, silent
 from shira_diffusers.training.folder import FOREIGN, list_pictures, read_captions
 
@@ -92,7 +92,7 @@ def find_pictures(folder: str | Path, prompt: str, on_bad: OnBad = "error") -> l
 
 def log_count(pictures: Sequence[Picture], captions: int, source: str) -> None:
     """Log how many pictures were found, and how many of them have captions of their own."""
-    logger.info("%d picture%s, %d with captions, in %s", len(pictures), "s" * (len(pictures) != 1), captions, source)
+    logger.info("%s, %d with captions, in %s", counted(len(pictures), "picture"), captions, source)
 
 
 def examine(found: Iterable[Found], source: str, on_bad: OnBad) -> list[Picture]:
@@ -111,12 +111,14 @@ def examine(found: Iterable[Found], source: str, on_bad: OnBad) -> list[Picture]
             continue
         notes += [f"{one.path}: {note}" for note in told]
         pictures.append(Picture(one.path, one.prompt, size, one.content))
-    count = f"{len(bad)} of {len(bad) + len(pictures)} pictures in {source}"
+    count = f"{counted(len(bad), 'picture', of=len(bad) + len(pictures))} in {source}"
     if bad and (on_bad == "error" or not pictures):
         remedy = ", or skip them with --on_bad_image skip" if pictures else ""
-        raise ShiraError(f"{count} cannot be read; mend or remove them{remedy}:{listing(bad, shown=len(bad))}")
+        them = verb(len(bad), "it", "them")
+        raise ShiraError(f"{count} cannot be read; mend or remove {them}{remedy}:{listing(bad, shown=len(bad))}")
     if bad:
-        logger.warning("%s cannot be read and are skipped:%s", count, listing(bad, shown=len(bad)))
+        are = verb(len(bad), "is", "are")
+        logger.warning("%s cannot be read and %s skipped:%s", count, are, listing(bad, shown=len(bad)))
     if notes:
         logger.warning("taken from %s all the same:%s", source, listing(notes))
     return pictures

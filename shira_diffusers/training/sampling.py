@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from shira_diffusers.errors import ShiraError
+from shira_diffusers.errors import ShiraError, counted
 from shira_diffusers.training.base import load_base
 from shira_diffusers.training.config import TrainingConfig
 from shira_diffusers.training.data import step_seed
@@ -60,7 +60,7 @@ def class_pictures(config: TrainingConfig, device: torch.device, seed: int) -> l
     have = len(find_pictures(folder, config.class_prompt, config.on_bad_image)) if filled else 0
     numbers = range(have, config.num_class_images)
     if numbers:
-        logger.info("generating %d class pictures into %s", len(numbers), folder)
+        logger.info("generating %s into %s", counted(len(numbers), "class picture"), folder)
         images = sample(_generator(config, device), config.class_prompt, numbers, seed, config)
         for number, image in zip(numbers, tqdm(images, "Class pictures", len(numbers)), strict=True):
             folder.mkdir(parents=True, exist_ok=True)

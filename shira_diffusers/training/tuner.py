@@ -175,8 +175,9 @@ class SparseTuner:
             )
         if state["deltas"].shape != self.deltas.shape:
             raise AdapterMismatchError(
-                f"the checkpoint holds {state['deltas'].numel()} trained values, expected {self.deltas.numel()}: one "
-                "of the two has DoRA's magnitudes, the other has not; train with dora as the checkpoint was"
+                f"the checkpoint holds {counted(state['deltas'].numel(), 'trained value')}, expected "
+                f"{self.deltas.numel():,}: one of the two has DoRA's magnitudes, the other has not; train with dora as "
+                "the checkpoint was"
             )
         with torch.no_grad():
             self.deltas.copy_(state["deltas"])

@@ -170,7 +170,7 @@ def test_what_may_surprise_is_told(
     Image.effect_noise((10, 10), 90).save(tmp_path / "pictures" / "small.png")
     with caplog.at_level(logging.WARNING):
         run(settings, max_train_steps=1, train_batch_size=4)
-    assert "1 pictures are smaller than their frame and are enlarged" in caplog.text
+    assert "1 picture is smaller than its frame and is enlarged" in caplog.text
     assert "small.png (10 x 10)" in caplog.text
     assert "batches hold 2 examples at most, since there are no more of one shape" in caplog.text
 

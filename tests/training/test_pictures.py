@@ -154,7 +154,7 @@ def test_bad_pictures_are_skipped_all_by_name(folder: Path, caplog: pytest.LogCa
 
 def test_nothing_but_bad_pictures_is_an_error_even_when_skipped(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
-    with pytest.raises(ShiraError, match=r"1 of 1 pictures(.|\n)*empty.png: not a picture"):
+    with pytest.raises(ShiraError, match=r"1 of 1 picture(.|\n)*empty.png: not a picture"):
         find_pictures(tmp_path, "x", "skip")
 
 

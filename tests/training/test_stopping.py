@@ -79,7 +79,7 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
     assert again == TrainingConfig(**settings, resume_from_checkpoint="latest")
     with caplog.at_level(logging.INFO):
         resumed = load_adapter(train(again))
-    assert f"checkpoint-{step}: {step} steps are done" in caplog.text
+    assert f"checkpoint-{step}: {step} step" in caplog.text
     whole = load_adapter(train(TrainingConfig(**settings | {"output_dir": str(tmp_path / "whole")})))
     tiny.assert_same_adapter(resumed, whole)
 
