@@ -84,17 +84,19 @@ def denoising_loss(denoiser: Denoiser, data: LatentSet, scheduler: DDIMScheduler
     return F.mse_loss(output.float(), target)
 
 
-def train_base(parts: Parts, data: LatentSet, seconds: float, file: Path, *, batch: int) -> Run:
+def train_base(
+    parts: Parts, data: LatentSet, seconds: float, file: Path, *, batch: int, rate: float = PEAK_RATE
+) -> Run:
     """Train UNet and text encoder in place for `seconds`; the result is the weights' moving average."""
     device = data.latents.device
     parts.unet.to(device).train()
     parts.text_encoder.to(device).train()
     denoiser = Denoiser(parts)
-    run = Run.start(denoiser, PEAK_RATE, seconds, file, decay=0.9995)
+    run = Run.start(denoiser, rate, seconds, file, decay=0.9995)
     scheduler = build_scheduler()
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     while run.clock.progress < 1:
-        run.update(lambda: denoising_loss(denoiser, data, scheduler, batch), PEAK_RATE, graphed=device.type == "cuda")
+        run.update(lambda: denoising_loss(denoiser, data, scheduler, batch), rate, graphed=device.type == "cuda")
     run.save()
     run.average.copy_to(denoiser)
     denoiser.eval().requires_grad_(False)

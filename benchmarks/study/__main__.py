@@ -1,0 +1,114 @@
+"""The study of mixes, one command a step; each goes on where it stopped.
+
+python -m benchmarks.study judge                      # train and prove the judge
+python -m benchmarks.study base --seconds 400         # train the study base
+python -m benchmarks.study run screen                  # a plan: one JSON a recipe and seed
+python -m benchmarks.study run screen --claims /tmp/claims      # each of several processes, on a GPU or more
+python -m benchmarks.study table benchmarks/study/results/screen        # what came out
+"""
+
+import argparse
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.study import base, plans
+from benchmarks.study.arena import Arena, run_recipe
+from benchmarks.study.tables import print_tables
+from benchmarks.study.world import World, load_world, save_sprites
+from examples.emoji.judge_mixes import MixJudge, load_mix_judge, mix_pool, proof, save_mix_judge, train_mix_judge
+
+
+def world_of(args: argparse.Namespace) -> World:
+    return load_world(args.assets, args.base, args.sprites, torch.device(args.device))
+
+
+def judge(args: argparse.Namespace) -> None:
+    file = args.work / "judge.safetensors"
+    if file.exists():
+        return
+    world, rounds, each = world_of(args), *((2, 1) if args.toy else (120, 8))
+    world = replace(world, parts=load_world(args.assets, None, args.sprites, world.device).parts)
+    began = time.monotonic()
+    pool = mix_pool(world.parts.vae, world.renderer, rounds, each)
+    print(f"judge: {len(pool.pictures)} pictures, {time.monotonic() - began:.0f} s", flush=True)
+    made = MixJudge()
+    train_mix_judge(made, pool, args.seconds, args.work / "judge.pt", batch=8 if args.toy else 256)
+    save_mix_judge(made, file)
+    world.renderer.generator.manual_seed(4242)
+    figures = proof(load_mix_judge(file, args.device), world.parts.vae, world.renderer, 4 if args.toy else 256)
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "judge.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures), flush=True)
+
+
+def make_base(args: argparse.Namespace) -> None:
+    base.make_base(world_of(args), args.work / "base", args.work, args.seconds, toy=args.toy)
+
+
+def run(args: argparse.Namespace) -> None:
+    began = time.monotonic()
+    while not (args.work / "judge.safetensors").exists() and args.wait:
+        time.sleep(1)
+    jobs = [job for name in args.plan for job in plans.PLANS[name]()]
+    folder = args.results / args.plan[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    arena = Arena(world_of(args), load_mix_judge(args.work / "judge.safetensors", args.device), args.toy)
+    for job in jobs:
+        file = folder / job.file
+        if file.exists() or (args.until and time.time() > args.until) or not claimed(args, job.file):
+            continue
+        start = time.monotonic()
+        torch.manual_seed(job.seed)
+        figures = run_recipe(arena, job.recipe, job.seed, job.exam)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(figures) + "\n")
+        partial.replace(file)
+        took = f"{figures['train_seconds']} s training, {time.monotonic() - start:.1f} s"
+        print(f"{file.stem}: {took}, {time.monotonic() - began:.0f} s in all", flush=True)
+
+
+def claimed(args: argparse.Namespace, name: str) -> bool:
+    """Whether this process takes a job that others beside it could take; a lone process takes all."""
+    if not args.claims:
+        return True
+    args.claims.mkdir(parents=True, exist_ok=True)
+    try:
+        (args.claims / f"{args.plan[0]}-{name}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("judge", "base", "run", "table", "sprites"))
+    parser.add_argument("plan", nargs="*", default=[], help=f"for run: {', '.join(plans.PLANS)}; for table: folders")
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--base", type=Path, help="a pipeline's folder; default: the shipped one")
+    parser.add_argument("--sprites", type=Path, help="a sheet written by the step sprites, where the font is missing")
+    parser.add_argument("--work", type=Path, default=Path("outputs/study"), help="judge, base, checkpoints")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/study/results"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=90, help="training time of judge or base")
+    parser.add_argument("--claims", type=Path, help="a new folder that all processes of one run share")
+    parser.add_argument("--wait", action="store_true", help="for the judge, that another process trains")
+    parser.add_argument("--until", type=float, help="Unix time after which no job is begun")
+    parser.add_argument("--toy", action="store_true", help="next to nothing, to try the code on a CPU")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    random.seed(0)
+    if args.step == "sprites":
+        save_sprites(args.work / "sprites.webp")
+    elif args.step == "table":
+        print_tables([Path(folder) for folder in args.plan])
+    else:
+        {"judge": judge, "base": make_base, "run": run}[args.step](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The study base: the demo model's recipe at ten times the size, to say whether figures change with it. Not shipped."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from benchmarks.study.world import World
+from examples.emoji.model import IMAGE_SIZE, WIDTH, Parts, build_text_encoder, save_pipeline
+from examples.emoji.train_base import latent_set, train_base
+
+RATE = 5e-4  # half the small one's: it is three times as wide
+
+
+def build_large_unet(toy: bool = False) -> UNet2DConditionModel:
+    """As `examples.emoji.model.build_unet`, three times as wide: 121 M parameters."""
+    channels, heads = ((32, 32, 32), (1, 1, 1)) if toy else ((288, 480, 576), (9, 15, 18))
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 8,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        transformer_layers_per_block=(1, 2, 2),
+        attention_head_dim=heads,  # diffusers reads these as numbers of heads
+        cross_attention_dim=WIDTH,
+    )
+
+
+def make_base(world: World, folder: Path, work: Path, seconds: float, *, toy: bool = False) -> None:
+    """Train UNet and text encoder on the shipped autoencoder's latents, and write the pipeline; nothing if it exists."""
+    if folder.exists():
+        return
+    torch.manual_seed(0)
+    text_encoder = build_text_encoder(world.parts.tokenizer)
+    parts = Parts(world.parts.tokenizer, text_encoder, build_large_unet(toy), world.parts.vae)
+    count, batch = (40, 4) if toy else (100_000, 256)
+    data = latent_set(world.parts.vae, parts.tokenizer, world.renderer, count, seed=3, chunk=min(1000, count))
+    train_base(parts, data, seconds, work / "base.pt", batch=batch, rate=RATE)
+    save_pipeline(parts, folder)

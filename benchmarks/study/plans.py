@@ -1,0 +1,107 @@
+"""Which recipes are tried, on what: each plan is a list of jobs, and a job's result is one file a seed."""
+
+from dataclasses import dataclass, replace
+
+from benchmarks.study.arena import STYLES, Exam
+from benchmarks.study.mixing import METHODS
+from benchmarks.study.recipes import Recipe, lora, shira
+
+SCREEN = Exam(count=48, single=(0.8, 1.0, 1.2, 1.4, 1.7), mixed=(0.6, 0.8, 1.0, 1.2, 1.4, 1.7))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe with one seed, and its exam."""
+
+    recipe: Recipe
+    seed: int
+    exam: Exam
+
+    @property
+    def file(self) -> str:
+        return f"{self.recipe.name}-{self.seed}.json"
+
+
+def _each(recipes: list[Recipe], exam: Exam, seeds: tuple[int, ...] = (0,)) -> list[Job]:
+    return [Job(recipe, seed, exam) for seed in seeds for recipe in recipes]
+
+
+def _rated(recipe: Recipe, *rates: float) -> list[Recipe]:
+    return [recipe.at(rate) for rate in rates]
+
+
+def screen() -> list[Job]:
+    """One seed of everything that may matter: rates, density, masks, targets, the optimizer, who is beside."""
+    tried = _rated(lora("lora16", 16, 0), 5e-4, 1e-3, 2e-3)
+    tried += _rated(shira("grad", 0), 1e-3, 2e-3, 3e-3)
+    tried += _rated(shira("grad-small", 0, targets="all+small"), 1e-3, 2e-3, 3e-3)
+    tried += _rated(shira("small", 0, targets="+small"), 1e-2, 3e-2)
+    tried += _rated(shira("steady", 0, mask="steady"), 1e-3, 3e-3)
+    tried += _rated(shira("grad-smooth1", 0, smooth=1.0), 4e-3, 1e-2)
+    tried += _rated(shira("grad-smooth10", 0, smooth=10.0), 2e-2, 5e-2)
+    tried += _rated(shira("grad-decay1", 0, decay=1.0), 2e-3, 4e-3)
+    tried += _rated(shira("grad-batch64", 0, batch=64), 1e-3, 3e-3)
+    tried += _rated(lora("lora16-batch64", 16, 0, batch=64), 1e-3)
+    tried += _rated(shira("grad-steps1200", 0, steps=1200), 5e-4, 1e-3)
+    tried += _rated(lora("lora16-steps1200", 16, 0, steps=1200), 5e-4)
+    tried += _rated(shira("grad-10%", 0, density=0.1), 5e-4, 1e-3)
+    tried += _rated(shira("dense", 0, density=1.0, mask="wm"), 1e-4, 3e-4)
+    tried += _rated(shira("grad-30%", 0, density=0.3), 3e-4)
+    tried += _rated(shira("grad-0.5%", 0, density=0.005), 3e-3, 6e-3)
+    tried += _rated(shira("grad-4%", 0, density=0.04), 1e-3, 2e-3)
+    tried += _rated(shira("grad-attention+ff", 0, targets="attention+ff"), 3e-3, 6e-3)
+    tried += _rated(lora("lora16-attention+ff", 16, 0, targets="attention+ff"), 1e-3, 2e-3)
+    tried += _rated(shira("grad-resnets", 0, targets="resnets"), 3e-3)
+    tried += _rated(shira("grad-up", 0, targets="up", density=0.04), 3e-3)
+    tried += _rated(shira("grad-mid+up", 0, targets="mid+up", density=0.03), 3e-3)
+    tried += _rated(lora("lora16-up", 16, 0, targets="up"), 1e-3)
+    tried += _rated(shira("grad-linear", 0, targets="linear"), 3e-3)
+    tried += _rated(shira("grad-cross", 0, targets="cross", density=0.1), 3e-3)
+    tried += _rated(lora("lora4", 4, 0), 1e-3, 3e-3)
+    tried += _rated(lora("lora64", 64, 0), 3e-4, 1e-3)
+    tried += _rated(shira("rand", 0, mask="rand"), 3e-3, 6e-3)
+    tried += _rated(shira("wm", 0, mask="wm"), 3e-3)
+    tried += _rated(shira("struct", 0, mask="struct"), 1e-3, 3e-3)
+    tried += _rated(shira("struct_rows", 0, mask="struct_rows"), 1e-3, 3e-3)
+    tried += _rated(shira("snip", 0, mask="snip"), 2e-3)
+    tried += _rated(shira("ratio", 0, mask="ratio"), 3e-3, 6e-3)
+    tried += _rated(shira("difference", 0, mask="difference"), 2e-3)
+    tried += _rated(shira("quiet", 0, mask="quiet"), 1e-2)
+    tried += _rated(shira("grad-global", 0, budget="global"), 2e-3)
+    tried += _rated(shira("steady-global", 0, mask="steady", budget="global"), 2e-3)
+    tried += _rated(shira("grad-relative", 0, relative=True), 3e-3)
+    tried += _rated(shira("grad-avoid", 0, avoid=True), 2e-3)
+    tried += _rated(shira("grad-sam", 0, sharpness=1.0), 2e-3)
+    tried += _rated(shira("grad-under-looks", 0, beside="looks", under=True), 2e-3)
+    tried += _rated(shira("grad-under-ghosts", 0, beside="ghosts", under=True), 2e-3)
+    tried += _rated(lora("lora16-under-looks", 16, 0, beside="looks", under=True), 1e-3)
+    tried += _rated(shira("grad-additive", 0, beside="looks", additive=1.0), 2e-3)
+    tried += _rated(shira("small-batch64", 0, targets="+small", batch=64), 1e-2)
+    tried += _rated(lora("lora16-small", 16, 0, targets="all+small"), 1e-3)
+    tried += _rated(lora("lora16-decay1", 16, 0, decay=1.0), 1e-3)
+    return _each(tried, SCREEN)
+
+
+def mixing() -> list[Job]:
+    """All ways to mix, on adapters of the two plain methods: what a mix of weights loses against a mix of effects."""
+    methods = ("sum", "effects", "effects_unguided", "mean_of_passes", "alternate", "early_late_50", "late_early_50")
+    exam = Exam(count=48, mixed=(0.6, 0.8, 1.0), methods=methods)
+    return _each([lora("lora16", 16, 1e-3), shira("shira-grad")], exam)
+
+
+def toy() -> list[Job]:
+    """Every kind of recipe and every way to mix, on next to nothing."""
+    exam = Exam(count=2, single=(1.0,), mixed=(1.0,), styles=STYLES[:2], methods=tuple(METHODS))
+    short = replace(exam, methods=("sum",), styles=STYLES[:1], subject=True)
+    few = {"steps": 2, "batch": 2}
+    recipes = [
+        shira("grad", avoid=True, **few),
+        shira("sharp", sharpness=0.05, mask="ratio", **few),
+        shira("additive", beside="looks", additive=1.0, mask="rand", relative=True, **few),
+        shira("under", beside="ghosts", under=True, mask="struct", targets="attention+ff", **few),
+        shira("global", mask="steady", budget="global", targets="up", **few),
+    ]
+    return _each([lora("lora", 2, 1e-3, **few)], exam) + _each(recipes, short)
+
+
+PLANS = {"toy": toy, "screen": screen, "mixing": mixing}

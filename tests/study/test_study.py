@@ -1,0 +1,99 @@
+"""The arena of benchmarks/study: what it draws is what the pipeline draws, and its figures are what they say."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.study.arena import pack
+from benchmarks.study.flat import Layout, bind
+from benchmarks.study.mixing import METHODS, always
+from benchmarks.study.sampling import Sampler
+from benchmarks.study.stats import Table, area, best, interval, unpack
+from benchmarks.study.world import Prompts, World, load_world, unseen_concepts
+from examples.emoji.evaluate import GUIDANCE
+from examples.emoji.judge_mixes import MixJudge
+from examples.emoji.render import FONT
+
+needs_font = pytest.mark.skipif(not FONT.exists(), reason="needs the Noto Color Emoji font")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return load_world(Path("assets"), None, None, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def sampler(world: World) -> Sampler:
+    layout = Layout.of(world.parts.unet)
+    return Sampler(world, layout, layout.flat(world.parts.unet), MixJudge().eval().requires_grad_(False), 2, 3)
+
+
+def prompts(world: World, words: list[str]) -> Prompts:
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return Prompts(world.text(words), torch.zeros(2, dtype=torch.long), noise)
+
+
+WORDS = ["a picture of an owl on a teal background", "a picture of a rocket on a red background"]
+
+
+@needs_font
+@torch.no_grad()
+def test_the_sampler_draws_what_the_pipeline_draws(world: World, sampler: Sampler) -> None:
+    asked = prompts(world, WORDS)
+    change = 0.002 * torch.randn(sampler._weights.shape, generator=torch.Generator().manual_seed(1))
+    _, pictures = sampler.draw(asked, always(change))
+    parts = copy.deepcopy(world.parts)
+    layout = Layout.of(parts.unet)
+    bind(parts.unet, layout, layout.flat(parts.unet) + change)
+    drawn = parts.pipeline()(
+        WORDS, num_inference_steps=3, guidance_scale=GUIDANCE, latents=asked.noise.clone(), output_type="pt"
+    ).images
+    assert (pictures - drawn).abs().mean() < 1e-3
+    assert not torch.allclose(sampler.draw(asked, always(None))[1], drawn, atol=2e-2)
+
+
+@needs_font
+@torch.no_grad()
+def test_composed_effects_of_one_adapter_are_that_adapter(world: World, sampler: Sampler) -> None:
+    asked = prompts(world, WORDS)
+    layout = Layout.of(world.parts.unet)
+    change = 0.002 * torch.randn(sampler._weights.shape, generator=torch.Generator().manual_seed(1))
+    alone = sampler.draw(asked, always(change))[1].clone()
+    for method in ("effects", "mean_of_passes", "alternate", "sum"):
+        mixed = sampler.draw(asked, METHODS[method]([change], [1.0], layout))[1]
+        assert torch.allclose(mixed, alone, atol=2e-3), method
+
+
+@needs_font
+def test_splits_share_no_concept_and_show_none_that_was_taught(world: World) -> None:
+    val, test = unseen_concepts("val", 96), unseen_concepts("test", 96)
+    assert not set(val) & set(test)
+    assert "fox" not in val + test and "alien" not in val + test
+
+
+def test_answers_come_back_as_they_were_packed() -> None:
+    answers = torch.tensor([False, False, True, True, False, True, False, False, True])
+    assert unpack(pack(answers)).tolist() == answers.tolist()
+
+
+def curve(seen: list[float], concept: list[float], prompts: int = 100) -> Table:
+    cubes = [np.zeros((len(seen), 1, 1, prompts), bool) for _ in range(2)]
+    for cube, rates in zip(cubes, (concept, seen), strict=True):
+        for i, rate in enumerate(rates):
+            cube[i, :, :, : round(rate * prompts)] = True
+    return Table(tuple(range(len(seen))), ("a+b",), *cubes)
+
+
+def test_area_is_what_the_curve_dominates() -> None:
+    assert area(curve([0.5, 1.0], [1.0, 0.4])) == pytest.approx(0.5 * 1.0 + 0.5 * 0.4)
+    assert area(curve([0.5, 0.4], [1.0, 0.9])) == pytest.approx(0.5)  # a dominated point adds nothing
+
+
+def test_best_is_the_strength_that_keeps_most_and_lies_in_its_interval() -> None:
+    answers = curve([0.2, 0.6, 1.0], [1.0, 0.9, 0.3])
+    assert best(answers) == pytest.approx(0.6)
+    low, high = interval(answers, best)
+    assert low < 0.6 < high and high - low < 0.25
