@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     while not (args.work / "judge.safetensors").exists() and args.wait:
         time.sleep(1)
-    jobs = [job for name in args.plan for job in plans.PLANS[name]()]
-    folder = args.results / args.plan[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(name, job) for name in args.plan for job in plans.PLANS[name]()]
     arena = Arena(world_of(args), load_mix_judge(args.work / "judge.safetensors", args.device), args.toy)
-    for job in jobs:
-        file = folder / job.file
-        if file.exists() or (args.until and time.time() > args.until) or not claimed(args, job.file):
+    for name, job in jobs:
+        file = args.results / name / job.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        late = args.until and time.time() > args.until
+        if file.exists() or late or not claimed(args.claims, f"{name}-{job.file}"):
             continue
         start = time.monotonic()
         torch.manual_seed(job.seed)
@@ -72,13 +72,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"{file.stem}: {took}, {time.monotonic() - began:.0f} s in all", flush=True)
 
 
-def claimed(args: argparse.Namespace, name: str) -> bool:
+def claimed(folder: Path | None, name: str) -> bool:
     """Whether this process takes a job that others beside it could take; a lone process takes all."""
-    if not args.claims:
+    if folder is None:
         return True
-    args.claims.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        (args.claims / f"{args.plan[0]}-{name}").touch(exist_ok=False)
+        (folder / name).touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

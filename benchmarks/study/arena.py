@@ -27,12 +27,15 @@ from benchmarks.study.world import (
     prompts_of,
     style_examples,
     subject_examples,
+    taught_concepts,
 )
-from examples.emoji.captions import LOOKS
+from examples.emoji.captions import LOOKS, caption
+from examples.emoji.concepts import BACKGROUND_NAMES, CONCEPT_INDEX, CONCEPTS
 from examples.emoji.evaluate import STEPS
 from examples.emoji.judge_mixes import SIGHTS, MixJudge
 
 STYLES = tuple(TAUGHT)
+REHEARSAL_STRENGTH = 1.2
 Row = dict[str, Any]
 
 
@@ -127,10 +130,15 @@ class Arena:
 
     def train(self, recipe: Recipe, seed: int, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Each name's change of all weights, ``[numel]``, and the mean loss of its last fifth of steps."""
+        lessons = [self.lesson(name) for name in names]
+        if recipe.rehearse:
+            first, _ = self.train(replace(recipe, rehearse=0), seed, names)
+            lessons = [self._rehearsed(lesson, first[name], recipe.rehearse) for name, lesson in zip(names, lessons)]
         draws = self.draws(seed, recipe.steps, recipe.batch)
         masks = self.masks(recipe, seed, names) if recipe.kind == "shira" else [None] * len(names)
-        for slot, name, mask in zip(slots := self._slots(recipe, draws, masks, names), names, masks, strict=True):
-            slot.load(recipe, self.lesson(name), draws, mask, seed)
+        slots = self._slots(recipe, draws, masks, lessons)
+        for slot, lesson, mask in zip(slots, lessons, masks, strict=True):
+            slot.load(recipe, lesson, draws, mask, seed)
         train(slots, recipe.steps)
         with torch.no_grad():
             changes = {name: slot.change(slot.theta).clone() for name, slot in zip(names, slots, strict=True)}
@@ -138,39 +146,62 @@ class Arena:
         return changes, {n: round(float(s.losses[-tail:].mean()), 5) for n, s in zip(names, slots, strict=True)}
 
     def _slots(
-        self, recipe: Recipe, draws: Draws, masks: Sequence[Tensor | None], names: Sequence[str]
+        self, recipe: Recipe, draws: Draws, masks: Sequence[Tensor | None], lessons: Sequence[Lesson]
     ) -> list[Slot]:
         """Recorded slots for a recipe of this shape, made once."""
         capacity = max((-(-mask.numel() // 8192) * 8192 for mask in masks if mask is not None), default=0)
-        plain = {"name": "", "rate": 0.0, "decay": 0.0, "smooth": 0.0, "avoid": False, "relative": False, "density": 0.0}
+        plain = {
+            "name": "",
+            "rate": 0.0,
+            "decay": 0.0,
+            "smooth": 0.0,
+            "avoid": False,
+            "relative": False,
+            "density": 0.0,
+        }
         key = (replace(recipe, **plain, mask="", budget=""), capacity)
         bank = self.bank(recipe.beside) if recipe.beside else None
         if key not in self.slots and len(self.slots) > 1:
             del self.slots[next(iter(self.slots))]
         held = self.slots.setdefault(key, [])
-        for name, mask in list(zip(names, masks, strict=True))[len(held) :]:
-            slot = Slot(self.objective, recipe, self.lesson(name), draws, bank, capacity)
-            slot.load(recipe, self.lesson(name), draws, mask, 0)
+        for lesson, mask in list(zip(lessons, masks, strict=True))[len(held) :]:
+            slot = Slot(self.objective, recipe, lesson, draws, bank, capacity)
+            slot.load(recipe, lesson, draws, mask, 0)
             slot.record()
             held.append(slot)
-        return held[: len(names)]
+        return held[: len(lessons)]
+
+    def _rehearsed(self, lesson: Lesson, change: Tensor, count: int) -> Lesson:
+        """A lesson with what its adapter draws of concepts that some style teaches: none that anything is judged on."""
+        names, drawn, texts = taught_concepts(), [], []
+        own = torch.Generator().manual_seed(3)
+        sampler = self.sampler(2 if self.toy else 48)
+        for start in range(0, count, sampler.count):
+            numbers = range(start, start + sampler.count)
+            wanted = [CONCEPTS[CONCEPT_INDEX[names[i % len(names)]]] for i in numbers]
+            text = self.world.text([caption(c, BACKGROUND_NAMES[7 * i % 16]) for i, c in zip(numbers, wanted)])
+            noise = torch.randn((sampler.count, 4, 16, 16), generator=own).to(text.device)
+            asked = Prompts(text, torch.zeros(sampler.count, dtype=torch.long, device=text.device), noise)
+            sampler.draw(asked, always(REHEARSAL_STRENGTH * change))
+            drawn.append(sampler.latents.clone())
+            texts.append(text)
+        new = torch.cat(drawn)
+        return Lesson(
+            torch.cat([lesson.latents, torch.stack([new, new.flip(3)])], 1), torch.cat([lesson.texts, *texts])
+        )
 
     def examine(self, changes: dict[str, Tensor], exam: Exam) -> list[Row]:
         """Judge single adapters and mixes."""
         rows = [self._row(exam, (), "base", (), always(None))]
-        for name, strength in itertools.product(changes, exam.single):
-            schedule = always(strength * changes[name])
-            rows.append(self._row(exam, (name,), "single", (strength,), schedule))
-        for names in mixes(exam, changes):
-            levels = [(s,) * len(names) for s in exam.mixed] + (list(exam.uneven) if len(names) == 2 else [])
+        for names in [*((name,) for name in changes), *mixes(exam, changes)]:
+            levels = [(s,) * len(names) for s in (exam.mixed if len(names) > 1 else exam.single)]
+            levels += list(exam.uneven) if len(names) == 2 else []
             for method, strengths in itertools.product(exam.methods, levels):
                 schedule = METHODS[method]([changes[name] for name in names], strengths, self.layout)
                 rows.append(self._row(exam, names, method, strengths, schedule))
         return rows
 
-    def _row(
-        self, exam: Exam, names: tuple[str, ...], method: str, strengths: tuple[float, ...], schedule: Any
-    ) -> Row:
+    def _row(self, exam: Exam, names: tuple[str, ...], method: str, strengths: tuple[float, ...], schedule: Any) -> Row:
         prompts = self.prompts(exam.split, exam.count, SUBJECT in names)
         verdict, _ = self.sampler(exam.count).draw(prompts, schedule)
         return {"mix": "+".join(names), "method": method, "strengths": list(strengths), **bits(names, verdict)}

@@ -65,7 +65,9 @@ class Layout:
         large = targets.removesuffix(SMALL) if targets != SMALL else ""
         names = select(unet, TARGETS[large]) if large else {}
         small = targets.endswith(SMALL)
-        return [name in names or (small and len(shape) == 1) for name, shape in zip(self.names, self.shapes, strict=True)]
+        return [
+            name in names or (small and len(shape) == 1) for name, shape in zip(self.names, self.shapes, strict=True)
+        ]
 
 
 def bind(unet: nn.Module, layout: Layout, flat: Tensor) -> None:

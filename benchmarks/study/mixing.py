@@ -138,6 +138,43 @@ def _mean_of_passes(changes: Sequence[Tensor], strengths: Sequence[float], layou
     return lambda step, steps: passes
 
 
+def _halves(prompted: float, empty: float) -> Method:
+    """The prompted half under the sum, the other half partly under the base: (1 + w) v_mix - w v_base.
+
+    `prompted` is what the base's prompted half has of the guidance, `empty` what its other half has; the sum has the
+    rest of each. (0, 1): away from plain pictures without a prompt, so guidance drives the styles as well.
+    """
+
+    def method(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
+        mix = _sum([s * change for s, change in zip(strengths, changes, strict=True)], layout)
+        extra = GUIDANCE - 1
+        passes = [
+            Pass(None, prompted * extra, -empty * extra),
+            Pass(mix, GUIDANCE - prompted * extra, -(1 - empty) * extra),
+        ]
+        return lambda step, steps: passes
+
+    return method
+
+
+def _guided(guidance: float) -> Method:
+    """The sum at another guidance."""
+
+    def method(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
+        mix = _sum([s * change for s, change in zip(strengths, changes, strict=True)], layout)
+        passes = [Pass(mix, guidance, 1 - guidance)]
+        return lambda step, steps: passes
+
+    return method
+
+
+def _alternate_from_plain(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
+    """One adapter a step, in turn, each driven away from the base without a prompt."""
+    base = Pass(None, 0.0, 1 - GUIDANCE)
+    passes = [[base, Pass(s * change, GUIDANCE, 0.0)] for s, change in zip(strengths, changes, strict=True)]
+    return lambda step, steps: passes[step % len(passes)]
+
+
 def _blocks(first: Sequence[str], rest: Sequence[str]) -> Method:
     """The first adapter only in weights whose names begin with `first`, the others only in `rest`."""
 
@@ -176,5 +213,11 @@ METHODS: dict[str, Method] = {
     "effects": _effects(GUIDANCE, 1 - GUIDANCE),
     "effects_unguided": _effects(1.0, 0.0),
     "mean_of_passes": _mean_of_passes,
+    "from_plain": _halves(0.0, 1.0),
+    "half_from_plain": _halves(0.0, 0.5),
+    "base_guidance": _halves(1.0, 1.0),
+    "guidance_5": _guided(5.0),
+    "guidance_2": _guided(2.0),
+    "alternate_from_plain": _alternate_from_plain,
 }
 """By name: how several adapters are mixed."""

@@ -89,6 +89,57 @@ def mixing() -> list[Job]:
     return _each([lora("lora16", 16, 1e-3), shira("shira-grad")], exam)
 
 
+def ways() -> list[Job]:
+    """Mixing in time again: guidance from the base, other guidance, and stronger alternation."""
+    low, high = (0.3, 0.45, 0.6, 0.8, 1.0), (1.3, 1.6, 2.0)
+    exams = {
+        "plain": Exam(count=48, single=low, mixed=low, methods=("from_plain", "half_from_plain", "base_guidance")),
+        "guidance": Exam(count=48, single=(1.0, 1.2), mixed=(1.0, 1.2), methods=("guidance_2", "guidance_5")),
+        "turns": Exam(count=48, single=(1.0,), mixed=high, methods=("alternate", "mean_of_passes")),
+        "plainturns": Exam(count=48, single=(1.0,), mixed=(0.6, 0.9, 1.2, 1.6), methods=("alternate_from_plain",)),
+    }
+    recipes = [lora("lora16", 16, 1e-3), shira("grad", 2e-3), shira("grad-10%", 1e-3, density=0.1)]
+    return [
+        Job(replace(recipe, name=f"{recipe.name}-{name}"), 0, exam)
+        for name, exam in exams.items()
+        for recipe in recipes[: 3 if name == "plain" else 2]
+    ]
+
+
+def second() -> list[Job]:
+    """One seed of what the first screen left open: fewer steps, rehearsal, norms and biases, where entries lie."""
+    tried = _rated(shira("grad-10%-small", 0, targets="all+small", density=0.1), 1e-3)
+    tried += _rated(shira("grad-rehearse", 0, rehearse=192), 2e-3)
+    tried += _rated(lora("lora16-rehearse", 16, 0, rehearse=192), 1e-3)
+    tried += _rated(shira("grad-10%-rehearse", 0, rehearse=192, density=0.1), 1e-3)
+    tried += _rated(lora("lora4", 4, 0), 1e-3, 3e-3)
+    tried += _rated(lora("lora16-steps200", 16, 0, steps=200), 1e-3, 2e-3)
+    tried += _rated(shira("grad-steps200", 0, steps=200), 2e-3, 4e-3)
+    tried += _rated(shira("grad-10%-steps200", 0, steps=200, density=0.1), 1e-3)
+    tried += _rated(shira("grad-under-looks", 0, beside="looks", under=True), 2e-3)
+    tried += _rated(lora("lora16-under-looks", 16, 0, beside="looks", under=True), 1e-3)
+    tried += _rated(shira("grad-sam", 0, sharpness=1.0), 2e-3)
+    tried += _rated(lora("lora16-small", 16, 0, targets="all+small"), 1e-3)
+    tried += _rated(shira("rand", 0, mask="rand"), 3e-3)
+    tried += _rated(shira("struct_rows", 0, mask="struct_rows"), 2e-3)
+    tried += _rated(shira("grad-mid+up", 0, targets="mid+up", density=0.03), 2e-3)
+    tried += _rated(shira("grad-resnets", 0, targets="resnets"), 2e-3)
+    tried += _rated(lora("lora64", 64, 0), 3e-4)
+    tried += _rated(shira("steady-global", 0, mask="steady", budget="global"), 2e-3)
+    tried += _rated(shira("ratio", 0, mask="ratio"), 3e-3)
+    tried += _rated(shira("struct", 0, mask="struct"), 2e-3)
+    tried += _rated(shira("wm", 0, mask="wm"), 2e-3)
+    tried += _rated(shira("grad-up", 0, targets="up", density=0.04), 2e-3)
+    tried += _rated(shira("quiet", 0, mask="quiet"), 1e-2)
+    tried += _rated(shira("grad-global", 0, budget="global"), 2e-3)
+    tried += _rated(shira("grad-avoid", 0, avoid=True), 2e-3)
+    tried += _rated(shira("snip", 0, mask="snip"), 2e-3)
+    tried += _rated(shira("grad-under-ghosts", 0, beside="ghosts", under=True), 2e-3)
+    tried += _rated(shira("grad-relative", 0, relative=True), 2e-3)
+    tried += _rated(shira("grad-additive", 0, beside="looks", additive=1.0), 2e-3)
+    return _each(tried, SCREEN)
+
+
 def toy() -> list[Job]:
     """Every kind of recipe and every way to mix, on next to nothing."""
     exam = Exam(count=2, single=(1.0,), mixed=(1.0,), styles=STYLES[:2], methods=tuple(METHODS))
@@ -99,9 +150,10 @@ def toy() -> list[Job]:
         shira("sharp", sharpness=0.05, mask="ratio", **few),
         shira("additive", beside="looks", additive=1.0, mask="rand", relative=True, **few),
         shira("under", beside="ghosts", under=True, mask="struct", targets="attention+ff", **few),
+        shira("rehearse", rehearse=2, **few),
         shira("global", mask="steady", budget="global", targets="up", **few),
     ]
     return _each([lora("lora", 2, 1e-3, **few)], exam) + _each(recipes, short)
 
 
-PLANS = {"toy": toy, "screen": screen, "mixing": mixing}
+PLANS = {"toy": toy, "screen": screen, "mixing": mixing, "ways": ways, "second": second}

@@ -21,6 +21,8 @@ class Recipe:
         smooth: of AdamW's denominator, in means of it over all values: 0 is AdamW, a large one is momentum with one
             rate for all.
         relative: train entries in units of their weight's standard deviation.
+        rehearse: pictures that adapters of a first training draw themselves, of concepts that other styles teach, for
+            a second training beside the true pictures; 0 is one training.
         sharpness: radius of SAM's ascent step, 0 is off. (arXiv 2010.01412)
         beside: "" or who else is active while training: "ghosts" (a library's values at random entries), "looks"
             (adapters of the base's own looks).
@@ -42,6 +44,7 @@ class Recipe:
     decay: float = 0.01
     smooth: float = 0.0
     relative: bool = False
+    rehearse: int = 0
     sharpness: float = 0.0
     beside: str = ""
     additive: float = 0.0

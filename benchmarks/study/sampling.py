@@ -103,6 +103,11 @@ class Sampler:
         concept, sights, pictures = self._look()
         return Verdict(concept.argmax(1) == prompts.concepts, sights.clone()), pictures
 
+    @property
+    def latents(self) -> Tensor:
+        """Those of the pictures drawn last, scaled, ``[n, 4, 16, 16]``."""
+        return self._latents
+
     def _next(self, latents: Tensor, velocity: Tensor, step: int) -> Tensor:
         """DDIM on v, as the pipeline's scheduler does it."""
         now = float(self._alphas[self._times[step]])

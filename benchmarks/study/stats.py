@@ -83,9 +83,7 @@ def area(answers: Table) -> float:
     return float(total)
 
 
-def interval(
-    answers: Table, figure: Callable[[Table], float], times: int = 400, seed: int = 0
-) -> tuple[float, float]:
+def interval(answers: Table, figure: Callable[[Table], float], times: int = 400, seed: int = 0) -> tuple[float, float]:
     """95 %, by bootstrap over prompts and seeds (and not over mixes, of which all there are were tried)."""
     own = np.random.default_rng(seed)
     _, _, seeds, prompts = answers.concept.shape

@@ -13,8 +13,10 @@ SUBJECT = "subject"
 
 def print_tables(folders: Iterable[Path]) -> None:
     """A line a recipe and way to mix: single style, best mix with its strength, area."""
-    print(f"{'recipe':34s}{'mix':18s}{'n':>2s} {'single':>7s} {'best':>6s} {'95 %':>12s} {'at':>5s} "
-          f"{'each':>5s} {'area':>5s}  concept seen at best, by strength")
+    print(
+        f"{'recipe':34s}{'mix':18s}{'n':>2s} {'single':>7s} {'best':>6s} {'95 %':>12s} {'at':>5s} "
+        f"{'each':>5s} {'area':>5s}  concept seen at best, by strength"
+    )
     for folder in folders:
         print(folder)
         lines = [line for files in grouped(load(folder)) for line in lines_of(files)]
@@ -38,11 +40,10 @@ def kinds(size: int) -> Any:
 
 
 def lines_of(files: list[dict[str, Any]]) -> list[tuple[float, str]]:
-    single = table(files, "single", kinds(1))
-    alone = float(single.kept.mean((1, 2, 3)).max())
-    methods = dict.fromkeys(row["method"] for row in files[0]["rows"] if row["method"] != "single")
+    methods = dict.fromkeys(row["method"] for row in files[0]["rows"] if row["method"] != "base")
     lines = []
     for method in methods:
+        alone = best(table(files, method, kinds(1)))
         for size, label in ((2, ""), (3, " x3"), (0, " +subject")):
             try:
                 answers = table(files, method, kinds(size))

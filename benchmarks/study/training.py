@@ -16,7 +16,7 @@ from torch.func import functional_call
 from benchmarks.study.flat import Layout
 from benchmarks.study.masks import CALIBRATION_BATCHES, Gradients
 from benchmarks.study.recipes import Recipe
-from benchmarks.study.world import PICTURES, Lesson, World
+from benchmarks.study.world import Lesson, World
 from examples.emoji.model import build_scheduler
 
 DROPPED_CAPTIONS = 0.3
@@ -27,7 +27,7 @@ BETAS = (0.9, 0.999)
 class Draws:
     """What chance decides, step by step, ``[steps, ...]`` each."""
 
-    picture: Tensor  # (steps, B) int64
+    picture: Tensor  # (steps, B) in [0, 1): which of a lesson's
     flipped: Tensor  # (steps, B) int64, 0 or 1
     dropped: Tensor  # (steps, B) bool: the caption is left out
     time: Tensor  # (steps, B) int64
@@ -47,7 +47,7 @@ class Draws:
             return torch.rand(shape, generator=own)
 
         drawn = cls(
-            integers(PICTURES),
+            uniform(steps, batch),
             integers(2),
             uniform(steps, batch) < DROPPED_CAPTIONS,
             integers(1000),
@@ -61,6 +61,11 @@ class Draws:
     def at(self, step: Tensor) -> "Draws":
         """Those of one step, int64 ``[1]``."""
         return Draws(*(getattr(self, field.name).index_select(0, step)[0] for field in fields(self)))
+
+    def of(self, latents: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents and texts that are drawn from a lesson's."""
+        which = (self.picture * len(texts)).long()
+        return latents[self.flipped, which], texts[which]
 
     def copy_(self, other: "Draws") -> None:
         for field in fields(self):
@@ -96,7 +101,7 @@ class Objective:
         return noisy, target, torch.where(draw.dropped[:, None, None], self.empty, texts)
 
     def picture_loss(self, weights: Tensor, latents: Tensor, texts: Tensor, draw: Draws) -> Tensor:
-        noisy, target, texts = self.noised(latents[draw.flipped, draw.picture], texts[draw.picture], draw)
+        noisy, target, texts = self.noised(*draw.of(latents, texts), draw)
         return F.mse_loss(self.predict(weights, noisy, draw.time, texts), target)
 
     def additive_loss(self, change: Tensor, other: Tensor, latents: Tensor, texts: Tensor, draw: Draws) -> Tensor:
@@ -192,11 +197,10 @@ class Slot:
         under = weights + other if recipe.under else weights
         loss = self.objective.picture_loss(under + change, self._latents, self._texts, draw)
         if recipe.additive:
-            side = draw.theirs
-            theirs = self.bank.latents.index_select(0, which)[0][draw.flipped, draw.picture]
-            latents = torch.where(side[:, None, None, None], theirs, self._latents[draw.flipped, draw.picture])
-            their_texts = self.bank.texts.index_select(0, which)[0][draw.picture]
-            texts = torch.where(side[:, None, None], their_texts, self._texts[draw.picture])
+            theirs = draw.of(*(part.index_select(0, which)[0] for part in (self.bank.latents, self.bank.texts)))
+            own, side = draw.of(self._latents, self._texts), draw.theirs
+            latents = torch.where(side[:, None, None, None], theirs[0], own[0])
+            texts = torch.where(side[:, None, None], theirs[1], own[1])
             loss = loss + recipe.additive * self.objective.additive_loss(change, other, latents, texts, draw)
         return loss
 
@@ -269,9 +273,7 @@ def _lora_shapes(layout: Layout, chosen: list[bool], rank: int) -> list[tuple[in
     return [(rank * shape[1:].numel(), shape[0] * rank) if len(shape) > 1 else (0, shape[0]) for shape in shapes]
 
 
-def _lora_start(
-    shapes: list[tuple[int, int]], layout: Layout, chosen: list[bool], rank: int, seed: int
-) -> Tensor:
+def _lora_start(shapes: list[tuple[int, int]], layout: Layout, chosen: list[bool], rank: int, seed: int) -> Tensor:
     """As PEFT begins: A by Kaiming with a = sqrt(5), B zero."""
     own = torch.Generator().manual_seed(seed)
     parts = []
@@ -281,9 +283,7 @@ def _lora_start(
     return torch.cat(parts)
 
 
-def _lora_change(
-    theta: Tensor, shapes: list[tuple[int, int]], layout: Layout, chosen: list[bool], rank: int
-) -> Tensor:
+def _lora_change(theta: Tensor, shapes: list[tuple[int, int]], layout: Layout, chosen: list[bool], rank: int) -> Tensor:
     pieces = iter(theta.split([size for pair in shapes for size in pair]))
     parts = []
     for shape, wanted in zip(layout.shapes, chosen, strict=True):

@@ -14,8 +14,8 @@ from examples.emoji.captions import STYLES, caption, with_style
 from examples.emoji.concepts import BACKGROUND_NAMES, CONCEPT_INDEX, CONCEPTS
 from examples.emoji.data import Renderer
 from examples.emoji.judge_styles import STYLE_CONCEPTS
-from examples.emoji.more_styles import ALL_STYLES, MORE_STYLE_CONCEPTS
 from examples.emoji.model import Parts, load_parts
+from examples.emoji.more_styles import ALL_STYLES, MORE_STYLE_CONCEPTS
 from examples.emoji.render import SPRITE_SIZE, concept_sprites
 from examples.emoji.subject import SHOWN_ON, words
 from examples.emoji.train_base import tokenize
@@ -43,7 +43,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is asked for: texts ``[n, 32, width]``, the concepts' numbers ``[n]`` and first latents ``[n, 4, 16, 16]``."""
+    """What is asked: texts ``[n, 32, width]``, numbers of the concepts ``[n]``, first latents ``[n, 4, 16, 16]``."""
 
     texts: Tensor
     concepts: Tensor
@@ -171,7 +171,7 @@ def taught_concepts() -> list[str]:
 
 
 def unseen_concepts(split: str, count: int) -> list[str]:
-    """`count` concepts of a split ("val" or "test", disjoint) that no style picture shows, the subject's class neither."""
+    """`count` concepts of a split ("val" or "test", disjoint) that no picture of a style or the subject shows."""
     shown = {*taught_concepts(), "alien"}
     names = [concept.name for concept in CONCEPTS if concept.name not in shown]
     random.Random(2024).shuffle(names)

@@ -165,9 +165,7 @@ def proof(judge: MixJudge, vae: AutoencoderKL, renderer: Renderer, count: int) -
     figures = {}
     for names, look in wanted:
         key = " > ".join(names) or "plain"
-        figures[key if look is None else f"{SUBJECT}: {key}"] = _right(
-            judge, vae, seen(renderer, names, count, look)
-        )
+        figures[key if look is None else f"{SUBJECT}: {key}"] = _right(judge, vae, seen(renderer, names, count, look))
     return figures
 
 
