@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     while not (args.work / "judge.safetensors").exists() and args.wait:
         time.sleep(1)
-    jobs = [(name, job) for name in args.plan for job in plans.PLANS[name]()]
+    jobs = [(name, job) for name in args.plan for job in plans.plan(name, args.results)]
     arena = Arena(world_of(args), load_mix_judge(args.work / "judge.safetensors", args.device), args.toy)
     for name, job in jobs:
         file = args.results / name / job.file
@@ -87,7 +87,7 @@ def claimed(folder: Path | None, name: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("judge", "base", "run", "table", "sprites"))
-    parser.add_argument("plan", nargs="*", default=[], help=f"for run: {', '.join(plans.PLANS)}; for table: folders")
+    parser.add_argument("plan", nargs="*", default=[], help=f"for run: {', '.join(plans.NAMES)}; for table: folders")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--base", type=Path, help="a pipeline's folder; default: the shipped one")
     parser.add_argument("--sprites", type=Path, help="a sheet written by the step sprites, where the font is missing")

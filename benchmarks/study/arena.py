@@ -133,7 +133,10 @@ class Arena:
         lessons = [self.lesson(name) for name in names]
         if recipe.rehearse:
             first, _ = self.train(replace(recipe, rehearse=0), seed, names)
-            lessons = [self._rehearsed(lesson, first[name], recipe.rehearse) for name, lesson in zip(names, lessons)]
+            lessons = [
+                self._rehearsed(lesson, first[name], recipe.rehearse)
+                for name, lesson in zip(names, lessons, strict=True)
+            ]
         draws = self.draws(seed, recipe.steps, recipe.batch)
         masks = self.masks(recipe, seed, names) if recipe.kind == "shira" else [None] * len(names)
         slots = self._slots(recipe, draws, masks, lessons)
@@ -179,7 +182,9 @@ class Arena:
         for start in range(0, count, sampler.count):
             numbers = range(start, start + sampler.count)
             wanted = [CONCEPTS[CONCEPT_INDEX[names[i % len(names)]]] for i in numbers]
-            text = self.world.text([caption(c, BACKGROUND_NAMES[7 * i % 16]) for i, c in zip(numbers, wanted)])
+            text = self.world.text(
+                [caption(c, BACKGROUND_NAMES[7 * i % 16]) for i, c in zip(numbers, wanted, strict=True)]
+            )
             noise = torch.randn((sampler.count, 4, 16, 16), generator=own).to(text.device)
             asked = Prompts(text, torch.zeros(sampler.count, dtype=torch.long, device=text.device), noise)
             sampler.draw(asked, always(REHEARSAL_STRENGTH * change))

@@ -28,7 +28,7 @@ def build_large_unet(toy: bool = False) -> UNet2DConditionModel:
 
 
 def make_base(world: World, folder: Path, work: Path, seconds: float, *, toy: bool = False) -> None:
-    """Train UNet and text encoder on the shipped autoencoder's latents, and write the pipeline; nothing if it exists."""
+    """Train UNet and text encoder on the shipped autoencoder's latents, and write the pipeline, or leave it."""
     if folder.exists():
         return
     torch.manual_seed(0)

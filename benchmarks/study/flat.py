@@ -17,9 +17,10 @@ TARGETS: dict[str, str | list[str]] = {
     "linear": "all-linear",
     "up": ["up_blocks.*", "conv_out"],
     "mid+up": ["mid_block.*", "up_blocks.*", "conv_out"],
+    "outer": ["conv_in", "conv_out", "time_embedding.*", "down_blocks.0.*", "up_blocks.2.*"],
     "resnets": ["*resnets.*", "conv_in", "conv_out", "*samplers.*"],
 }
-"""By name: what `shira_diffusers.targets.select` takes. With `SMALL` behind, also all norms and biases; alone, those."""
+"""By name: what `shira_diffusers.targets.select` takes. `SMALL` behind one adds norms and biases; alone it is those."""
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,8 @@ METHODS: dict[str, Method] = {
     "base_guidance": _halves(1.0, 1.0),
     "guidance_5": _guided(5.0),
     "guidance_2": _guided(2.0),
+    "guidance_15": _guided(1.5),
+    "guidance_1": _guided(1.0),
     "alternate_from_plain": _alternate_from_plain,
 }
 """By name: how several adapters are mixed."""

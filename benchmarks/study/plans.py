@@ -1,10 +1,12 @@
 """Which recipes are tried, on what: each plan is a list of jobs, and a job's result is one file a seed."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.study.arena import STYLES, Exam
 from benchmarks.study.mixing import METHODS
 from benchmarks.study.recipes import Recipe, lora, shira
+from benchmarks.study.stats import best, load, table
 
 SCREEN = Exam(count=48, single=(0.8, 1.0, 1.2, 1.4, 1.7), mixed=(0.6, 0.8, 1.0, 1.2, 1.4, 1.7))
 
@@ -140,6 +142,51 @@ def second() -> list[Job]:
     return _each(tried, SCREEN)
 
 
+def third() -> list[Job]:
+    """One seed, at lower guidance: entries wherever gradients agree most, against LoRA in the same blocks."""
+    ways = ("guidance_2", "guidance_15")
+    exam = Exam(count=48, single=(1.0, 1.2), mixed=(0.8, 1.0, 1.2), methods=ways)
+    everywhere = {"mask": "steady", "budget": "global"}
+    tried = _rated(lora("lora16", 16, 0), 1e-3, 2e-3)
+    tried += _rated(shira("steady-global", 0, **everywhere), 1e-3, 2e-3, 4e-3)
+    tried += _rated(lora("lora16-outer", 16, 0, targets="outer"), 1e-3, 2e-3)
+    tried += _rated(shira("steady-global-small", 0, targets="all+small", **everywhere), 2e-3)
+    tried += _rated(shira("steady-global-4%", 0, density=0.04, **everywhere), 2e-3)
+    tried += _rated(shira("steady-global-10%", 0, density=0.1, **everywhere), 1e-3)
+    tried += _rated(shira("steady-global-1%", 0, density=0.01, **everywhere), 3e-3)
+    tried += _rated(shira("grad-global", 0, budget="global"), 2e-3)
+    tried += _rated(shira("grad", 0), 2e-3)
+    tried += _rated(shira("grad-outer", 0, targets="outer", density=0.1), 2e-3)
+    return _each(tried, exam)
+
+
+FAMILIES = (
+    ("lora16@",),
+    ("grad@",),
+    ("steady-global@", "steady-global-small@", "grad-global@", "grad-outer@", "steady-global-1%@"),  # 2 % or fewer
+    ("lora16-outer@",),
+    ("steady-global-4%@", "steady-global-10%@"),
+)
+"""Beginnings of names: of each line the best of the plan "third" is confirmed in "final"."""
+
+
+def final(results: Path) -> list[Job]:
+    """Three seeds on test concepts, of the best of each family on validation concepts."""
+    exam = Exam(
+        "test", 64, (0.85, 1.0, 1.2, 1.4), (0.7, 0.85, 1.0, 1.15, 1.3), (), ("sum", "guidance_2", "guidance_15")
+    )
+    found = {
+        file["recipe"]["name"]: max(best(table([file], way, lambda mix: "+" in mix)) for way in file["exam"]["methods"])
+        for file in load(results / "third")
+    }
+    recipes = []
+    for family in FAMILIES:
+        names = [name for name in found if name.startswith(family)]
+        chosen = max(names, key=lambda name: found[name], default=None)
+        recipes += [job.recipe for job in third() if job.recipe.name == chosen]
+    return _each(recipes, exam, (0, 1, 2))
+
+
 def toy() -> list[Job]:
     """Every kind of recipe and every way to mix, on next to nothing."""
     exam = Exam(count=2, single=(1.0,), mixed=(1.0,), styles=STYLES[:2], methods=tuple(METHODS))
@@ -156,4 +203,12 @@ def toy() -> list[Job]:
     return _each([lora("lora", 2, 1e-3, **few)], exam) + _each(recipes, short)
 
 
-PLANS = {"toy": toy, "screen": screen, "mixing": mixing, "ways": ways, "second": second}
+PLANS = {"toy": toy, "screen": screen, "mixing": mixing, "ways": ways, "second": second, "third": third}
+
+
+def plan(name: str, results: Path) -> list[Job]:
+    """The jobs of a plan; "final" builds on what "third" left in `results`."""
+    return final(results) if name == "final" else PLANS[name]()
+
+
+NAMES = (*PLANS, "final")

@@ -268,7 +268,7 @@ def _units(objective: Objective) -> Tensor:
 
 
 def _lora_shapes(layout: Layout, chosen: list[bool], rank: int) -> list[tuple[int, int]]:
-    """Sizes of A ``(rank, in)`` and B ``(out, rank)`` of each chosen weight; norms and biases are trained as they are."""
+    """Sizes of A ``(rank, in)`` and B ``(out, rank)`` of each chosen weight; norms and biases have no A."""
     shapes = [shape for shape, wanted in zip(layout.shapes, chosen, strict=True) if wanted]
     return [(rank * shape[1:].numel(), shape[0] * rank) if len(shape) > 1 else (0, shape[0]) for shape in shapes]
 
