@@ -2,9 +2,13 @@
 
 python -m benchmarks.study judge                      # train and prove the judge
 python -m benchmarks.study base --seconds 400         # train the study base
-python -m benchmarks.study run screen                  # a plan: one JSON a recipe and seed
-python -m benchmarks.study run screen --claims /tmp/claims      # each of several processes, on a GPU or more
+python -m benchmarks.study run screen                 # a plan: one JSON a recipe and seed
+python -m benchmarks.study run screen --claims /tmp/claims     # each of several processes, on a GPU or more
 python -m benchmarks.study table benchmarks/study/results/screen        # what came out
+python -m benchmarks.study effects                    # what the styles themselves do to pictures
+python -m benchmarks.study predict benchmarks/study/results/screen      # what foretells how much a pair keeps
+python -m benchmarks.study curves benchmarks/study/results/final --work docs      # the plot
+python -m benchmarks.study sheet lora16@0.001=1.15 steady-global@0.001=1.0   # pictures, unpicked
 """
 
 import argparse
@@ -18,6 +22,10 @@ import torch
 
 from benchmarks.study import base, plans
 from benchmarks.study.arena import Arena, run_recipe
+from benchmarks.study.curves import draw_curves
+from benchmarks.study.effects import style_effects
+from benchmarks.study.predictors import print_study
+from benchmarks.study.sheets import draw_sheet
 from benchmarks.study.tables import print_tables
 from benchmarks.study.world import World, load_world, save_sprites
 from examples.emoji.judge_mixes import MixJudge, load_mix_judge, mix_pool, proof, save_mix_judge, train_mix_judge
@@ -72,6 +80,14 @@ def run(args: argparse.Namespace) -> None:
         print(f"{file.stem}: {took}, {time.monotonic() - began:.0f} s in all", flush=True)
 
 
+def sheet(args: argparse.Namespace) -> None:
+    arena = Arena(world_of(args), load_mix_judge(args.work / "judge.safetensors", args.device), args.toy)
+    jobs = {job.recipe.name: job for name in plans.PLANS for job in plans.PLANS[name]()}
+    entries = [name.partition("=")[::2] for name in args.plan]
+    wanted = [(jobs[name].recipe, float(strength or 1)) for name, strength in entries]
+    draw_sheet(arena, wanted, args.work / "study-sheet.png")
+
+
 def claimed(folder: Path | None, name: str) -> bool:
     """Whether this process takes a job that others beside it could take; a lone process takes all."""
     if folder is None:
@@ -86,8 +102,9 @@ def claimed(folder: Path | None, name: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("judge", "base", "run", "table", "sprites"))
-    parser.add_argument("plan", nargs="*", default=[], help=f"for run: {', '.join(plans.NAMES)}; for table: folders")
+    steps = ("judge", "base", "run", "table", "predict", "effects", "curves", "sheet", "sprites")
+    parser.add_argument("step", choices=steps)
+    parser.add_argument("plan", nargs="*", default=[], help=f"for run: {', '.join(plans.NAMES)}; else folders or names")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--base", type=Path, help="a pipeline's folder; default: the shipped one")
     parser.add_argument("--sprites", type=Path, help="a sheet written by the step sprites, where the font is missing")
@@ -106,8 +123,15 @@ def main() -> None:
         save_sprites(args.work / "sprites.webp")
     elif args.step == "table":
         print_tables([Path(folder) for folder in args.plan])
+    elif args.step == "predict":
+        print_study([Path(folder) for folder in args.plan], args.results / "effects.json")
+    elif args.step == "effects":
+        rows = style_effects(world_of(args), 4 if args.toy else 48)
+        (args.results / "effects.json").write_text(json.dumps(rows, indent=1) + "\n")
+    elif args.step == "curves":
+        draw_curves([Path(folder) for folder in args.plan], args.work / "study-curves.svg")
     else:
-        {"judge": judge, "base": make_base, "run": run}[args.step](args)
+        {"judge": judge, "base": make_base, "run": run, "sheet": sheet}[args.step](args)
 
 
 if __name__ == "__main__":

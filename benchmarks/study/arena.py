@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study.flat import Layout
-from benchmarks.study.masks import Gradients, choose
+from benchmarks.study.masks import CALIBRATION_BATCHES, Gradients, choose
 from benchmarks.study.mixing import METHODS, always
 from benchmarks.study.recipes import Recipe, shira
 from benchmarks.study.sampling import Sampler, Verdict
@@ -93,7 +93,8 @@ class Arena:
         return Draws.make(seed, steps, batch, self.world.device)
 
     def _gradients(self, name: str, seed: int) -> Gradients:
-        return gradients(self.objective, self.lesson(name), self.draws(seed + 1000, 4 if self.toy else 12, 16))
+        size = (1, 2) if self.toy else (CALIBRATION_BATCHES, 16)
+        return gradients(self.objective, self.lesson(name), self.draws(seed + 1000, *size))
 
     def _prompts(self, split: str, count: int, subject: bool) -> Prompts:
         return prompts_of(self.world, split, count, subject)
@@ -104,7 +105,8 @@ class Arena:
     def _bank(self, kind: str) -> Bank:
         """Adapters of the base's own looks, or their values at random entries of the same weights."""
         names = tuple(f"look:{look}" for look in LOOKS[1:])
-        made, _ = self.train(shira("bank", steps=4 if self.toy else 400), 77, names[:2] if self.toy else names)
+        few = {"steps": 2, "batch": 2} if self.toy else {}
+        made, _ = self.train(shira("bank", **few), 77, names[:2] if self.toy else names)
         changes = torch.stack(list(made.values()))
         if kind == "ghosts":
             own = torch.Generator(changes.device).manual_seed(1)

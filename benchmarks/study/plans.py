@@ -189,8 +189,8 @@ def final(results: Path) -> list[Job]:
 
 def toy() -> list[Job]:
     """Every kind of recipe and every way to mix, on next to nothing."""
-    exam = Exam(count=2, single=(1.0,), mixed=(1.0,), styles=STYLES[:2], methods=tuple(METHODS))
-    short = replace(exam, methods=("sum",), styles=STYLES[:1], subject=True)
+    exam = Exam(count=2, single=(), mixed=(1.0,), styles=STYLES[:2], methods=tuple(METHODS))
+    short = replace(exam, methods=("sum",), single=(1.0,), styles=STYLES[:1], subject=True)
     few = {"steps": 2, "batch": 2}
     recipes = [
         shira("grad", avoid=True, **few),

@@ -1,7 +1,7 @@
 """From what the judge saw to figures: kept, the curve along the strengths, its best and its area, with intervals."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,37 @@ def area(answers: Table) -> float:
     return float(total)
 
 
-def interval(answers: Table, figure: Callable[[Table], float], times: int = 400, seed: int = 0) -> tuple[float, float]:
+Figure = Callable[[Table], float]
+
+
+def interval(answers: Table, figure: Figure, times: int = 400, seed: int = 0) -> tuple[float, float]:
     """95 %, by bootstrap over prompts and seeds (and not over mixes, of which all there are were tried)."""
+    return _middle([figure(answers_) for (answers_,) in _redrawn((answers,), times, seed)])
+
+
+def ratio(answers: Table, others: Table, figure: Figure, times: int = 400, seed: int = 0) -> tuple[float, float, float]:
+    """A figure over that of others, with its 95 %; the same prompts and seeds are drawn for both, as both saw the same.
+
+    Raises:
+        ValueError: they have other prompts or seeds.
+    """
+    drawn = [figure(own) / figure(other) for own, other in _redrawn((answers, others), times, seed)]
+    return figure(answers) / figure(others), *_middle(drawn)
+
+
+def _redrawn(tables: tuple[Table, ...], times: int, seed: int) -> Iterator[tuple[Table, ...]]:
     own = np.random.default_rng(seed)
-    _, _, seeds, prompts = answers.concept.shape
-    values = []
+    _, _, seeds, prompts = tables[0].concept.shape
+    if any(one.concept.shape[2:] != (seeds, prompts) for one in tables):
+        raise ValueError(f"tables differ in seeds or prompts: {[one.concept.shape[2:] for one in tables]}")
     for _ in range(times):
         s, p = own.integers(seeds, size=seeds), own.integers(prompts, size=prompts)
-        drawn = [part[:, :, s][:, :, :, p] for part in (answers.concept, answers.seen)]
-        values.append(figure(Table(answers.strengths, answers.mixes, *drawn)))
+        yield tuple(
+            Table(one.strengths, one.mixes, *(part[:, :, s][:, :, :, p] for part in (one.concept, one.seen)))
+            for one in tables
+        )
+
+
+def _middle(values: list[float]) -> tuple[float, float]:
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -6,20 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.stats import Table, area, best, best_of_each, interval, load, table
+from benchmarks.study.stats import Table, area, best, best_of_each, interval, load, ratio, table
 
 SUBJECT = "subject"
+RIVAL = "lora16@0.001"
+HEAD = (
+    f"{'recipe':28s}{'mix':18s}{'n':>2s} {'single':>6s} {'best':>6s} {'95 %':>12s} {'at':>5s} {'each':>5s} {'area':>5s}"
+    f" {'to ' + RIVAL:>19s}  concept seen, by strength"
+)
 
 
 def print_tables(folders: Iterable[Path]) -> None:
-    """A line a recipe and way to mix: single style, best mix with its strength, area."""
-    print(
-        f"{'recipe':34s}{'mix':18s}{'n':>2s} {'single':>7s} {'best':>6s} {'95 %':>12s} {'at':>5s} "
-        f"{'each':>5s} {'area':>5s}  concept seen at best, by strength"
-    )
+    """A line a recipe and way to mix: single style, best mix with its strength and interval, the ratio to LoRA, area."""
+    print(HEAD)
     for folder in folders:
         print(folder)
-        lines = [line for files in grouped(load(folder)) for line in lines_of(files)]
+        groups = grouped(load(folder))
+        rival = next((files for files in groups if files[0]["recipe"]["name"].startswith(RIVAL)), None)
+        lines = [line for files in groups for line in lines_of(files, rival)]
         for line in sorted(lines, key=lambda line: -line[0]):
             print(line[1])
 
@@ -39,7 +43,7 @@ def kinds(size: int) -> Any:
     return lambda mix: SUBJECT not in mix and mix.count("+") == size - 1
 
 
-def lines_of(files: list[dict[str, Any]]) -> list[tuple[float, str]]:
+def lines_of(files: list[dict[str, Any]], rival: list[dict[str, Any]] | None) -> list[tuple[float, str]]:
     methods = dict.fromkeys(row["method"] for row in files[0]["rows"] if row["method"] != "base")
     lines = []
     for method in methods:
@@ -49,18 +53,29 @@ def lines_of(files: list[dict[str, Any]]) -> list[tuple[float, str]]:
                 answers = table(files, method, kinds(size))
             except ValueError:
                 continue
-            lines.append((best(answers), _line(files, method + label, alone, answers)))
+            against = None if rival is None or size != 2 else _ratio(rival, method, answers)
+            lines.append((best(answers), _line(files, method + label, alone, answers, against)))
     return lines
 
 
-def _line(files: list[dict[str, Any]], method: str, alone: float, answers: Table) -> str:
+def _ratio(rival: list[dict[str, Any]], method: str, answers: Table) -> tuple[float, float, float] | None:
+    """Best over the rival's best with the same way to mix, where it has as many seeds and prompts."""
+    try:
+        return ratio(answers, table(rival, method, kinds(2)), best)
+    except ValueError:
+        return None
+
+
+def _line(
+    files: list[dict[str, Any]], method: str, alone: float, answers: Table, against: tuple[float, float, float] | None
+) -> str:
     means = answers.kept.mean((1, 2, 3))
-    at = answers.strengths[int(np.argmax(means))]
-    low, high = interval(answers, best, 200)
-    curve = " ".join(f"{m:.2f}" for m in means)
-    index = int(np.argmax(means))
-    parts = f"{answers.concept[index].mean():.2f} {answers.seen[index].mean():.2f}"
+    at = int(np.argmax(means))
+    low, high = interval(answers, best)
+    compared = "" if against is None else f"{against[0]:.2f} ({against[1]:.2f}-{against[2]:.2f})"
     return (
-        f"{files[0]['recipe']['name']:34s}{method:18s}{len(files):2d} {alone:7.3f} {max(means):6.3f} "
-        f"{low:.3f}-{high:.3f} {at:5.2f} {best_of_each(answers):5.2f} {area(answers):5.2f}  {parts}  {curve}"
+        f"{files[0]['recipe']['name']:28s}{method:18s}{len(files):2d} {alone:6.3f} {max(means):6.3f} "
+        f"{low:.3f}-{high:.3f} {answers.strengths[at]:5.2f} {best_of_each(answers):5.2f} {area(answers):5.2f} "
+        f"{compared:>19s}  {answers.concept[at].mean():.2f} {answers.seen[at].mean():.2f}  "
+        + " ".join(f"{mean:.2f}" for mean in means)
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from benchmarks.study.flat import Layout
-from benchmarks.study.masks import CALIBRATION_BATCHES, Gradients
+from benchmarks.study.masks import Gradients
 from benchmarks.study.recipes import Recipe
 from benchmarks.study.world import Lesson, World
 from examples.emoji.model import build_scheduler
@@ -120,7 +120,7 @@ def gradients(objective: Objective, lesson: Lesson, draws: Draws) -> Gradients:
     """Sums over the calibration set."""
     weights = objective.weights.clone().requires_grad_(True)
     magnitude, signed = torch.zeros_like(objective.weights), torch.zeros_like(objective.weights)
-    for i in range(min(CALIBRATION_BATCHES, len(draws.time))):
+    for i in range(len(draws.time)):
         draw = draws.at(torch.tensor([i], device=weights.device))
         loss = objective.picture_loss(weights, lesson.latents, lesson.texts, draw)
         (gradient,) = torch.autograd.grad(loss, weights)

@@ -1,0 +1,36 @@
+"""The plot: styles seen against concept kept, a curve a recipe and way to mix, a point a strength."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.study.stats import best, load, table
+from benchmarks.study.tables import grouped, kinds
+
+
+def draw_curves(folders: Iterable[Path], file: Path) -> None:
+    """Write an SVG with a panel for single styles and one for pairs; the point of the highest "kept" is larger."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"svg.hashsalt": "shira", "svg.fonttype": "none", "font.size": 9}):
+        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+        for folder in folders:
+            for files in grouped(load(folder)):
+                for method in dict.fromkeys(row["method"] for row in files[0]["rows"] if row["strengths"]):
+                    for axes, size in zip(panels, (1, 2), strict=True):
+                        answers = table(files, method, kinds(size))
+                        seen, concept = (part.mean((1, 2, 3)) for part in (answers.seen, answers.concept))
+                        label = f"{files[0]['recipe']['name']}, {method}: {best(answers):.2f}"
+                        (line,) = axes.plot(seen, concept, "o-", markersize=3, linewidth=1, label=label)
+                        at = int(answers.kept.mean((1, 2, 3)).argmax())
+                        axes.plot(seen[at], concept[at], "o", markersize=7, color=line.get_color())
+        for axes, title in zip(panels, ("single styles", "pairs: both styles"), strict=True):
+            axes.set(title=title, xlabel="seen, share of pictures", xlim=(0, 1), ylim=(0.4, 1.01))
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7, loc="lower left", title="highest share with all right")
+        panels[0].set_ylabel("concept right")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, metadata={"Date": None})
+        pyplot.close(figure)
