@@ -17,7 +17,7 @@ HEAD = (
 
 
 def print_tables(folders: Iterable[Path]) -> None:
-    """A line a recipe and way to mix: single style, best mix with its strength and interval, the ratio to LoRA, area."""
+    """A line per recipe and way to mix: single style, best mix with strength and interval, ratio to LoRA, area."""
     print(HEAD)
     for folder in folders:
         print(folder)
