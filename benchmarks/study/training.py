@@ -217,7 +217,7 @@ class Slot:
 
     def _adam(self, gradient: Tensor, loss: Tensor) -> None:
         gradient = gradient * (1.0 / (gradient.norm() + 1e-6)).clamp(max=1.0)
-        self.losses.index_copy_(0, self._at, loss.view(1))
+        self.losses.index_add_(0, self._at, loss.view(1))
         rate = self._rate * self._curve.index_select(0, self._at)
         self._at += 1
         self._mean.lerp_(gradient, 1 - BETAS[0])
