@@ -412,7 +412,9 @@ def broken(adapter: ShiraAdapter, kind: str) -> ShiraAdapter:
     [
         pytest.param("name", r"down_blocks\.9\.to_q\.weight: no such parameter", id="name"),
         pytest.param("shape", r"weight: expected \(\d+, \d+.*\), got \(3, 5\)", id="shape"),
-        pytest.param("norm", r"conv_norm_out\.weight of GroupNorm: only weights of Linear, Conv2d and Conv1D", id="norm"),
+        pytest.param(
+            "norm", r"conv_norm_out\.weight of GroupNorm: only weights of Linear, Conv2d and Conv1D", id="norm"
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(kind: str, message: str) -> None:
