@@ -10,8 +10,9 @@ import torch
 from benchmarks.study.arena import pack
 from benchmarks.study.flat import Layout, bind
 from benchmarks.study.mixing import METHODS, always
+from benchmarks.study.predictors import spearman
 from benchmarks.study.sampling import Sampler
-from benchmarks.study.stats import Table, area, best, interval, unpack
+from benchmarks.study.stats import Table, area, best, interval, ratio, unpack
 from benchmarks.study.world import Prompts, World, load_world, unseen_concepts
 from examples.emoji.evaluate import GUIDANCE
 from examples.emoji.judge_mixes import MixJudge
@@ -97,3 +98,15 @@ def test_best_is_the_strength_that_keeps_most_and_lies_in_its_interval() -> None
     assert best(answers) == pytest.approx(0.6)
     low, high = interval(answers, best)
     assert low < 0.6 < high and high - low < 0.25
+
+
+def test_ratio_to_itself_is_one_whatever_is_drawn_and_other_prompts_are_refused() -> None:
+    answers = curve([0.2, 0.6, 1.0], [1.0, 0.9, 0.3])
+    assert ratio(answers, answers, best) == pytest.approx((1, 1, 1))
+    with pytest.raises(ValueError, match="prompts"):
+        ratio(answers, curve([0.2], [1.0], prompts=50), best)
+
+
+def test_equal_values_share_a_rank() -> None:
+    assert spearman(np.array([1.0, 1.0, 2.0]), np.array([5.0, 5.0, 9.0])) == pytest.approx(1)
+    assert spearman(np.array([1.0, 1.0, 1.0]), np.array([1.0, 2.0, 3.0])) == 0
