@@ -45,14 +45,20 @@ def current_caller() -> Caller:
     return Caller(threading.current_thread(), loop, task, frames, first if first in frames[:1] else None, where)
 
 
-def _foreign_frames() -> Iterator[FrameType]:
-    """The stack without this package's own frames and those of ``with`` helpers, innermost first."""
+def stack_frames() -> Iterator[FrameType]:
+    """The stack of this thread, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _foreign_frames() -> Iterator[FrameType]:
+    """The stack without this package's own frames and those of ``with`` helpers, innermost first."""
+    for frame in stack_frames():
         module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if module not in (_PACKAGE, "contextlib"):
             yield frame
-        frame = frame.f_back
 
 
 def _host_task() -> "asyncio.Task[Any] | None":

@@ -21,7 +21,7 @@ from shira_diffusers.locate import unwrap
 from shira_diffusers.locks import Held, Hold
 from shira_diffusers.pipeline import models_of, resident_of
 from shira_diffusers.resident import Resident
-from shira_diffusers.scales import Scale
+from shira_diffusers.scales import Scale, mix_from
 from shira_diffusers.state import ShiraState, state_of
 from shira_diffusers.store import Decoded, MayLeave, Store
 from shira_diffusers.tiers import TierStats
@@ -155,7 +155,7 @@ class AdapterLibrary:
 
         On error the mix and all bits are what they were.
         """
-        user, mix = _User(target), _mix(scales)
+        user, mix = _User(target), mix_from(scales)
 
         @contextmanager
         def inside(_: Hold, versions: list[Version]) -> Iterator[Any]:
@@ -172,7 +172,7 @@ class AdapterLibrary:
 
         What is active is never evicted, so it counts against ``device_bytes`` until then.
         """
-        user, mix = _User(target), _mix(scales)
+        user, mix = _User(target), mix_from(scales)
         with (
             self._loaded(user, mix) as versions,
             user.resident.writing(),
@@ -365,12 +365,6 @@ def _holds(module: nn.Module, version: Version, decoded: Decoded) -> ShiraState 
 def _is_active(state: ShiraState, version: Version) -> bool:
     """Whether an adapter is active in a module, or put aside by ``disable``."""
     return version.name in state.mix.scales or (state.disabled is not None and version.name in state.disabled.scales)
-
-
-def _mix(scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
-    if not isinstance(scales, Mapping):
-        raise ShiraError(f"expected the mix as {{name: strength}}, got {scales!r}")
-    return {name: 1.0 if scale is None else scale for name, scale in scales.items()}
 
 
 def _log_failure(done: Future[None]) -> None:

@@ -54,7 +54,11 @@ class Hold:
 
     def conflicts_with(self, other: "Hold") -> bool:
         """Whether the two cannot be active together, were neither nested in the other."""
-        return (self.write or other.write) and any(one is two for one in self.modules for two in other.modules)
+        return (self.write or other.write) and self.overlaps(other)
+
+    def overlaps(self, other: "Hold") -> bool:
+        """Whether the two have a model in common."""
+        return any(one is two for one in self.modules for two in other.modules)
 
     def needs(self, loop: asyncio.AbstractEventLoop | None) -> bool:
         """Whether it ends only if an event loop goes on."""
@@ -116,7 +120,7 @@ class Held(Generic[T]):
             return self._enter(hold, prepared, stack)
 
     def _enter(self, hold: Hold, prepared: Any, stack: ExitStack) -> T:
-        _entered.set((*(one for one in _entered.get() if one in _active), hold))
+        _note_entered(hold)
         stack.callback(_release, hold)
         value = stack.enter_context(self._inside(hold, prepared))
         self._open = stack.pop_all()
@@ -173,6 +177,11 @@ def leave(hold: Hold) -> None:
 
 
 # ---------------------------------------------------------------- whose holds
+
+
+def _note_entered(*holds: Hold) -> None:
+    """Note holds in the current context, and forget those that were left."""
+    _entered.set((*(one for one in _entered.get() if one in _active), *holds))
 
 
 def _hold(modules: tuple[nn.Module, ...], write: bool) -> Hold:
@@ -255,7 +264,7 @@ def _release(hold: Hold) -> None:
     with _changed:
         _active.remove(hold)
         _wake_all()
-    _entered.set(tuple(one for one in _entered.get() if one is not hold))
+    _note_entered()
     # contexts that never enter again keep the hold, but nothing through it
     hold.owner = hold.owner._replace(frames=(), entered=None)
     hold.modules, hold.parents, hold.undo = (), frozenset(), None
@@ -288,7 +297,7 @@ def _conflicts(hold: Hold) -> set[Hold]:
 
 def _queue(hold: Hold) -> set[Hold]:
     """The waiting writers that go before a reader, which does not read yet."""
-    if hold.write or any(set(map(id, hold.modules)) & set(map(id, outer.modules)) for outer in hold.parents):
+    if hold.write or any(hold.overlaps(outer) for outer in hold.parents):
         return set()
     return {one for one in _waiting if one.write and hold.conflicts_with(one)}
 

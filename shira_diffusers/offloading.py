@@ -4,13 +4,12 @@ accelerate fills the map of an offloaded model from ``state_dict()``: what the m
 from then on, so that such a call needs the weights as they are, where one that saves needs the base.
 """
 
-import sys
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any, Literal
 from weakref import WeakSet
 
 from torch import nn
+
+from shira_diffusers.callers import stack_frames
 
 
 def offload_under_way() -> Literal["memory", "disk"] | None:
@@ -19,19 +18,13 @@ def offload_under_way() -> Literal["memory", "disk"] | None:
     The stack is searched because the arguments of ``state_dict()`` do not tell who asks, and because
     ``from accelerate import cpu_offload`` keeps a function from before any patch.
     """
-    call = next((frame for frame in _callers() if frame.f_globals.get("__name__") == "accelerate.big_modeling"), None)
+    offloads = (frame for frame in stack_frames() if frame.f_globals.get("__name__") == "accelerate.big_modeling")
+    call = next(offloads, None)
     if call is None:
         return None
     device_map = call.f_locals.get("device_map")
     to_disk = isinstance(device_map, dict) and "disk" in device_map.values()
     return "disk" if to_disk or call.f_code.co_name == "disk_offload" else "memory"
-
-
-def _callers() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 _noted: WeakSet[Any] = WeakSet()

@@ -418,14 +418,19 @@ def _wrap(cls: type, name: str, wrapper: Callable[[Callable[..., Any]], Callable
         setattr(cls, name, guarded)
 
 
+def _generating(resident: Resident) -> Held[None]:
+    """What holds the models for reading, with the mix in place wherever accelerate keeps the weights now."""
+    resident.refresh()
+    return resident.reading()
+
+
 def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def guarded(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         resident = resident_of(self)
-        resident.refresh()
         given = dict(zip(parameters, args, strict=False)) | kwargs
         warn_of_ignored_scale(self, given, lambda: resident.active, resident.models.values())
-        with resident.reading():
+        with _generating(resident):
             return run(self, *args, **kwargs)
 
     parameters = list(inspect.signature(run).parameters)[1:]
@@ -438,9 +443,7 @@ def _reading_by_block(run: Callable[..., Any]) -> Callable[..., Any]:
         pipe = next((value for value in (*args, *kwargs.values()) if isinstance(value, ModularPipeline)), None)
         if pipe is None:
             return run(self, *args, **kwargs)
-        resident = resident_of(pipe)
-        resident.refresh()
-        with resident.reading():
+        with _generating(resident_of(pipe)):
             return run(self, *args, **kwargs)
 
     return guarded

@@ -17,7 +17,7 @@ from shira_diffusers.locate import Locator, unwrap
 from shira_diffusers.locks import Held, Hold, hold, leave
 from shira_diffusers.offloading import is_offloaded_anew
 from shira_diffusers.probes import BaseMatch
-from shira_diffusers.scales import Blocks, Scale, blocks_of, check_scale, scale_of
+from shira_diffusers.scales import Blocks, Scale, blocks_of, check_scale, mix_from, scale_of
 from shira_diffusers.state import Mix, ShiraState, ensure_state, state_of
 from shira_diffusers.sweep_cuda import engine_for
 from shira_diffusers.switching import plan_switch, require_written, run
@@ -307,14 +307,10 @@ class Resident:
             run(plans)
 
     def _checked(self, scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
-        if not isinstance(scales, Mapping):
-            raise ShiraError(f"expected the mix as {{name: strength}}, got {scales!r}")
-        self.require_known(scales)
+        mix = mix_from(scales)
+        self.require_known(mix)
         components = self.components
-        return {
-            name: check_scale(name, 1.0 if scale is None else scale, self._blocks(components[name]))
-            for name, scale in scales.items()
-        }
+        return {name: check_scale(name, scale, self._blocks(components[name])) for name, scale in mix.items()}
 
     def _blocks(self, components: Iterable[str]) -> dict[str, Blocks]:
         return {part: blocks_of(unwrap(self._models[part])) for part in components if part}

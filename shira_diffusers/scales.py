@@ -50,6 +50,17 @@ def mix_of(names: str | Iterable[str] | Mapping[str, Scale | None], weights: Wei
     return {name: 1.0 if scale is None else scale for name, scale in zip(chosen, given, strict=True)}
 
 
+def mix_from(scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
+    """A mix as a mapping, None as 1.0.
+
+    Raises:
+        ShiraError: no mapping.
+    """
+    if not isinstance(scales, Mapping):
+        raise ShiraError(f"expected the mix as {{name: strength}}, got {scales!r}")
+    return {name: 1.0 if scale is None else scale for name, scale in scales.items()}
+
+
 def name_list(names: str | Iterable[str]) -> list[str]:
     """Adapters' names, given as one, several, or a mapping by name.
 

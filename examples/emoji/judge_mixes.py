@@ -20,6 +20,7 @@ from .data import IGNORED, Renderer
 from .judge import Judge
 from .more_styles import ALL_STYLES
 from .subject import BLORP, SIBLINGS, Look, creature, subject_pictures
+from .train_judge import jitter
 from .train_vae import round_trip
 from .training import Run
 
@@ -115,7 +116,7 @@ def train_mix_judge(judge: MixJudge, pool: Seen, seconds: float, file: Path, *, 
 
     def loss_of() -> Tensor:
         chosen = torch.randint(len(pool.pictures), (batch,), device=device)
-        pictures = _jitter(pool.pictures[chosen].float() / 255).contiguous(memory_format=torch.channels_last)
+        pictures = jitter(pool.pictures[chosen].float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             concept, sights = judge(pictures)
         named = F.cross_entropy(concept.float(), pool.concept[chosen], ignore_index=IGNORED, label_smoothing=0.05)
@@ -128,13 +129,6 @@ def train_mix_judge(judge: MixJudge, pool: Seen, seconds: float, file: Path, *, 
     run.average.copy_to(judge)
     judge.eval().requires_grad_(False)
     return run
-
-
-def _jitter(pictures: Tensor) -> Tensor:
-    """A little noise and a small shift of the whole batch, so that no exact pixel matters."""
-    down, right = (int(n) for n in torch.randint(-4, 5, (2,)))
-    shifted = F.pad(pictures, (4, 4, 4, 4), mode="replicate")[:, :, 4 + down : 132 + down, 4 + right : 132 + right]
-    return shifted + 0.02 * torch.randn_like(shifted)
 
 
 def save_mix_judge(judge: MixJudge, file: Path) -> None:

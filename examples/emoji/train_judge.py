@@ -46,7 +46,7 @@ def train_judge(judge: Judge, pool: Batch, seconds: float, file: Path, *, batch:
     def loss_of() -> Tensor:
         chosen = torch.randint(len(pool.pictures), (batch,), device=device)
         labels = Batch(*(getattr(pool, field.name)[chosen] for field in fields(Batch)))
-        pictures = _jitter(labels.pictures.float() / 255)
+        pictures = jitter(labels.pictures.float() / 255)
         with torch.autocast(device.type, torch.bfloat16):
             return judge_loss(judge.logits(pictures.contiguous(memory_format=torch.channels_last)), labels)
 
@@ -58,7 +58,7 @@ def train_judge(judge: Judge, pool: Batch, seconds: float, file: Path, *, batch:
     return run
 
 
-def _jitter(pictures: Tensor) -> Tensor:
+def jitter(pictures: Tensor) -> Tensor:
     """A little noise and a small shift of the whole batch, so that no exact pixel matters."""
     down, right = (int(n) for n in torch.randint(-4, 5, (2,)))
     shifted = F.pad(pictures, (4, 4, 4, 4), mode="replicate")[:, :, 4 + down : 132 + down, 4 + right : 132 + right]
