@@ -37,7 +37,16 @@ class Desk:
     def __init__(self, session: Session, archive: Archive) -> None:
         self._session, self._archive = session, archive
         self._orders: dict[str, set[_Order]] = {}
+        self._announced: dict[str, _Order] = {}
         self._changing = threading.Lock()
+
+    def announce(self, visit: str) -> None:
+        """Let ``stop`` end the visit's next drawing before it is asked for.
+
+        A page shows its Stop button at once, but its order comes in a request of its own, later.
+        """
+        with self._changing:
+            self._announced[visit] = _Order(preview=False)
 
     async def draw(self, visitor: Visitor, settings: Settings, on_step: OnStep | None = None) -> tuple[Picture, Path]:
         """Draw checked settings and keep the picture; returns it and its file.
@@ -75,20 +84,21 @@ class Desk:
             return await self._drawn(visit, order, settings, None)
 
     def stop(self, visit: str) -> None:
-        """End all that a visit has asked for, at the next step of each."""
+        """End all that a visit has asked for or announced, at the next step of each."""
         self._stop(visit, previews_only=False)
 
     def _stop(self, visit: str, *, previews_only: bool) -> None:
         with self._changing:
-            orders = tuple(self._orders.get(visit, ()))
+            orders = {*self._orders.get(visit, ()), *filter(None, [self._announced.get(visit)])}
         for order in orders:
             if order.preview or not previews_only:
                 order.stopped.set()
 
     @contextmanager
     def _ordered(self, visit: str, *, preview: bool = False) -> Iterator[_Order]:
-        order = _Order(preview)
         with self._changing:
+            announced = None if preview else self._announced.pop(visit, None)
+            order = announced or _Order(preview)
             self._orders.setdefault(visit, set()).add(order)
         try:
             yield order

@@ -72,7 +72,7 @@ class CompareTab:
         folds = [self.across.fold, self.down.fold]
         self.kind.input(_show, self.kind, folds, **QUIET)
         buttons = [self.draw, self.stop]
-        pressed = self.draw.click(lambda: _buttons(busy=True), outputs=buttons, **QUIET)
+        pressed = self.draw.click(self._begin, outputs=buttons, **QUIET)
         drawn = pressed.then(
             self._draw,
             {self.kind, *self.across.components, *self.down.components, *self._mix.inputs},
@@ -154,6 +154,10 @@ class CompareTab:
     def _send(self, name: Any, request: gr.Request) -> list[Any]:
         with readable("the picture could not be read"):
             return self._mix.fill(self._studio.archive.of(visitor_of(request)).get(name).settings)
+
+    def _begin(self, request: gr.Request) -> list[Any]:
+        self._studio.desk.announce(visitor_of(request).visit)
+        return _buttons(busy=True)
 
     def _stop(self, request: gr.Request) -> None:
         self._studio.desk.stop(visitor_of(request).visit)

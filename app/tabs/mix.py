@@ -163,10 +163,10 @@ class MixTab:
                 ended(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
 
         starts = [self.generate.click, self.prompt.submit]
-        draw_after(gr.on(starts, lambda: _buttons(busy=True), outputs=buttons, js=SHOW_PICTURE, **QUIET))
+        draw_after(gr.on(starts, self._begin, outputs=buttons, js=SHOW_PICTURE, **QUIET))
         draw_after(
             self.surprise.click(
-                lambda: (*self._surprised(), *_buttons(busy=True)),
+                self._begin_surprise,
                 outputs=[*self.inputs, *buttons],
                 js=SHOW_PICTURE,
                 **QUIET,
@@ -209,6 +209,13 @@ class MixTab:
     def _restore(self, file: str | None) -> list[Any]:
         with readable("the picture could not be read"):
             return [None, *self.fill(read_settings(Path(file or "")))]
+
+    def _begin(self, request: gr.Request) -> list[Any]:
+        self._studio.desk.announce(visitor_of(request).visit)
+        return _buttons(busy=True)
+
+    def _begin_surprise(self, request: gr.Request) -> list[Any]:
+        return [*self._surprised(), *self._begin(request)]
 
     def _stop(self, request: gr.Request) -> None:
         self._studio.desk.stop(visitor_of(request).visit)

@@ -56,6 +56,16 @@ def test_a_visit_that_stops_ends_its_own_pictures_only(studio: Studio, session: 
     assert not studio.desk._orders
 
 
+def test_a_stop_that_comes_before_the_order_ends_it_and_none_after(studio: Studio, session: Session) -> None:
+    studio.desk.announce("ada")
+    studio.desk.stop("ada")
+    with pytest.raises(Stopped):
+        run(studio.desk.draw(ADA, settings(session)))
+    run(studio.desk.draw(ADA, settings(session)))
+    studio.desk.stop("ada")  # nothing is under way
+    run(studio.desk.draw(ADA, settings(session)))
+
+
 def test_a_newer_preview_takes_the_place_of_the_one_before(studio: Studio, session: Session) -> None:
     before = pictures(studio)
 
