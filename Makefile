@@ -34,19 +34,19 @@ types: $(VENV)/.dev ## require strict types
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## measure on this machine's CPU, 15 minutes; writes benchmarks/results/*.json and what is made from them
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.scripts.demo
 	for one in $(BENCHMARKS); do \
-		$(BIN)/python -m benchmarks.$${one%:*} --device cpu --budget $${one#*:} || exit 1; done
+		$(BIN)/python -m benchmarks.scripts.$${one%:*} --device cpu --budget $${one#*:} || exit 1; done
 	$(BIN)/python -m benchmarks.report
 
 bench-size: $(VENV)/.dev ## measure file sizes, 10 minutes; they are the same on every machine
-	$(BIN)/python -m benchmarks.size
+	$(BIN)/python -m benchmarks.scripts.size
 	$(BIN)/python -m benchmarks.report
 
 bench-toy: $(VENV)/.dev ## try all benchmarks on tiny models, 3 minutes; leaves the results as they are
-	$(BIN)/python -m benchmarks.size --toy
+	$(BIN)/python -m benchmarks.scripts.size --toy
 	for one in $(BENCHMARKS); do \
-		$(BIN)/python -m benchmarks.$${one%:*} --device cpu --toy || exit 1; done
+		$(BIN)/python -m benchmarks.scripts.$${one%:*} --device cpu --toy || exit 1; done
 
 screenshots: $(VENV)/.dev ## draw the app's pictures in docs/ anew, in a run of the browser tests
 	SCREENSHOTS=$(SHOTS) $(BIN)/python -m pytest tests/app/test_screenshots.py

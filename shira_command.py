@@ -11,9 +11,9 @@ from types import ModuleType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """As ``shira_diffusers.cli.main``."""
-    args = _alone("commands").parser(_alone("_version").__version__).parse_args(argv)
-    from shira_diffusers.cli import run
+    """As ``shira_diffusers.cli.__main__.main``."""
+    args = _alone("cli/arguments").parser(_alone("_version").__version__).parse_args(argv)
+    from shira_diffusers.cli.__main__ import run
 
     return run(args)
 

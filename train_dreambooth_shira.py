@@ -19,8 +19,8 @@ def main() -> None:
 def run(first: bool) -> None:
     """Import, which takes seconds, and train."""
     from shira_diffusers import ShiraError
-    from shira_diffusers.training.flags import parse_config
-    from shira_diffusers.training.loop import train
+    from shira_diffusers.dreambooth.command_line import parse_config
+    from shira_diffusers.dreambooth.train import train
 
     try:
         train(parse_config())

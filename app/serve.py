@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.access import is_local, protection, read_credentials, warn_if_open
-from app.history import MOST
-from app.listening import require_address
-from app.loading import DTYPES
+from app.drawing.base_model import DTYPES
+from app.history.history import MOST
+from app.library.uploads import DEFAULT_MAX_MB
+from app.page.page import build, launch
+from app.server.access import is_local, protection, read_credentials, warn_if_open
+from app.server.address import require_address
 from app.studio import Studio, default_data
-from app.ui import build, launch
-from app.uploads import DEFAULT_MAX_MB
 from shira_diffusers import ShiraError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

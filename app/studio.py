@@ -7,20 +7,20 @@ from typing import Self
 
 from platformdirs import user_data_path
 
-from app.archive import Archive
-from app.desk import Desk
-from app.estimate import Estimator
-from app.history import MOST
-from app.interference import Comparer
-from app.loading import Dtype
-from app.lora import fuse_ms
-from app.presets import Presets
-from app.recipe import Base
-from app.session import Session
-from app.thumbnails import Thumbnails
-from app.trainings import Trainings
-from app.turns import BACKGROUND
-from app.uploads import DEFAULT_MAX_MB
+from app.drawing.base_model import Dtype
+from app.drawing.fair_queue import BACKGROUND
+from app.drawing.requests import Desk
+from app.drawing.session import Session
+from app.drawing.thumbnails import Thumbnails
+from app.history.galleries import Archive
+from app.history.history import MOST
+from app.history.presets import Presets
+from app.insight.interference import Comparer
+from app.insight.lora_timing import fuse_ms
+from app.library.uploads import DEFAULT_MAX_MB
+from app.training.estimate import Estimator
+from app.training.recipe import Base
+from app.training.trainings import Trainings
 
 
 def default_data() -> Path:

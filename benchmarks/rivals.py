@@ -8,10 +8,10 @@ from typing import Any
 from peft import ShiraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from benchmarks.common import timed
-from benchmarks.harness import lora_state
-from benchmarks.training import random_mask
-from shira_diffusers.targets import DEFAULT_TARGETS, PRESETS, select
+from benchmarks.measure import timed
+from benchmarks.models import lora_state
+from benchmarks.scripts.training import random_mask
+from shira_diffusers.weights.targets import DEFAULT_TARGETS, PRESETS, select
 
 
 class LoraCycle:

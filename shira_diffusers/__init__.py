@@ -5,21 +5,19 @@ Source: Sparse High Rank Adapters, https://arxiv.org/abs/2406.13175.
 """
 
 from shira_diffusers._version import __version__
-from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.attention import (
+from shira_diffusers.adapters import MERGE_METHODS, ShiraAdapter, SparseDelta, fuse
+from shira_diffusers.engine import Resident
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError
+from shira_diffusers.formats import load_adapter, save_adapter
+from shira_diffusers.integrations import (
     ShiraAttnProcessor,
+    install,
     remove_shira_attn_processors,
     set_shira_attn_processors,
 )
-from shira_diffusers.delta import SparseDelta
-from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError
-from shira_diffusers.files import load_adapter, save_adapter
-from shira_diffusers.fuse import MERGE_METHODS, fuse
-from shira_diffusers.gradients import mask_gradients
 from shira_diffusers.library import AdapterLibrary
 from shira_diffusers.masks import build_masks
-from shira_diffusers.pipeline import install
-from shira_diffusers.resident import Resident
+from shira_diffusers.training import mask_gradients
 
 install()
 

@@ -1,4 +1,4 @@
-"""The floors of the house: imports go down only, and each of a few jobs is done in one place.
+"""The order of the wings: imports go down only, and each of a few jobs is done in one place.
 
 The sources are parsed, never run. Imports inside functions and under ``TYPE_CHECKING`` count as any other.
 """
@@ -12,38 +12,36 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "shira_diffusers"
-# From the ground up; a module may import from lower floors only. A folder stands on one floor with all its modules.
-FLOORS = (
-    "_version callers commands errors terminal sheet kernels paths contents",
-    "delta targets scales lorascale offloading locks gaps tensorfile tiers spares unions",
-    "calibration probes decoding gaps_device hostmemory checksum",
-    "masks devicedecoder",
-    "adapter branch",
-    "files fuse interference scatter",
-    "locate launches tiles packed",
-    "sites sweep sharing",
-    "sweep_cuda",
-    "state interop",
-    "layout fitting hub gradients weights catalog",
-    "switching store",
-    "resident",
-    "pipeline attention",
+# The wings from the ground up; a module imports from its own wing and from those before it.
+WINGS = (
+    "_version errors seeds atomic_write",
+    "weights",
+    "adapters",
+    "masks",
+    "engine",
+    "formats",
+    "training",
+    "integrations",
     "library",
     "__init__",
-    "training",
-    "inspection bases",
-    "verification fusing demo",
+    "dreambooth",
     "cli",
 )
-TOP = (
-    "app",
-    "shira_command",
-    "train_dreambooth_shira",
-    "benchmarks",
-)  # above the library; benchmarks measure the others too
-KNOWS_PIPELINES = {"pipeline", "training", "bases"}
-# state hands out copies of weights; training writes through sites
-WRITES_WEIGHTS = {"weights", "sites", "state", "gradients"}
+APP = (
+    "settings",
+    "history library",
+    "drawing",
+    "training insight",
+    "studio",
+    "server",
+    "api",
+    "page",
+    "serve",
+    "__main__",
+)
+TOP = ("app", "shira_command", "train_dreambooth_shira", "benchmarks")
+KNOWS_DIFFUSERS = {"integrations", "dreambooth", "cli"}
+WRITES_WEIGHTS = {"engine", "training", "weights"}
 
 Sources = dict[str, str]  # dotted module -> its text
 
@@ -75,27 +73,37 @@ def own_imports(module: str, sources: Sources) -> set[str]:
     return {target for name in names for target in (name, f"{name}.__init__") if target in sources}
 
 
-def unit_of(module: str) -> str:
-    """What stands on a floor: a module of the library, or a folder."""
+def wing_of(module: str) -> str:
+    """The wing of a module of the library or of the app; of what stands above, its own name."""
     first, *rest = module.split(".")
-    return rest[0] if first == PACKAGE else first
+    if first in (PACKAGE, "app"):
+        return f"{first}.{rest[0]}"
+    return first
 
 
-def floor_of(module: str) -> int:
-    unit = unit_of(module)
-    if module.split(".")[0] != PACKAGE:
-        return len(FLOORS) + (unit == "benchmarks")
-    level = next((level for level, units in enumerate(FLOORS) if unit in units.split()), None)
-    assert level is not None, f"{module} stands on no floor: give it one in FLOORS, as low as it can be"
-    return level
+def level_of(module: str) -> int:
+    """How high a module stands: the library's wings, then the app's, then what uses both."""
+    first, *rest = module.split(".")
+    wings = [*(f"{PACKAGE}.{each}" for each in WINGS), *(f"app.{each}" for each in APP)]
+    if first not in (PACKAGE, "app"):
+        return len(wings)
+    if first == "app" and rest == ["__init__"]:
+        return len(WINGS)
+    levels = [
+        level
+        for level, wing in enumerate(wings)
+        if wing.split(".")[0] == first and rest[0] in wing.partition(".")[2].split()
+    ]
+    assert levels, f"{module} stands in no wing: name its wing in WINGS or APP"
+    return levels[0]
 
 
 def upward_imports(sources: Sources) -> list[str]:
     return [
-        f"{module} (floor {floor_of(module)}) imports {target} (floor {floor_of(target)})"
+        f"{module} imports {target}, which stands above it or beside it"
         for module in sorted(sources)
         for target in sorted(own_imports(module, sources))
-        if floor_of(target) >= floor_of(module) and unit_of(target) != unit_of(module)
+        if level_of(target) >= level_of(module) and wing_of(target) != wing_of(module)
     ]
 
 
@@ -126,12 +134,16 @@ def text_of(source: str) -> Iterator[str]:
 
 
 def importers(pattern: str, sources: Sources) -> set[str]:
-    """The library's modules and folders that import a name that fits."""
+    """The library's modules that import a name that fits."""
     return {
-        unit_of(module)
+        module
         for module, source in sources.items()
         if module.split(".")[0] == PACKAGE and any(re.fullmatch(pattern, name) for name in imports_of(module, source))
     }
+
+
+def wings_of(modules: set[str]) -> set[str]:
+    return {module.split(".")[1] for module in modules}
 
 
 def test_imports_go_down_only() -> None:
@@ -146,55 +158,55 @@ def test_no_import_goes_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("shira_diffusers.delta", "from shira_diffusers.resident import Resident"),
-        ("shira_diffusers.masks", "import shira_diffusers.adapter"),
-        ("shira_diffusers.fuse", "from shira_diffusers.files import decode"),  # a neighbour is not below
-        ("shira_diffusers.scatter", "from . import pipeline"),
-        ("shira_diffusers.state", "def f():\n    from .switching import run"),
-        ("shira_diffusers.resident", "from shira_diffusers import fuse"),
-        ("shira_diffusers.pipeline", "from shira_diffusers import ShiraError"),
-        ("shira_diffusers.pipeline", "from shira_diffusers.training.tuner import SparseTuner"),
-        ("shira_diffusers.training.tuner", "import app.session"),
+        ("shira_diffusers.adapters.delta", "from shira_diffusers.engine.resident import Resident"),
+        ("shira_diffusers.masks.families", "import shira_diffusers.formats.shira_file"),
+        ("shira_diffusers.weights.scatter", "from ..integrations import pipelines"),
+        ("shira_diffusers.engine.state", "def f():\n    from ..formats.hub import find_adapter"),
+        ("shira_diffusers.engine.resident", "from shira_diffusers import fuse"),
+        ("shira_diffusers.integrations.pipelines", "from shira_diffusers import ShiraError"),
+        ("shira_diffusers.training.tuner", "from shira_diffusers.dreambooth.config import Config"),
+        ("shira_diffusers.training.tuner", "import app.drawing.session"),
+        ("app.drawing.session", "from app.studio import Studio"),
+        ("app.history.history", "from app.library.cards import Card"),  # a neighbour is not below
     ],
 )
 def test_an_upward_import_is_seen(module: str, line: str) -> None:
     found = upward_imports({**SOURCES, module: f"{SOURCES[module]}\n{line}\n"})
-    assert any(fault.startswith(f"{module} (") for fault in found)
+    assert any(fault.startswith(f"{module} imports") for fault in found)
 
 
-def test_a_circle_inside_a_folder_is_seen() -> None:
-    module = "shira_diffusers.training.config"
-    line = "from shira_diffusers.training.flags import parse_config"
+def test_a_circle_inside_a_wing_is_seen() -> None:
+    module = "shira_diffusers.dreambooth.config"
+    line = "from shira_diffusers.dreambooth.command_line import parse_config"
     assert find_cycle({**SOURCES, module: f"{SOURCES[module]}\n{line}\n"})
 
 
-def test_a_module_without_a_floor_is_seen() -> None:
-    with pytest.raises(AssertionError, match="novelty stands on no floor"):
+def test_a_module_without_a_wing_is_seen() -> None:
+    with pytest.raises(AssertionError, match="novelty stands in no wing"):
         upward_imports({**SOURCES, "shira_diffusers.novelty": "import shira_diffusers.errors"})
 
 
 def test_few_know_diffusers_and_its_pipelines() -> None:
-    assert importers(r"diffusers(\..*)?", SOURCES) <= KNOWS_PIPELINES | {"attention"}
-    assert importers(r"diffusers.*Pipeline\w*", SOURCES) <= KNOWS_PIPELINES
+    assert wings_of(importers(r"diffusers(\..*)?", SOURCES)) <= KNOWS_DIFFUSERS
 
 
-def test_only_files_knows_the_keys_on_disk() -> None:
+def test_one_module_knows_the_keys_on_disk() -> None:
     key = re.compile(r"\.(values|gaps|shape|base)\b(?!\.)")
     holders = {module for module, source in SOURCES.items() if any(key.search(text) for text in text_of(source))}
-    assert holders == {"shira_diffusers.files"}
+    assert holders == {"shira_diffusers.formats.shira_file"}
 
 
-def test_one_module_writes_weights_at_inference() -> None:
-    assert importers(r"shira_diffusers\.scatter\.overwrite", SOURCES) == WRITES_WEIGHTS
-    as_module = re.compile(r"import (shira_diffusers\.)?scatter\b|scatter import \*")
+def test_few_write_weights() -> None:
+    assert wings_of(importers(r"shira_diffusers\.weights\.scatter\.(overwrite|put_bits)", SOURCES)) == WRITES_WEIGHTS
+    as_module = re.compile(r"import (shira_diffusers\.weights\.)?scatter\b|scatter import \*")
     assert not [module for module, source in SOURCES.items() if as_module.search(source)]
     kernels = re.compile(r"\.(index_copy_|scatter_|masked_scatter_|put_|index_put_)\(")
-    assert {unit_of(module) for module, source in SOURCES.items() if kernels.search(source)} == {"scatter"}
-    assert importers(r"shira_diffusers\.scatter\.put_bits", SOURCES) == {"sweep", "sites"}
+    writers = {module for module, source in SOURCES.items() if kernels.search(source)}
+    assert {each for each in writers if not each.startswith("benchmarks")} == {f"{PACKAGE}.weights.scatter"}
 
 
 def test_nobody_writes_bits_into_a_state_that_is_not_a_copy() -> None:
     """The one ``overwrite`` of state.py writes into ``copy``, a clone."""
-    calls = [node for node in ast.walk(ast.parse(SOURCES[f"{PACKAGE}.state"])) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(ast.parse(SOURCES[f"{PACKAGE}.engine.state"])) if isinstance(node, ast.Call)]
     targets = [ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func) == "overwrite"]
     assert targets == ["copy"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from shira_diffusers import ShiraAdapter, SparseDelta
-from shira_diffusers.targets import named_weights
+from shira_diffusers.weights.targets import named_weights
 
 PROMPT = "a red cat"
 SIZE = 16  # pixels; the autoencoder halves it to 8 x 8 latents

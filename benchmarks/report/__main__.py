@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from benchmarks.report.figures import Figures
 from benchmarks.report.files import DOCUMENTS, stale, write_all
+from benchmarks.report.results import Figures
 
 
 def main() -> None:

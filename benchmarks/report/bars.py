@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.report import cells
-from benchmarks.report.figures import Figures, Read
+from benchmarks.report.results import Figures, Read
 from benchmarks.report.tables import markdown
 
 

@@ -1,7 +1,7 @@
 """The parts of a cold start as a table: a row a part, a column a file."""
 
 from benchmarks.report import cells
-from benchmarks.report.figures import Result
+from benchmarks.report.results import Result
 from benchmarks.report.tables import HIDDEN, markdown, measured
 
 PARTS = {

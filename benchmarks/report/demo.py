@@ -1,7 +1,7 @@
 """The demo model's figures, as a table."""
 
 from benchmarks.report import cells
-from benchmarks.report.figures import Row
+from benchmarks.report.results import Row
 from benchmarks.report.tables import markdown
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.common import ROOT
-from benchmarks.report.figures import Figures
+from benchmarks.measure import ROOT
 from benchmarks.report.page import page
 from benchmarks.report.readme import readme_block
+from benchmarks.report.results import Figures
 from benchmarks.report.series import PLOTS, digest, panels
 from benchmarks.report.training import training_table, training_words
 

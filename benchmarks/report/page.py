@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterator
 
 from benchmarks.report import cells
-from benchmarks.report.aims import AIMS
 from benchmarks.report.bars import bar_table, counted, reasons
 from benchmarks.report.cold_start import cold_start_table
 from benchmarks.report.demo import demo_table
-from benchmarks.report.figures import Figures, Result, Row
 from benchmarks.report.readme import in_short
+from benchmarks.report.results import Figures, Result, Row
 from benchmarks.report.sections import LABELS, PARTS, UNKNOWN, Part
 from benchmarks.report.series import PLOTS, panels
 from benchmarks.report.size import size_table
 from benchmarks.report.tables import HIDDEN, constants, markdown, measured, missing, table
+from benchmarks.report.targets import AIMS
 from benchmarks.report.training import training_table, training_words
 from benchmarks.report.words import WORDS, Words
 

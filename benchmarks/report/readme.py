@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.common import ASSETS
+from benchmarks.measure import ASSETS
 from benchmarks.report import cells
-from benchmarks.report.aims import STEP
-from benchmarks.report.figures import Figures, Read, largest, value
+from benchmarks.report.results import Figures, Read, largest, value
 from benchmarks.report.tables import markdown
+from benchmarks.report.targets import STEP
 
 MIX = {"method": "shira", "family": "rand", "density": 0.02}
 MODELS = ("SD 1.5", "SDXL")

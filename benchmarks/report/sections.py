@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.report import cells
-from benchmarks.report.figures import Result, Row, at
+from benchmarks.report.results import Result, Row, at
 from benchmarks.report.tables import METHOD, Column, over
 
 LABELS = ("model", "dim", "dtype", "method", "family", "density", "adapters", "compiled", "mode")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from benchmarks.report import cells
-from benchmarks.report.figures import Figures, Result, Row, at
+from benchmarks.report.results import Figures, Result, Row, at
 
 KINDS = {"shira": "shira", "library": "shira", "peft": "peft", "lora": "lora"}
 """Methods by the start of their names: one colour each."""

@@ -1,7 +1,7 @@
 """Sizes on disk as a table: a row a family of masks, a column a density."""
 
 from benchmarks.report import cells
-from benchmarks.report.figures import Result, Row
+from benchmarks.report.results import Result, Row
 from benchmarks.report.tables import markdown
 
 SHOWN = 0.01

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from benchmarks.report import cells
-from benchmarks.report.figures import Figures, Row
+from benchmarks.report.results import Figures, Row
 from benchmarks.report.tables import markdown
 
 METHODS = {

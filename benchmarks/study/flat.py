@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.targets import named_weights, select
+from shira_diffusers.weights.targets import named_weights, select
 
 SMALL = "+small"
 
@@ -20,7 +20,7 @@ TARGETS: dict[str, str | list[str]] = {
     "outer": ["conv_in", "conv_out", "time_embedding.*", "down_blocks.0.*", "up_blocks.2.*"],
     "resnets": ["*resnets.*", "conv_in", "conv_out", "*samplers.*"],
 }
-"""By name: what `shira_diffusers.targets.select` takes. `SMALL` behind one adds norms and biases; alone it is those."""
+"""By name: what `weights.targets.select` takes. `SMALL` behind one adds norms and biases; alone it is those."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.study.flat import Layout
 from benchmarks.study.recipes import Recipe
 from shira_diffusers import build_masks
-from shira_diffusers.masks import seeded
+from shira_diffusers.seeds import seeded
 
 CALIBRATION_BATCHES = 12
 

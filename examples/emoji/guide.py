@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import shira_diffusers  # noqa: F401  gives pipelines `load_shira`
-from shira_diffusers.training.checkpoints import list_checkpoints
+from shira_diffusers.dreambooth.checkpoints import list_checkpoints
 
 from .evaluate import generate
 from .sheet import contact_sheet

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from shira_diffusers.training.checkpoints import list_checkpoints
-from shira_diffusers.training.flags import parse_config
-from shira_diffusers.training.loop import train
+from shira_diffusers.dreambooth.checkpoints import list_checkpoints
+from shira_diffusers.dreambooth.command_line import parse_config
+from shira_diffusers.dreambooth.train import train
 
 from .evaluate import generate
 from .evaluate_styles import prompts_for

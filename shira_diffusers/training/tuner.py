@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.adapter import ShiraAdapter
-from shira_diffusers.delta import SparseDelta, index_dtype
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.adapters.base_probes import probe_base
+from shira_diffusers.adapters.delta import SparseDelta, index_dtype
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, counted, listing, verb
-from shira_diffusers.gradients import components_of, let_gradients_in, masked_parameters
-from shira_diffusers.probes import probe_base
-from shira_diffusers.training.arrivals import Arrivals
 from shira_diffusers.training.changes import Change, Plain
 from shira_diffusers.training.columns import Columns, find_columns
 from shira_diffusers.training.dora import Dora
-from shira_diffusers.training.entries import Entries
-from shira_diffusers.training.inputs import Inputs
-from shira_diffusers.training.taps import Tap, narrows, tappable
+from shira_diffusers.training.gradient_buffer import Arrivals
+from shira_diffusers.training.gradient_taps import Tap, narrows, tappable
+from shira_diffusers.training.masked_entries import Entries
+from shira_diffusers.training.masking import components_of, let_gradients_in, masked_parameters
+from shira_diffusers.training.recompute import Inputs
 
 
 class _Adapted(NamedTuple):

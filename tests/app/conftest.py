@@ -10,13 +10,13 @@ import pytest
 import torch
 from gradio_client import Client
 
-from app import trainings
-from app.access import protection
-from app.archive import Visitor
-from app.session import Session
+from app.drawing.fair_queue import BACKGROUND
+from app.drawing.session import Session
+from app.history.galleries import Visitor
+from app.page.page import build, launch
+from app.server.access import protection
 from app.studio import Studio
-from app.turns import BACKGROUND
-from app.ui import build, launch
+from app.training import trainings
 from shira_diffusers import save_adapter
 from tests import tiny
 from tests.app import warm

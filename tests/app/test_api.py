@@ -12,11 +12,11 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from app.messages import readable
-from app.picture import METADATA_KEY
-from app.session import Session
+from app.drawing.session import Session
+from app.page.page import build
+from app.server.messages import readable
+from app.settings.picture import METADATA_KEY
 from app.studio import Studio
-from app.ui import build
 from tests.app.conftest import SUGGESTION, connect
 
 PLAIN: dict[str, Any] = {"prompt": SUGGESTION, "seed": 3, "steps": 2}

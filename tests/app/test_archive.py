@@ -8,13 +8,13 @@ import pytest
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from app.access import BROWSER, protection
-from app.api import visitor_of
-from app.archive import CHECKED_EVERY, Archive, Visitor
-from app.history import History
-from app.picture import Picture
+from app.history.galleries import CHECKED_EVERY, Archive, Visitor
+from app.history.history import History
+from app.page.page import build, launch
+from app.server.access import BROWSER, protection
+from app.server.visitors import visitor_of
+from app.settings.picture import Picture
 from app.studio import Studio
-from app.ui import build, launch
 from tests.app.conftest import SUGGESTION, Folders, connect, free_port
 
 PICTURE = Picture(Image.new("RGB", (8, 8)), {"prompt": SUGGESTION, "mix": {}})

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.session import Session
+from app.drawing.session import Session
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect, pages
 from tests.app.conftest import SUGGESTION
 

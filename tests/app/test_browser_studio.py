@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.cards import sha256_of
+from app.library.cards import sha256_of
 from app.studio import Studio
 from shira_diffusers import save_adapter
 from tests import tiny

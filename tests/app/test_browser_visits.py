@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.access import protection
-from app.archive import Visitor
-from app.png import write_png
-from app.session import Session
+from app.drawing.session import Session
+from app.history.galleries import Visitor
+from app.history.png_metadata import write_png
+from app.page.page import build, launch
+from app.server.access import protection
 from app.studio import Studio
-from app.ui import build, launch
 from tests.app.browsing import MARKS, PATIENCE, WIDE, Open, expect, new_context, pages
 from tests.app.conftest import SUGGESTION, Folders, free_port
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from app.archive import Visitor
-from app.desk import Desk, Stopped
-from app.history import Kept
-from app.session import Session
-from app.settings import Settings
+from app.drawing.requests import Desk, Stopped
+from app.drawing.session import Session
+from app.history.galleries import Visitor
+from app.history.history import Kept
+from app.settings.settings import Settings
 from app.studio import Studio
 from tests.app.conftest import SUGGESTION
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image, PngImagePlugin
 
-from app.history import History
-from app.picture import METADATA_KEY
-from app.png import MAX_TEXT, read_settings
-from app.presets import Presets
-from app.restore import restore, to_keep
-from app.session import Session
-from app.settings import SettingsError
+from app.drawing.restore import restore, to_keep
+from app.drawing.session import Session
+from app.history.history import History
+from app.history.png_metadata import MAX_TEXT, read_settings
+from app.history.presets import Presets
+from app.settings.picture import METADATA_KEY
+from app.settings.settings import SettingsError
 from shira_diffusers import ShiraError, __version__
 from tests.app.conftest import SUGGESTION
 

@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from app import interference_html
-from app.interference import Comparer, Pair, stage_of
-from app.session import Session
-from app.settings import SettingsError
-from shira_diffusers.interference import Interference, interference, interference_by_weight
+from app.drawing.session import Session
+from app.insight.interference import Comparer, Pair, stage_of
+from app.page import interference_html
+from app.settings.settings import SettingsError
+from shira_diffusers.adapters.interference import Interference, interference, interference_by_weight
 from tests import tiny
 
 

@@ -14,15 +14,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load, save
 
-from app import library as library_module
-from app.cards import one_sentence, sha256_of
-from app.library import Library
-from app.session import Session
-from app.settings import SettingsError
-from app.suggestions import FALLBACK_SUGGESTIONS, read_suggestions
-from app.uploads import UploadError
+from app.drawing.session import Session
+from app.drawing.suggestions import FALLBACK_SUGGESTIONS, read_suggestions
+from app.library.cards import one_sentence, sha256_of
+from app.library.library import Library
+from app.library.library import library as library_module
+from app.library.uploads import UploadError
+from app.settings.settings import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
-from shira_diffusers.probes import probe_base
+from shira_diffusers.adapters.base_probes import probe_base
 from tests import tiny
 from tests.app.conftest import SUGGESTIONS, Folders
 

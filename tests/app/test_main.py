@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app import look
+from app.page import theme
 from app.serve import ASSETS, main, parse
 from tests.app.conftest import Folders, free_port
 
@@ -61,15 +61,15 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 
 def test_what_strangers_wrote_is_escaped() -> None:
     report = {"prompt": "<script>", "mix": {"<b>": 1.0}, "model": "<b>"}
-    assert "<script>" not in look.settings(report) and "<b>" not in look.settings(report)
-    assert "<i>" not in look.refusals([("<i>", "<i>")])
-    assert "<i>" not in look.header("<i>", 1)
+    assert "<script>" not in theme.settings(report) and "<b>" not in theme.settings(report)
+    assert "<i>" not in theme.refusals([("<i>", "<i>")])
+    assert "<i>" not in theme.header("<i>", 1)
 
 
 def test_of_many_files_that_were_left_out_the_first_are_told() -> None:
-    told = look.refusals((f"file {number}", "reason") for number in range(5))
+    told = theme.refusals((f"file {number}", "reason") for number in range(5))
     assert told.count("reason") == 3 and "and 2 more, see Library" in told
-    assert "more" not in look.refusals([("file", "reason")] * 3)
+    assert "more" not in theme.refusals([("file", "reason")] * 3)
 
 
 @pytest.mark.parametrize(
@@ -83,16 +83,16 @@ def test_times_have_a_sensible_number_of_digits(milliseconds: float, text: str) 
         "generation_s": 1.26,
         "seed": 7,
     }
-    cells = look.facts(report)
+    cells = theme.facts(report)
     assert f"<b>{text}</b>" in cells
     assert "<b>1.23 %</b>" in cells and "<b>1.3 s</b>" in cells
     assert "<b>1,234</b>" in cells
-    assert f"<b>{text}</b>" in look.lora(milliseconds, 64)
+    assert f"<b>{text}</b>" in theme.lora(milliseconds, 64)
 
 
 def test_before_the_first_picture_there_are_no_figures() -> None:
-    assert not any(digit in look.facts(None) for digit in "0123456789")
-    assert look.lora(None, 64) == ""
+    assert not any(digit in theme.facts(None) for digit in "0123456789")
+    assert theme.lora(None, 64) == ""
 
 
 def test_without_what_the_app_needs_it_says_how_to_get_that(tmp_path: Path) -> None:

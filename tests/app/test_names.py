@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.names import MAX_LENGTH, free_name, key_of, tidy_name
+from app.library.names import MAX_LENGTH, free_name, key_of, tidy_name
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.pace import LEAST, MOST, Pace
+from app.drawing.preview_budget import LEAST, MOST, Pace
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.01, MOST), (0.1, 5), (0.13, 4), (0.5, LEAST), (60.0, LEAST)])

@@ -10,9 +10,9 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from app.archive import Visitor
-from app.picture import METADATA_KEY
-from app.session import Session
+from app.drawing.session import Session
+from app.history.galleries import Visitor
+from app.settings.picture import METADATA_KEY
 from app.studio import Studio
 from tests.app.conftest import SUGGESTION, assert_bits, bits_of, connect
 

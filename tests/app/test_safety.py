@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from app.access import AccessError, is_local, protection, read_credentials, warn_if_open
+from app.page.page import build, launch
 from app.serve import main, parse
+from app.server.access import AccessError, is_local, protection, read_credentials, warn_if_open
 from app.studio import Studio
-from app.ui import build, launch
 from shira_diffusers import save_adapter
 from tests import tiny
 from tests.app.conftest import Folders, free_port
@@ -97,7 +97,7 @@ def test_no_file_outside_is_served(client: httpx.Client, studio: Studio, folders
     cache = Path(upload(client, "x.txt", b"x").json()[0]).parent
     targets = [
         secret, folders.base / "model_index.json", folders.adapters / "bluefire.safetensors", own.path,
-        Path("/etc/passwd"), Path("/proc/self/environ"), Path("app/session.py").resolve(), studio.data,
+        Path("/etc/passwd"), Path("/proc/self/environ"), Path("app/drawing/session.py").resolve(), studio.data,
     ]  # fmt: skip
     forms = [form for target in targets for form in (
         f"{target}", f"/{target}", f"{cache}/..{'/..' * 12}{target}", f"{target}%00.png", f"file://{target}",
@@ -105,7 +105,7 @@ def test_no_file_outside_is_served(client: httpx.Client, studio: Studio, folders
         str(target).replace("/", "%2f"), f"{target}?x=.png", f"./{target}#.png",
     )]  # fmt: skip
     leading = ["/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/gradio_api/stream/"]
-    for form in [*forms, "app/session.py", "app/style.css", "pyproject.toml"]:
+    for form in [*forms, "app/drawing/session.py", "app/page/style.css", "pyproject.toml"]:
         for lead in leading:
             status, content = get_raw(client, lead + form)
             assert status in (307, 400, 403, 404, 405, 422, 500), (lead + form, status)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.access import protection
+from app.page.page import build, launch
 from app.serve import ASSETS
+from app.server.access import protection
 from app.studio import Studio
-from app.ui import build, launch
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, expect, new_context
 from tests.app.conftest import free_port
 

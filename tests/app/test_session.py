@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from app.picture import METADATA_KEY, Picture
-from app.session import Session, strip_of
-from app.settings import SettingsError
+from app.drawing.session import Session, strip_of
+from app.settings.picture import METADATA_KEY, Picture
+from app.settings.settings import SettingsError
 from shira_diffusers import ShiraError, load_adapter
 from tests import tiny
 from tests.app.conftest import SUGGESTION, SUGGESTIONS, Folders, assert_bits, bits_of

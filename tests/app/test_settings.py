@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.settings import MAX_PROMPT, MAX_SEED, Settings, SettingsError
+from app.settings.settings import MAX_PROMPT, MAX_SEED, Settings, SettingsError
 
 
 def checked(**changed: Any) -> Settings:

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from app.cards import sha256_of
-from app.interference import Comparer
-from app.library import Library
-from app.session import Session
-from app.settings import SettingsError
+from app.drawing.session import Session
+from app.insight.interference import Comparer
+from app.library.cards import sha256_of
+from app.library.library import Library
+from app.settings.settings import SettingsError
 from shira_diffusers import save_adapter
 from tests import tiny
 from tests.app.conftest import SUGGESTION, Folders

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from app.session import Session
-from app.settings import SettingsError
-from app.strengths import checked_mix, told
+from app.drawing.session import Session
+from app.settings.settings import SettingsError
+from app.settings.strengths import checked_mix, told
 from tests.app.conftest import SUGGESTION
 
 

@@ -9,7 +9,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from app.cards import sha256_of
+from app.library.cards import sha256_of
 from shira_diffusers import save_adapter
 from tests import tiny
 from tests.app.conftest import connect

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from app.cards import Card
-from app.lora import fuse_ms
-from app.session import Session
-from app.thumbnails import SIDE, Thumbnails
-from app.turns import BACKGROUND
-from shira_diffusers.pipeline import resident_of
+from app.drawing.fair_queue import BACKGROUND
+from app.drawing.session import Session
+from app.drawing.thumbnails import SIDE, Thumbnails
+from app.insight.lora_timing import fuse_ms
+from app.library.cards import Card
+from shira_diffusers.integrations.pipelines import resident_of
 from tests import tiny
 from tests.app.conftest import Folders
-from tests.training import colour_science as science
+from tests.dreambooth import colour_science as science
 
 
 @pytest.fixture

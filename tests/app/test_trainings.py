@@ -17,16 +17,16 @@ import psutil
 import pytest
 from PIL import Image
 
-from app import trainings as trainings_module
-from app.estimate import Estimator
-from app.recipe import Base, Recipe
-from app.session import Session
-from app.settings import SettingsError
-from app.training_log import last_line, read_steps
-from app.training_pictures import MAX_PICTURES, Sent, captions_of, sort_out, write_pictures
-from app.trainings import ROOT, Training, Trainings
+from app.drawing.session import Session
+from app.settings.settings import SettingsError
+from app.training import trainings as trainings_module
+from app.training.estimate import Estimator
+from app.training.log import last_line, read_steps
+from app.training.pictures import MAX_PICTURES, Sent, captions_of, sort_out, write_pictures
+from app.training.recipe import Base, Recipe
+from app.training.trainings import ROOT, Training, Trainings
 from tests.app.conftest import Folders
-from tests.training import colour_science as science
+from tests.dreambooth import colour_science as science
 
 TINY = {"name": "moss", "prompt": "a sks cat", "steps": 6, "batch": 1, "mask": "rand", "learning_rate": 1e-2}
 PATIENCE = 90  # seconds
@@ -162,7 +162,7 @@ def test_closing_the_app_ends_the_training(trainings: Trainings, recipe: Recipe,
 def test_a_script_on_the_leash_ends_with_its_starter(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys, time\nprint(sys.argv, flush=True)\ntime.sleep(60)\n")
-    command = [sys.executable, "-m", "app.leash", str(script), "--flag", "a b"]
+    command = [sys.executable, "-m", "app.training.supervised_run", str(script), "--flag", "a b"]
     child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin and child.stdout
     assert child.stdout.readline().decode().strip() == str([str(script), "--flag", "a b"])

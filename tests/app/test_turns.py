@@ -5,7 +5,7 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from app.turns import BACKGROUND, Turns
+from app.drawing.fair_queue import BACKGROUND, Turns
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A trainer that has imported all it needs and forks for each training, which saves its six seconds of imports.
 
 ``python -m tests.app.warm SOCKET`` serves; ``Started`` is to the app what ``subprocess.Popen`` is. What runs is the
-trainer, in a process of its own, on the leash, with the flags and files that the app gave.
+trainer, in a process of its own, on the supervised_run, with the flags and files that the app gave.
 """
 
 import json
@@ -70,7 +70,7 @@ def _until_there(address: Path) -> None:
 
 
 def subprocess_with_forks() -> SimpleNamespace:
-    """What ``app.trainings`` uses of the module ``subprocess``."""
+    """What ``app.training.trainings`` uses of the module ``subprocess``."""
     return SimpleNamespace(**{**vars(subprocess), "Popen": Started})
 
 
@@ -111,10 +111,10 @@ def _start(connection: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(order["env"])
         os.chdir(order["cwd"])
-        sys.argv = ["leash", *order["command"][3:]]  # python -m app.leash ...
-        from app import leash
+        sys.argv = ["leash", *order["command"][3:]]  # python -m app.training.supervised_run ...
+        from app.training import supervised_run
 
-        leash.main()
+        supervised_run.main()
         sys.exit()
     os.close(stdin)
     connection.sendall(pid.to_bytes(8, "little"))

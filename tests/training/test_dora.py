@@ -11,7 +11,7 @@ from torch.func import functional_call
 from shira_diffusers import AdapterMismatchError, Resident, build_masks
 from shira_diffusers.training.tuner import SparseTuner
 from tests import tiny
-from tests.training.reference import dense_mask
+from tests.dreambooth.reference import dense_mask
 from tests.training.test_tuner import loss_of, models, parameters_of, small_masks, tune
 
 SGD = {"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-3}

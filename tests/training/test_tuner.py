@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from shira_diffusers import AdapterFormatError, AdapterMismatchError, Resident, ResidentStateError, build_masks
 from shira_diffusers.training.tuner import SparseTuner
 from tests import tiny
-from tests.training.reference import dense_mask, train_dense
+from tests.dreambooth.reference import dense_mask, train_dense
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 

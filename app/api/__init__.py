@@ -1,0 +1,1 @@
+"""Endpoints for programs, called with ``gradio_client``: a file per subject."""

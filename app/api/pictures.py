@@ -1,0 +1,116 @@
+"""Endpoints for pictures that belong together, presets and the history."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.events import api
+
+from app.drawing.requests import Series
+from app.drawing.restore import restore, to_keep
+from app.drawing.session import series_of
+from app.server.messages import readable
+from app.server.served_files import cached
+from app.server.visitors import DRAWING, as_object, visitor_of
+from app.settings.checks import require_mapping, whole
+from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS
+from app.settings.strength_sweep import Axis, sweep_of
+from app.settings.strengths import checked_mix
+from app.studio import Studio
+
+
+def add_pictures_api(studio: Studio) -> None:
+    """Add the endpoints to the Blocks that is being built."""
+    session = studio.session
+    paper = gr.Image(format="png", type="pil", visible=False)
+
+    def sent(file: Path) -> dict[str, Any]:
+        return gr.FileData(path=cached(paper, file), mime_type="image/png").model_dump()
+
+    async def drawn(series: Series, request: gr.Request) -> list[dict[str, Any]]:
+        pictures = studio.desk.draw_series(visitor_of(request), series)
+        return [
+            {"label": label, "file": sent(file), "report": dict(picture.report)}
+            async for label, picture, file in pictures
+        ]
+
+    async def compare(
+        request: gr.Request,
+        prompt: str,
+        mix: Any,
+        seed: float | None = None,
+        steps: float = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        method: str = DEFAULT_METHOD,
+    ) -> list[dict[str, Any]]:
+        """Draw the base, each style of a mix alone and the mix, at one seed: a list of {label, file, report}."""
+        with readable():
+            series = series_of(session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method))
+            return await drawn(series, request)
+
+    async def sweep(
+        request: gr.Request,
+        prompt: str,
+        adapter: str,
+        strengths: Any,
+        other: str | None = None,
+        other_strengths: Any = None,
+        mix: Any = None,
+        seed: float | None = None,
+        steps: float = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        method: str = DEFAULT_METHOD,
+    ) -> list[dict[str, Any]]:
+        """Draw a style at a list of strengths, at one seed, beside the rest of a mix: a list of {label, file, report}.
+
+        With another style and its strengths, a grid, row by row: the first style changes across, the other down.
+        """
+        with readable():
+            across = Axis.checked(adapter, as_object(strengths, "strengths"))
+            down = None
+            if other not in (None, "") or other_strengths not in (None, ""):
+                down = Axis.checked(other, as_object(other_strengths, "other strengths"))
+            others = {axis.adapter: 0.0 for axis in (across, down) if axis}
+            mixed = {**checked_mix(as_object(mix, "mix")), **others}
+            settings = session.checked(prompt, mixed, seed, steps, guidance, method)
+            return await drawn(sweep_of(settings, across, down), request)
+
+    def presets() -> dict[str, Any]:
+        """All presets: settings by name."""
+        return {name: studio.presets.get(name) for name in studio.presets.names}
+
+    def save_preset(name: str, settings: Any) -> str:
+        """Keep settings (an object with prompt, mix, seed, steps, guidance, method) under a name; returns the name."""
+        with readable():
+            given = require_mapping("settings", as_object(settings, "settings"))
+            session.require_known(checked_mix(given.get("mix", {})))
+            return studio.presets.save(name, to_keep(restore(given, session).settings, session))
+
+    def delete_preset(name: str) -> list[str]:
+        """Forget a preset; returns the names of those that are left."""
+        with readable():
+            studio.presets.delete(name)
+        return list(studio.presets.names)
+
+    def history(request: gr.Request, page: float = 1) -> list[dict[str, Any]]:
+        """A page of the pictures that were drawn, the newest first: a list of {name, file, settings}.
+
+        Where histories are not shared: of those that this user, or else this client, has drawn.
+        """
+        with readable():
+            return [
+                {"name": kept.name, "file": sent(kept.path), "settings": kept.settings}
+                for kept in studio.archive.of(visitor_of(request)).page(whole("page", page, 1, 10**9))
+            ]
+
+    def delete_picture(request: gr.Request, name: str) -> int:
+        """Remove a picture from the history for good; returns how many are left."""
+        history = studio.archive.of(visitor_of(request))
+        with readable():
+            history.delete(name)
+        return len(history)
+
+    api(compare, api_name="compare", **DRAWING)
+    api(sweep, api_name="sweep", **DRAWING)
+    for endpoint in (presets, save_preset, delete_preset, history, delete_picture):
+        api(endpoint, api_name=endpoint.__name__)

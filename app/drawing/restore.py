@@ -1,0 +1,94 @@
+"""Settings of a picture, preset or link brought back to a session that may have other adapters by now."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.drawing.session import Session
+from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, Settings
+
+SETTINGS = ("prompt", "mix", "seed", "steps", "guidance", "method")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Settings that can be drawn, and what is different from then, a sentence each."""
+
+    settings: Settings
+    notes: tuple[str, ...]
+
+
+def restore(given: Mapping[str, Any], session: Session) -> Restored:
+    """Check settings from outside; adapters that have another name by now are found by their hash, and told; those that
+    are missing are left out of the mix and told.
+
+    Args:
+        given: prompt, mix, seed, steps, guidance, method; and, in a picture's metadata, model and adapters with
+            hashes. All but the prompt have defaults.
+
+    Raises:
+        SettingsError: a setting out of its range.
+    """
+    settings = Settings.checked(
+        given.get("prompt"),
+        given.get("mix", {}),
+        given.get("seed"),
+        given.get("steps", DEFAULT_STEPS),
+        given.get("guidance", DEFAULT_GUIDANCE),
+        given.get("method", DEFAULT_METHOD),
+    )
+    hashes = session.hashes
+    then = _hashes_of(given)
+    named = _names_now(settings.mix, then, hashes)
+    mix = {now: settings.mix[name] for name, now in named.items()}
+    kept = session.checked(settings.prompt, mix, settings.seed, settings.steps, settings.guidance, settings.method)
+    notes = (note for name in settings.mix if (note := _note(name, named.get(name), then.get(name, ""), hashes)))
+    return Restored(kept, (*notes, *_model(given, session)))
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """Settings as plain data for JSON, which ``restore`` takes back."""
+    return {name: getattr(settings, name) for name in SETTINGS} | {"mix": dict(settings.mix)}
+
+
+def to_keep(settings: Settings, session: Session) -> dict[str, Any]:
+    """As ``as_dict``, with the adapters' hashes, so that they are found when they have other names."""
+    hashes = session.hashes
+    return as_dict(settings) | {"adapters": {name: {"sha256": hashes.get(name, "")} for name in settings.mix}}
+
+
+def _hashes_of(given: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes that settings tell, by name; they may be a stranger's."""
+    told = given.get("adapters")
+    pairs = told.items() if isinstance(told, Mapping) else ()
+    hashes = {name: value.get("sha256") for name, value in pairs if isinstance(value, Mapping)}
+    return {name: sha256 for name, sha256 in hashes.items() if isinstance(sha256, str) and sha256}
+
+
+def _names_now(mix: Mapping[str, Any], then: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
+    """What the adapters of a mix are called by now, without those that are missing."""
+    by_hash = {sha256: name for name, sha256 in reversed(list(hashes.items())) if sha256}
+    named: dict[str, str] = {}
+    for name in sorted(mix, key=lambda each: each not in hashes):
+        same = name in hashes and then.get(name, hashes[name]) == hashes[name]
+        now = name if same else by_hash.get(then.get(name, ""), name)
+        if now in hashes and now not in named.values():
+            named[name] = now
+    return {name: named[name] for name in mix if name in named}
+
+
+def _note(name: str, now: str | None, then: str, hashes: Mapping[str, str]) -> str:
+    if now is None:
+        return f"“{name[:80]}” is not among the styles here, so it was left out of the mix."
+    if now != name:
+        return f"“{name[:80]}” is called “{now}” here."
+    if then and hashes[now] and then != hashes[now]:  # unknown while only the head of a file was read
+        return f"“{name}” is another file by now than it was then, so it may look different."
+    return ""
+
+
+def _model(given: Mapping[str, Any], session: Session) -> tuple[str, ...]:
+    model = given.get("model")
+    if not isinstance(model, str) or not model or model == session.model:
+        return ()
+    return (f"It was drawn with another model, “{model[:80]}”; this is “{session.model}”.",)

@@ -1,0 +1,307 @@
+"""A resident pipeline with a library of adapters, drawing one picture at a time. No Gradio in here."""
+
+import copy
+import reprlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL.Image import Image
+
+from app.drawing.base_model import Dtype, load_pipeline
+from app.drawing.fair_queue import BACKGROUND, Turns
+from app.drawing.suggestions import read_suggestions
+from app.library.cards import Card
+from app.library.library import Library
+from app.library.uploads import DEFAULT_MAX_MB
+from app.settings.picture import Picture
+from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, Settings, SettingsError
+from app.settings.strengths import Mix, Strength, is_on, require_components
+from shira_diffusers import ShiraError, __version__
+from shira_diffusers.formats.paths import did_you_mean
+from shira_diffusers.integrations.pipelines import models_of, resident_of
+
+OnStep = Callable[[int, int], None]
+"""``on_step(done, of)``, called with 0 when the turn has come and after each denoising step; an exception from it ends
+the generation."""
+
+
+class Session:
+    """Draws pictures with any mix of the adapters of a library; safe to use from several threads.
+
+    Between pictures no adapter is active. Pictures take turns, fairly between visits: each is byte for byte what the
+    same settings give alone, whatever others draw meanwhile.
+
+    Args:
+        pipe: a text-to-image pipeline, on its device.
+        model: its name, for reports.
+        library: the adapters loaded into it.
+        suggestions: prompts that it draws well.
+    """
+
+    def __init__(self, pipe: Any, model: str, library: Library, suggestions: tuple[str, ...]) -> None:
+        self.model = model
+        self.library = library
+        self.suggestions = suggestions
+        self._pipe = pipe
+        self.turns = Turns()  # shira() would wait too, but in no order, and waiting would count as switching
+        self._pipe.set_progress_bar_config(disable=True)
+        # a copy: a call changes how the tokenizer pads, also for the picture that is being drawn
+        self._tokenizer = copy.deepcopy(getattr(pipe, "tokenizer", None))
+        self._counting = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        base: str,
+        adapters: Path,
+        data: Path | None = None,
+        *,
+        device: str = "cpu",
+        dtype: Dtype = "float32",
+        max_upload_mb: float = DEFAULT_MAX_MB,
+    ) -> Self:
+        """Load a pipeline and all adapters of a folder.
+
+        Args:
+            base: a folder, or a Hub id.
+            adapters: files that do not fit are listed in ``library.refused``.
+            data: the app's folder, for adapters that are added; without it none can be.
+            max_upload_mb: of a file that is added.
+            device: as torch names it.
+            dtype: of the weights.
+
+        Raises:
+            ShiraError: there is no such folder, no pipeline in it, or no such device.
+        """
+        if not adapters.is_dir():
+            raise ShiraError(f"no folder of adapters at {adapters}; name one with --adapters{did_you_mean(adapters)}")
+        pipe = load_pipeline(base, device, dtype)
+        library = Library(pipe, adapters, data, max_upload_mb=max_upload_mb)
+        return cls(pipe, Path(base).name, library, read_suggestions(Path(base), adapters))
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """The loaded adapters, by name."""
+        return self.library.cards
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return tuple(card.name for card in self.cards)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the loaded adapters' files, by name; empty while only the head of a file was read."""
+        return {card.name: card.sha256 for card in self.cards}
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, to be looked at only: what draws with it or changes it takes turns in here."""
+        return self._pipe
+
+    @property
+    def active(self) -> dict[str, Any]:
+        """The adapters active now: none, but while a picture is drawn."""
+        return resident_of(self._pipe).active
+
+    def close(self) -> None:
+        """Forget the pictures that wait for their turn, as the app ends."""
+        self.turns.close()
+
+    def generate(
+        self,
+        prompt: str,
+        mix: Mix,
+        seed: int | None = None,
+        steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        on_step: OnStep | None = None,
+        *,
+        method: str = DEFAULT_METHOD,
+        visit: str = "",
+    ) -> Picture:
+        """Draw one picture.
+
+        Args:
+            mix: ``{adapter: strength}``, empty for the base; strengths -1 to 2, also by component, see ``Strength``.
+            seed: 0 to 2^32 - 1; None draws one, which the report tells.
+            steps, guidance: 1 to 100, and 0 to 30.
+            on_step: told of each step; may raise to end the generation.
+            method: how several adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``.
+            visit: who asks; visits take turns.
+
+        Raises:
+            SettingsError: a setting out of its range, an unknown adapter, or a prompt longer than the model reads.
+
+        On any error no adapter stays active.
+        """
+        return self.submit(self.checked(prompt, mix, seed, steps, guidance, method), on_step, visit).result()
+
+    def compare(
+        self,
+        prompt: str,
+        mix: Mix,
+        seed: int | None = None,
+        steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        on_step: OnStep | None = None,
+        *,
+        method: str = DEFAULT_METHOD,
+        visit: str = "",
+    ) -> Iterator[tuple[str, Picture]]:
+        """Draw the base, each style of the mix alone and the mix, at one seed; yields each with its label.
+
+        Args and Raises: as ``generate``; also SettingsError for an empty mix. All is checked before the first picture.
+        ``on_step`` counts the steps of all pictures together.
+        """
+        series = series_of(self.checked(prompt, mix, seed, steps, guidance, method))
+        return self._draw_series(series, on_step, visit)
+
+    def _draw_series(
+        self, series: tuple[tuple[str, Settings], ...], on_step: OnStep | None, visit: str
+    ) -> Iterator[tuple[str, Picture]]:
+        for drawn, (label, each) in enumerate(series):
+            counted = shifted(on_step, drawn * each.steps, len(series) * each.steps)
+            yield label, self.submit(each, counted, visit).result()
+
+    def checked(
+        self,
+        prompt: Any,
+        mix: Any,
+        seed: Any = None,
+        steps: Any = DEFAULT_STEPS,
+        guidance: Any = DEFAULT_GUIDANCE,
+        method: Any = DEFAULT_METHOD,
+    ) -> Settings:
+        """Settings that this session can draw, from untrusted values; see ``generate``.
+
+        Raises:
+            SettingsError: as ``generate``.
+        """
+        settings = Settings.checked(prompt, mix, seed, steps, guidance, method)
+        self.require_known(settings.mix)
+        require_components(settings.mix, models_of(self._pipe))
+        tokenizer = self._tokenizer
+        with self._counting:
+            length = len(tokenizer(settings.prompt, truncation=False, verbose=False).input_ids) if tokenizer else 0
+        if tokenizer and length > tokenizer.model_max_length:
+            raise SettingsError(
+                f"the prompt is too long: the model reads {tokenizer.model_max_length} tokens, got {length}; shorten it"
+            )
+        return settings
+
+    def require_known(self, mix: Mix) -> None:
+        """Require that all styles of a mix are loaded.
+
+        Raises:
+            SettingsError: names those that are not, and those that there are.
+        """
+        known = self.adapter_names
+        unknown = [name for name in mix if name not in known]
+        if unknown:
+            raise SettingsError(
+                f"no style named {', '.join(map(reprlib.repr, unknown[:5]))}; "
+                f"there are {', '.join(map(repr, known)) or 'none'}"
+            )
+
+    def submit(self, settings: Settings, on_step: OnStep | None = None, visit: str = "") -> Future[Picture]:
+        """Draw a picture when the visit's turn has come; the settings are checked ones.
+
+        Cancelling the future takes it out of the queue; once it has begun, only ``on_step`` can end it.
+        """
+        return self.turns.submit(visit, lambda: self.draw(settings, on_step))
+
+    def draw(self, settings: Settings, on_step: OnStep | None = None) -> Picture:
+        """Draw at once; for jobs that have their turn."""
+        mix = {name: strength for name, strength in settings.mix.items() if is_on(strength)}
+        if on_step:
+            on_step(0, settings.steps)
+        with self.library.using(mix):
+            return self._draw(settings, mix, on_step)
+
+    def look_at_all(self) -> None:
+        """Read the adapters of which only the heads were read, one by one when nobody draws."""
+
+        def look() -> None:
+            if self.library.open_next():
+                self.turns.submit(BACKGROUND, look)
+
+        self.turns.submit(BACKGROUND, look)
+
+    def _draw(self, settings: Settings, mix: dict[str, Strength], on_step: OnStep | None) -> Picture:
+        resident = resident_of(self._pipe)
+        start = self._now()
+        with self._pipe.shira(list(mix), list(mix.values()), method=settings.method):
+            switched = self._now()
+            entries, total = resident.changed()
+            hashes = self.hashes
+            image = self._sample(settings, on_step)
+            drawn = self._now()
+        return Picture(
+            image,
+            {
+                "model": self.model,
+                "prompt": settings.prompt,
+                "mix": dict(settings.mix),
+                "seed": settings.seed,
+                "steps": settings.steps,
+                "guidance": settings.guidance,
+                "method": settings.method,
+                "adapters": {name: {"strength": mix[name], "sha256": hashes.get(name, "")} for name in mix},
+                "version": __version__,
+                "switch_ms": round(1000 * (switched - start), 3),
+                "entries_changed": entries,
+                "share_changed": entries / total,
+                "generation_s": round(drawn - switched, 3),
+            },
+        )
+
+    def _sample(self, settings: Settings, on_step: OnStep | None) -> Image:
+        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step:
+                on_step(step + 1, settings.steps)
+            return tensors
+
+        output = self._pipe(
+            settings.prompt,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=torch.Generator().manual_seed(settings.seed),
+            callback_on_step_end=after_step,
+        )
+        image: Image = output.images[0]
+        return image
+
+    def _now(self) -> float:
+        if self._pipe.device.type != "cpu":
+            torch.accelerator.synchronize(self._pipe.device)  # a switch on a GPU returns before it is done
+        return time.perf_counter()
+
+
+def series_of(settings: Settings) -> tuple[tuple[str, Settings], ...]:
+    """What ``compare`` draws, with labels.
+
+    Raises:
+        SettingsError: no adapter is on.
+    """
+    if not any(map(is_on, settings.mix.values())):
+        raise SettingsError("nothing to compare with the base: switch a style on, at a strength other than 0")
+    return tuple((label, replace(settings, mix=mix)) for label, mix in strip_of(settings.mix))
+
+
+def strip_of(mix: Mix) -> tuple[tuple[str, Mix], ...]:
+    """Labels and mixes: the base, each style alone and, of several, the mix; styles of strength 0 are left out."""
+    strip: list[tuple[str, Mix]] = [("base", {})]
+    strip += [(name, {name: strength}) for name, strength in mix.items() if is_on(strength)]
+    return (*strip, ("mix", mix)) if len(strip) > 2 else tuple(strip)
+
+
+def shifted(on_step: OnStep | None, before: int, of: int) -> OnStep | None:
+    """``on_step`` that counts a picture's steps among those of several."""
+    return on_step and (lambda done, _: on_step(before + done, of))

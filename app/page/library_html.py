@@ -1,0 +1,89 @@
+"""The library and what an adapter holds, as HTML. All text of files is escaped."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from app.library.cards import Entry, shown_metadata
+from shira_diffusers.cli.inspect import percent
+from shira_diffusers.cli.terminal import printable
+from shira_diffusers.formats.inspect import Inspection, Parameter
+
+LAYERS_SHOWN = 400
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """All adapters, a row each; those that were left out with the reason."""
+    if not entries:
+        return "<p>No adapters yet: upload one here, or train one.</p>"
+    head = "".join(
+        f'<th scope="col">{title}</th>' for title in ("Name", "Mask", "Density", "Size", "Base", "Trained on", "Origin")
+    )
+    rows = "".join(map(_row, entries))
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _row(entry: Entry) -> str:
+    card = entry.card
+    name = f'<th scope="row">{escape(entry.name)}</th>'
+    size, origin = _cell("Size", f"{entry.megabytes:.2f} MB"), _cell("Origin", entry.origin)
+    if card is None:
+        reason = f'<td colspan="2" class="reason">Left out: {escape(entry.reason)}</td>'
+        return f'<tr class="refused">{name}<td colspan="2"></td>{size}{reason}{origin}</tr>'
+    note = f'<span class="note">{escape(card.note)}</span>' if card.note else ""
+    cells = [
+        _cell("Mask", card.mask or "not told"),
+        _cell("Density", f"{100 * card.density:.2g} %"),
+        size,
+        f'<td data-label="Base">{escape(_short(card.base) or "not told")}{note}</td>',
+        _cell("Trained on", f"“{card.trigger}”" if card.trigger else "not told"),
+        origin,
+    ]
+    return f"<tr>{name}{''.join(cells)}</tr>"
+
+
+def _cell(label: str, text: str) -> str:
+    return f'<td data-label="{label}">{escape(text)}</td>'
+
+
+def _short(base: str) -> str:
+    return base.rstrip("/").rpartition("/")[2] if base.startswith("/") else base
+
+
+def inspection(entry: Entry, found: Inspection) -> str:
+    """What ``shira inspect`` tells: the whole, the metadata, and each parameter's density as a bar."""
+    told = [
+        ("Kind", found.kind + (f", format version {found.format_version}" if found.format_version else "")),
+        ("Entries", f"{found.nnz:,}" + (f" of {found.numel:,}" if found.numel else "")),
+        ("Density", percent(found.density) if found.numel else "not told by the file"),
+        ("Values", ", ".join(found.dtypes)),
+        ("Size", f"{found.size:,} bytes, {found.bytes_per_entry or 0:.2f} an entry"),
+        ("Knows its base", "yes, by a few of its values" if found.tells_base else "no"),
+        ("SHA-256", entry.sha256),
+    ]
+    metadata = sorted(shown_metadata(found.metadata).items())
+    return (
+        f'<div class="inspection"><h3>{escape(entry.name)}</h3>{_list(told)}'
+        f"<h4>What its file tells</h4>{_list(metadata) if metadata else '<p>Nothing.</p>'}"
+        f"<h4>Density by layer</h4>{_layers(found.parameters)}</div>"
+    )
+
+
+def _list(pairs: Iterable[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>' for key, value in pairs)}</dl>"
+
+
+def _layers(parameters: Sequence[Parameter]) -> str:
+    top = max((parameter.density or 0 for parameter in parameters), default=0) or 1
+    rows = "".join(_layer(parameter, top) for parameter in parameters[:LAYERS_SHOWN])
+    left = len(parameters) - LAYERS_SHOWN
+    more = f"<p>and {left} more; shira inspect --all lists them</p>" if left > 0 else ""
+    head = '<thead><tr><th scope="col">Layer</th><th scope="col">Density</th><th scope="col">Entries</th></tr></thead>'
+    return f'<div class="layers" tabindex="0"><table>{head}<tbody>{rows}</tbody></table>{more}</div>'
+
+
+def _layer(parameter: Parameter, top: float) -> str:
+    share = 100 * (parameter.density or 0) / top
+    told = "?" if parameter.density is None else percent(parameter.density)
+    bar = f'<span class="bar" style="width:{share:.1f}%"></span>'
+    name = escape(printable(parameter.name))
+    return f'<tr><th scope="row">{name}</th><td>{bar}<span>{told}</span></td><td>{parameter.nnz:,}</td></tr>'

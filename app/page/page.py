@@ -1,0 +1,67 @@
+"""The page, put together: header, tabs, endpoints."""
+
+from typing import Any
+
+import gradio as gr
+
+from app.api.common import add_api
+from app.api.library import add_library_api
+from app.api.pictures import add_pictures_api
+from app.api.training import add_training_api
+from app.page import theme
+from app.page.tabs.compare import CompareTab
+from app.page.tabs.history import HistoryTab
+from app.page.tabs.interference import InterferenceTab
+from app.page.tabs.library import LibraryTab
+from app.page.tabs.mix import MixTab
+from app.page.tabs.train import TrainTab
+from app.server.messages import Page
+from app.studio import Studio
+
+CACHE_SECONDS = 24 * 60 * 60  # pictures that nobody fetched for a day leave the disk
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The app over a studio, to be served with ``launch``."""
+    with Page(
+        title="SHiRA style studio",
+        analytics_enabled=False,
+        delete_cache=(CACHE_SECONDS, CACHE_SECONDS),
+    ) as blocks:
+        session = studio.session
+        header = gr.HTML(theme.header(session.model, len(session.cards)), elem_id="header", padding=False)
+        with gr.Tabs(elem_id="tabs") as row:
+            mix = MixTab(studio, row, header)
+            tabs: dict[str, Any] = {
+                "Mix": mix,
+                "Compare": CompareTab(studio, mix),
+                "Interference": InterferenceTab(studio),
+                "Train": TrainTab(studio, mix),
+                "Library": LibraryTab(studio),
+                "History": HistoryTab(studio, mix),
+            }
+            for name, tab in tabs.items():
+                with gr.Tab(name, id=name.lower()) as shown:
+                    tab.lay_out()
+                if hasattr(tab, "refresh_on"):
+                    tab.refresh_on(shown)
+        add_api(studio)
+        add_pictures_api(studio)
+        add_library_api(studio)
+        add_training_api(studio)
+    return blocks
+
+
+def launch(blocks: gr.Blocks, host: str, port: int, **options: Any) -> str:
+    """Serve the app; returns its address (at once, if ``prevent_thread_lock=True`` is among the options)."""
+    _, url, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        theme=theme.theme(),
+        js=theme.ROLES.read_text(encoding="utf-8"),
+        css_paths=[theme.CSS, *sorted(theme.CSS.parent.glob("css/*.css"))],
+        footer_links=["api"],
+        ssr_mode=False,
+        **{"share": False, **options},
+    )
+    return url

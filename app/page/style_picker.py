@@ -1,0 +1,59 @@
+"""The list of styles: one component for all of them, so that hundreds are as quick as three."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.drawing.thumbnails import Thumbnails
+from app.library.cards import Card
+from app.server.served_files import address
+from app.settings.strengths import MAX_STRENGTH, MIN_STRENGTH, Mix
+
+SCRIPT = Path(__file__).parent / "js" / "style_picker.js"
+TEMPLATE = """
+<div class="rack-head"><input type="search" class="rack-filter" placeholder="Filter styles" aria-label="Filter styles">
+<span class="rack-count" role="status"></span><button type="button" class="rack-clear">all off</button></div>
+<ul class="rack-cards" aria-label="Styles"></ul>
+<button type="button" class="rack-more" hidden></button>
+<p class="rack-lost" hidden>No style has this in its name or words.</p>
+<p class="rack-none" hidden>No styles yet: the folder of adapters holds none that fit. Add some in Library or Train.</p>
+"""
+PAGE = 24  # cards that are shown before somebody asks for more; those that are on always are
+BLOCKED = ("unet",)  # components whose strength can differ by block
+
+
+def make_rack(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
+    """The component; its value is a mix ``{name: strength}``, its events are ``input`` and ``words``.
+
+    ``input`` comes only while the property ``live`` is true.
+    """
+    return gr.HTML(
+        mix,
+        label="Styles",
+        html_template=TEMPLATE,
+        js_on_load=SCRIPT.read_text(encoding="utf-8"),
+        apply_default_css=False,
+        elem_id="rack",
+        cards=list(cards),
+        limits=[MIN_STRENGTH, MAX_STRENGTH],
+        blocked=list(BLOCKED),
+        page=PAGE,
+        live=False,
+    )
+
+
+def shown(card: Card, thumbnails: Thumbnails) -> dict[str, Any]:
+    """What the component shows of a card."""
+    path = thumbnails.get(card)
+    return {
+        "name": card.name,
+        "trigger": card.trigger,
+        "facts": f"{100 * card.density:.2g} % · {card.megabytes:.2g} MB"
+        if card.density
+        else f"{card.megabytes:.2g} MB",
+        "note": card.note,
+        "components": list(card.components),
+        "thumbnail": address(path) if path else "",
+    }

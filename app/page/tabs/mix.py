@@ -1,0 +1,295 @@
+"""Mix: a prompt, the styles, the picture with what it took, and this visit's pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.drawing import random_settings
+from app.drawing.preview_budget import Pace
+from app.drawing.requests import Stopped
+from app.drawing.restore import restore
+from app.history.png_metadata import read_settings
+from app.insight.lora_timing import RANK
+from app.page import theme
+from app.page.style_picker import make_rack, shown
+from app.page.tabs.events import PREVIEWING, QUIET, TELLING
+from app.page.tabs.presets import PresetsFold
+from app.server.messages import readable
+from app.server.served_files import cached
+from app.server.visitors import DRAWING, visitor_of
+from app.settings.picture import Picture
+from app.settings.settings import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_STEPS,
+    MAX_GUIDANCE,
+    MAX_STEPS,
+    Settings,
+    SettingsError,
+)
+from app.studio import Studio
+
+SUGGESTIONS_SHOWN = 4
+GALLERY_HOLDS = 24
+WATCH_SECONDS = 2.0
+ROLL_DICE = "() => Math.floor(Math.random() * 1000000)"
+SHOW_PICTURE = theme.scroll_to("#picture")
+
+
+class MixTab:
+    """The components of the tab and what they do.
+
+    Other tabs read the settings through ``inputs`` and ``settings``, and send some here through ``targets`` and
+    ``fill``.
+    """
+
+    def __init__(self, studio: Studio, tabs: gr.Tabs, header: gr.HTML) -> None:
+        self._studio = studio
+        self._session = studio.session
+        self._tabs = tabs
+        self._header = header
+        self._pace = Pace()
+
+    def lay_out(self) -> None:
+        """Add the tab to the Blocks that is being built."""
+        with gr.Row(elem_id="mixer"):
+            with gr.Column(scale=5, min_width=320):
+                self._lay_out_prompt()
+                self.rack = make_rack(self._cards(), {name: 1.0 for name in self.names_first()[:1]})
+                self._lay_out_details()
+                with gr.Row(elem_id="actions"):
+                    self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
+                    self.surprise = gr.Button("Surprise me", size="lg", min_width=120)
+                    self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
+                self.live = gr.Checkbox(
+                    False,
+                    label="Live preview: draw a rough picture while something is moved",
+                    container=False,
+                    elem_id="live",
+                )
+                self.presets = PresetsFold(self._studio)
+                self.method = self.presets.lay_out()
+            with gr.Column(scale=6, min_width=320):
+                self._lay_out_results()
+        self.inputs = [self.prompt, self.rack, self.seed, self.steps, self.guidance, self.method]
+        self.targets = [self._tabs, *self.inputs]
+        self._connect()
+        self._connect_preview()
+        self._connect_watch()
+        self.presets.connect(self.inputs, self.settings, self.targets, self.fill)
+
+    def _lay_out_prompt(self) -> None:
+        suggestions = self._session.suggestions[:SUGGESTIONS_SHOWN]
+        self.prompt = gr.Textbox(
+            suggestions[0], label="Prompt", lines=2, max_lines=5, elem_id="prompt", submit_btn=False, autofocus=True
+        )
+        chips = gr.Dataset(
+            components=[gr.Textbox(visible=False)],
+            samples=[[text] for text in suggestions],
+            sample_labels=[text.removeprefix("a picture of ") for text in suggestions],
+            label="Try",
+            type="values",
+            elem_id="suggestions",
+        )
+        chips.click(lambda row: row[0], chips, self.prompt, **QUIET)
+
+    def _lay_out_details(self) -> None:
+        self.refused = gr.HTML(**self._refused(), elem_id="refused", padding=False)
+        with gr.Row(elem_id="details"):
+            self.seed = gr.Number(7, label="Seed", precision=0, min_width=60)
+            dice = gr.Button("🎲", elem_id="dice", min_width=40)
+            self.steps = gr.Slider(1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=60, buttons=[])
+            self.guidance = gr.Slider(
+                0, MAX_GUIDANCE, DEFAULT_GUIDANCE, step=0.5, label="Guidance", min_width=60, buttons=[]
+            )
+        dice.click(None, None, self.seed, js=ROLL_DICE, **QUIET)
+
+    def _lay_out_results(self) -> None:
+        self.picture = gr.Image(
+            label="Picture",
+            show_label=False,
+            format="png",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+            elem_id="picture",
+        )
+        self.facts = gr.HTML(theme.facts(None), elem_id="facts", padding=False)
+        self.lora = gr.HTML(self._lora(), elem_id="lora", padding=False)
+        self.gallery = gr.Gallery(
+            label="This visit", type="filepath", visible=False, elem_id="gallery", interactive=False
+        )
+        self.dropped = gr.File(
+            label="Drop a picture of this app to restore its settings",
+            file_types=[".png"],
+            type="filepath",
+            height=96,
+            elem_id="restore",
+        )
+
+    # ---------------------------------------------------------------- what other tabs use
+
+    def settings(self, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any, method: Any) -> Settings:
+        """Checked settings from the values of ``inputs``; raises SettingsError."""
+        return self._session.checked(prompt, mix or {}, seed, steps, guidance, method)
+
+    def fill(self, given: Mapping[str, Any]) -> list[Any]:
+        """Updates of ``targets``, in their order, that show settings as in a picture's metadata, in front.
+
+        What is different from then, such as a missing adapter, is told in a message each.
+
+        Raises:
+            SettingsError: they hold something that is no setting.
+        """
+        restored = restore(given, self._session)
+        for note in restored.notes:
+            gr.Warning(theme.plain(note))
+        settings = restored.settings
+        return [gr.Tabs(selected="mix"), *self._filled(settings)]
+
+    def _filled(self, settings: Settings) -> list[Any]:
+        mix = gr.HTML(value=dict(settings.mix))
+        return [settings.prompt, mix, settings.seed, settings.steps, settings.guidance, settings.method]
+
+    # ---------------------------------------------------------------- what the buttons do
+
+    def _connect(self) -> None:
+        buttons = [self.generate, self.surprise, self.stop]
+        drawing: dict[str, Any] = {"api_visibility": "private", "show_progress_on": self.picture, **DRAWING}
+        results = [self.picture, self.facts, self.gallery]
+
+        def draw_after(pressed: Any) -> None:
+            drawn = pressed.then(self._generate, [*self.inputs, self.gallery], results, **drawing)
+            for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
+                ended(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
+
+        starts = [self.generate.click, self.prompt.submit]
+        draw_after(gr.on(starts, self._begin, outputs=buttons, js=SHOW_PICTURE, **QUIET))
+        draw_after(
+            self.surprise.click(
+                self._begin_surprise,
+                outputs=[*self.inputs, *buttons],
+                js=SHOW_PICTURE,
+                **QUIET,
+            )
+        )
+        self.stop.click(self._stop, **QUIET)
+        self.dropped.upload(self._restore, self.dropped, [self.dropped, *self.targets], **TELLING)
+        self.rack.words(self._add_words, self.prompt, self.prompt, **QUIET)
+
+    async def _generate(
+        self,
+        prompt: Any,
+        mix: Any,
+        seed: Any,
+        steps: Any,
+        guidance: Any,
+        method: Any,
+        gallery: Any,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Any:
+        def on_step(done: int, of: int) -> None:
+            progress((done, of), desc="Drawing", unit="steps")
+
+        try:
+            with readable():
+                settings = self.settings(prompt, mix, seed, steps, guidance, method)
+                picture, path = await self._studio.desk.draw(visitor_of(request), settings, on_step)
+        except Stopped:
+            return gr.skip(), gr.skip(), gr.skip()
+        return self._results(picture, path, gallery)
+
+    def _results(self, picture: Picture, path: Path, gallery: Any) -> tuple[Any, Any, Any]:
+        """Picture, facts and gallery after a new picture, the newest first."""
+        file = cached(self.gallery, path)
+        newest_first = [(file, theme.caption(picture.report)), *(gallery or [])][:GALLERY_HOLDS]
+        facts = theme.facts(picture.report)
+        return file, facts, gr.Gallery(newest_first, visible=True)
+
+    def _restore(self, file: str | None) -> list[Any]:
+        with readable("the picture could not be read"):
+            return [None, *self.fill(read_settings(Path(file or "")))]
+
+    def _begin(self, request: gr.Request) -> list[Any]:
+        self._studio.desk.announce(visitor_of(request).visit)
+        return _buttons(busy=True)
+
+    def _begin_surprise(self, request: gr.Request) -> list[Any]:
+        return [*self._surprised(), *self._begin(request)]
+
+    def _stop(self, request: gr.Request) -> None:
+        self._studio.desk.stop(visitor_of(request).visit)
+
+    def _surprised(self) -> list[Any]:
+        return self._filled(random_settings.settings(self._session))
+
+    def _add_words(self, prompt: str, event: gr.EventData) -> Any:
+        words = getattr(event, "words", "")
+        known = isinstance(words, str) and words in {card.trigger for card in self._session.cards}
+        if not known or words in prompt:
+            return gr.skip()
+        return f"{prompt.rstrip(' ,')}, {words}" if prompt.strip() else words
+
+    # ---------------------------------------------------------------- the preview
+
+    def _connect_preview(self) -> None:
+        self.live.change(lambda live: gr.HTML(live=live), self.live, self.rack, **QUIET)
+        moved = [
+            self.live.input,
+            self.rack.input,
+            self.prompt.input,
+            self.seed.change,
+            self.guidance.input,
+            self.method.input,
+        ]
+        gr.on(moved, self._preview, [self.live, *self.inputs], [self.picture, self.facts], **PREVIEWING)
+
+    async def _preview(
+        self, live: bool, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any, method: Any, request: gr.Request
+    ) -> Any:
+        if not live:
+            return gr.skip(), gr.skip()
+        fewer = self._pace.steps(int(steps)) if isinstance(steps, int | float) else steps
+        try:
+            settings = self.settings(prompt, mix, seed, fewer, guidance, method)
+            picture = await self._studio.desk.preview(visitor_of(request).visit, settings)
+        except (Stopped, SettingsError):  # a newer one is under way, or a prompt is half typed
+            return gr.skip(), gr.skip()
+        self._pace.drew(settings.steps, picture.report["generation_s"])
+        return picture.signed(), theme.facts(picture.report, preview=True)
+
+    # ---------------------------------------------------------------- what changes by itself
+
+    def _connect_watch(self) -> None:
+        """New adapters, those that were left out, thumbnails and the LoRA's time come to the page by themselves."""
+        seen = gr.State(None)
+        shown = [seen, self._header, self.rack, self.refused, self.lora]
+        gr.Timer(WATCH_SECONDS).tick(self._watch, seen, shown, **QUIET)
+
+    def _watch(self, seen: Any) -> Any:
+        now = (self._session.library.version, self._studio.thumbnails.version, self._studio.lora_ms)
+        if now == seen:
+            return [gr.skip()] * 5
+        cards = self._cards()
+        header = theme.header(self._session.model, len(cards))
+        return now, header, gr.HTML(cards=cards), gr.HTML(**self._refused()), self._lora()
+
+    def _refused(self) -> dict[str, Any]:
+        refused = self._session.library.refused
+        return {"value": theme.refusals(refused), "visible": bool(refused)}
+
+    def _lora(self) -> str:
+        return theme.lora(self._studio.lora_ms, RANK)
+
+    def _cards(self) -> list[dict[str, Any]]:
+        return [shown(card, self._studio.thumbnails) for card in self._session.cards]
+
+    def names_first(self) -> tuple[str, ...]:
+        """The adapters, those that show best on the first prompt before others: styles before subjects."""
+        cards = sorted(self._session.cards, key=lambda card: "style" not in card.trigger)
+        return tuple(card.name for card in cards)
+
+
+def _buttons(*, busy: bool) -> list[Any]:
+    return [gr.Button(visible=not busy), gr.Button(visible=not busy), gr.Button(visible=busy)]

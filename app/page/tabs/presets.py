@@ -1,0 +1,100 @@
+"""The fold below the styles: merge method, presets, and sharing as a link or JSON."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from app.drawing.restore import as_dict, to_keep
+from app.history.png_metadata import parse_settings
+from app.page import theme
+from app.page.tabs.events import TELLING
+from app.server.messages import readable
+from app.settings.settings import DEFAULT_METHOD, Settings
+from app.studio import Studio
+from shira_diffusers.adapters.merge import MERGE_METHODS
+
+ADD_ADDRESS = """(_, text) => {
+  const link = new URL(window.location.href)
+  link.search = new URLSearchParams({ settings: JSON.stringify(JSON.parse(text)) })
+  link.hash = ''
+  return link.href
+}"""
+READ_ADDRESS = "() => new URLSearchParams(window.location.search).get('settings') ?? ''"
+
+
+class PresetsFold:
+    """The components of the fold and what they do."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._presets, self._session = studio.presets, studio.session
+
+    def lay_out(self) -> gr.Dropdown:
+        """Add the fold to the Blocks that is being built; returns the merge method's component."""
+        with gr.Accordion("Presets, sharing, merge method", open=False, elem_id="presets"):
+            with gr.Row(elem_classes="line"):
+                self.chosen = gr.Dropdown(self._names(), value=None, label="Preset", min_width=140, scale=3)
+                self.delete = gr.Button("Delete", min_width=80, size="md", elem_classes="asks")
+            with gr.Row(elem_classes="line"):
+                self.name = gr.Textbox(label="Save these settings as", max_length=60, min_width=140, scale=3)
+                self.save = gr.Button("Save", min_width=80, size="md")
+            with gr.Row(elem_classes="line"):
+                self.share = gr.Button("Share", min_width=100, size="md")
+                self.apply = gr.Button("Apply the JSON below", min_width=100, size="md")
+            self.link = gr.Textbox(label="Link", visible=False, buttons=["copy"], interactive=False)
+            self.text = gr.Textbox(label="Settings as JSON", lines=2, max_lines=8, buttons=["copy"])
+            method = gr.Dropdown(list(MERGE_METHODS), value=DEFAULT_METHOD, label="Merge method", interactive=True)
+        return method
+
+    def connect(
+        self,
+        inputs: Sequence[Any],
+        settings: Callable[..., Settings],
+        targets: Sequence[Any],
+        fill: Callable[[Mapping[str, Any]], list[Any]],
+    ) -> None:
+        """Say what happens, once Mix has all its components; for the arguments see ``MixTab``."""
+        self._settings, self._fill, self._targets = settings, fill, targets
+        self.chosen.focus(lambda: gr.Dropdown(choices=self._names()), outputs=self.chosen, **TELLING)
+        # not `input`, which comes whenever the Tab key leaves the box, and would undo what was changed since
+        self.chosen.select(self._choose, None, list(targets), **TELLING)
+        self.delete.click(self._delete, self.chosen, self.chosen, **TELLING)
+        gr.on(
+            [self.save.click, self.name.submit], self._save, [self.name, *inputs], [self.chosen, self.name], **TELLING
+        )
+        shown = self.share.click(self._share, list(inputs), [self.link, self.text], **TELLING)
+        shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **TELLING)
+        self.apply.click(self._apply, self.text, list(targets), **TELLING)
+        address = gr.Textbox(visible=False)
+        gr.on(None, self._open, address, list(targets), js=READ_ADDRESS, **TELLING)  # as the page loads
+
+    def _names(self) -> list[str]:
+        return list(self._presets.names)
+
+    def _choose(self, event: gr.SelectData) -> list[Any]:
+        with readable("the preset could not be shown"):
+            return self._fill(self._presets.get(event.value))
+
+    def _delete(self, name: Any) -> Any:
+        with readable("the preset could not be deleted"):
+            self._presets.delete(name)
+        return gr.Dropdown(choices=self._names(), value=None)
+
+    def _save(self, name: Any, *values: Any) -> tuple[Any, Any]:
+        with readable("the preset could not be saved"):
+            saved = self._presets.save(name, to_keep(self._settings(*values), self._session))
+        gr.Info(theme.plain(f"Saved as “{saved}”."))
+        return gr.Dropdown(choices=self._names(), value=saved), ""
+
+    def _share(self, *values: Any) -> tuple[Any, str]:
+        with readable("the settings could not be shared"):
+            settings = as_dict(self._settings(*values))
+        return gr.Textbox(visible=True), json.dumps(settings, indent=1, ensure_ascii=False)
+
+    def _apply(self, text: Any) -> list[Any]:
+        with readable("the settings could not be read"):
+            return self._fill(parse_settings(text if isinstance(text, str) else ""))
+
+    def _open(self, text: Any) -> list[Any]:
+        return self._apply(text) if text else [gr.skip()] * len(self._targets)

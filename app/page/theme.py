@@ -1,0 +1,126 @@
+"""How the app looks: theme, style sheet and the few pieces of HTML. Nothing is fetched from other servers."""
+
+import html
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.settings.strengths import Strength, told
+
+REFUSALS_SHOWN = 3
+CSS = Path(__file__).with_name("style.css")
+ROLES = Path(__file__).parent / "js" / "roles.js"
+SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+
+def theme() -> gr.themes.Base:
+    """Calm greys, one accent, and the fonts that the visitor's system has."""
+    return gr.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="zinc",
+        radius_size="lg",
+        font=SANS,
+        font_mono=MONO,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_border_width="1px",
+        block_shadow="none",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_700",
+        button_primary_text_color="white",
+        checkbox_background_color_selected="*primary_600",
+        checkbox_background_color_selected_dark="*primary_600",
+        slider_color="*primary_500",
+    )
+
+
+def header(model: str, styles: int) -> str:
+    """The page's title line."""
+    count = f"{styles} style{'' if styles == 1 else 's'}"
+    return f"<h1>SHiRA style studio</h1><p>{html.escape(model)} · {count}, mixed in place</p>"
+
+
+def refusals(refused: Iterable[tuple[str, str]]) -> str:
+    """Files that were left out, the first few with the reason."""
+    refused = tuple(refused)
+    shown, left = refused[:REFUSALS_SHOWN], len(refused) - REFUSALS_SHOWN
+    items = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(reason)}</li>" for name, reason in shown)
+    more = f"<li>and {left} more, see Library</li>" if left > 0 else ""
+    return f"<p>Left out:</p><ul>{items}{more}</ul>"
+
+
+def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
+    """What a picture took, from its report; dashes before the first."""
+    switch = report["switch_ms"] if report else 0.0
+    cells = [
+        (f"{switch:.2g} ms" if switch < 10 else f"{switch:.0f} ms", "to switch"),
+        (f"{report['entries_changed']:,}" if report else "", "entries changed"),
+        (f"{100 * report['share_changed']:.2f} %" if report else "", "of weights changed"),
+        (f"{report['generation_s']:.1f} s" if report else "", "to draw, as a preview" if preview else "to draw"),
+        (str(report["seed"]) if report else "", "seed"),
+    ]
+    return "".join(f"<div><b>{value if report else '–'}</b><span>{label}</span></div>" for value, label in cells)  # noqa: RUF001
+
+
+def lora(milliseconds: float | None, rank: int) -> str:
+    """What fusing a LoRA takes here, beside the time to switch."""
+    if milliseconds is None:
+        return ""
+    time = f"{milliseconds:.2g}" if milliseconds < 10 else f"{milliseconds:.0f}"
+    return f"<p>Fusing a LoRA of rank {rank} into the same weights: <b>{time} ms</b>, measured here at start-up.</p>"
+
+
+def caption(report: Mapping[str, Any]) -> str:
+    """A picture's line in the gallery: its mix."""
+    return " + ".join(_styled(name, strength) for name, strength in report["mix"].items()) or "base"
+
+
+def remark(text: str) -> str:
+    """A line in a quiet voice."""
+    return f'<p class="remark">{html.escape(text)}</p>'
+
+
+def settings(report: Mapping[str, Any]) -> str:
+    """How a picture was made, from its metadata, which may be a stranger's."""
+    mix = report.get("mix")
+    lines = {
+        "Prompt": report.get("prompt"),
+        "Styles": caption({"mix": mix}) if isinstance(mix, Mapping) else None,
+        "Seed": report.get("seed"),
+        "Steps": report.get("steps"),
+        "Guidance": report.get("guidance"),
+        "Merge": report.get("method"),
+        "Model": report.get("model"),
+    }
+    rows = (
+        f"<dt>{name}</dt><dd>{html.escape(str(value)[:2000])}</dd>"
+        for name, value in lines.items()
+        if value is not None
+    )
+    return f'<dl class="settings">{"".join(rows)}</dl>'
+
+
+def plain(text: str) -> str:
+    """Text for a message, which Gradio renders as HTML."""
+    return html.escape(text, quote=False)
+
+
+def _styled(name: str, strength: Strength) -> str:
+    return f"{name} {told(strength)}".rstrip()
+
+
+def scroll_to(selector: str) -> str:
+    """JavaScript that brings a part of the page into view, if it is not: on a phone it lies below what was pressed."""
+    return (
+        f"() => {{ document.querySelector('{selector}').scrollIntoView({{ block: 'nearest', behavior: 'smooth' }}) }}"
+    )

@@ -1,0 +1,1 @@
+"""The web server around the page: address, access, visitors, files served, error messages."""

@@ -1,0 +1,63 @@
+"""Errors as the user reads them: one sentence, never a stack trace."""
+
+import html
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+from gradio.exceptions import InvalidPathError
+from pydantic import ValidationError
+
+from app.library.cards import one_sentence
+from shira_diffusers import ShiraError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def readable(failed: str = "the picture could not be drawn") -> Iterator[None]:
+    """Turn what goes wrong inside into a ``gr.Error`` of one sentence; the log keeps what is not the user's doing.
+
+    Args:
+        failed: how the sentence begins where the error is not the user's doing.
+
+    Gradio renders the sentence as HTML, so ``<``, ``>`` and ``&`` are escaped.
+    """
+    try:
+        yield
+    except gr.Error:  # a ValueError, and a sentence by now
+        raise
+    except ShiraError as error:
+        raise gr.Error(_shown(one_sentence(error)), print_exception=False) from error
+    except (RuntimeError, ValueError, OSError, MemoryError) as error:
+        raise _fault(failed, error) from error
+
+
+class Page(gr.Blocks):
+    """Blocks that tell in a sentence also what Gradio itself refuses, and what nobody has thought of."""
+
+    async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every event and every call comes through here."""
+        try:
+            return await super().process_api(*args, **kwargs)
+        except gr.Error:
+            raise
+        except (InvalidPathError, ValidationError) as error:
+            logger.info("refused: %s", one_sentence(error))
+            sentence = "A file must be uploaded first: send it as gradio_client's handle_file(path) does, not as a path"
+            raise gr.Error(sentence, print_exception=False) from error
+        except Exception as error:
+            raise _fault("the app could not do that", error) from error
+
+
+def _fault(failed: str, error: Exception) -> gr.Error:
+    """What is not the user's doing: all of it goes to the log, and a sentence without folders to the user."""
+    logger.error(failed, exc_info=error)
+    told = (error.strerror if isinstance(error, OSError) else "") or one_sentence(error)
+    return gr.Error(_shown(f"{failed}: {told}; the log of the app tells more"), print_exception=False)
+
+
+def _shown(sentence: str) -> str:
+    return html.escape(sentence[:1].upper() + sentence[1:], quote=False)

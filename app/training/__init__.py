@@ -1,0 +1,1 @@
+"""Trains adapters in a process beside the app, and follows its log."""

@@ -1,0 +1,162 @@
+"""From one adapter to another, end to end, by mask family, against what LoRA and PEFT's SHiRA offer.
+
+python -m benchmarks.scripts.switch [--device cpu|cuda] [--toy] [--models "SD 1.5"] [--out FILE]
+
+Attention and feed-forward of a UNet of random weights. ``resident``: both adapters loaded, ``set_shira`` from one to
+the other in turns. ``from_disk``: ``load_shira`` of a file until it is active, the one before deleted first.
+``device_ms`` is the sum of the GPU's kernels and copies by torch.profiler. ``limit_ms`` is the least that memory
+allows: lines that hold entries, read and written, saved bits and the adapters' bytes, over the bandwidth of a copy;
+both it and ``line_bytes``, the fewest that memory moves, are measured in the same run.
+Masks of grad and snip have the shape of rand's; two adapters of wm (block) on one base have the same entries.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from benchmarks import rivals
+from benchmarks.measure import timed
+from benchmarks.models import (
+    Run,
+    copies,
+    copy_bandwidth,
+    device_ms,
+    line_bytes,
+    lora_state,
+    make_pipe,
+    memory_limit,
+    options,
+    require_active,
+    require_base,
+    shira_adapter,
+)
+from benchmarks.scripts.training import RANK
+from shira_diffusers import save_adapter
+from shira_diffusers.integrations.pipelines import resident_of
+from shira_diffusers.weights.targets import select
+
+CASES = (("rand", 0.02), ("block_rand", 0.02), ("struct", 0.02), ("rand", 0.01), ("wm", 0.02), ("block", 0.02))
+
+
+def main() -> None:
+    args = options(__doc__).parse_args()
+    bandwidth = copy_bandwidth(args.device, args.toy)
+    line = line_bytes(args.device)
+    run = Run("switch", args, copy_gb_s=round(bandwidth / 1e9, 1), line_bytes=line, lora_rank=RANK)
+    repeats = 3 if args.toy else 20 if args.device == "cuda" else 7
+    for model in args.models:
+        pipe = make_pipe(model, args)
+        base = copies(pipe.unet)
+        labels = {"model": model, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
+        first = lambda case, pipe=pipe, base=base: ours(pipe, base, *case, bandwidth, repeats)  # noqa: E731
+        run.case(lambda first=first: first(CASES[0]), **labels, method="shira", family="rand", density=0.02)
+        cycles = repeats if model == "SD 1.5" else max(2, repeats // 3)
+        run.case(lambda pipe=pipe, cycles=cycles: lora_cycle(pipe, cycles), **labels, method="lora cycle")
+        for how, copied in (("lora set_adapters", lora_unfused), ("lora hotswap", lora_hotswap)):
+            run.case(lambda pipe=pipe, copied=copied: copied(pipe, max(2, repeats // 3)), **labels, method=how)
+        put_back(pipe.unet, base)
+        for family, density in CASES[1:]:
+            case = (family, density)
+            run.case(
+                lambda first=first, case=case: first(case), **labels, method="shira", family=family, density=density
+            )
+        run.case(lambda pipe=pipe: peft_shira(pipe, max(2, repeats // 3)), **labels, method="peft shira merge")
+        del pipe, base, first
+
+
+def put_back(unet: Any, base: dict[str, Any]) -> None:
+    """The base's bits, which LoRA's unfusing loses."""
+    now = select({"unet": unet})
+    for name, weight in base.items():
+        now[name].copy_(weight)
+
+
+def ours(
+    pipe: Any, base: dict[str, Any], family: str, density: float, bandwidth: float, repeats: int
+) -> dict[str, Any]:
+    adapters = {name: shira_adapter(pipe.unet, family, density, seed) for seed, name in enumerate(("a", "b"))}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: save_adapter(adapter, Path(folder, f"{name}.safetensors")) for name, adapter in adapters.items()}
+        try:
+            for name, adapter in adapters.items():
+                resident_of(pipe).add(adapter, name)
+            figures: dict[str, Any] = {"entries": adapters["a"].nnz, "resident": timed(turns(pipe), repeats)}
+            figures["engine"] = ", ".join(sorted(set(resident_of(pipe).engines.values())))
+            figures["device_ms"] = device_ms(turns(pipe))
+            pipe.set_shira("b")
+            require_active(pipe.unet, base, [(adapters["b"], 1.0)])
+            pipe.unload_shira()
+            require_base(pipe.unet, base)
+            figures["from_disk"] = timed(from_disk(pipe, files), max(2, repeats // 3), 1)
+            figures["file_bytes"] = files["a"].stat().st_size
+        finally:
+            pipe.unload_shira()
+        require_base(pipe.unet, base)
+    least = memory_limit(list(adapters.values()), select({"unet": pipe.unet}), bandwidth)
+    took = figures["device_ms"] or figures["resident"]["median_ms"]
+    return {**figures, **least, "over_limit": round(took / least["limit_ms"], 2)}
+
+
+def turns(pipe: Any) -> Callable[[], None]:
+    """An action that activates a and b in turns."""
+    names = ["a", "b"]
+
+    def switch() -> None:
+        names.reverse()
+        pipe.set_shira(names[0])
+
+    return switch
+
+
+def from_disk(pipe: Any, files: dict[str, Path]) -> Callable[[], None]:
+    names = list(files)
+
+    def switch() -> None:
+        names.reverse()
+        if pipe.list_shira():
+            pipe.unload_shira()
+        pipe.load_shira(files[names[0]], names[0])
+
+    return switch
+
+
+def lora_cycle(pipe: Any, repeats: int) -> dict[str, Any]:
+    """Unfuse, unload, load, fuse: what users do for weights without a cost at inference."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = lora_files(pipe, folder)
+        cycle = rivals.LoraCycle(pipe, files)
+        try:
+            cycle()
+            stages = cycle.stages()
+            return {"resident": timed(cycle, repeats, 1), "device_ms": device_ms(cycle, 1), "stages_ms": stages}
+        finally:
+            cycle.close()
+
+
+def lora_unfused(pipe: Any, repeats: int) -> dict[str, Any]:
+    with rivals.two_loras(pipe) as switch:
+        return {"resident": timed(switch, repeats, 1), "device_ms": device_ms(switch, 1)}
+
+
+def lora_hotswap(pipe: Any, repeats: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, rivals.hotswapped(pipe, lora_files(pipe, folder)) as switch:
+        return {"from_disk": timed(switch, repeats, 1), "device_ms": device_ms(switch, 1)}
+
+
+def lora_files(pipe: Any, folder: str) -> list[Path]:
+    files = [Path(folder, f"lora{seed}.safetensors") for seed in range(2)]
+    for seed, file in enumerate(files):
+        save_file(lora_state(pipe.unet, seed), file)
+    return files
+
+
+def peft_shira(pipe: Any, repeats: int) -> dict[str, Any]:
+    with rivals.peft_shira(pipe.unet, 0.02) as merged:
+        return {"resident": timed(merged.switch, repeats, 1), "device_ms": device_ms(merged.switch, 1)}
+
+
+if __name__ == "__main__":
+    main()

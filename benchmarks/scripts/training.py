@@ -1,0 +1,386 @@
+"""A training step of each way to adapt a UNet: time, peak memory, and what data parallel would send.
+
+python -m benchmarks.scripts.training [--toy] [--models "SD 1.5"] [--only lora "shira rand"] [--out FILE]
+
+Weights are random and bfloat16, inputs are random, AdamW; gradients are clipped, as in diffusers' scripts. A step is
+forward, backward, clipping, the optimizer and, for SHiRA, writing the weights. The methods:
+
+* frozen: the floor. Forward and backward with all weights frozen; only the noisy latents require a gradient, so
+  activations' gradients flow through every layer down to the input, and there are no weight gradients, no optimizer.
+* shira rand, shira struct: ``SparseTuner`` on the targets at a density; deltas and AdamW in float32; "recompute":
+  with its option of that name.
+* lora: PEFT LoRA on the same targets (``unet.add_adapter``), its weights and AdamW in float32.
+* peft shira: PEFT's own SHiRA on the same targets with as many entries as its integer rank allows, in float32.
+* full: all weights, in float32 under autocast, as in diffusers' ``train_text_to_image.py``.
+
+Peak memory is ``torch.cuda.max_memory_allocated`` over all steps, set-up left out. Weights are checked after timing.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, ShiraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from benchmarks.measure import UNETS, timed, write
+from shira_diffusers import build_masks
+from shira_diffusers.training.tuner import SparseTuner
+from shira_diffusers.weights.scatter import gather
+from shira_diffusers.weights.targets import PRESETS, select
+
+TARGETS = "attention+ff"
+RANK = 64
+LATENTS = {"SD 1.5": 64, "SDXL": 128}
+TOY: dict[str, dict[str, Any]] = {
+    "SD 1.5": {"block_out_channels": (32, 64), "cross_attention_dim": 32, "attention_head_dim": 8},
+    "SDXL": {
+        "block_out_channels": (32, 64),
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    },
+}
+MASKS: dict[str, dict[str, Tensor]] = {}
+"""Those of the model at hand, by family: all cases train the same entries."""
+for _config in TOY.values():
+    _config |= {
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+
+
+class Case(NamedTuple):
+    """What is measured: one row of the results."""
+
+    model: str
+    batch: int
+    checkpointing: bool
+    autocast: bool
+    method: str
+
+
+@dataclass
+class Trained:
+    """How a method takes part in a step, and how it is checked afterwards."""
+
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    written: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
+    latents_require_grad: bool = False
+
+    @property
+    def values(self) -> int:
+        """How many values are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+def main() -> None:
+    args = parse()
+    device = torch.device("cpu" if args.toy else "cuda")
+    rows: list[dict[str, Any]] = []
+    for model in args.models:
+        unet = make_unet(model, device, args.toy)
+        for case in cases(model, args):
+            rows.append({**case._asdict(), **attempt(unet, case, args)})
+            print(rows[-1], flush=True)
+            path = write("training", summary(rows, args), args.out)
+        del unet
+        MASKS.clear()
+        free()
+    print(path.read_text())
+    sys.exit(any("failed" in row for row in rows))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=UNETS, default=list(UNETS))
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--autocast", choices=("on", "off", "both"), default="both", help="off: at batch 1 only")
+    parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=360, help="seconds after which no case is begun")
+    parser.add_argument("--toy", action="store_true", help="tiny UNets on the CPU, to try the code")
+    parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/training.json")
+    args = parser.parse_args()
+    args.until = time.monotonic() + args.budget
+    return args
+
+
+def cases(model: str, args: argparse.Namespace) -> Iterator[Case]:
+    """Every case of a model, those that can be left out last; without autocast at the first batch size only."""
+    main, rest = ([method for method in args.only if (method in LAST) == last] for last in (False, True))
+    settings = list(product(args.batch, (False, True)))
+    if args.autocast != "off":
+        yield from (Case(model, batch, saving, True, method) for batch, saving in settings for method in main)
+    if args.autocast != "on":
+        yield from (Case(model, batch, saving, False, method) for batch, saving in settings[:2] for method in main)
+    if args.autocast != "off":
+        yield from (Case(model, batch, saving, True, method) for batch, saving in settings for method in rest)
+
+
+def make_unet(model: str, device: torch.device, toy: bool) -> Any:
+    torch.manual_seed(0)
+    with device:
+        unet: Any = UNet2DConditionModel(**(TOY if toy else UNETS)[model])
+    return unet.to(torch.bfloat16).train()  # there is no dropout in it
+
+
+def attempt(unet: Any, case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a case, or say why not."""
+    if time.monotonic() > args.until:
+        return {"skipped": f"the {args.budget:g} s for all cases were over"}
+    began = time.monotonic()
+    try:
+        figures = measure(unet, case, args)
+    except torch.OutOfMemoryError as error:
+        figures = {"skipped": f"out of memory: {str(error).splitlines()[0][:200]}"}
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # another library's limits
+        figures = {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
+    except AssertionError as error:
+        figures = {"failed": str(error)}
+    free()
+    return {**figures, "took_s": round(time.monotonic() - began, 1)}
+
+
+def measure(unet: Any, case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    device = unet.device
+    unet.requires_grad_(False)
+    (unet.enable_gradient_checkpointing if case.checkpointing else unet.disable_gradient_checkpointing)()
+    inputs = make_inputs(unet, case, 8 if args.toy else LATENTS[case.model])
+    with METHODS[case.method](unet, args.density) as trained:
+        optimizer = torch.optim.AdamW(trained.parameters, lr=1e-2) if trained.parameters else None
+        inputs["sample"].requires_grad_(trained.latents_require_grad)
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=case.autocast):
+                predicted = unet(**inputs).sample
+            (predicted.float() - 1).square().mean().backward()
+            if optimizer is None:
+                inputs["sample"].grad = None
+                return
+            nn.utils.clip_grad_norm_(trained.parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            trained.written()
+
+        free()
+        before = memory(device)
+        if before is not None:
+            torch.cuda.reset_peak_memory_stats()
+        fewer = 1 if case.batch == args.batch[0] else 2  # large steps are slow and vary less
+        time_of_step = timed(step, args.repeats // fewer, -(-args.warm_up // fewer))
+        figures = {
+            "step": time_of_step,
+            "resident_mib": before,
+            "peak_mib": None if before is None else mib(torch.cuda.max_memory_allocated()),
+            "trained_values": trained.values,
+            "data_parallel_bytes": 4 * trained.values,
+        }
+        optimizer = None
+        trained.check()
+    return figures
+
+
+def make_inputs(unet: Any, case: Case, latents: int) -> dict[str, Any]:
+    generator = torch.Generator(unet.device).manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=unet.device).to(torch.bfloat16)
+
+    inputs: dict[str, Any] = {
+        "sample": noise(case.batch, 4, latents, latents),
+        "timestep": torch.full((case.batch,), 500, device=unet.device),
+        "encoder_hidden_states": noise(case.batch, 77, unet.config.cross_attention_dim),
+    }
+    if case.model == "SDXL":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        sizes = torch.full((case.batch, 6), 8.0 * latents, device=unet.device)
+        inputs["added_cond_kwargs"] = {"text_embeds": noise(case.batch, pooled), "time_ids": sizes}
+    return inputs
+
+
+@contextmanager
+def frozen(unet: Any, density: float) -> Iterator[Trained]:
+    before = hashes(unet.named_parameters())
+    yield Trained(check=lambda: must(hashes(unet.named_parameters()) == before), latents_require_grad=True)
+
+
+def shira(family: str, *, recompute: bool = False) -> Callable[[Any, float], Any]:
+    @contextmanager
+    def method(unet: Any, density: float) -> Iterator[Trained]:
+        if family not in MASKS:  # kept on the CPU, so that the tuner's own are all that the device holds
+            MASKS[family] = {name: mask.cpu() for name, mask in build_masks(unet, family, density, TARGETS).items()}
+        masks = MASKS[family]
+        parameters = dict(unet.named_parameters())
+        outside = hashes(parameters.items(), masks)
+        inside = {name: gather(parameters[name], mask).cpu() for name, mask in masks.items()}
+
+        def check() -> None:
+            must(hashes(parameters.items(), masks) == outside)
+            moved = sum(int((gather(parameters[n], masks[n]).cpu() != base).sum()) for n, base in inside.items())
+            must(moved > 0.9 * tuner.deltas.numel())
+
+        with SparseTuner(unet, masks, recompute=recompute) as tuner:
+            yield Trained([tuner.deltas], tuner.apply, check)
+        must(all(torch.equal(gather(parameters[n], masks[n]).cpu(), base) for n, base in inside.items()))
+
+    return method
+
+
+@contextmanager
+def lora(unet: Any, density: float) -> Iterator[Trained]:
+    config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(PRESETS[TARGETS]))
+    with peft_adapter(unet, config) as trained:
+        yield trained
+
+
+@contextmanager
+def peft_shira(unet: Any, density: float) -> Iterator[Trained]:
+    weights = select(unet, TARGETS).values()
+    rank = round(density * sum(w.numel() for w in weights) / sum(sum(w.shape) for w in weights))
+    config: Any = ShiraConfig(r=max(1, rank), target_modules=list(PRESETS[TARGETS]))
+    config.mask_fn = random_mask  # as PEFT's own, but drawn where the weight is: its own takes minutes
+    with peft_adapter(unet, config) as trained:
+        yield trained
+
+
+def random_mask(layer: nn.Linear, r: int, **_: Any) -> Tensor:
+    weight = layer.weight
+    mask = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+    mask[torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]] = 1
+    return mask.view(weight.shape)
+
+
+@contextmanager
+def peft_adapter(unet: Any, config: Any) -> Iterator[Trained]:
+    targets = select(unet, TARGETS).keys()
+    before = hashes(unet.named_parameters())
+    unet.add_adapter(config)
+    try:
+        own = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+        for parameter in own.values():
+            parameter.data = parameter.data.float()
+        start = hashes(own.items())
+        adapted = {f"{name.partition('.lora_A')[0].partition('.shira_weight')[0]}.weight" for name in own}
+        must(targets <= adapted)
+
+        def check() -> None:
+            now = hashes(own.items())
+            must(all(now[name] != start[name] for name in own))
+
+        yield Trained(list(own.values()), check=check)
+    finally:
+        for name, module in list(unet.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                unet.set_submodule(name, module.get_base_layer())
+        unet._hf_peft_config_loaded = False
+        del unet.peft_config
+    must(hashes(unet.named_parameters()) == before)
+
+
+@contextmanager
+def full(unet: Any, density: float) -> Iterator[Trained]:
+    start = hashes(unet.named_parameters())
+    before = {name: parameter.detach().cpu() for name, parameter in unet.named_parameters()}
+    unet.float().requires_grad_(True)
+    try:
+
+        def check() -> None:
+            now = hashes(unet.named_parameters())
+            must(all(now[name] != start[name] for name in start))
+
+        yield Trained(list(unet.parameters()), check=check)
+    finally:
+        unet.zero_grad()
+        unet.to(torch.bfloat16)
+        unet.load_state_dict(before, strict=False)  # the next case starts from the same weights
+    must(hashes(unet.named_parameters()) == start)
+
+
+METHODS: dict[str, Callable[[Any, float], Any]] = {
+    "frozen": frozen,
+    "shira rand": shira("rand"),
+    "shira rand recompute": shira("rand", recompute=True),
+    "shira struct": shira("struct"),
+    "lora": lora,
+    "peft shira": peft_shira,
+    "full": full,
+}
+
+
+LAST = ("peft shira", "full")
+
+
+def hashes(named: Any, without: Mapping[str, Tensor] | None = None) -> dict[str, int]:
+    """A number for the bits of each parameter and their places, entries of a mask left out."""
+    numbers = {}
+    for name, parameter in named:
+        bits = parameter.detach().flatten().view(torch.int16 if parameter.dtype.itemsize == 2 else torch.int32).long()
+        if without and name in without:
+            bits = bits.index_fill(0, without[name].to(bits.device), 0)
+        places = torch.arange(bits.numel(), device=bits.device) % 65_521
+        numbers[name] = (bits * (places + 1)).sum()
+    return {name: int(number) for name, number in numbers.items()}
+
+
+def must(holds: bool) -> None:
+    """Results of a step that went wrong are worth nothing: stop."""
+    if not holds:
+        raise AssertionError("after the steps the weights are not as they should be")
+
+
+def memory(device: torch.device) -> float | None:
+    return mib(torch.cuda.memory_allocated()) if device.type == "cuda" else None
+
+
+def mib(size: int) -> float:
+    return round(size / 2**20, 1)
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """The rows, each with its ratios to LoRA and to the frozen backbone of the same setting."""
+    settings = ("model", "batch", "checkpointing", "autocast")
+    measured = {tuple(row[name] for name in (*settings, "method")): row for row in rows if "step" in row}
+    for (*setting, method), row in measured.items():
+        for other in ("lora", "frozen"):
+            reference = measured.get((*setting, other))
+            if reference is not None and method != other:
+                row |= compared(row, reference, other)
+    return {"targets": TARGETS, "density": args.density, "lora_rank": RANK, "toy": args.toy, "rows": rows}
+
+
+def compared(row: dict[str, Any], reference: dict[str, Any], name: str) -> dict[str, Any]:
+    ratios = {f"time_over_{name}": round(row["step"]["median_ms"] / reference["step"]["median_ms"], 3)}
+    if row["peak_mib"] is not None:
+        ratios[f"peak_over_{name}"] = round(row["peak_mib"] / reference["peak_mib"], 3)
+        ratios[f"peak_minus_{name}_mib"] = round(row["peak_mib"] - reference["peak_mib"], 1)
+    if name == "lora":
+        ratios["bytes_over_lora"] = round(row["data_parallel_bytes"] / reference["data_parallel_bytes"], 4)
+    return ratios
+
+
+if __name__ == "__main__":
+    main()

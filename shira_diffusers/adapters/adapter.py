@@ -1,0 +1,204 @@
+"""ShiraAdapter: named sparse deltas and what is known about them, as frozen data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.adapters.base_probes import probe_base
+from shira_diffusers.adapters.delta import SparseDelta
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, counted, listing
+from shira_diffusers.weights.targets import named_weights, parts_of
+
+
+@dataclass(frozen=True, eq=False)
+class ShiraAdapter:
+    """A SHiRA adapter: for each adapted parameter its sparse difference from the base.
+
+    Args:
+        deltas: ``name -> SparseDelta``; the name is ``component.dotted.parameter.name``, or the dotted name alone
+            for an adapter of a bare module.
+        metadata: strings, as in a file's header: ``base_model``, ``mask``, ``density``, ``instance_prompt``, ...
+        base_probes: ``name -> float16 [k]``: the base's first ``k`` values at the masked entries of a few
+            parameters, by which loading tells another base.
+
+    Raises:
+        AdapterFormatError: a probe of no delta, or longer than its delta.
+    """
+
+    deltas: Mapping[str, SparseDelta]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    base_probes: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name}: {counted(probe.numel(), 'base value')}"
+            for name, probe in self.base_probes.items()
+            if name not in self.deltas or probe.ndim != 1 or probe.numel() > self.deltas[name].nnz
+        ]
+        if wrong:
+            raise AdapterFormatError(
+                f"base values must belong to an adapted parameter, one an entry at most:{listing(wrong)}"
+            )
+        object.__setattr__(self, "deltas", MappingProxyType(dict(sorted(self.deltas.items()))))
+        metadata = {str(key): str(value) for key, value in self.metadata.items()}
+        object.__setattr__(self, "metadata", MappingProxyType(metadata))
+        object.__setattr__(self, "base_probes", MappingProxyType(dict(self.base_probes)))
+
+    def __repr__(self) -> str:
+        known = "".join(f", {key}={value!r}" for key, value in self.metadata.items())
+        return f"<ShiraAdapter: {counted(self.nnz, 'entry')} in {counted(len(self.deltas), 'parameter')}{known}>"
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "ShiraAdapter":
+        return self  # frozen data: copies of a model share it
+
+    def __reduce__(
+        self,
+    ) -> tuple[type["ShiraAdapter"], tuple[dict[str, SparseDelta], dict[str, str], dict[str, Tensor]]]:
+        return ShiraAdapter, (dict(self.deltas), dict(self.metadata), dict(self.base_probes))
+
+    @property
+    def nnz(self) -> int:
+        """Entries held, over all parameters."""
+        return sum(delta.nnz for delta in self.deltas.values())
+
+    @property
+    def numel(self) -> int:
+        """Entries of all adapted parameters, held or not."""
+        return sum(delta.numel for delta in self.deltas.values())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the adapted parameters' entries that are held, 0 to 1."""
+        return self.nnz / self.numel if self.numel else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in memory."""
+        return sum(delta.nbytes for delta in self.deltas.values())
+
+    def component_names(self) -> list[str]:
+        """The first parts of the names, sorted: the components, for an adapter of a pipeline."""
+        return sorted({name.partition(".")[0] for name in self.deltas})
+
+    def part(self, component: str) -> "ShiraAdapter":
+        """The deltas of one component, named without it. Empty if there are none."""
+        prefix = component + "."
+        return ShiraAdapter(
+            {n.removeprefix(prefix): d for n, d in self.deltas.items() if n.startswith(prefix)},
+            self.metadata,
+            {n.removeprefix(prefix): p for n, p in self.base_probes.items() if n.startswith(prefix)},
+        )
+
+    def prefixed(self, component: str) -> "ShiraAdapter":
+        """The same adapter with every name put under ``component``."""
+        return ShiraAdapter(
+            {f"{component}.{name}": delta for name, delta in self.deltas.items()},
+            self.metadata,
+            {f"{component}.{name}": probe for name, probe in self.base_probes.items()},
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> "ShiraAdapter":
+        """The same adapter with each parameter called ``names[name]``; those not in ``names`` keep theirs."""
+        return ShiraAdapter(
+            {names.get(name, name): delta for name, delta in self.deltas.items()},
+            self.metadata,
+            {names.get(name, name): probe for name, probe in self.base_probes.items()},
+        )
+
+    def astype(self, dtype: torch.dtype) -> "ShiraAdapter":
+        """The same adapter with values rounded to ``dtype`` (float16 halves the file of a float32 one).
+
+        Raises:
+            AdapterFormatError: values that are too large for the dtype; all parameters with such are named.
+        """
+        wide = [
+            f"{name}: {counted(count, 'value', of=delta.nnz)}, up to {float(delta.values.abs().max()):.4g}"
+            for name, delta in self.deltas.items()
+            if (count := int((~torch.isfinite(delta.values.to(dtype))).sum()))
+        ]
+        if wide:
+            raise AdapterFormatError(
+                f"values of {counted(len(wide), 'parameter')} are too large for {dtype}; "
+                f"choose float32 (shira fuse --dtype float32):{listing(wide)}"
+            )
+        deltas = {name: delta.astype(dtype) for name, delta in self.deltas.items()}
+        return ShiraAdapter(deltas, self.metadata, self.base_probes)
+
+    def with_metadata(self, **metadata: str) -> "ShiraAdapter":
+        """The same adapter with these metadata added or replaced."""
+        return ShiraAdapter(self.deltas, {**self.metadata, **metadata}, self.base_probes)
+
+    @classmethod
+    def from_difference(
+        cls,
+        before: nn.Module | Mapping[str, Tensor | nn.Module],
+        after: nn.Module | Mapping[str, Tensor | nn.Module],
+        *,
+        dtype: torch.dtype = torch.float32,
+        metadata: Mapping[str, str] | None = None,
+    ) -> "ShiraAdapter":
+        """Extract what training changed: the entries in which ``after`` differs from ``before``.
+
+        Args:
+            before, after: modules, ``{component: module}``, pipelines, or state dicts; the same on both sides.
+            dtype: of the values; the difference is taken in float32 and rounded once.
+            metadata: strings to keep with the adapter.
+
+        Returns:
+            An adapter with one delta for each changed parameter. In float32, applied to ``before`` it gives
+            ``after`` up to one rounding of the sum.
+
+        Raises:
+            AdapterMismatchError: the two sides hold other names or shapes, or nothing differs.
+            AdapterFormatError: a difference that is not finite.
+        """
+        old, new = _tensors(before), _tensors(after)
+        _require_same_weights(old, new)
+        changed = {n: (old[n] != new[n]).flatten().nonzero().flatten() for n in old}
+        deltas = {
+            name: _difference(name, old[name], new[name], indices, dtype)
+            for name, indices in changed.items()
+            if indices.numel()
+        }
+        if not deltas:
+            raise AdapterMismatchError("no weight differs between the two: nothing to extract; train first")
+        return cls(deltas, metadata or {}, probe_base(deltas, old))
+
+
+def _tensors(source: Any) -> dict[str, Tensor]:
+    """Name -> weight, of a module, of modules by component, or of a state dict."""
+    parts: Mapping[str, Tensor | nn.Module] | nn.Module = source if isinstance(source, Mapping) else parts_of(source)
+    if isinstance(parts, nn.Module):
+        return named_weights(parts, every=True)
+    found: dict[str, Tensor] = {}
+    for name, value in parts.items():
+        if isinstance(value, nn.Module):
+            found.update({f"{name}.{n}": w for n, w in named_weights(value, every=True).items()})
+        elif value.is_floating_point():
+            found[name] = value.detach()
+    return found
+
+
+def _require_same_weights(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    wrong = [f"{name}: only on one side" for name in sorted(old.keys() ^ new.keys())]
+    wrong += [
+        f"{name}: {tuple(old[name].shape)} before, {tuple(new[name].shape)} after"
+        for name in sorted(old.keys() & new.keys())
+        if old[name].shape != new[name].shape
+    ]
+    if wrong:
+        raise AdapterMismatchError(
+            f"cannot take the difference, expected the same parameters on both sides:{listing(wrong)}"
+        )
+
+
+def _difference(name: str, old: Tensor, new: Tensor, indices: Tensor, dtype: torch.dtype) -> SparseDelta:
+    values = new.flatten()[indices].float() - old.flatten()[indices].float()
+    try:
+        return SparseDelta(indices.cpu(), values.to(dtype).cpu(), tuple(old.shape))
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{name}: {error}") from None

@@ -1,0 +1,74 @@
+"""Tell an adapter's base from its siblings and from other models, by a few of the base's values."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shira_diffusers.adapters.delta import SparseDelta
+
+_PROBED_WEIGHTS = 8
+_PROBED_ENTRIES = 64
+_SIBLING_SIMILARITY = 0.8
+
+BaseMatch = Literal["same", "sibling", "other"]
+
+
+def probe_base(deltas: Mapping[str, SparseDelta], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base's first values at the masked entries of a few parameters, float16 ``[<= 64]`` each, on the CPU.
+
+    Args:
+        deltas: the adapter's deltas.
+        base: the unadapted weights by the same names, at least those that are probed.
+    """
+    probes = {}
+    for name in probed_names(deltas):
+        indices = deltas[name].indices[:_PROBED_ENTRIES].long().to(base[name].device)
+        values = base[name].detach().flatten()[indices].float()
+        probes[name] = values.to(torch.float16).cpu()
+    return probes
+
+
+def probed_names(deltas: Mapping[str, SparseDelta]) -> list[str]:
+    """The parameters, evenly spread and at most eight, whose base values are kept."""
+    names = sorted(name for name, delta in deltas.items() if delta.nnz)
+    step = max(1, -(-len(names) // _PROBED_WEIGHTS))
+    return names[::step]
+
+
+def match_base(pairs: list[tuple[Tensor, Tensor]]) -> BaseMatch:
+    """Compare probes with a model's values at the same entries.
+
+    Args:
+        pairs: for each probed parameter the probe, float16 ``[k]``, and the model's values, any dtype, ``[k]``.
+
+    Returns:
+        ``same`` when they differ by no more than the rounding of the model's dtype, ``sibling`` (a fine-tune of the
+        same model) when they point the same way, else ``other``.
+    """
+    close = total = 0
+    dot = probe_square = value_square = 0.0
+    for probe, values in pairs:
+        expected, got = probe.double().cpu(), values.double().cpu()
+        close += int(
+            ((expected - got).abs() <= _rounding(values.dtype) * expected.abs() + 2.0**-9 * _tiny(values)).sum()
+        )
+        total += probe.numel()
+        dot += float((expected * got).sum())
+        probe_square += float(expected.square().sum())
+        value_square += float(got.square().sum())
+    if close >= 0.99 * total:
+        return "same"
+    norm = (probe_square * value_square) ** 0.5
+    return "sibling" if norm and dot / norm >= _SIBLING_SIMILARITY else "other"
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Largest relative difference of a float16 probe and the same value stored in ``dtype``."""
+    return 2.0**-10 + (torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
+
+
+def _tiny(values: Tensor) -> float:
+    """A scale under which values are lost to underflow: subnormals of float16 and of 8-bit floats."""
+    return 1.0 if values.dtype.itemsize == 1 else 2.0**-14

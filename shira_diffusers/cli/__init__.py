@@ -1,0 +1,1 @@
+"""The ``shira`` command: a file per subcommand. ``arguments.py`` parses without loading torch."""

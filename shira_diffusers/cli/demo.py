@@ -1,0 +1,202 @@
+"""The styles of a folder side by side on one sheet, and what switching between them costs: ``shira demo``."""
+
+import io
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from shira_diffusers.atomic_write import write_atomically
+from shira_diffusers.cli.base_model import fingerprints, open_pipeline
+from shira_diffusers.cli.sheet import contact_sheet
+from shira_diffusers.errors import ResidentStateError, ShiraError, counted, verb
+from shira_diffusers.formats.paths import did_you_mean
+from shira_diffusers.formats.shira_file import WEIGHTS_NAME
+from shira_diffusers.integrations.pipelines import models_of, resident_of
+from shira_diffusers.library.folder import adapters_in
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+BASE, ADAPTERS = ASSETS / "emoji-diffusion", ASSETS / "adapters"
+PROMPTS = (  # of what no picture shows that the bundled styles were trained on; the last one calls the bundled subject
+    "a picture of an owl on an orange background",
+    "a picture of a teapot on a cyan background",
+    "a picture of a dragon on a navy background",
+    "a picture of a sks alien on a pink background",
+)
+GUIDANCE = 3.0
+ROUNDS = 9
+Mix = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """What one switch did: to which mix, in how long, and how many of all weights are other than the base's."""
+
+    label: str
+    first_ms: float
+    again_ms: float
+    entries: int
+    total: int
+
+
+def find_assets(base: str | None, adapters: Path | None) -> tuple[str, Path]:
+    """What to open: as given, or else the model and the adapters that come with the source code.
+
+    Raises:
+        ShiraError: not given and not there.
+    """
+    missing = [(flag, path) for flag, given, path in _defaults(base, adapters) if given is None and not path.is_dir()]
+    if missing:
+        raise ShiraError(
+            f"no folder {' and no folder '.join(str(path) for _, path in missing)}: the demo's files come with the "
+            "source code, not with an installed package; work in a checkout, or name your own with "
+            f"{' and '.join(flag for flag, _ in missing)}"
+        )
+    return base or str(BASE), adapters or ADAPTERS
+
+
+def _defaults(base: str | None, adapters: Path | None) -> tuple[tuple[str, str | Path | None, Path], ...]:
+    return ("--base FOLDER", base, BASE), ("--adapters FOLDER", adapters, ADAPTERS)
+
+
+def check_output(path: Path) -> None:
+    """Require that a PNG can be written there, before time is spent on drawing.
+
+    Raises:
+        ShiraError: another kind of file, a folder, or a folder that does not exist or takes no files.
+    """
+    if path.suffix.lower() != ".png":
+        raise ShiraError(f"the sheet is a PNG: expected a name that ends in .png, got {path}")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ShiraError(f"cannot write {path}: expected a file in a folder that exists")
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise ShiraError(f"cannot write {path}: {error.strerror}; name another place with -o") from error
+
+
+def run_demo(
+    base: str,
+    adapters: Path,
+    output: Path,
+    *,
+    seed: int,
+    steps: int,
+    prompts: tuple[str, ...],
+    tell: Callable[[str], None],
+) -> list[Switch]:
+    """Draw each prompt with the base, with each adapter and with their mix, and write the sheet.
+
+    Args:
+        base: a diffusers folder or a Hub id of a text-to-image pipeline.
+        adapters: a folder of them, see ``catalog.adapters_in``.
+        output: the PNG, replaced whole if it exists.
+        seed, steps: of every picture; a row starts from one noise.
+        prompts: a row each.
+        tell: is given lines of progress.
+
+    Returns:
+        The switches, one a column and one back to the base, with times in milliseconds.
+
+    Raises:
+        ShiraError: nothing to open, or an adapter that does not fit; nothing is written.
+        ResidentStateError: a parameter is not bit-equal to the start after the last switch; nothing is written.
+    """
+    check_output(output)
+    files = _adapter_files(adapters)
+    tell(f"loading {base}")
+    pipe = open_pipeline(base)
+    _load(pipe, files, tell)
+    before = fingerprints(models_of(pipe))
+    columns = _columns(list(files))
+    first: list[Switch] = []
+    pictures: list[list[Image]] = []
+    for number, (label, mix) in enumerate(columns, 1):
+        first.append(_switch(pipe, label, mix))
+        start = time.perf_counter()
+        pictures.append(_draw(pipe, prompts, seed, steps))
+        seconds = time.perf_counter() - start
+        tell(f"column {number} of {len(columns)}, {label}: {counted(len(prompts), 'picture')} in {seconds:.1f} s")
+    switches = _again(pipe, columns, first)
+    _require_restored(before, fingerprints(models_of(pipe)))
+    tell(f"all {counted(len(before), 'parameter')} {verb(len(before), 'is', 'are')} bit-equal to the start")
+    rows = [[column[row] for column in pictures] for row in range(len(prompts))]
+    buffer = io.BytesIO()
+    contact_sheet([label for label, _ in columns], prompts, rows).save(buffer, "PNG", optimize=True)
+    write_atomically(output, buffer.getvalue())
+    return switches
+
+
+def _adapter_files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ShiraError(f"no folder of adapters at {folder}; name one with --adapters{did_you_mean(folder)}")
+    listed = adapters_in(folder)
+    found = dict(listed)
+    if not found:
+        raise ShiraError(f"folder {folder} holds no adapters, expected NAME.safetensors or NAME/{WEIGHTS_NAME}")
+    twice = [str(path) for name, path in listed if sum(name == other for other, _ in listed) > 1]
+    if twice:
+        raise ShiraError(f"each adapter needs a name of its own, got {' and '.join(twice)}; rename one of each name")
+    return found
+
+
+def _load(pipe: Any, files: Mapping[str, Path], tell: Callable[[str], None]) -> None:
+    for name, path in files.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                pipe.load_shira(path, name, activate=False)
+            except ShiraError as error:
+                raise type(error)(f"{path}: {error}") from error
+        for warning in caught:
+            tell(f"note: {warning.message}")
+
+
+def _columns(names: list[str]) -> list[tuple[str, Mix]]:
+    """Labels and mixes: the base, each adapter alone and, of several, all together."""
+    columns: list[tuple[str, Mix]] = [("base", {}), *((name, {name: 1.0}) for name in names)]
+    if len(names) > 1:
+        strength = round(len(names) ** -0.5, 1)  # deltas that are strangers to each other add up like noise
+        columns.append((f"mix, {strength:g} each", dict.fromkeys(names, strength)))
+    return columns
+
+
+def _switch(pipe: Any, label: str, mix: Mix) -> Switch:
+    start = time.perf_counter()
+    pipe.set_shira(list(mix), list(mix.values()))
+    milliseconds = 1000 * (time.perf_counter() - start)
+    return Switch(label, milliseconds, milliseconds, *resident_of(pipe).changed())
+
+
+def _again(pipe: Any, columns: list[tuple[str, Mix]], first: list[Switch]) -> list[Switch]:
+    """The same switches in turn, several times over; the base comes last and stays."""
+    order = [*range(1, len(columns)), 0]
+    times: list[list[float]] = [[] for _ in columns]
+    for _ in range(ROUNDS):
+        for k in order:
+            times[k].append(_switch(pipe, *columns[k]).first_ms)
+    return [replace(first[k], again_ms=statistics.median(times[k])) for k in order]
+
+
+def _draw(pipe: Any, prompts: tuple[str, ...], seed: int, steps: int) -> list[Image]:
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    result = pipe(list(prompts), num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators)
+    images: list[Image] = result.images
+    return images
+
+
+def _require_restored(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    changed = [name for name in before if before[name] != after[name]]
+    if changed:
+        raise ResidentStateError(
+            f"{counted(len(changed), 'parameter', of=len(before))} {verb(len(changed), 'differs', 'differ')} from "
+            f"the start: {changed[0]}, ..."
+        )

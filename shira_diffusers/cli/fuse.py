@@ -1,0 +1,98 @@
+"""Fuse adapter files into one file: ``shira fuse``."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.adapters.merge import fuse
+from shira_diffusers.cli.terminal import note
+from shira_diffusers.errors import AdapterFormatError, ShiraError, counted
+from shira_diffusers.formats.inspect import locate_adapter
+from shira_diffusers.formats.peft import is_peft_folder, is_peft_state_dict, read_peft_folder
+from shira_diffusers.formats.shira_file import WEIGHTS_NAME, decode, file_to_write, reading, save_adapter
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def fuse_files(
+    files: Sequence[Path],
+    output: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "sum",
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+    tell: Callable[[str], None] = note,
+) -> Path:
+    """Read adapters, fuse them in this order and write one file, whole or not at all.
+
+    Args:
+        files: files, or folders that hold one.
+        output: a ``.safetensors`` file, or a folder, made if needed, for the default name.
+        weights: the scale of each adapter, or one for all; None is 1.0.
+        method: a name in ``shira_diffusers.MERGE_METHODS``.
+        dtype: of the values; float32 gives bit for bit the weights that the adapters give together.
+        force: replace an output that exists.
+        tell: is given remarks.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ShiraError: the output exists, or the weights do not fit the files.
+        AdapterFormatError: a file that is no adapter, or values too large for ``dtype``.
+        AdapterMismatchError: adapters of different models.
+        OSError: a file cannot be read or written.
+    """
+    target = file_to_write(output)
+    if target.exists() and not force:
+        raise ShiraError(f"{target} exists, expected a new file; choose another name or replace it with --force")
+    if weights is not None and len(weights) == 1:
+        weights = list(weights) * len(files)
+    if weights is not None and len(weights) != len(files):
+        raise ShiraError(
+            f"expected one weight a file, got {counted(len(weights), 'weight')} for {counted(len(files), 'file')}"
+        )
+    adapters = [_read(file) for file in files]
+    _compare_bases(adapters, tell)
+    fused = fuse(adapters, weights, method).astype(dtype)
+    scales = [1.0] * len(files) if weights is None else list(weights)
+    mix = dict(zip(_titles(files), scales, strict=True))
+    return save_adapter(fused.with_metadata(mix=json.dumps(mix), method=method), output)
+
+
+def _read(path: Path) -> ShiraAdapter:
+    found = locate_adapter(path)
+    if is_peft_folder(found):
+        read_peft_folder(found)  # a LoRA, or a damaged folder, is told as such
+        raise _without_shapes(path)
+    with reading(found) as (tensors, metadata):
+        if is_peft_state_dict(tensors):
+            raise _without_shapes(path)
+        return decode(tensors, metadata, str(found))
+
+
+def _without_shapes(path: Path) -> AdapterFormatError:
+    return AdapterFormatError(
+        f"{path} is a PEFT adapter, which does not store the weights' shapes: load it into its base with "
+        "pipe.load_shira, write it with pipe.save_shira, and fuse that file"
+    )
+
+
+def _compare_bases(adapters: Sequence[ShiraAdapter], tell: Callable[[str], None]) -> None:
+    """One base may go by several names, so other names are no error."""
+    bases = sorted({adapter.metadata["base_model"] for adapter in adapters if "base_model" in adapter.metadata})
+    if len(bases) > 1:
+        tell(f"note: the adapters name different bases: {', '.join(map(repr, bases))}")
+
+
+def _titles(files: Sequence[Path]) -> list[str]:
+    """What to call each adapter: its file's name, or its folder's for the default name; the path if two are alike."""
+    titles = []
+    for file in files:
+        path = file.resolve()
+        titles.append(path.parent.name if path.name == WEIGHTS_NAME else path.stem if path.is_file() else path.name)
+    return titles if len(set(titles)) == len(titles) else [f"{k}: {file}" for k, file in enumerate(files, 1)]

@@ -1,0 +1,74 @@
+"""``shira inspect``: what an adapter file holds, as a report for people."""
+
+from shira_diffusers.cli.terminal import printable, table
+from shira_diffusers.errors import counted
+from shira_diffusers.formats.inspect import Inspection, Parameter
+
+SHORTENED = 20
+
+
+_NO_SHAPES = "unknown: PEFT stores no shapes; run 'shira verify' with --base to check it against its base"
+
+
+def as_text(found: Inspection, shown: int | None = None) -> str:
+    """A report for people.
+
+    Args:
+        shown: how many parameters to list; None is all.
+    """
+    lines = [printable(str(found.path)), *(f"  {line}" for line in table(_summary(found)))]
+    if found.metadata:
+        pairs = [(printable(key), printable(value)) for key, value in sorted(found.metadata.items())]
+        lines += ["", "metadata", *(f"  {line}" for line in table(pairs))]
+    rows = [("density", "entries", "shape", "parameter"), *map(_row, found.parameters[:shown])]
+    lines += ["", *table(rows, right=(0, 1))]
+    left = len(found.parameters) - (len(rows) - 1)
+    if left:
+        lines.append(f"... and {counted(left, 'more parameter')}; list them with --all")
+    return "\n".join(lines)
+
+
+def _summary(found: Inspection) -> list[tuple[str, ...]]:
+    version = f", format version {found.format_version}" if found.format_version else ""
+    each = "" if found.bytes_per_entry is None else f", {found.bytes_per_entry:.2f} bytes an entry"
+    whole = "" if found.numel is None else f" of {found.numel:,}"
+    told = "a few values are kept, to recognise it" if found.tells_base else "no values are kept to recognise it"
+    return [
+        ("kind", found.kind + version),
+        ("base model", printable(found.metadata.get("base_model", "not told")) + f" ({told})"),
+        ("mask", printable(found.metadata.get("mask", "not told"))),
+        ("density", percent(found.density) if found.numel is not None else _NO_SHAPES),
+        ("entries", f"{found.nnz:,}{whole} in {counted(len(found.parameters), 'parameter')}{_parts(found)}"),
+        ("values", ", ".join(found.dtypes)),
+        ("size", f"{counted(found.size, 'byte')}{each}"),
+        ("checksum", checksum_finding(found)),
+    ]
+
+
+def checksum_finding(found: Inspection) -> str:
+    """What the checksum says about a file; one whose tensors do not match it cannot be inspected at all."""
+    if found.sha256 is None:
+        return "none in this file, so values changed by damage go unnoticed"
+    return f"SHA-256 of the tensors matches ({found.sha256[:16]}...)"
+
+
+def _parts(found: Inspection) -> str:
+    """How many parameters each component has, for names that begin with one."""
+    if found.format_version is None:
+        return ""  # PEFT names layers of one model
+    counts: dict[str, int] = {}
+    for parameter in found.parameters:
+        part = printable(parameter.name.partition(".")[0])
+        counts[part] = counts.get(part, 0) + 1
+    return f" ({', '.join(f'{part} {count}' for part, count in counts.items())})" if len(counts) <= 6 else ""
+
+
+def _row(parameter: Parameter) -> tuple[str, ...]:
+    shape = "?" if parameter.shape is None else " x ".join(map(str, parameter.shape))
+    density = "?" if parameter.density is None else percent(parameter.density)
+    return density, f"{parameter.nnz:,}", shape, printable(parameter.name)
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as per cent, with three digits after the point."""
+    return "0.000 %" if fraction is None else f"{100 * fraction:.3f} %"

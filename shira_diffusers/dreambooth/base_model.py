@@ -1,0 +1,164 @@
+"""The base model of a run: loaded once in float32, never written to."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from torch import nn
+
+from shira_diffusers.dreambooth.config import TrainingConfig
+from shira_diffusers.dreambooth.families import Family, Pipe, family_of, find_family
+from shira_diffusers.errors import ShiraError
+from shira_diffusers.formats.paths import did_you_mean
+from shira_diffusers.weights.targets import Targets, select
+
+# a DDPMScheduler: diffusers' classes are typed in part only
+Schedule = Any
+
+
+def family_of_base(config: TrainingConfig) -> Family:
+    """The family of the base that a run names, from its ``model_index.json`` alone.
+
+    Raises:
+        ShiraError: no such folder or Hub id, another kind of pipeline, or one that lacks components.
+    """
+    name, index = config.pretrained_model_name_or_path, _read_index(config)
+    family = find_family(str(index.get("_class_name")), name)
+    missing = [part for part in family.needed if (index.get(part) or [None])[0] is None]
+    if missing:
+        raise ShiraError(f"the base {name!r} has no {', '.join(missing)}; expected a whole pipeline, take another base")
+    return family
+
+
+def _read_index(config: TrainingConfig) -> dict[str, Any]:
+    """The ``model_index.json``: the pipeline's class, and library and class of each component."""
+    name = config.pretrained_model_name_or_path
+    try:
+        index: dict[str, Any] = DiffusionPipeline.load_config(name, revision=config.revision)
+    except (OSError, ValueError) as error:  # diffusers raises either for what is not there
+        raise _not_found("base model", name, "model_index.json", error) from error
+    return index
+
+
+def complete(config: TrainingConfig) -> TrainingConfig:
+    """The settings with the defaults of the base's family where none is given. Twice is once.
+
+    Raises:
+        ShiraError: as ``family_of_base``.
+    """
+    defaults = family_of_base(config).defaults
+    return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def load_base(config: TrainingConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Pipe:
+    """Load the base: frozen, in evaluation mode (so without dropout), on ``device``.
+
+    Args:
+        config: names the base, its autoencoder where that is another one, and the resolution.
+        dtype: of all components but the autoencoder, which is always in float32: SDXL's overflows in float16.
+
+    Raises:
+        ShiraError: as ``family_of_base``, no such autoencoder, or a resolution that it cannot encode.
+    """
+    config = complete(config)
+    name = config.pretrained_model_name_or_path
+    options: dict[str, Any] = {"revision": config.revision, "variant": config.variant}
+    if config.pretrained_vae_model_name_or_path:
+        options["vae"] = _load_autoencoder(config.pretrained_vae_model_name_or_path)
+    if "safety_checker" in _read_index(config):
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipe: Pipe = DiffusionPipeline.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise _not_found("base model", name, "model_index.json", error) from error
+    if config.resolution % pipe.vae_scale_factor:
+        raise ShiraError(f"resolution must be a multiple of {pipe.vae_scale_factor}, got {config.resolution}")
+    for part in _modules(pipe).values():
+        part.requires_grad_(False).eval()
+    cast(pipe, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _load_autoencoder(name: str) -> nn.Module:
+    """A folder or Hub id with an autoencoder, or with a pipeline that has one in ``vae``."""
+    failures = []
+    for place in ({}, {"subfolder": "vae"}):
+        try:
+            autoencoder: nn.Module = AutoencoderKL.from_pretrained(name, **place)
+            return autoencoder
+        except (OSError, ValueError) as error:
+            failures.append(error)
+    raise _not_found("autoencoder", name, "the config.json of an AutoencoderKL", failures[0]) from failures[0]
+
+
+def _not_found(what: str, name: str, file: str, error: Exception) -> ShiraError:
+    return ShiraError(
+        f"cannot load the {what} {name!r}, expected a folder that holds {file}, or a Hub id that can be reached: "
+        f"{error}{'' if os.path.exists(name) else did_you_mean(Path(name))}"
+    )
+
+
+def _modules(pipe: Pipe) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def cast(pipe: Pipe, dtype: torch.dtype) -> None:
+    """Cast all components to ``dtype``, but keep the autoencoder in float32."""
+    for name, part in _modules(pipe).items():
+        wanted = torch.float32 if name == "vae" else dtype
+        if any(p.dtype != wanted for p in part.parameters()):
+            part.to(dtype=wanted)
+
+
+def adapted_models(pipe: Pipe, config: TrainingConfig) -> dict[str, nn.Module]:
+    """The components that are trained, by name, with gradient checkpointing where it is wanted."""
+    models: dict[str, nn.Module] = {"unet": pipe.unet}
+    if config.train_text_encoder:
+        models |= {name: getattr(pipe, name) for name in family_of(pipe).text_encoders}
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    if config.gradient_checkpointing and config.train_text_encoder:
+        for name in family_of(pipe).text_encoders:
+            encoder = getattr(pipe, name).train()  # transformers checkpoints in training mode only
+            enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+            enable()
+    return models
+
+
+def adapted_targets(pipe: Pipe, models: Mapping[str, nn.Module], config: TrainingConfig) -> Targets:
+    """Which weights of the models are trained, as ``build_masks`` takes them: the settings' ones that can learn."""
+    unread = [name for name in family_of(pipe).last_layer_unread if name in models]
+    if not unread and not config.include_conv:
+        return config.targets
+    names = list(select(models, config.targets))
+    if config.include_conv:
+        names += [name for name, weight in select(models, "all").items() if weight.ndim == 4 and name not in names]
+    last = {name: getattr(pipe, name).config.num_hidden_layers - 1 for name in unread}
+    dead = re.compile("|".join(rf"{name}\..*layers\.{number}\..*" for name, number in last.items()) or "(?!)")
+    return re.compile("|".join(re.escape(name) for name in names if not dead.fullmatch(name)))
+
+
+def training_schedule(pipe: Pipe) -> Schedule:
+    """The noise schedule that the base was trained with, from its own scheduler's configuration.
+
+    Raises:
+        ShiraError: a prediction type other than epsilon and v_prediction, or a schedule of EDM's noise levels.
+    """
+    if "sigma_data" in pipe.scheduler.config:
+        raise ShiraError(
+            f"the base's scheduler is a {type(pipe.scheduler).__name__}, expected one of diffusion timesteps; bases "
+            "of the EDM formulation cannot be trained here"
+        )
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ShiraError(
+            f"the base predicts {schedule.config.prediction_type!r}, expected 'epsilon' or 'v_prediction'; "
+            "check prediction_type in its scheduler_config.json"
+        )
+    return schedule

@@ -1,0 +1,134 @@
+"""The command line of a training script, made from the settings: a flag is a field, with its type, default and help."""
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from shira_diffusers.dreambooth.accepted import add_accepted, drop_accepted
+from shira_diffusers.dreambooth.config import TrainingConfig
+from shira_diffusers.dreambooth.names import public_settings
+
+# the setting with which each group of ``--help`` begins; the settings are in this order
+_GROUPS: Mapping[str, str] = MappingProxyType(
+    {
+        "instance_data_dir": "pictures and prompts",
+        "mask_type": "which weights are trained",
+        "seed": "training and memory",
+        "learning_rate": "optimizer and loss",
+        "with_prior_preservation": "prior preservation",
+        "output_dir": "results, checkpoints and validation",
+        "report_to": "trackers and the Hub",
+    }
+)
+
+_METAVARS: Mapping[type, str] = MappingProxyType({int: "N", float: "X", str: "TEXT"})
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
+    """Read the command line.
+
+    Args:
+        arguments: without the program's name; None takes ``sys.argv``. Flags of diffusers' scripts that have no
+            meaning here are accepted with a warning.
+
+    Raises:
+        SystemExit: unknown or missing flags, or values of another type, after one line that says so.
+        ShiraError: settings out of range or at odds with each other.
+    """
+    chosen = drop_accepted(vars(_parser().parse_args(arguments)))
+    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
+    return TrainingConfig(**settings)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line: the usage of this many flags would hide what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help lists all flags\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        description="Train a SHiRA adapter for Stable Diffusion from a few pictures (DreamBooth).",
+        usage="%(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER --instance_prompt TEXT [flags]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+    )
+    hints = get_type_hints(TrainingConfig)
+    group = parser.add_argument_group("base model")
+    for setting in fields(TrainingConfig):
+        if setting.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[setting.name])
+        group.add_argument(f"--{setting.name}", **_options(setting, hints[setting.name]))
+    add_accepted(parser)
+    return parser
+
+
+def launch_command(config: TrainingConfig, processes: int = 1, *, public: bool = False) -> str:
+    """The shell command that runs the script with these settings, one flag per line; secrets are left out.
+
+    Args:
+        public: names in place of paths that lead out of the working directory.
+    """
+    several = f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
+    lines = [shlex.join(flag) for flag in command_line(config, public=public)]
+    return " \\\n  ".join([f"accelerate launch {several}train_dreambooth_shira.py", *lines])
+
+
+def command_line(config: TrainingConfig, *, public: bool = False) -> list[list[str]]:
+    """The flags that give these settings, each with its values: what is default, and what is secret, is left out.
+
+    Args:
+        public: names in place of paths that lead out of the working directory.
+    """
+    shown = public_settings(config) if public else vars(config)
+    changed = [
+        setting.name
+        for setting in fields(TrainingConfig)
+        if getattr(config, setting.name) != setting.default and not setting.metadata.get("secret")
+    ]
+    return [_flag(name, shown[name]) for name in changed]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [f"--{name}"]
+    values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+    if values[0].startswith("-"):  # which argparse would take for a flag
+        return [f"--{name}={values[0]}", *values[1:]]
+    return [f"--{name}", *values]
+
+
+def _options(setting: Field[Any], hint: Any) -> dict[str, Any]:
+    help = _help(setting).replace("%", "%%")
+    if hint is bool and not setting.default:
+        return {"action": "store_true", "help": help}
+    if hint is bool:
+        return {"type": _truth, "default": True, "metavar": "true|false", "help": help}
+    options: dict[str, Any] = {"help": help}
+    options |= {"required": True} if setting.default is MISSING else {"default": setting.default}
+    if get_origin(hint) is UnionType or NoneType in get_args(hint):
+        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is Literal:
+        return {**options, "choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        return {**options, "nargs": "+", "type": str, "metavar": "TEXT"}
+    return {**options, "type": hint, "metavar": _METAVARS[hint]}
+
+
+def _help(setting: Field[Any]) -> str:
+    """What a flag is for, and its default where that is a value which the text does not tell already."""
+    default, help = setting.default, str(setting.metadata["help"])
+    if default is MISSING:
+        return f"{help} (required)"
+    if default is False or default is None or default == ():
+        return help
+    return f"{help} (default: {' '.join(default) if isinstance(default, tuple) else str(default)})"
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "1")

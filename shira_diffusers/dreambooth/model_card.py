@@ -1,0 +1,153 @@
+"""The model card of a run: ``README.md`` beside the adapter, as the Hub shows it."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.dreambooth.command_line import launch_command
+from shira_diffusers.dreambooth.config import TrainingConfig
+from shira_diffusers.dreambooth.names import public_name
+from shira_diffusers.errors import counted
+
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
+_TAG = "shira"
+_TAGS = {"StableDiffusionXLPipeline": ("stable-diffusion-xl",)}
+_PAPER = "https://arxiv.org/abs/2406.13175"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the settings do not tell about a run.
+
+    Args:
+        pipeline: the class of the base.
+        processes: on which it ran.
+        repository: ``owner/name`` on the Hub, where the card goes; None for a local run.
+    """
+
+    pipeline: str = "StableDiffusionPipeline"
+    processes: int = 1
+    repository: str | None = None
+
+
+def write_card(config: TrainingConfig, adapter: ShiraAdapter, pictures: Sequence[Path], origin: Origin) -> None:
+    """Write the card into ``output_dir``. A README of somebody else's is kept as it is; a card's licence stays.
+
+    Args:
+        config: the settings, ``seed`` included, from which the command is written, without a checkpoint to resume
+            from. A card that goes to a repository tells names of folders, not where they lie.
+        adapter: as trained; the card tells its metadata.
+        pictures: of the validation, inside ``output_dir``.
+        origin: the rest.
+    """
+    path = Path(config.output_dir, CARD_NAME)
+    before = _read_data(path) if path.is_file() else {}
+    if path.is_file() and _TAG not in (before.get("tags") or ()):
+        logger.warning("%s is no card of an adapter: it is kept as it is, and no card is written", path)
+        return
+    config = replace(config, resume_from_checkpoint=None)
+    images = [picture.relative_to(config.output_dir).as_posix() for picture in pictures]
+    data = _data(config, images, origin, {name: value for name, value in before.items() if name.startswith("license")})
+    text = _text(config, adapter, images, origin, licensed="license" in before)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
+
+
+def _read_data(path: Path) -> dict[str, Any]:
+    """What is written between the dashes on top; nothing if that cannot be read."""
+    try:
+        return dict(ModelCard.load(path).data.to_dict())
+    except (ValueError, TypeError, yaml.YAMLError):
+        return {}
+
+
+def _data(config: TrainingConfig, images: Sequence[str], origin: Origin, licence: dict[str, Any]) -> ModelCardData:
+    base, dataset = config.pretrained_model_name_or_path, config.dataset_name
+    return ModelCardData(
+        base_model=None if Path(base).exists() else base,  # the Hub takes ids only
+        datasets=None if dataset is None or Path(dataset).exists() else [dataset],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[_TAG, "diffusers", "text-to-image", "stable-diffusion", *_TAGS.get(origin.pipeline, ())],
+        instance_prompt=config.instance_prompt,
+        widget=[{"text": config.validation_prompt, "output": {"url": image}} for image in images] or None,
+        **licence,
+    )
+
+
+def _text(
+    config: TrainingConfig, adapter: ShiraAdapter, images: Sequence[str], origin: Origin, *, licensed: bool
+) -> str:
+    told, base = adapter.metadata, _shown(config.pretrained_model_name_or_path, origin.repository)
+    title = origin.repository or Path(config.output_dir).resolve().name
+    entries = f"{counted(adapter.nnz, 'entry')} ({100 * adapter.density:.3g} % of the adapted weights)"
+    parts = [
+        f"# {title}",
+        f"A sparse high rank adapter ([SHiRA]({_PAPER})) for {_code(base)}, trained "
+        f"with DreamBooth by shira_diffusers. It changes {entries} of {', '.join(adapter.component_names())}: mask "
+        f"{_code(told['mask'])}, density {told['density']}.",
+        f"Say {_code(config.instance_prompt)} in the prompt to call it up.",
+    ]
+    if images:
+        shown = "\n".join(f"![validation picture {number}]({image})" for number, image in enumerate(images, 1))
+        parts += [f"{_code(config.validation_prompt or '')}, with the adapter at strength 1:", shown]
+    parts += ["## Use it", _fence("python", _usage(config, origin.repository))]
+    parts += ["## How it was made", _fence("bash", _command(config, origin)), _table(told)]
+    if not licensed:
+        parts += [
+            "## Licence",
+            "Not chosen yet: write `license: ...` between the dashes on top of this file. The licence of the base "
+            "model and the rights to the training pictures bind you.",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown(path: str, repository: str | None) -> str:
+    """A path as it is, or for a repository its name."""
+    return public_name(path) if repository else path
+
+
+def _command(config: TrainingConfig, origin: Origin) -> str:
+    return launch_command(config, origin.processes, public=origin.repository is not None)
+
+
+def _usage(config: TrainingConfig, repository: str | None) -> str:
+    base = _shown(config.pretrained_model_name_or_path, repository)
+    revision = f", revision={config.revision!r}" if config.revision else ""
+    return "\n".join(
+        [
+            "import shira_diffusers  # the library: adds load_shira to diffusers' pipelines",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipe = DiffusionPipeline.from_pretrained({base!r}{revision})",
+            f"pipe.load_shira({repository or config.output_dir!r})",
+            f"image = pipe({config.validation_prompt or config.instance_prompt!r}).images[0]",
+        ]
+    )
+
+
+def _table(told: Mapping[str, str]) -> str:
+    rows = [f"| {name} | {_code(value).replace('|', chr(92) + '|')} |" for name, value in sorted(told.items())]
+    return "\n".join(["| metadata of the file | |", "|---|---|", *rows])
+
+
+def _code(text: str) -> str:
+    """Text of one line in which nothing is markup."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    ticks = "`" * (longest + 1)
+    space = " " if longest else ""
+    return f"{ticks}{space}{' '.join(text.split())}{space}{ticks}"
+
+
+def _fence(language: str, code: str) -> str:
+    longest = max(map(len, re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"

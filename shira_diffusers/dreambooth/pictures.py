@@ -1,0 +1,156 @@
+"""Find and read training pictures: any mode that Pillow opens, upright, in sRGB, with their captions."""
+
+import io
+import logging
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from shira_diffusers.dreambooth.colours import Note, flatten, silent
+from shira_diffusers.dreambooth.folder import FOREIGN, list_pictures, read_captions
+from shira_diffusers.errors import ShiraError, counted, listing, verb
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+OnBad = Literal["error", "skip"]
+
+DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError, RuntimeError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow's decoders and EXIF reader raise on damaged files."""
+
+# formats whose further frames are a film; in others they are pages, or a phone's depth map
+_FILMS = {"GIF", "PNG", "WEBP", "AVIF"}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A training picture and its prompt.
+
+    Args:
+        path: of the file; for a row of a data set, which has none, a name.
+        prompt: its caption, or the prompt of all pictures.
+        size: of the upright picture.
+        content: gives the file's bytes; None reads them from ``path``.
+    """
+
+    path: Path
+    prompt: str
+    size: Size
+    content: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
+
+    def read(self) -> Image.Image:
+        """The picture as ``read_picture`` gives it."""
+        return read_picture(self.path if self.content is None else io.BytesIO(self.content()))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What may be a picture: a path or name, what to say about it, and how its bytes are had."""
+
+    path: Path
+    prompt: str
+    content: Callable[[], bytes] | None = None
+
+
+def find_pictures(folder: str | Path, prompt: str, on_bad: OnBad = "error") -> list[Picture]:
+    """The pictures of a folder by name, each with the caption in the ``.txt`` or ``.caption`` of its name, or else
+    ``prompt``.
+
+    Logs how many there are, and what in the folder was not taken; ``list_pictures`` tells what counts.
+
+    Args:
+        folder: holds the pictures.
+        prompt: of those that have no caption.
+        on_bad: what to do about pictures that cannot be read: ``skip`` warns and goes on without them.
+
+    Raises:
+        ShiraError: no such folder, no pictures in it, pictures that cannot be read or captions that are not UTF-8; all
+            are named.
+    """
+    contents = list_pictures(folder)
+    if not contents.pictures:
+        raise ShiraError(
+            f"no pictures in {str(folder)!r}; expected files such as .png, .jpg or .webp{listing(contents.left)}"
+        )
+    captions = read_captions(contents)
+    found = [Found(path, captions.get(path, prompt)) for path in contents.pictures]
+    pictures = examine(found, str(folder), on_bad)
+    log_count(pictures, sum(picture.path in captions for picture in pictures), str(folder))
+    if contents.left:
+        logger.warning("not taken from %s:%s", folder, listing(contents.left))
+    return pictures
+
+
+def log_count(pictures: Sequence[Picture], captions: int, source: str) -> None:
+    """Log how many pictures were found, and how many of them have captions of their own."""
+    logger.info("%s, %d with captions, in %s", counted(len(pictures), "picture"), captions, source)
+
+
+def examine(found: Iterable[Found], source: str, on_bad: OnBad) -> list[Picture]:
+    """Read each picture once, to know its size and that it can be read.
+
+    Raises:
+        ShiraError: pictures that cannot be read, with ``error``, or if there are no others; all are named.
+    """
+    pictures, bad, notes = [], [], []
+    for one in found:
+        told: list[str] = []
+        try:
+            size = read_picture(one.path if one.content is None else io.BytesIO(one.content()), told.append).size
+        except DAMAGED as error:
+            bad.append(f"{one.path}: {_problem(one.path, error)}")
+            continue
+        notes += [f"{one.path}: {note}" for note in told]
+        pictures.append(Picture(one.path, one.prompt, size, one.content))
+    count = f"{counted(len(bad), 'picture', of=len(bad) + len(pictures))} in {source}"
+    if bad and (on_bad == "error" or not pictures):
+        remedy = ", or skip them with --on_bad_image skip" if pictures else ""
+        them = verb(len(bad), "it", "them")
+        raise ShiraError(f"{count} cannot be read; mend or remove {them}{remedy}:{listing(bad, shown=len(bad))}")
+    if bad:
+        are = verb(len(bad), "is", "are")
+        logger.warning("%s cannot be read and %s skipped:%s", count, are, listing(bad, shown=len(bad)))
+    if notes:
+        logger.warning("taken from %s all the same:%s", source, listing(notes))
+    return pictures
+
+
+def _problem(path: Path, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels, save it smaller"
+    if "MAX_TEXT_CHUNK" in str(error):
+        return "its texts or colour profile are larger than a megabyte, save it without metadata"
+    if path.suffix.lower() in FOREIGN and isinstance(error, UnidentifiedImageError):
+        return f"{path.suffix} is not read here, save it as .png or .jpg"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def read_picture(file: Path | BinaryIO, note: Note = silent, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Open a picture of any mode as RGB: upright by its EXIF orientation, in sRGB by its embedded colour profile,
+    transparent parts white, the first of many.
+
+    Args:
+        file: a path, or a file that is open in binary mode.
+        note: is told what a user may want to know about a picture that is read all the same.
+        formats: Pillow's names of those to accept; None for all.
+
+    Raises:
+        OSError: not a picture, or a damaged one; for some damage Pillow raises another of ``DAMAGED``.
+    """
+    with Image.open(file, formats=formats) as opened:
+        if opened.format in _FILMS and note is not silent and getattr(opened, "is_animated", False):
+            note("it moves: its first frame is taken")
+        return flatten(ImageOps.exif_transpose(opened), note)

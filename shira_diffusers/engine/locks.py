@@ -1,0 +1,348 @@
+"""The readers-writer lock of models: generations read the weights together, a switch writes them alone.
+
+A hold belongs to the context that entered it, not to its thread: to the code inside the ``with`` block, and to the
+threads and tasks that it starts with its context (``asyncio.to_thread``, ``asyncio.create_task``). Inside a hold
+further ones nest; of those that start in parallel inside one, each waits for the other, as outside.
+"""
+
+import asyncio
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from shira_diffusers.engine.callers import Caller, current_caller
+from shira_diffusers.errors import ResidentStateError
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+PATIENCE = 10.0  # seconds of waiting after which a warning names what is waited for
+
+_changed = threading.Condition()  # one for all holds: who waits for whom is seen over several models
+_active: list["Hold"] = []  # in the order in which they were taken
+_waiting: list["Hold"] = []
+_entered: ContextVar[tuple["Hold", ...]] = ContextVar("shira_holds", default=())
+
+
+@dataclass(eq=False, slots=True)
+class Hold:
+    """Models that somebody reads or writes, or waits to.
+
+    Args:
+        modules: all taken at once, so that no two holds have a part each of what both want.
+        write: alone, else together with others that read.
+        owner: who entered it.
+        parents: the holds that it is nested in.
+        wake: for a hold that is awaited in an event loop.
+        undo: what puts back the mix before, where this hold has changed it.
+    """
+
+    modules: tuple[nn.Module, ...]
+    write: bool
+    owner: Caller
+    parents: frozenset["Hold"]
+    wake: Callable[[], object] | None = None
+    undo: Callable[[], None] | None = None
+
+    def conflicts_with(self, other: "Hold") -> bool:
+        """Whether the two cannot be active together, were neither nested in the other."""
+        return (self.write or other.write) and self.overlaps(other)
+
+    def overlaps(self, other: "Hold") -> bool:
+        """Whether the two have a model in common."""
+        return any(one is two for one in self.modules for two in other.modules)
+
+    def needs(self, loop: asyncio.AbstractEventLoop | None) -> bool:
+        """Whether it ends only if an event loop goes on."""
+        if loop is None or self.owner.loop is loop:
+            return loop is not None
+        suspended = self.owner.entered is not None and self.owner.entered.f_back is None
+        return suspended and self.owner.task is not None and self.owner.task.get_loop() is loop
+
+
+class Held(Generic[T]):
+    """What is done while models are held, for ``with`` and, without blocking the event loop, ``async with``. One use.
+
+    Args:
+        modules: the models.
+        write: hold them alone.
+        inside: runs while they are held, with the hold and what ``before`` gave; its value is that of the ``with``.
+        before: runs around the wait and the hold; under ``async with`` it is entered in a worker thread.
+
+    Raises:
+        ResidentStateError: whoever holds the models waits for this caller, or is another task of the event loop that
+            a plain ``with`` would block: neither would ever end.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        *,
+        write: bool,
+        inside: Callable[[Hold, Any], AbstractContextManager[T]],
+        before: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._modules, self._write = tuple(modules), write
+        self._inside, self._before = inside, before
+        self._open: ExitStack | None = None
+
+    def giving(self, value: V) -> "Held[V]":
+        """The same, with another value of the ``with``."""
+
+        @contextmanager
+        def inside(hold: Hold, prepared: Any) -> Iterator[V]:
+            with self._inside(hold, prepared):
+                yield value
+
+        return Held(self._modules, write=self._write, inside=inside, before=self._before)
+
+    def __enter__(self) -> T:
+        hold = _hold(self._modules, self._write)
+        with ExitStack() as stack:
+            prepared = stack.enter_context(self._before())
+            _wait(hold)
+            return self._enter(hold, prepared, stack)
+
+    async def __aenter__(self) -> T:
+        hold = _hold(self._modules, self._write)
+        with ExitStack() as stack:
+            before = self._before()
+            prepared = before.__enter__() if isinstance(before, nullcontext) else await _in_thread(before, stack)
+            await _wait_async(hold)
+            return self._enter(hold, prepared, stack)
+
+    def _enter(self, hold: Hold, prepared: Any, stack: ExitStack) -> T:
+        _note_entered(hold)
+        stack.callback(_release, hold)
+        value = stack.enter_context(self._inside(hold, prepared))
+        self._open = stack.pop_all()
+        return value
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        stack, self._open = self._open, None
+        assert stack is not None  # __enter__ has set it
+        return stack.__exit__(kind, error, trace)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self.__exit__(kind, error, trace)
+
+
+async def _in_thread(before: AbstractContextManager[Any], stack: ExitStack) -> Any:
+    """Enter a context manager in a worker thread; cancelled meanwhile, it is left as soon as it was entered."""
+    entering = asyncio.ensure_future(asyncio.to_thread(before.__enter__))
+    try:
+        value = await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        entering.add_done_callback(lambda done: _leave_entered(before, done))
+        raise
+    stack.push(before)
+    return value
+
+
+def _leave_entered(before: AbstractContextManager[Any], done: "asyncio.Future[Any]") -> None:
+    if not done.cancelled() and done.exception() is None:
+        before.__exit__(None, None, None)
+
+
+def hold(modules: Iterable[nn.Module], *, write: bool) -> Held[None]:
+    """Hold several models at once, for ``with`` and ``async with``."""
+    return Held(modules, write=write, inside=lambda *_: nullcontext())
+
+
+def leave(hold: Hold) -> None:
+    """Put back the mix before a hold, or leave that to a hold inside it that is still open.
+
+    Generators that are resumed in turns leave their holds in another order than that of nesting.
+    """
+    with _changed:
+        inner = next((one for one in _active if hold in one.parents and one.undo is not None), None)
+    if hold.undo is None:
+        return
+    if inner is None:
+        hold.undo()
+    else:
+        inner.undo = hold.undo
+
+
+# ---------------------------------------------------------------- whose holds
+
+
+def _note_entered(*holds: Hold) -> None:
+    """Note holds in the current context, and forget those that were left."""
+    _entered.set((*(one for one in _entered.get() if one in _active), *holds))
+
+
+def _hold(modules: tuple[nn.Module, ...], write: bool) -> Hold:
+    caller = current_caller()
+    with _changed:
+        return Hold(modules, write, caller, frozenset(_own(caller)))
+
+
+def _own(caller: Caller) -> list[Hold]:
+    """The active holds that a caller is inside of.
+
+    A generator that was resumed is not inside what another one has entered since, though both run in one context.
+    """
+    entered = _entered.get()
+    own = [one for one in _active if one in entered or _belongs_to(one, caller)]
+    return [one for k, one in enumerate(own) if not any(_is_beside(one, outer, caller) for outer in own[:k])]
+
+
+def _belongs_to(hold: Hold, caller: Caller) -> bool:
+    owner = hold.owner
+    if owner.entered is not None and owner.entered in caller.frames:
+        return True
+    if owner.task is not None and not owner.task.done():
+        return owner.task is caller.task
+    # a notebook enters in one cell and draws in the next, which is another context and task of the main thread
+    return owner.thread is caller.thread is threading.main_thread()
+
+
+def _is_beside(hold: Hold, outer: Hold, caller: Caller) -> bool:
+    generator = outer.owner.entered
+    return generator is not None and generator in caller.frames and generator not in hold.owner.frames
+
+
+# ---------------------------------------------------------------- waiting
+
+
+def _wait(hold: Hold) -> None:
+    impatient: float | None = time.monotonic() + PATIENCE
+    with _changed, _queued(hold):
+        while not _may_enter(hold):
+            _changed.wait(None if impatient is None else max(0.0, impatient - time.monotonic()))
+            if impatient is not None and time.monotonic() >= impatient:
+                impatient = None
+                _warn(hold)
+        _active.append(hold)
+
+
+async def _wait_async(hold: Hold) -> None:
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    hold.wake = lambda: loop.call_soon_threadsafe(event.set)
+    impatient: float | None = PATIENCE
+    with _queued(hold):
+        while True:
+            event.clear()
+            with _changed:
+                if _may_enter(hold):
+                    _active.append(hold)
+                    return
+            try:
+                await asyncio.wait_for(event.wait(), impatient)
+            except TimeoutError:
+                impatient = None
+                with _changed:
+                    _warn(hold)
+
+
+@contextmanager
+def _queued(hold: Hold) -> Iterator[None]:
+    with _changed:
+        _waiting.append(hold)
+    try:
+        yield
+    finally:
+        with _changed:
+            _waiting.remove(hold)
+            _wake_all()
+
+
+def _release(hold: Hold) -> None:
+    with _changed:
+        _active.remove(hold)
+        _wake_all()
+    _note_entered()
+    # contexts that never enter again keep the hold, but nothing through it
+    hold.owner = hold.owner._replace(frames=(), entered=None)
+    hold.modules, hold.parents, hold.undo = (), frozenset(), None
+
+
+def _wake_all() -> None:
+    _changed.notify_all()
+    for one in _waiting:
+        if one.wake is not None:
+            with suppress(RuntimeError):  # its event loop was closed while it waited
+                one.wake()
+
+
+def _may_enter(hold: Hold) -> bool:
+    busy, queue = _conflicts(hold), _queue(hold)
+    if _leads_to(hold, busy):
+        raise ResidentStateError(
+            "deadlock: two generations want to switch adapters of each other's model, or of one, at the same time; "
+            "expected one at a time: switch before or after a generation, or give each generation its own pipeline"
+        )
+    if hold.wake is None:
+        _require_progress(hold, busy)
+        queue = {one for one in queue if one.wake is None or one.owner.loop is not hold.owner.loop}
+    return not busy and (not queue or _leads_to(hold, queue))
+
+
+def _conflicts(hold: Hold) -> set[Hold]:
+    return {one for one in _active if one not in hold.parents and hold.conflicts_with(one)}
+
+
+def _queue(hold: Hold) -> set[Hold]:
+    """The waiting writers that go before a reader, which does not read yet."""
+    if hold.write or any(hold.overlaps(outer) for outer in hold.parents):
+        return set()
+    return {one for one in _waiting if one.write and hold.conflicts_with(one)}
+
+
+def _leads_to(hold: Hold, others: set[Hold]) -> bool:
+    """Whether one of the others waits for a hold, or for one that it is nested in, itself or through others."""
+    seen: set[Hold] = set()
+    while others:
+        if hold in others or hold.parents & others:
+            return True
+        seen |= others
+        waiting = [one for one in _waiting if one in others or one.parents & others]
+        others = set().union(*(_conflicts(one) | _queue(one) for one in waiting)) - seen
+    return False
+
+
+def _require_progress(hold: Hold, busy: set[Hold]) -> None:
+    """Refuse to block a thread in which those who are waited for would have to go on."""
+    stuck = next((one for one in busy if one.needs(hold.owner.loop)), None)
+    if stuck is not None:
+        raise ResidentStateError(
+            f"{hold.owner.where} would block the event loop: {_names(hold)} in use by another task of it, entered at "
+            f"{stuck.owner.where}, which could never end; expected `async with` in place of `with`, and pipelines "
+            "called by `await asyncio.to_thread(pipe, ...)`"
+        )
+    beside = next((one for one in busy if one in _entered.get()), None)
+    if beside is not None:
+        raise ResidentStateError(
+            f"{hold.owner.where} would wait for ever: {_names(hold)} in use by another generator of this thread, "
+            f"entered at {beside.owner.where}; expected generators that hold a mix one after the other, or each in "
+            "a thread of its own"
+        )
+
+
+def _warn(hold: Hold) -> None:
+    busy = sorted({one.owner.where for one in _conflicts(hold) | _queue(hold)})
+    warnings.warn(
+        f"{hold.owner.where} has waited for {PATIENCE:g} seconds: {_names(hold)} in use by {', '.join(busy)}. If that "
+        "waits for this call, neither ever ends: run the call in the context that holds the model, by "
+        "asyncio.to_thread or contextvars.copy_context().run",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _names(hold: Hold) -> str:
+    names = sorted({type(module).__name__ for module in hold.modules})
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"

@@ -1,0 +1,455 @@
+"""Resident: adapters on weights that stay where they are, switched by overwriting a few of their entries."""
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.adapters.base_probes import BaseMatch
+from shira_diffusers.adapters.merge import fuse_scaled, merge_method
+from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scale, mix_from, scale_of
+from shira_diffusers.engine.fit import compare_base, fit, trained_on
+from shira_diffusers.engine.locks import Held, Hold, hold, leave
+from shira_diffusers.engine.offloading import is_offloaded_anew
+from shira_diffusers.engine.state import Mix, ShiraState, ensure_state, state_of
+from shira_diffusers.engine.steps import Weights
+from shira_diffusers.engine.switch import plan_switch, require_written, run
+from shira_diffusers.errors import ShiraError, counted, listing
+from shira_diffusers.weights.finder import Locator, unwrap
+from shira_diffusers.weights.sweep_triton import engine_for
+from shira_diffusers.weights.targets import models_of
+
+logger = logging.getLogger(__name__)
+
+
+class Resident:
+    """Adapters on the resident weights of a module, or of several named ones.
+
+    The state lives in the modules: two ``Resident`` of one module see the same adapters. All methods are safe to
+    call from several threads; switching waits until nobody reads (see ``reading``).
+
+    Args:
+        components: a module, whose adapters have plain parameter names, or ``{component: module}``, whose adapters'
+            names begin with the component, or a pipeline. Compiled modules are looked through.
+
+    Raises:
+        ShiraError: something else than modules.
+
+    Source: arXiv 2407.16712 (rapid switching by overwriting).
+    """
+
+    def __init__(self, components: nn.Module | Mapping[str, nn.Module]) -> None:
+        if not isinstance(components, nn.Module | Mapping):
+            components = models_of(components) or components
+        parts = {"": components} if isinstance(components, nn.Module) else components
+        if not isinstance(parts, Mapping):
+            raise ShiraError(f"expected a module or {{component: module}}, got {type(parts).__name__}")
+        wrong = [
+            f"{name!r}: {type(model).__name__}" for name, model in parts.items() if not isinstance(model, nn.Module)
+        ]
+        if wrong:
+            raise ShiraError(f"expected {{component: module}}; leave out what is no module:{listing(wrong)}")
+        # a module under two names is one component, by its first name
+        first = {id(unwrap(model)): name for name, model in reversed(list(parts.items()))}
+        self._models = {name: model for name, model in parts.items() if first[id(unwrap(model))] == name}
+
+    # ---------------------------------------------------------------- what is there
+
+    def __repr__(self) -> str:
+        parts = (f"{name}: {type(unwrap(model)).__name__}".removeprefix(": ") for name, model in self._models.items())
+        active = ", ".join(f"{name}={scale}" for name, scale in self.active.items()) or "none"
+        return f"<Resident of {', '.join(parts) or 'nothing'}; {counted(len(self.names), 'adapter')}, active: {active}>"
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The components, as they were given."""
+        return dict(self._models)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that were added, in the order in which they were."""
+        return list(self.components)
+
+    @property
+    def components(self) -> dict[str, list[str]]:
+        """The adapters that were added, and the components that each changes."""
+        found: dict[str, list[str]] = {}
+        for part, state in self._states().items():
+            for name in list(state.adapters):  # at once: others may add and remove meanwhile
+                found.setdefault(name, []).append(part)
+        return found
+
+    @property
+    def active(self) -> dict[str, Scale]:
+        """The active adapters with their scales as given; empty while disabled."""
+        active = {name: scale for state in self._states().values() for name, scale in state.mix.scales.items()}
+        return copy.deepcopy(active)  # what the caller does to it changes no mix
+
+    @property
+    def method(self) -> str:
+        """How the active adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``."""
+        return next((state.mix.method for state in self._states().values() if state.mix.scales), "sum")
+
+    def components_of(self, name: str) -> list[str]:
+        """The components that an adapter changes.
+
+        Raises:
+            ShiraError: no adapter of that name.
+        """
+        found = self.components.get(name)
+        if found is None:
+            raise self._unknown([name])
+        return found
+
+    def adapter(self, name: str) -> ShiraAdapter:
+        """The adapter of a name, with component names put back.
+
+        Raises:
+            ShiraError: no adapter of that name.
+        """
+        found = {part: state.adapters.get(name) for part, state in self._states().items()}
+        parts = [(part, adapter) for part, adapter in found.items() if adapter is not None]
+        if not parts:
+            raise self._unknown([name])
+        named = [adapter.prefixed(part) if part else adapter for part, adapter in parts]
+        return ShiraAdapter(
+            {n: delta for adapter in named for n, delta in adapter.deltas.items()},
+            named[0].metadata,
+            {n: probe for adapter in named for n, probe in adapter.base_probes.items()},
+        )
+
+    def fused(self, scales: Mapping[str, Scale | None] | None = None, method: str = "sum") -> ShiraAdapter:
+        """A mix as one adapter, which gives the same weights at scale 1.
+
+        Args:
+            scales: as for ``set``; None is the active mix, with its method.
+            method: as for ``set``.
+
+        Raises:
+            ShiraError: nothing is active; or as ``set``.
+        """
+        with self.reading():
+            mix, method = (self.active, self.method) if scales is None else (self._checked(scales), method)
+            if not mix:
+                raise ShiraError("no adapter is active: there is no mix to fuse; activate some or name an adapter")
+
+            scaled = [(self.adapter(name), self._scale_by_weight(mix[name])) for name in sorted(mix)]
+            mixed = fuse_scaled(scaled, method)
+            return mixed.with_metadata(mix=json.dumps(mix), method=method)
+
+    def _scale_by_weight(self, scale: Scale) -> Callable[[str], float]:
+        def of(full_name: str) -> float:
+            component, _, name = ("", "", full_name) if "" in self._models else full_name.partition(".")
+            return scale_of(scale, component, name)
+
+        return of
+
+    def changed(self) -> tuple[int, int]:
+        """Entries overwritten now, and entries of all parameters of the components."""
+        entries = sum(group.base.numel() for state in self._states().values() for group in state.overwritten)
+        total = sum(p.numel() for module in self._modules() for p in module.parameters())
+        return entries, total
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """By what the weights overwritten now were: component -> ``triton`` (one launch) or ``torch``, or both."""
+        found = {}
+        for part, state in self._states().items():
+            kinds = {(group.base.device, group.base.dtype) for group in state.overwritten}
+            if kinds:
+                found[part] = ", ".join(sorted({engine_for(*kind) for kind in kinds}))
+        return found
+
+    def reading(self) -> Held[None]:
+        """Keep all others from switching while the weights are read, for instance during a generation.
+
+        For ``with`` and ``async with``. "Others" are those outside the block, whatever thread they are in: what the
+        block calls, and the tasks and threads it starts with its context (``asyncio.to_thread``), belong to it.
+        """
+        return hold(self._modules(), write=False)
+
+    def writing(self) -> Held[None]:
+        """Keep all others from reading and switching, for several calls that belong together; see ``reading``."""
+        return hold(self._modules(), write=True)
+
+    # ---------------------------------------------------------------- adapters come and go
+
+    def add(self, adapter: ShiraAdapter, name: str) -> None:
+        """Register an adapter, without activating it.
+
+        Args:
+            adapter: its tensors are kept as they are, on their device.
+            name: not in use.
+
+        Raises:
+            ShiraError: the name is in use or empty.
+            AdapterMismatchError: the adapter does not fit, wholly or in part; all offenders are named.
+            ResidentStateError: a weight that cannot be overwritten (quantized, merged, on disk, ...).
+
+        On error nothing has changed. Another base than the adapter's gives a warning.
+        """
+        if not name or not isinstance(name, str):
+            raise ShiraError(f"an adapter's name must be a string that is not empty, got {name!r}")
+        with self.writing():
+            if name in self.names:
+                raise ShiraError(
+                    f"adapter name {name!r} is in use, expected a new one; delete that adapter first or choose another"
+                )
+            parts = fit(adapter, self._models)
+            self._tell_base(adapter, name, compare_base(parts, self._models))
+            for part, its_own in parts.items():
+                ensure_state(unwrap(self._models[part])).adapters[name] = its_own
+
+    def replace(self, adapter: ShiraAdapter, name: str) -> None:
+        """Put another adapter in the place of one that was added: active as that was, with its scale.
+
+        Raises:
+            ShiraError: no adapter of that name.
+            AdapterMismatchError, ResidentStateError: as ``add`` and ``set``.
+
+        On error nothing has changed.
+        """
+        with self.writing():
+            self.require_known([name])
+            parts = fit(adapter, self._models, replacing=name)
+            self._tell_base(adapter, name, compare_base(parts, self._models))
+            for part in parts:
+                ensure_state(unwrap(self._models[part]))
+            states = self._states()
+            mixes = [state.mix for state in states.values()]
+            aside = [state.disabled for state in states.values() if state.disabled is not None]
+            before = {part: dict(state.adapters) for part, state in states.items()}
+            try:
+                plans = []
+                for part, state in states.items():
+                    _exchange(state, name, parts.get(part))
+                    disabled = _known_to(state, _joined(aside)) if aside else None
+                    plans.append(plan_switch(part, self._models[part], _known_to(state, _joined(mixes)), disabled))
+                run(plans)
+            except BaseException:
+                for part, state in states.items():
+                    state.adapters = before[part]
+                raise
+
+    def check(self, adapter: ShiraAdapter) -> BaseMatch | None:
+        """Whether an adapter fits, without adding it.
+
+        Returns:
+            Whether this is the base it was trained on (``same``), a fine-tune of it (``sibling``) or another model
+            (``other``); None where the adapter does not tell.
+
+        Raises:
+            AdapterMismatchError, ResidentStateError: as ``add``.
+        """
+        with self.reading():
+            return compare_base(fit(adapter, self._models), self._models)
+
+    def _tell_base(self, adapter: ShiraAdapter, name: str, match: BaseMatch | None) -> None:
+        if match == "sibling":
+            logger.info("adapter %r was trained on a sibling of this model%s", name, trained_on(adapter))
+        elif match == "other":
+            warnings.warn(
+                f"adapter {name!r} fits by shape but was trained on another model than this one{trained_on(adapter)}; "
+                "expect poor pictures",
+                stacklevel=4,
+            )
+
+    def remove(self, *names: str) -> None:
+        """Forget adapters, in one switch; those of the mix that are left stay active.
+
+        Raises:
+            ShiraError: no adapter of such a name.
+            ResidentStateError: see ``set``.
+
+        On error nothing has changed.
+        """
+        with self.writing():
+            self.require_known(names)
+            states = self._states()
+            active = [part for part, state in states.items() if not state.mix.scales.keys().isdisjoint(names)]
+            run([plan_switch(p, self._models[p], states[p].mix.without(names), states[p].disabled) for p in active])
+            for state in states.values():
+                state.disabled = state.disabled.without(names) if state.disabled else None
+                state.forget(names)
+
+    # ---------------------------------------------------------------- switching
+
+    def set(self, scales: Mapping[str, Scale | None], method: str = "sum") -> None:
+        """Make exactly these adapters active: restore what leaves, overwrite what arrives.
+
+        In float32: ``acc = 0; acc += scale * delta`` in the order of names; ``W = round(base + acc)``, rounded once.
+        Only masked entries change, addresses never do.
+
+        Args:
+            scales: name -> a number, ``{component: number}`` or ``{component: {"down" | "mid" | "up": ...}}``, see
+                ``scales.Scale``; None is 1.0.
+            method: how several adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``.
+
+        Raises:
+            ShiraError: unknown adapters, a scale that is not finite or for a component that the adapter does not
+                change, sums out of the range of the weights' dtype, or an unknown method.
+            ResidentStateError: adapted weights were written by somebody else, or cannot be overwritten now.
+
+        On error, at whatever point, the mix and all bits are what they were.
+        """
+        with self.writing():
+            scales = self._checked(scales)
+            merge_method(method)
+            plans = []
+            for part, state in self._states().items():
+                own = {name: scale for name, scale in scales.items() if name in state.adapters}
+                plans.append(plan_switch(part, self._models[part], Mix(own, method)))
+            run(plans)
+
+    def _checked(self, scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
+        mix = mix_from(scales)
+        self.require_known(mix)
+        components = self.components
+        return {name: check_scale(name, scale, self._blocks(components[name])) for name, scale in mix.items()}
+
+    def _blocks(self, components: Iterable[str]) -> dict[str, Blocks]:
+        return {part: blocks_of(unwrap(self._models[part])) for part in components if part}
+
+    def clear(self) -> None:
+        """Make no adapter active: every parameter is bit-equal to what it was before the first.
+
+        Raises:
+            ResidentStateError: see ``set``; nothing has changed.
+        """
+        self.set({})
+
+    def disable(self) -> None:
+        """Restore the base and remember the mix for ``enable``. Calling it again changes nothing."""
+        with self.writing():
+            states = self._states().items()
+            run([plan_switch(p, self._models[p], Mix(), state.disabled or state.mix) for p, state in states])
+
+    def enable(self) -> None:
+        """Bring back the mix that ``disable`` put aside. Calling it again changes nothing."""
+        with self.writing():
+            states = self._states().items()
+            run([plan_switch(p, self._models[p], state.disabled or state.mix) for p, state in states])
+
+    def using(self, scales: Mapping[str, Scale], method: str = "sum") -> Held["Resident"]:
+        """Make these adapters active for a while, alone with the model; the mix before returns after.
+
+        Args:
+            scales: as for ``set``.
+            method: as for ``set``.
+
+        For ``with`` and ``async with``. Others that read or switch wait until the block is left; what the block
+        calls, and the tasks and threads that it starts with its context (``asyncio.to_thread``), see this mix.
+
+        Raises:
+            ShiraError: as ``set``.
+            ResidentStateError: as ``set``, or a wait that could never end: a plain ``with`` while another task of the
+                same event loop holds the model, or holders that wait for each other.
+        """
+        return Held(self._modules(), write=True, inside=lambda hold, _: self._used(hold, scales, method))
+
+    @contextmanager
+    def _used(self, hold: Hold, scales: Mapping[str, Scale], method: str) -> Iterator["Resident"]:
+        before = {part: (state.mix, state.disabled) for part, state in self._states().items()}
+        self.set(scales, method)
+        hold.undo = lambda: self._put_back(before)
+        try:
+            yield self
+        finally:
+            leave(hold)
+
+    def _put_back(self, before: Mapping[str, tuple[Mix, Mix | None]]) -> None:
+        plans = []
+        for part, state in self._states().items():
+            mix, disabled = before.get(part, (Mix(), None))
+            put_aside = disabled and _known_to(state, disabled)
+            plans.append(plan_switch(part, self._models[part], _known_to(state, mix), put_aside))
+        run(plans)
+
+    def refresh(self) -> None:
+        """Write the active mix again where accelerate has begun to offload a component since the last switch.
+
+        What it keeps may be the base, as ``state_dict()`` gives it; a pipeline calls this before each generation.
+
+        Raises:
+            ResidentStateError: the weights were modified outside shira_diffusers, or are on disk now; as for ``set``
+                nothing has changed.
+        """
+        if self._offloaded_anew():
+            with self.writing():
+                states = self._states()
+                run(
+                    [plan_switch(p, self._models[p], states[p].mix, states[p].disabled) for p in self._offloaded_anew()]
+                )
+
+    def _offloaded_anew(self) -> list[str]:
+        states = self._states()
+        return [p for p, state in states.items() if state.overwritten and is_offloaded_anew(unwrap(self._models[p]))]
+
+    def bake(self) -> None:
+        """Make the weights as they are now the base for good, and deactivate all adapters (they stay loaded).
+
+        Nothing is written. Also the way out when somebody else has written adapted weights and the new ones are wanted.
+        """
+        with self.writing():
+            for state in self._states().values():
+                state.overwritten, state.mix, state.disabled = (), Mix(), None
+
+    def verify(self) -> None:
+        """Require that every overwritten entry still holds what was written.
+
+        Raises:
+            ResidentStateError: names the weights that somebody else has written.
+        """
+        with self.reading():
+            for part, state in self._states().items():
+                locator = Locator(self._models[part])
+                names = [name for group in state.overwritten for name in group.layout.names]
+                require_written(part, state.overwritten, Weights({name: locator.locate(name) for name in names}))
+
+    def _modules(self) -> list[nn.Module]:
+        return [unwrap(model) for model in self._models.values()]
+
+    def _states(self) -> dict[str, ShiraState]:
+        found = {part: state_of(unwrap(model)) for part, model in self._models.items()}
+        return {part: state for part, state in found.items() if state is not None}
+
+    def require_known(self, names: Iterable[str]) -> None:
+        """Require that all these adapters were added.
+
+        Raises:
+            ShiraError: names those that were not.
+        """
+        known = self.components
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise self._unknown(unknown)
+
+    def _unknown(self, names: Iterable[str]) -> ShiraError:
+        return ShiraError(
+            f"no adapter named {', '.join(map(repr, names))}, loaded are {', '.join(map(repr, self.names)) or 'none'}"
+        )
+
+
+def _exchange(state: ShiraState, name: str, adapter: ShiraAdapter | None) -> None:
+    """Give a name to another adapter, or to none."""
+    order = [*state.adapters, name]
+    state.forget([name])
+    if adapter is not None:
+        held = {**state.adapters, name: adapter}
+        state.adapters = {name: held[name] for name in dict.fromkeys(order)}
+
+
+def _joined(mixes: Iterable[Mix]) -> Mix:
+    """The parts that components have of one mix."""
+    parts = list(mixes)
+    method = next((mix.method for mix in parts if mix.scales), "sum")
+    return Mix({name: scale for mix in parts for name, scale in mix.scales.items()}, method)
+
+
+def _known_to(state: ShiraState, mix: Mix) -> Mix:
+    return Mix({name: scale for name, scale in mix.scales.items() if name in state.adapters}, mix.method)

@@ -1,0 +1,82 @@
+"""Which names mean one memory: in one model, in two, or in a part of one beside the whole. Nothing is written here.
+
+Two owners of one entry would each save the other's value as the base. Weights that are tied under several names of one
+model are no conflict: they have one owner, which writes them once.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shira_diffusers.weights.finder import Holder, Located
+from shira_diffusers.weights.scatter import physical
+
+
+class Claim(NamedTuple):
+    """Memory that an adapter writes, and for whom.
+
+    Args:
+        device, start, end: the bytes.
+        holder: the tensor there; of a fused copy a part.
+        weight: equal for names that may share, since they are one weight of one owner.
+        name: what to call it in a message.
+    """
+
+    device: str
+    start: int
+    end: int
+    holder: Holder
+    numel: int
+    weight: tuple[Any, ...]
+    name: str
+
+    @property
+    def is_block(self) -> bool:
+        """Whether all bytes belong to the weight, as nearly always."""
+        return self.end - self.start == self.numel * self.holder.tensor.dtype.itemsize
+
+    def addresses(self) -> Tensor:
+        """The address of each entry, int64 ``[numel]``."""
+        tensor, offset = self.holder
+        places = physical(torch.arange(offset, offset + self.numel, device="cpu"), tensor).cpu()
+        return places * tensor.dtype.itemsize + tensor.data_ptr()
+
+
+def claims(located: Mapping[str, Located], owner: object = None) -> Iterator[Claim]:
+    """The memory of weights, each with its fused and offloaded copies.
+
+    Args:
+        located: by what to call them.
+        owner: whose they are; its tied weights may share.
+    """
+    for name, weight in located.items():
+        numel = weight.weight.numel()
+        for holder in weight.holders if numel else ():
+            tensor, offset = holder
+            start = tensor.data_ptr() + offset * tensor.dtype.itemsize
+            end = start + numel * tensor.dtype.itemsize
+            if not tensor.is_contiguous():
+                end = start + (1 + _last(tensor)) * tensor.dtype.itemsize
+            yield Claim(str(tensor.device), start, end, holder, numel, (id(owner), *weight.key), name)
+
+
+def _last(tensor: Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def conflicts(held: Iterable[Claim]) -> Iterator[tuple[Claim, Claim]]:
+    """Pairs of claims to the same entries that are not one weight of one owner."""
+    open_claims: list[Claim] = []
+    for claim in sorted(held, key=lambda claim: claim[:3]):
+        open_claims = [one for one in open_claims if one.device == claim.device and one.end > claim.start]
+        yield from ((one, claim) for one in open_claims if one.weight != claim.weight and _share_entries(one, claim))
+        open_claims.append(claim)
+
+
+def _share_entries(one: Claim, other: Claim) -> bool:
+    """Of claims whose bytes overlap; columns of one matrix may lie between each other's."""
+    if one.is_block and other.is_block:
+        return True
+    return bool(torch.isin(one.addresses(), other.addresses()).any())

@@ -1,0 +1,377 @@
+"""AdapterLibrary: hundreds of adapters for resident models and many clients, within budgets of bytes."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.adapters.scales import Scale, mix_from
+from shira_diffusers.engine.locks import Held, Hold
+from shira_diffusers.engine.resident import Resident
+from shira_diffusers.engine.state import ShiraState, state_of
+from shira_diffusers.errors import AdapterFormatError, ShiraError
+from shira_diffusers.integrations.pipelines import models_of, resident_of
+from shira_diffusers.library.folder import Catalog, Version
+from shira_diffusers.library.gpu_decoder import lend
+from shira_diffusers.library.tiers import TierStats
+from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store
+from shira_diffusers.weights.finder import unwrap
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RAM_BYTES = 4 * 2**30
+DEVICE_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryStats:
+    """What a library holds and has done.
+
+    Args:
+        device: decoded adapters; a hit is a use that found its adapter decoded.
+        ram: packed ones; a hit is a decoding that found the file's bytes in memory, a miss one that read the file.
+    """
+
+    device: TierStats
+    ram: TierStats
+
+
+class AdapterLibrary:
+    """The adapters of a folder, loaded when they are used.
+
+    In the host's memory they are kept as in their files, byte for byte, within ``ram_bytes``; decoded, on the device,
+    within ``device_bytes``. The least recently used leave. All methods are safe to call from several threads: an
+    adapter that several clients want is read and decoded once. Files that change on disk are read again at their next
+    use.
+
+    Args:
+        folder: files ``NAME.safetensors``, and sub-folders ``NAME`` with ``pytorch_shira_weights.safetensors`` or with
+            what PEFT's SHiRA tuner wrote.
+        ram_bytes: for packed adapters. 0 keeps none: files are mapped each time they are decoded.
+        device_bytes: for decoded adapters: at least those that are active at a time.
+        device: where decoded ones are, best that of the models' weights; None is the current CUDA device, or the CPU
+            where there is none. On CUDA the host's memory is pinned and adapters are decoded by the GPU.
+        threads: that prefetch.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ShiraError: a budget below 0.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        ram_bytes: int = RAM_BYTES,
+        device_bytes: int = DEVICE_BYTES,
+        device: str | torch.device | None = None,
+        threads: int = 2,
+    ) -> None:
+        if ram_bytes < 0 or device_bytes < 0:
+            raise ShiraError(f"budgets must be 0 bytes or more, got ram_bytes={ram_bytes}, device_bytes={device_bytes}")
+        self.device = _device(device)
+        self._catalog = Catalog(Path(folder))
+        self._store = Store(ram_bytes, device_bytes, self.device)
+        self._served: WeakSet[nn.Module] = WeakSet()
+        self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._pool = ThreadPoolExecutor(threads, "shira-library")
+        self._closed = False
+
+    # ---------------------------------------------------------------- what is there
+
+    @property
+    def names(self) -> list[str]:
+        """All adapters in the folder as it is now, sorted; broken ones too."""
+        return list(self._catalog.scan())
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Names that cannot be used, with the reason: those that clash, and files found damaged so far."""
+        self._catalog.scan()
+        with self._store.lock:
+            damaged = {name: str(error) for name, (_, error) in self._store.refused.items()}
+        return {**damaged, **self._catalog.clashes()}
+
+    def stats(self) -> LibraryStats:
+        """Hits, misses, evictions and bytes of both tiers."""
+        with self._store.lock:
+            return LibraryStats(self._store.device.stats(), self._store.ram.stats())
+
+    def prefetch(self, names: str | Iterable[str]) -> None:
+        """Load adapters in the background, as far as the budgets allow; returns at once.
+
+        What is active, and what waiting clients want, makes no room for them. Errors are told at use. (PEFT's adapters
+        need a model and are loaded at their first use.)
+
+        Raises:
+            ShiraError: the library is closed.
+        """
+        try:
+            for name in [names] if isinstance(names, str) else list(names):
+                self._pool.submit(self._prefetch, name).add_done_callback(_log_failure)
+        except RuntimeError as error:
+            raise ShiraError("the library is closed: make a new one") from error
+
+    def _prefetch(self, name: str) -> None:
+        try:
+            self._store.warm(self._find(name), None, self._is_free)
+        except (ShiraError, OSError):
+            return  # told at use
+
+    # ---------------------------------------------------------------- use
+
+    def use(self, target: Any, scales: Mapping[str, Scale | None], method: str = "sum") -> Held[Any]:
+        """``with library.use(pipe, {"bluefire": 0.8}) as pipe: ...``: a mix for a while; the one before returns after.
+
+        In coroutines ``async with library.use(...): image = await asyncio.to_thread(pipe, prompt)``: files are read in
+        a worker thread, and waiting for the model does not block the event loop.
+
+        Args:
+            target: a pipeline, a ``Resident``, or what ``Resident`` takes.
+            scales: by name, as ``Resident.set`` takes them; None is 1.0. Empty is the base.
+            method: how several adapters are merged.
+
+        Holds the model, as ``pipe.shira`` does: other clients load meanwhile, and then wait. Adapters of the mix
+        and of the one before stay, whatever others load.
+
+        Raises:
+            ShiraError: an unknown name, two adapters of that name, another adapter of that name that is not the
+                library's on the model, or no room for the mix within ``device_bytes``.
+            AdapterFormatError: a damaged file.
+            AdapterMismatchError: see ``Resident.add``.
+            ResidentStateError: see ``Resident.add`` and ``Resident.using``.
+            OSError: a file that cannot be read.
+
+        On error the mix and all bits are what they were.
+        """
+        user, mix = _User(target), mix_from(scales)
+
+        @contextmanager
+        def inside(_: Hold, versions: list[Version]) -> Iterator[Any]:
+            with self._registered(user, versions) as undo, ExitStack() as using:
+                with undo:
+                    using.enter_context(user.resident.using(mix, method))
+                    undo.pop_all()
+                yield target
+
+        return Held(user.modules, write=True, inside=inside, before=lambda: self._loaded(user, mix))
+
+    def set(self, target: Any, scales: Mapping[str, Scale | None], method: str = "sum") -> None:
+        """Make exactly these adapters active until the next ``set``. Args, Raises: as ``use``.
+
+        What is active is never evicted, so it counts against ``device_bytes`` until then.
+        """
+        user, mix = _User(target), mix_from(scales)
+        with (
+            self._loaded(user, mix) as versions,
+            user.resident.writing(),
+            self._registered(user, versions) as undo,
+            undo,
+        ):
+            user.resident.set(mix, method)
+            undo.pop_all()
+
+    def get(self, name: str) -> ShiraAdapter:
+        """An adapter by itself, on the library's device; not for PEFT's, which need a model.
+
+        What the caller keeps of it is not counted once it has left the library.
+
+        Raises:
+            As ``use``.
+        """
+        version = self._find(name)
+        with self._store.wanting([version]):
+            version, decoded = self._newest(
+                version, {}, lambda v: self._store.acquire(v, {}, self._is_free, lambda *_: None)
+            )
+            self._store.release(version)
+        lend(decoded.held)
+        return decoded.adapter
+
+    def clear(self, *, packed: bool = True) -> None:
+        """Give back the memory of all that is on no model; ``packed=False`` keeps the bytes of files in RAM."""
+        self._store.clear(self._is_free, packed=packed)
+
+    def close(self) -> None:
+        """Stop prefetching and give back the memory, but for what is on models. A closed library is of no more use."""
+        self._closed = True
+        self._pool.shutdown(cancel_futures=True)
+        self.clear()
+
+    def __enter__(self) -> "AdapterLibrary":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- how
+
+    def _find(self, name: str) -> Version:
+        if self._closed:
+            raise ShiraError(f"the library of {self._catalog.folder} is closed: make a new one")
+        return self._catalog.find(name)
+
+    @contextmanager
+    def _loaded(self, user: "_User", names: Iterable[str]) -> Iterator[list[Version]]:
+        """Load adapters, before the model is waited for; their versions, which newer ones may take the place of."""
+        found = [self._store.fitted(self._find(name), user.models) for name in names]
+        with self._store.wanting(found):
+            versions = [
+                self._newest(version, user.models, lambda v: self._store.warm(v, user.models, self._is_free))
+                for version in found
+            ]
+            yield versions
+            for version in versions:
+                self._store.forget_older(version, self._is_free)
+
+    @contextmanager
+    def _registered(self, user: "_User", versions: list[Version]) -> Iterator[ExitStack]:
+        """Register loaded adapters on the model, which is held; what brings older versions of them back.
+
+        That is to be closed if the switch fails.
+        """
+        try:
+            with ExitStack() as pins, ExitStack() as undo:
+                self._keep_active(user, pins)
+                versions[:] = [self._register(user, version, pins, undo) for version in versions]
+                yield undo.pop_all()
+        finally:
+            self._trim(user)
+
+    def _newest(self, version: Version, models: Mapping[str, nn.Module], load: Callable[[Version], T]) -> T:
+        """Load a version, or the one that has taken its place on disk meanwhile."""
+        while True:
+            try:
+                return load(version)
+            except (AdapterFormatError, OSError):
+                before, version = version, self._store.fitted(self._find(version.name), models)
+                if version == before:
+                    raise
+
+    def _keep_active(self, user: "_User", pins: ExitStack) -> None:
+        """Pin what is active on a model, which becomes one of those served."""
+        with self._store.lock:
+            self._served.update(user.modules)
+            for version, decoded in self._store.device:
+                if any(_is_active(state, version) for state in user.holding(version, decoded)):
+                    self._store.device.pin(version)
+                    pins.callback(self._store.release, version)
+
+    def _register(self, user: "_User", version: Version, pins: ExitStack, undo: ExitStack) -> Version:
+        """Load an adapter, pinned, and add it to the model, in the place of an older version; which one it is."""
+
+        def leave(other: Version, decoded: Decoded) -> None:
+            if user.holding(other, decoded):
+                user.resident.remove(other.name)
+
+        version, decoded = self._newest(
+            version, user.models, lambda v: self._store.acquire(v, user.models, self._may_leave(user), leave)
+        )
+        pins.callback(self._store.release, version)
+        lend(decoded.held)
+        if user.holding(version, decoded):
+            return version
+        with self._store.lock:
+            self._made.update({id(delta.values): delta.values for delta in decoded.adapter.deltas.values()})
+        if version.name not in user.resident.names:
+            user.resident.add(decoded.adapter, version.name)
+            return version
+        older = user.resident.adapter(version.name)
+        if not any(self._made.get(id(delta.values)) is delta.values for delta in older.deltas.values()):
+            raise ShiraError(
+                f"the model has an adapter {version.name!r} that is not the library's; delete that one first, or "
+                "rename one of the two"
+            )
+        user.resident.replace(decoded.adapter, version.name)
+        undo.callback(user.resident.replace, older, version.name)
+        return version
+
+    def _trim(self, user: "_User") -> None:
+        """Take what is not active off a model, until all that is so on any is at most half of what the device may hold.
+
+        It stays decoded, but now may leave while the model is busy: there is room to prefetch.
+        """
+        with self._store.lock:
+            tier = self._store.device
+            idle = [
+                version for version, decoded in tier if not tier.pinned(version) and self._is_idle(version, decoded)
+            ]
+            excess = sum(map(tier.size, idle)) - tier.budget // 2
+            own = [version for version, decoded in tier if version in idle and self._may_leave(user)(version, decoded)]
+            for version in own:
+                if excess > 0:
+                    user.resident.remove(version.name)
+                    excess -= tier.size(version)
+
+    def _is_idle(self, version: Version, decoded: Decoded) -> bool:
+        """Whether models have it, and it is active on none."""
+        states = [state for module in self._served if (state := _holds(module, version, decoded))]
+        return bool(states) and not any(_is_active(state, version) for state in states)
+
+    def _is_free(self, version: Version, decoded: Decoded) -> bool:
+        """Whether no model has it."""
+        return not any(_holds(module, version, decoded) for module in self._served)
+
+    def _may_leave(self, user: "_User") -> MayLeave:
+        """What no other model has."""
+
+        def may_leave(version: Version, decoded: Decoded) -> bool:
+            return all(module in user.modules for module in self._served if _holds(module, version, decoded))
+
+        return may_leave
+
+
+class _User:
+    """A model that adapters are for: the resident engine over it, and its modules out of their wrappers."""
+
+    def __init__(self, target: Any) -> None:
+        if isinstance(target, Resident):
+            self.resident = target
+        elif isinstance(target, nn.Module | Mapping):
+            self.resident = Resident(target)
+        elif models_of(target):
+            self.resident = resident_of(target)
+        else:
+            raise ShiraError(
+                f"expected a pipeline, a Resident, a module or {{component: module}}, got {type(target).__name__}"
+            )
+        self.models = self.resident.models
+        self.modules = [unwrap(model) for model in self.models.values()]
+
+    def holding(self, version: Version, decoded: Decoded) -> list[ShiraState]:
+        """The states of those of its modules that have an adapter."""
+        return [state for module in self.modules if (state := _holds(module, version, decoded))]
+
+
+def _holds(module: nn.Module, version: Version, decoded: Decoded) -> ShiraState | None:
+    """The state of a module that has this very adapter, which is told by its deltas: what models keep is the same."""
+    state = state_of(module)
+    theirs = state.adapters.get(version.name) if state else None
+    first = next(iter(theirs.deltas.values()), None) if theirs else None
+    return state if first is not None and any(first is delta for delta in decoded.adapter.deltas.values()) else None
+
+
+def _is_active(state: ShiraState, version: Version) -> bool:
+    """Whether an adapter is active in a module, or put aside by ``disable``."""
+    return version.name in state.mix.scales or (state.disabled is not None and version.name in state.disabled.scales)
+
+
+def _log_failure(done: Future[None]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        logger.error("prefetching failed", exc_info=error)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found

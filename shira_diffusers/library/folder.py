@@ -1,0 +1,126 @@
+"""The adapters in a folder by name, as they are on disk now; nothing is read but names, sizes and times."""
+
+import stat
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from shira_diffusers.errors import ShiraError
+from shira_diffusers.formats.paths import did_you_mean, shown_in
+from shira_diffusers.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
+from shira_diffusers.formats.shira_file import WEIGHTS_NAME, safetensors_in
+
+_SHOWN = 20
+
+
+class Version(NamedTuple):
+    """An adapter as it is on disk: another time, size or file is another version.
+
+    PEFT's, which tell no shapes, are one for each kind of ``model`` too: a hash of its component's name and its shapes.
+    """
+
+    name: str
+    path: Path
+    size: int
+    modified_ns: int
+    inode: int
+    model: int = 0
+
+    def is_older_than(self, other: "Version") -> bool:
+        """Whether it is the same adapter as it was on disk before, for whatever model."""
+        return self.name == other.name and self._replace(model=0) != other._replace(model=0)
+
+
+def adapters_in(folder: Path) -> list[tuple[str, Path]]:
+    """All adapters in a folder: names and paths, sorted. The one list that the library, the app and the demo take.
+
+    An adapter ``NAME`` is a file ``NAME.safetensors`` (see ``files.safetensors_in``), or a sub-folder ``NAME`` with the
+    standard file, whose path is then this file's, or with what PEFT saves, whose path is the folder. Hidden files and
+    folders, such as ``._NAME.safetensors``, are none. A file and a sub-folder may have one name. Nothing is read.
+    """
+    files = [(path.stem, path) for path in safetensors_in(folder)]
+    return sorted(files + [(inner.name, path) for inner in shown_in(folder) if (path := _adapter_of(inner))])
+
+
+def _adapter_of(folder: Path) -> Path | None:
+    try:
+        if (folder / WEIGHTS_NAME).is_file():
+            return folder / WEIGHTS_NAME
+        return folder if is_peft_folder(folder) else None
+    except PermissionError:  # a folder that is not ours, such as lost+found
+        return None
+
+
+def weights_file(path: Path) -> Path:
+    """The file that holds an adapter's values, of a path as ``adapters_in`` gives it."""
+    return path / PEFT_WEIGHTS if path.is_dir() else path
+
+
+class Catalog:
+    """The adapters of a folder by name, as ``adapters_in`` finds them. Safe to use from several threads.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder at {folder}: expected one of adapters{did_you_mean(folder)}")
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._paths: dict[str, list[Path]] = {}
+        self.scan()
+
+    def scan(self) -> dict[str, list[Path]]:
+        """Look at the folder again: the path of each name, or several where they clash."""
+        found: dict[str, list[Path]] = {}
+        for name, path in adapters_in(self.folder):
+            found.setdefault(name, []).append(path)
+        with self._lock:
+            self._paths = found
+            return self._paths
+
+    def find(self, name: str) -> Version:
+        """The version of a name that is on disk now.
+
+        Raises:
+            ShiraError: there is none, it has vanished, or two have that name.
+        """
+        with self._lock:
+            paths = self._paths.get(name, [])
+        version = _version(name, paths[0]) if len(paths) == 1 else None
+        if version is None:  # new, gone, or moved: look again
+            paths = self.scan().get(name, [])
+            version = _version(name, paths[0]) if len(paths) == 1 else None
+        if version is None:
+            raise ShiraError(self._clash(name, paths) if paths else self._unknown(name))
+        return version
+
+    def clashes(self) -> dict[str, str]:
+        """Names that two adapters have, and what is wrong."""
+        with self._lock:
+            return {name: self._clash(name, paths) for name, paths in self._paths.items() if len(paths) > 1}
+
+    def _clash(self, name: str, paths: list[Path]) -> str:
+        each = " and ".join(str(path.relative_to(self.folder)) for path in paths)
+        return f"the name {name!r} is that of two adapters in {self.folder}: {each}; rename one of them"
+
+    def _unknown(self, name: str) -> str:
+        names = list(self._paths)
+        known = ", ".join(map(repr, names[:_SHOWN])) or "none"
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        return f"no adapter named {name!r} in {self.folder}; there are {known}{more}"
+
+
+def _version(name: str, path: Path) -> Version | None:
+    """What is on disk now; None for what is gone, or is no file any more: to open a pipe could take for ever."""
+    try:
+        file = path
+        if path.is_dir():  # PEFT's; one without weights is told at use what it lacks
+            file = path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else PEFT_CONFIG)
+        told = file.stat()
+    except OSError:
+        return None
+    if not stat.S_ISREG(told.st_mode):
+        return None
+    return Version(name, path, told.st_size, told.st_mtime_ns, told.st_ino)

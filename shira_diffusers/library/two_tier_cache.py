@@ -1,0 +1,325 @@
+"""Adapters of a folder in two tiers: packed bytes in the host's memory, decoded ones on the device of the weights.
+
+What it knows of models is only what it is told: which adapters may leave.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.errors import AdapterFormatError, ShiraError
+from shira_diffusers.formats.peft import decode_peft_for, is_peft_state_dict, read_peft_folder
+from shira_diffusers.formats.safetensors_bytes import Bytes, mapped, open_safetensors
+from shira_diffusers.library.folder import Version
+from shira_diffusers.library.gpu_decoder import DeviceDecoder
+from shira_diffusers.library.hostmemory import HostMemory
+from shira_diffusers.library.packed_adapter import PackedAdapter, pack, packed
+from shira_diffusers.library.tiers import Tier
+from shira_diffusers.weights.targets import named_weights
+
+Models = Mapping[str, nn.Module]
+
+
+class Decoded(NamedTuple):
+    """A decoded adapter, and the tensors that its deltas are views of, where a device has decoded it."""
+
+    adapter: ShiraAdapter
+    held: tuple[Tensor, ...]
+
+
+T = TypeVar("T")
+MayLeave = Callable[[Version, Decoded], bool]
+Leaving = Callable[[Version, Decoded], None]
+
+
+class _CrowdedError(Exception):
+    """What is being decoded for others, and may leave as soon as it is, has taken the room."""
+
+    def __init__(self, arriving: list[Future[None]]) -> None:
+        super().__init__()
+        self.arriving = arriving
+
+
+class Store:
+    """Loads each version once, whoever asks and however many at a time. Safe to use from several threads.
+
+    Args:
+        ram_bytes: for packed adapters, each as large as its file.
+        device_bytes: for decoded ones.
+        device: where these are.
+    """
+
+    def __init__(self, ram_bytes: int, device_bytes: int, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        self.ram: Tier[Version, PackedAdapter] = Tier(ram_bytes)
+        self.device: Tier[Version, Decoded] = Tier(device_bytes)
+        self.refused: dict[str, tuple[Version, AdapterFormatError]] = {}
+        self._decoder = None if device.type == "cpu" else DeviceDecoder(device)
+        self._pin_for = device if device.type == "cuda" else None
+        self._peft: dict[str, Version] = {}
+        self._intact: dict[str, Version] = {}  # compared with their checksums; to read one again costs no more hashing
+        self._kinds: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._loading: dict[Version, Future[None]] = {}
+        self._wanted: Counter[Version] = Counter()
+
+    # ---------------------------------------------------------------- decoded
+
+    def fitted(self, version: Version, models: Models | None) -> Version:
+        """The version as it is for these models, which differs for PEFT's, as far as it is known to be PEFT's."""
+        with self.lock:
+            is_peft = self._peft.get(version.name) == version
+        if models is None or version.model or not (is_peft or version.path.is_dir()):
+            return version
+        kinds = tuple((component, self._kind_of(model)) for component, model in models.items())
+        return version._replace(model=hash(kinds) or 1)
+
+    def _kind_of(self, model: nn.Module) -> int:
+        """A number that models have in common whose weights have the same names and shapes, found once a model."""
+        with self.lock:
+            if model not in self._kinds:
+                shapes = tuple((name, tuple(weight.shape)) for name, weight in named_weights(model).items())
+                self._kinds[model] = hash(shapes)
+            return self._kinds[model]
+
+    def acquire(
+        self, version: Version, models: Models, may_leave: MayLeave, leaving: Leaving
+    ) -> tuple[Version, Decoded]:
+        """The decoded adapter, pinned, and its version as ``fitted``: ``release`` that when it may leave again.
+
+        Args:
+            version: which.
+            models: by component, for PEFT's adapters, which do not tell the weights' shapes.
+            may_leave: which of the adapters that are not pinned may be put out to make room.
+            leaving: told of each that is.
+
+        Raises:
+            AdapterFormatError: the file is damaged.
+            ShiraError: there is no room for it on the device.
+            OSError: the file cannot be read.
+        """
+        while True:
+            version = self.fitted(version, models)
+            with self.lock:
+                found = self.device.find(version)
+                if found is not None:
+                    self.device.pin(version)
+                    return version, found
+            try:
+                loaded = self._load(version, models, may_leave, leaving)
+            except _CrowdedError as crowded:
+                wait(crowded.arriving, return_when=FIRST_COMPLETED)  # not while this one counts as arriving
+                continue
+            if loaded is not None:
+                return version, loaded
+
+    def release(self, version: Version) -> None:
+        """Let an acquired adapter leave when room is needed."""
+        with self.lock:
+            self.device.unpin(version)
+
+    def warm(self, version: Version, models: Models | None, may_leave: MayLeave) -> Version:
+        """Load it as far as there is room without putting out what waiting clients want; its version as ``fitted``."""
+
+        def unwanted(other: Version, decoded: Decoded) -> bool:
+            return not self._wanted[other] and may_leave(other, decoded)
+
+        for _ in range(2):  # once more where a file has turned out to be PEFT's
+            version = self.fitted(version, models)
+            with self.lock:
+                if self.device.find(version) is not None:
+                    break
+            self._load(version, models, unwanted, None)
+            if self.fitted(version, models) == version:
+                break
+        return version
+
+    @contextmanager
+    def wanting(self, versions: list[Version]) -> Iterator[None]:
+        """While a client waits for these, no other client's warming puts them out. Counts hits and misses."""
+        with self.lock:
+            for version in versions:
+                self.device.note(version in self.device)
+            self._wanted.update(versions)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._wanted.subtract(versions)
+                self._wanted = +self._wanted
+
+    def forget_older(self, version: Version, may_leave: MayLeave) -> None:
+        """Drop what is kept of earlier versions of a name, as far as nobody uses it."""
+        with self.lock:
+            _drop(self.ram, lambda key, _: key.is_older_than(version))
+            _drop(self.device, lambda key, item: key.is_older_than(version) and may_leave(key, item))
+
+    def clear(self, may_leave: MayLeave, *, packed: bool) -> None:
+        """Drop all that nobody uses, of packed adapters too or of decoded ones only."""
+        with self.lock:
+            _drop(self.ram, lambda *_: packed)
+            _drop(self.device, may_leave)
+
+    # ---------------------------------------------------------------- loading
+
+    def _load(
+        self, version: Version, models: Models | None, may_leave: MayLeave, leaving: Leaving | None
+    ) -> Decoded | None:
+        """Load one version into the device's tier, or wait for the thread that does.
+
+        Returns:
+            It, pinned, if this thread has loaded it and ``leaving`` is given; else None.
+        """
+        with self.lock:
+            self._require_not_refused(version)
+            running = self._loading.get(version)
+            mine: Future[None] = Future()
+            if running is None:
+                self._loading[version] = mine
+        if running is not None:
+            wait([running])  # what that thread could not do, a caller that insists tries again by itself
+            return None
+        try:
+            return self._decode(version, models, may_leave, leaving)
+        except AdapterFormatError as error:
+            with self.lock:
+                self.refused[version.name] = version, error
+            raise
+        finally:
+            with self.lock:
+                del self._loading[version]
+            mine.set_result(None)
+
+    def _require_not_refused(self, version: Version) -> None:
+        refused, error = self.refused.get(version.name, (None, None))
+        if refused == version:
+            raise AdapterFormatError(str(error))
+        self.refused.pop(version.name, None)
+
+    def _decode(
+        self, version: Version, models: Models | None, may_leave: MayLeave, leaving: Leaving | None
+    ) -> Decoded | None:
+        with self._packed(version, models) as (source, was_there):
+            if source is None or not self._make_room(version, source.unpacked_nbytes, may_leave, leaving):
+                return None
+            if was_there:
+                with self.lock:
+                    self.ram.note(True)
+            try:
+                decoded = Decoded(*source.unpack(self._decoder))
+            except BaseException:
+                with self.lock:
+                    self.device.release(version)
+                raise
+            with self.lock:
+                self._intact[version.name] = version
+                self.device.put(version, decoded, source.unpacked_nbytes)
+                if leaving is not None:
+                    self.device.pin(version)
+            return decoded if leaving is not None else None
+
+    def _make_room(self, version: Version, nbytes: int, may_leave: MayLeave, leaving: Leaving | None) -> bool:
+        with self.lock:
+            left = self.device.reserve(version, nbytes, may_leave)
+            for other in left or ():
+                if leaving is not None:
+                    leaving(*other)
+            if left is None and leaving is not None:
+                if arriving := [self._loading[key] for key in self.device.arriving if key in self._loading]:
+                    raise _CrowdedError(arriving)
+                used = [key.name for key, item in self.device if self.device.pinned(key) or not may_leave(key, item)]
+                raise ShiraError(
+                    f"no room for adapter {version.name!r}, which takes {nbytes:,} bytes decoded: device_bytes is "
+                    f"{self.device.budget:,}, and in use are {', '.join(map(repr, used)) or 'none'}; "
+                    "raise device_bytes, or make fewer adapters active at a time"
+                )
+            return left is not None
+
+    @contextmanager
+    def _packed(self, version: Version, models: Models | None) -> Iterator[tuple[PackedAdapter | None, bool]]:
+        """The packed adapter, kept from leaving meanwhile, and whether it was in memory before.
+
+        None where PEFT's needs a model that is not given.
+        """
+        with self.lock:
+            found = there = self.ram.find(version)
+            if there is None:
+                self.ram.note(False)
+            else:
+                self.ram.pin(version)
+        if there is None:
+            found = self._read(version, models)
+        try:
+            yield found, there is not None
+        finally:
+            with self.lock:
+                if version in self.ram:
+                    self.ram.unpin(version)
+
+    def _read(self, version: Version, models: Models | None) -> PackedAdapter | None:
+        """Read a file into the tier of packed adapters, pinned; or map it, where there is no room for its bytes."""
+        if version.path.is_dir():
+            return self._keep(version, _of_peft(models, version, *read_peft_folder(version.path)))
+        has_room = self._reserve_ram(version, version.size)
+        try:
+            memory: list[HostMemory] = []
+
+            def read(file: Path) -> Bytes:
+                memory[:] = [HostMemory(version.size, self._pin_for)]
+                return memory[0].fill(file)
+
+            source = str(version.path)
+            tensors, metadata, content = open_safetensors(version.path, read if has_room else mapped)
+            if is_peft_state_dict(tensors):
+                with self.lock:
+                    self.ram.release(version)
+                    self._peft[version.name] = version._replace(model=0)
+                if not version.model:
+                    return None  # nothing to keep: the version is another for each model
+                return self._keep(version, _of_peft(models, version, tensors))
+            check = self._intact.get(version.name) != version
+            found = packed(tensors, metadata, source, content, memory[0] if memory else None, check=check)
+        except BaseException:
+            with self.lock:
+                self.ram.release(version)
+            raise
+        with self.lock:
+            if has_room and self.ram.put(version, found, found.nbytes):
+                self.ram.pin(version)
+        return found
+
+    def _keep(self, version: Version, found: PackedAdapter | None) -> PackedAdapter | None:
+        """Keep a packed adapter whose size was not known before, pinned, if there is room."""
+        if found is not None and self._reserve_ram(version, found.nbytes):
+            with self.lock:
+                self.ram.put(version, found, found.nbytes)
+                self.ram.pin(version)
+        return found
+
+    def _reserve_ram(self, version: Version, nbytes: int) -> bool:
+        """Reserve room for packed bytes; what leaves for it is given back when this returns."""
+        with self.lock:
+            left = self.ram.reserve(version, nbytes, lambda *_: True)
+        return left is not None  # not before the lock is free: unpinning memory may wait for the GPU
+
+
+def _of_peft(
+    models: Models | None, version: Version, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> PackedAdapter | None:
+    """What PEFT's SHiRA tuner wrote, packed as one of ours for the models."""
+    source = str(version.path)
+    return None if models is None else pack(decode_peft_for(models, tensors, source, metadata), source)
+
+
+def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool]) -> None:
+    for key, item in tier:
+        if not tier.pinned(key) and leaves(key, item):
+            tier.drop(key)

@@ -1,0 +1,318 @@
+"""Mask families: which entries of each weight an adapter may change.
+
+P below is "Sparse High Rank Adapters", https://arxiv.org/abs/2406.13175 (section 3.1 and appendix B).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.adapters.delta import SparseDelta, check_indices
+from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
+from shira_diffusers.masks.calibration import Calibration, gradient_magnitudes
+from shira_diffusers.seeds import seeded
+from shira_diffusers.weights.targets import DEFAULT_TARGETS, Targets, require_modules, select
+
+BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class MaskContext:
+    """What a mask family may use beside the weight.
+
+    Args:
+        generator: a CPU generator seeded by (seed, parameter name); the only source of randomness to use.
+        blocked: bool ``[numel]`` on the weight's device, True where an entry must not be used; None if all are free.
+        gradient: float32 of the weight's shape, the gradient's magnitude summed over the calibration set; None
+            without calibration.
+    """
+
+    generator: torch.Generator
+    blocked: Tensor | None
+    gradient: Tensor | None
+
+
+class HasDeltas(Protocol):
+    """Anything with named deltas: a ``ShiraAdapter``."""
+
+    @property
+    def deltas(self) -> Mapping[str, SparseDelta]: ...
+
+
+MaskFamily = Callable[[Tensor, int, MaskContext], Tensor]
+"""``family(weight, count, context) -> int64 [nnz]``: flat row-major indices, in any order, about ``count`` of them."""
+
+
+def _top(score: Tensor, count: int, context: MaskContext) -> Tensor:
+    """The ``count`` entries of the highest score, ties to the lowest index."""
+    flat = score.flatten().float()
+    if context.blocked is not None:
+        flat = flat.masked_fill(context.blocked[: flat.numel()], -torch.inf)
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=flat.device)
+    threshold = torch.topk(flat, count, sorted=True).values[-1]
+    above = (flat > threshold).nonzero().flatten()
+    level = (flat == threshold).nonzero().flatten()[: count - above.numel()]
+    return torch.cat([above, level])
+
+
+def rand(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """A uniformly random subset of exactly ``count`` entries (P 3.1, SHiRA-Rand)."""
+    return _draw(weight.numel(), count, context).to(weight.device)
+
+
+def _draw(numel: int, count: int, context: MaskContext) -> Tensor:
+    """``count`` distinct free positions below ``numel``, uniform; costs O(count) where few are blocked."""
+    blocked = None if context.blocked is None else context.blocked.cpu()
+    free = numel if blocked is None else numel - int(blocked.sum())
+    if count * 4 > free:  # rejection would run long: shuffle what is free
+        pool = torch.arange(numel, device="cpu") if blocked is None else (~blocked).nonzero().flatten()
+        return pool[torch.randperm(pool.numel(), generator=context.generator, device="cpu")[:count]]
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
+    while drawn.numel() < count:
+        more = torch.randint(numel, (count + count // 8 + 16,), generator=context.generator, device="cpu")
+        if blocked is not None:
+            more = more[~blocked[more]]
+        drawn = torch.cat([drawn, more]).unique()
+    return drawn[torch.randperm(drawn.numel(), generator=context.generator, device="cpu")[:count]]
+
+
+def wm(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """The ``count`` entries of the largest magnitude (P 3.1, SHiRA-WM)."""
+    return _top(weight.float().abs(), count, context)
+
+
+def _gradient_of(context: MaskContext) -> Tensor:
+    if context.gradient is None:
+        raise ShiraError("the grad and snip masks need calibration=, got None: pass losses or gradients")
+    return context.gradient
+
+
+def grad(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """The ``count`` entries of the largest gradient magnitude, summed over a calibration set (P 3.1, SHiRA-Grad)."""
+    return _top(_gradient_of(context), count, context)
+
+
+def snip(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """The ``count`` entries of the largest ``abs(weight * gradient)`` (P 3.1, SHiRA-SNIP)."""
+    return _top(weight.float().abs() * _gradient_of(context).to(weight.device), count, context)
+
+
+def struct(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """Every f-th column and the diagonal, f set by ``count`` (P 3.1, SHiRA-Struct).
+
+    Whole columns alone are of rank 1; the diagonal makes the delta of high rank. At most ``count`` entries, unless
+    the diagonal alone has more. The first column is drawn at random, so adapters of other seeds are offset.
+    Columns, not rows: only the selected inputs of a layer are needed to train them. GPT-2's Conv1D stores (in, out):
+    there ``struct_rows`` selects inputs.
+    """
+    return _lines(weight, count, context, rows=False)
+
+
+def struct_rows(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """Every f-th row and the diagonal: ``struct`` for rows (P 3.1, SHiRA-Struct)."""
+    return _lines(weight, count, context, rows=True)
+
+
+def _lines(weight: Tensor, count: int, context: MaskContext, *, rows: bool) -> Tensor:
+    height, width = weight.shape[0], weight[0].numel()  # (out, in), (out, in, kh, kw) -> (out, in * kh * kw)
+    lines, length = (height, width) if rows else (width, height)
+    diagonal = min(height, width)
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=weight.device)
+    # The diagonal crosses each line once where there are as many lines as its entries, else only some of them.
+    crossed = 1 if lines == diagonal else 0
+    kept = min(lines, max(0, (count - diagonal) // max(1, length - crossed)))
+    blocked = None if context.blocked is None else context.blocked.view(height, width).cpu()
+    chosen = _spaced(lines, kept, context.generator, None if blocked is None else blocked.sum(1 if rows else 0))
+    step = torch.arange(diagonal, device="cpu")
+    shift = 0 if blocked is None else _free_shift(blocked, diagonal)
+    mask = torch.zeros(height, width, dtype=torch.bool, device="cpu")
+    mask[step % height, (step + shift) % width] = True
+    if rows:
+        mask[chosen] = True
+    else:
+        mask[:, chosen] = True
+    if blocked is not None:
+        mask &= ~blocked
+    return mask.flatten().nonzero().flatten().to(weight.device)
+
+
+def _spaced(lines: int, kept: int, generator: torch.Generator, used: Tensor | None) -> Tensor:
+    """``kept`` line numbers, evenly spaced, from a random start; where some are in use, from the freest start."""
+    if kept == 0:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    spread = torch.arange(kept, device="cpu") * lines // kept
+    stride = max(1, lines // kept)
+    start = int(torch.randint(stride, (1,), generator=generator, device="cpu"))
+    if used is not None:
+        cost = torch.stack([used[(spread + (start + s) % stride) % lines].sum() for s in range(stride)])
+        start = (start + int(cost.argmin())) % stride
+    return (spread + start) % lines
+
+
+def _free_shift(blocked: Tensor, diagonal: int) -> int:
+    """The cyclic shift of the diagonal that meets the fewest blocked entries."""
+    height, width = blocked.shape
+    step = torch.arange(diagonal, device="cpu")
+    best, fewest = 0, diagonal + 1
+    for shift in range(width):
+        met = int(blocked[step % height, (step + shift) % width].sum())
+        if met < fewest:
+            best, fewest = shift, met
+        if met == 0:
+            break
+    return best
+
+
+def block(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """Aligned runs of 32 entries, those of the largest summed magnitude.
+
+    Runs are copied, not scattered, so switching is several times faster; ``round(count / 32)`` runs, at least one
+    where the weight has one. Ours, after the block-sparse habit of hardware.
+    """
+    runs = weight.numel() // BLOCK
+    score = weight.flatten()[: runs * BLOCK].float().abs().view(runs, BLOCK).sum(1)
+    return _runs(_top(score, _run_count(runs, count), _run_context(runs, context)))
+
+
+def block_rand(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """Aligned runs of 32 entries, uniformly random ones; see ``block``."""
+    runs = weight.numel() // BLOCK
+    return _runs(_draw(runs, _run_count(runs, count), _run_context(runs, context)).to(weight.device))
+
+
+def _run_count(runs: int, count: int) -> int:
+    return min(runs, max(1, round(count / BLOCK))) if count else 0
+
+
+def _run_context(runs: int, context: MaskContext) -> MaskContext:
+    blocked = context.blocked
+    if blocked is not None:
+        blocked = blocked[: runs * BLOCK].view(runs, BLOCK).any(1)
+    return MaskContext(context.generator, blocked, None)
+
+
+def _runs(starts: Tensor) -> Tensor:
+    return (starts[:, None] * BLOCK + torch.arange(BLOCK, device=starts.device)).flatten()
+
+
+FAMILIES: dict[str, MaskFamily] = {
+    "struct": struct,
+    "struct_rows": struct_rows,
+    "rand": rand,
+    "wm": wm,
+    "grad": grad,
+    "snip": snip,
+    "block": block,
+    "block_rand": block_rand,
+}
+_EXACT = {"rand", "wm", "grad", "snip"}
+_CALIBRATED = {"grad", "snip"}
+
+
+def build_masks(
+    model: nn.Module | Mapping[str, nn.Module],
+    family: str | MaskFamily,
+    density: float = 0.02,
+    targets: Targets = DEFAULT_TARGETS,
+    *,
+    seed: int = 0,
+    calibration: Calibration | None = None,
+    avoid: Iterable[HasDeltas] = (),
+) -> dict[str, Tensor]:
+    """Choose the entries that an adapter trains, a mask a weight.
+
+    Args:
+        model: a module, or ``{component: module}``; then names begin with the component, as in files.
+        family: a name in ``FAMILIES``, or a function ``(weight, count, context) -> flat indices``.
+        density: fraction of each weight's entries, in (0, 1].
+        targets: which weights, see ``targets.select``.
+        seed: masks are drawn for each (seed, parameter name), so same-shaped layers do not share one; the global
+            random state is neither read nor changed.
+        calibration: for ``grad`` and ``snip``: an iterable of scalar losses or of functions that return one, each
+            back-propagated when its turn comes, or a mapping of parameter name to gradient.
+        avoid: adapters whose entries must not be used again.
+
+    Returns:
+        ``{name: int64 [nnz]}``, sorted, on the weight's device. ``nnz`` is ``round(density * numel)`` for rand, wm,
+        grad and snip; whole runs of 32 for block; whole columns and the diagonal for struct.
+
+    Raises:
+        ShiraError: a pipeline (name the components to train), unknown family, density out of range, or grad and snip
+            without calibration.
+        AdapterMismatchError: targets that match nothing, gradients missing, or too few entries left by ``avoid``.
+    """
+    require_modules(model, "a module or {component: module}", 'build_masks({"unet": pipe.unet}, ...)')
+    chosen = FAMILIES.get(family) if isinstance(family, str) else family
+    if chosen is None:
+        raise ShiraError(f"unknown mask family {family!r}, expected one of {', '.join(FAMILIES)} or a function")
+    if not 0.0 < density <= 1.0:
+        raise ShiraError(f"density must be in (0, 1], got {density}; 0.01 to 0.02 is usual")
+    weights = select(model, targets)
+    if family in _CALIBRATED and calibration is None:
+        raise ShiraError(f"the {family!r} mask needs calibration=, got None: pass losses or gradients")
+    gradients = {} if calibration is None else gradient_magnitudes(model, weights, calibration)
+    avoided = list(avoid)
+    masks: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for name, weight in weights.items():
+        context = MaskContext(seeded(seed, name), _blocked(name, weight, avoided), gradients.get(name))
+        count = round(density * weight.numel())
+        problem = _shortage(family, count, weight, context.blocked)
+        if problem is None:
+            masks[name] = chosen(weight, count, context).long().sort().values
+            problem = _violation(family, count, masks[name], weight, context.blocked)
+        if problem:
+            problems.append(f"{name}: {problem}")
+    if problems:
+        raise AdapterMismatchError(
+            f"cannot build {family!r} masks of density {density:g} for "
+            f"{counted(len(problems), 'weight', of=len(weights))}; "
+            f"lower the density, avoid fewer adapters or mend the family:{listing(problems)}"
+        )
+    return masks
+
+
+def _blocked(name: str, weight: Tensor, avoid: list[HasDeltas]) -> Tensor | None:
+    taken = [adapter.deltas[name] for adapter in avoid if name in adapter.deltas]
+    if not taken:
+        return None
+    blocked = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    for delta in taken:
+        blocked[delta.indices.long().to(weight.device)] = True
+    return blocked
+
+
+def _shortage(family: str | MaskFamily, count: int, weight: Tensor, blocked: Tensor | None) -> str | None:
+    if weight.is_meta:
+        return "the weight is on the meta device, expected real values; load or onload it first"
+    if blocked is None:
+        return None
+    if family in ("block", "block_rand"):
+        runs = weight.numel() // BLOCK
+        free, unit = int((~blocked[: runs * BLOCK].view(runs, BLOCK).any(1)).sum()), "run"
+        needed = _run_count(runs, count)
+    else:
+        free, needed, unit = int((~blocked).sum()), count, "entry"
+    if family in _EXACT | {"block", "block_rand"} and free < needed:
+        size = f" of {BLOCK}" if unit == "run" else ""
+        return f"{counted(needed, unit)}{size} needed, {free:,} left free"
+    return None
+
+
+def _violation(
+    family: str | MaskFamily, count: int, mask: Tensor, weight: Tensor, blocked: Tensor | None
+) -> str | None:
+    wrong = check_indices(mask, weight.numel())
+    if wrong:
+        return wrong
+    if family in _EXACT and mask.numel() != count:
+        return f"{counted(mask.numel(), 'entry')} chosen, expected {count:,}; does the weight hold NaN?"
+    if blocked is not None and bool(blocked[mask].any()):
+        taken = int(blocked[mask].sum())
+        return f"{counted(taken, 'entry')} {verb(taken, 'belongs', 'belong')} to avoided adapters"
+    return None

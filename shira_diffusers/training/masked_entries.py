@@ -1,0 +1,86 @@
+"""The trained entries of many weights, read and written as one float32 tensor."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.weights.scatter import flat_view, physical
+from shira_diffusers.weights.sites import Each, Key, Sites, find, key_of, sites_of
+
+
+class _Group(NamedTuple):
+    """Entries of the weights of one dtype: ``places``, int64, are theirs among all entries, None for all of them."""
+
+    dtype: torch.dtype
+    places: Tensor | None
+    sites: Sites
+
+
+class Entries:
+    """Entries of weights, end to end; the weights may be cast or moved between two calls.
+
+    Args:
+        weights: parameters on one device.
+        sizes: how many entries each weight has.
+        indices: int32 or int64 ``[nnz]`` on the device, flat row-major in each weight.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], sizes: Sequence[int], indices: Tensor) -> None:
+        self._weights, self._sizes, self._indices = weights, list(sizes), indices
+        self._key: Key | None = None
+        self._groups: list[_Group] = []
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """float32 ``[nnz]``, exact for float32, float16 and bfloat16 weights."""
+        values = torch.empty(self._indices.numel(), device=self._indices.device)
+        for _, places, sites in self._located():
+            if places is None:
+                return sites.read().float()
+            values[places] = sites.read().float()
+        return values
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Write float32 ``[nnz]``, rounded to each weight's dtype; one cast for all weights of a dtype."""
+        for dtype, places, sites in self._located():
+            if isinstance(sites, Each):  # kernels want int64: one cast for all weights, kept for this write only
+                sites = replace(sites, indices=sites.indices.long())
+            sites.write((values if places is None else values[places]).to(dtype))
+        torch.autograd.graph.increment_version(self._weights)  # a backward that needs the old values must fail
+        torch.clear_autocast_cache()  # an enclosing autocast region keeps casts of the weights as they were
+
+    def _located(self) -> list[_Group]:
+        """Where the entries lie; looked for again only when a weight was cast or moved."""
+        key = key_of(self._weights)
+        if key != self._key:
+            self._groups.clear()
+            dtypes = list(dict.fromkeys(weight.dtype for weight in self._weights))
+            self._groups = [self._group(dtype) for dtype in dtypes] if len(dtypes) > 1 else [self._all(dtypes[0])]
+            self._key = key
+        return self._groups
+
+    def _all(self, dtype: torch.dtype) -> _Group:
+        return _Group(dtype, None, _sites(self._weights, self._sizes, self._indices))
+
+    def _group(self, dtype: torch.dtype) -> _Group:
+        own = [number for number, weight in enumerate(self._weights) if weight.dtype == dtype]
+        parts = torch.arange(self._indices.numel(), device=self._indices.device).split(self._sizes)
+        places = torch.cat([parts[n] for n in own])
+        weights, sizes = [self._weights[n] for n in own], [self._sizes[n] for n in own]
+        return _Group(dtype, places, _sites(weights, sizes, self._indices[places]))
+
+
+def _sites(weights: Sequence[nn.Parameter], sizes: list[int], indices: Tensor) -> Sites:
+    found = find(weights, sizes, indices)
+    if found is not None:
+        return sites_of(weights, sizes, indices, found)
+    if all(weight.is_contiguous() for weight in weights):
+        return Each(weights, sizes, indices)
+    # strides are looked at once: weights are addressed in storage order from here on
+    parts = zip(weights, indices.split(sizes), strict=True)
+    places = torch.cat([physical(own, weight).to(indices.dtype) for weight, own in parts])
+    return Each([flat_view(weight.detach()) for weight in weights], sizes, places)

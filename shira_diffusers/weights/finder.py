@@ -1,0 +1,372 @@
+"""Find every tensor that holds a named weight now: the parameter, its fused copies, its offloaded original.
+
+This module only looks; what it returns is written by ``resident``. compat notes are in docs/compatibility.md.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from shira_diffusers.errors import AdapterMismatchError, ResidentStateError
+from shira_diffusers.weights.scatter import is_byte_dtype, is_dense
+from shira_diffusers.weights.targets import FUSED_COPIES, WRAPPERS
+
+# Where `fuse_qkv_projections` copies a projection to: the copies, and the projections before it in each.
+_FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
+    name: [(copy, parts[: parts.index(name)]) for copy, parts in FUSED_COPIES.items() if name in parts]
+    for name in {name for parts in FUSED_COPIES.values() for name in parts}
+}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Holder(NamedTuple):
+    """A tensor that holds a weight, row-major from ``offset`` entries on."""
+
+    tensor: Tensor
+    offset: int = 0
+
+
+class Located(NamedTuple):
+    """A weight of a module by the module's own name, and every tensor that holds it, first the weight itself."""
+
+    name: str
+    holders: tuple[Holder, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The live weight (the stored one, where accelerate has offloaded it)."""
+        return self.holders[0].tensor
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for two names of one tied weight."""
+        weight = self.weight
+        return (weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride())
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself, out of ``torch.compile``, DDP, ``get_peft_model`` and the like."""
+    while True:
+        parallel = type(module).__name__ in ("DistributedDataParallel", "DataParallel")
+        inner = module._modules.get("module" if parallel else "_orig_mod")
+        if inner is None and hasattr(type(module), "get_base_model"):  # PeftModel
+            inner = module.get_base_model()  # type: ignore[operator]
+        if inner is None:
+            return module
+        module = inner
+
+
+class _Plain(NamedTuple):
+    """A weight that is nothing but a contiguous parameter of its layer, and where it was; keeps nothing alive."""
+
+    name: str
+    layer: ref[nn.Module]
+    leaf: str
+    address: int
+    dtype: torch.dtype
+
+    def locate(self) -> Located | None:
+        """The weight, if it still is where it was."""
+        layer = self.layer()
+        parameter = None if layer is None else layer.__dict__["_parameters"].get(self.leaf)
+        if (
+            type(parameter) is nn.Parameter
+            and parameter.data_ptr() == self.address
+            and parameter.dtype == self.dtype
+            and parameter.is_contiguous()
+        ):
+            return Located(self.name, (Holder(parameter.data),))
+        return None
+
+
+class Locator:
+    """Resolves names in one module. What it has found of plain weights it looks at again, not for again.
+
+    Args:
+        module: the component, compiled or not.
+
+    Raises:
+        ResidentStateError: group-offloaded to disk.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        # no layer and no weight is kept alive, so that they go as soon as their user drops or moves them
+        self._model, self._top = ref(module), ref(unwrap(module))
+        self._modules: dict[str, ref[nn.Module]] = {}
+        self._seen: list[tuple[ref[nn.Module], int, tuple[int, ...]]] = []
+        self._plain: dict[str, _Plain] = {}
+        self._compiled = [self._model] if _is_compiled(module.__dict__) else []
+        self._offloaded: dict[int, Tensor] = {}
+        self._hooked = False
+        self._walk()
+
+    @property
+    def _root(self) -> nn.Module:
+        root = self._top()
+        assert root is not None  # whoever asks holds it
+        return root
+
+    def _walk(self) -> None:
+        """Look at each module once: its path (without wrappers), whether it is compiled or offloaded in a group."""
+        left = [("", self._root)]
+        while left:
+            path, module = left.pop()
+            own = module.__dict__  # read past nn.Module.__getattr__, which is slow for what is not there
+            this = ref(module)
+            self._modules.setdefault(path, this)  # a wrapper comes before what it wraps
+            self._seen.append((this, len(own), tuple(map(id, own["_modules"].values()))))
+            if "_diffusers_hook" in own:
+                self._hooked = True
+                self._offloaded |= _group_offloaded(module, own["_diffusers_hook"])
+            if _is_compiled(own):
+                self._compiled.append(this)
+            for name, child in own["_modules"].items():
+                if child is not None:
+                    inside = path if name in WRAPPERS else f"{path}.{name}" if path else name
+                    left.append((inside, child))
+
+    def _at(self, path: str) -> nn.Module | None:
+        found = self._modules.get(path)
+        return None if found is None else found()
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether a new locator of a module would see the same layers: none added or replaced, none hooked since.
+
+        Compiling, hooks and offloading add attributes to a layer; its weights may be others, which ``locate`` sees.
+        """
+        if self._hooked or module is not self._model():
+            return False
+        for layer, attributes, children in self._seen:  # one plain loop: at each switch over all layers
+            found = layer()
+            if found is None:
+                return False
+            own = found.__dict__
+            now = own["_modules"]
+            if len(own) != attributes or len(now) != len(children):
+                return False
+            if now and tuple(map(id, now.values())) != children:  # all alive, so that ids tell them apart
+                return False
+        return True
+
+    def require_not_frozen(self) -> None:
+        """Refuse a model that inductor has compiled with freezing: its graph holds copies of the weights.
+
+        Raises:
+            ResidentStateError: compiled with ``freezing``.
+        """
+        if not self._compiled:
+            return
+        from torch._inductor import config  # slow to import, and only needed where something is compiled
+
+        options = [option for module in self._compiled for option in _compile_options(module())]
+        if config.freezing or any(option.get("freezing") for option in options):
+            raise ResidentStateError(
+                f"{type(self._root).__name__} is compiled with inductor's freezing, which copies the weights into the "
+                "graph: overwriting them has no effect; compile with torch._inductor.config.freezing = False"
+            )
+
+    def locate(self, name: str) -> Located:
+        """Find the weight ``name`` and all that holds it.
+
+        Raises:
+            AdapterMismatchError: no such parameter.
+            ResidentStateError: the weight cannot be overwritten: quantized, parametrized, sharded, merged with a
+                LoRA, kept on disk, or fused by inductor's freezing.
+        """
+        known = self._plain.get(name)
+        return (known and known.locate()) or self._find(name)
+
+    def _find(self, name: str) -> Located:
+        path, _, leaf = name.rpartition(".")
+        path, parent, owner = self._owner(path, name)
+        parameter = owner._parameters.get(leaf)
+        if parameter is None:
+            raise self._missing_or_unusable(owner, leaf, name)
+        if parent is not owner:
+            _require_unmerged(parent, path)
+        weight = self._stored(owner, leaf, parameter, name)
+        _require_plain(parameter, weight, name)
+        holders = [Holder(weight)]
+        original = self._offloaded.get(id(parameter))
+        if original is not None and original.data_ptr() != weight.data_ptr():
+            holders.append(Holder(original))
+        if path.rpartition(".")[2] in _FUSED:
+            holders += self._fused_copies(path, leaf, weight)
+        located = Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
+        if parent is owner and len(holders) == 1 and not parameter.is_meta:
+            self._plain[name] = _Plain(located.name, ref(owner), leaf, weight.data_ptr(), weight.dtype)
+        return located
+
+    def layer(self, name: str) -> nn.Module:
+        """The layer of a parameter, however it holds its values; under PEFT the layer that is wrapped.
+
+        Raises:
+            AdapterMismatchError: no such layer.
+        """
+        return self._owner(name.rpartition(".")[0], name)[2]
+
+    def module(self, path: str) -> nn.Module | None:
+        """The module at a path without wrappers, itself out of its wrappers."""
+        found = self._at(path)
+        return None if found is None else unwrap(found)
+
+    def _owner(self, path: str, name: str) -> tuple[str, nn.Module, nn.Module]:
+        """The layer's path, the layer as found and the one that owns the parameter, which differ under PEFT."""
+        found = self._at(path)
+        if found is None:
+            # transformers 5.6 dropped `text_model.` from CLIPTextModel; files may have it or not
+            path = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
+            found = self._at(path)
+        if found is None:
+            raise AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")
+        owner = unwrap(found)
+        while (base := owner._modules.get("base_layer")) is not None:
+            owner = base
+        return path, found, owner
+
+    def _missing_or_unusable(self, owner: nn.Module, leaf: str, name: str) -> Exception:
+        if parametrize.is_parametrized(owner, leaf):
+            return ResidentStateError(
+                f"{name} is parametrized (torch.nn.utils.parametrize): its weight is computed, expected a plain "
+                "parameter; remove the parametrization first"
+            )
+        if getattr(owner, leaf, None) is not None:
+            return ResidentStateError(_quantized_message(name, type(owner).__name__, "a computed weight"))
+        return AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")
+
+    def _stored(self, owner: nn.Module, leaf: str, parameter: nn.Parameter, name: str) -> Tensor:
+        """The tensor that keeps the weight: the parameter's own, or what accelerate's hook keeps for it."""
+        if not parameter.is_meta:
+            return parameter.data
+        for hook in _accelerate_hooks(owner):
+            weights: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
+            if weights is None:
+                continue
+            first, again = weights[leaf], weights[leaf]
+            if first.data_ptr() == again.data_ptr() and not first.is_meta:
+                return first
+            raise ResidentStateError(
+                f"{name} is offloaded to disk: writing to it has no effect; offload to the CPU instead "
+                "(enable_model_cpu_offload or enable_sequential_cpu_offload), or bring the weights back with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+        raise ResidentStateError(f"{name} is on the meta device: it has no values; load the model's weights first")
+
+    def _fused_copies(self, path: str, leaf: str, weight: Tensor) -> list[Holder]:
+        attention_path, _, projection = path.rpartition(".")
+        attention = self.module(attention_path)
+        assert attention is not None  # it holds the projection
+        holders = []
+        for fused, before in _FUSED[projection]:
+            layer = attention._modules.get(fused)
+            copied = layer._parameters.get(leaf) if isinstance(layer, nn.Module) else None
+            if layer is None or copied is None:
+                continue
+            rows = sum(_out_features(attention, name) for name in before)
+            stored = self._stored(layer, leaf, copied, f"{attention_path}.{fused}.{leaf}")
+            holders.append(Holder(stored, rows * weight.shape[1:].numel()))
+        return holders
+
+
+_locators: WeakKeyDictionary[nn.Module, Locator] = WeakKeyDictionary()
+
+
+def locator_of(module: nn.Module) -> Locator:
+    """A locator of a module, compiled or not: the last one, as long as it is true. For one thread at a time.
+
+    Raises:
+        ResidentStateError: as ``Locator``.
+    """
+    root = unwrap(module)
+    found = _locators.get(root)
+    if found is None or not found.is_current(module):
+        found = _locators[root] = Locator(module)
+    return found
+
+
+def locator_beside(root: nn.Module) -> Locator:
+    """A locator of an unwrapped module of which the caller holds no lock: the last one if it is true, else a new one.
+
+    Raises:
+        ResidentStateError: as ``Locator``.
+    """
+    found = _locators.get(root)
+    model = None if found is None else found._model()
+    return found if found is not None and model is not None and found.is_current(model) else Locator(root)
+
+
+def _out_features(attention: nn.Module, projection: str) -> int:
+    layer = attention._modules[projection]
+    assert layer is not None  # it was fused, so it is there
+    while (base := layer._modules.get("base_layer")) is not None:
+        layer = base
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight.shape[0]
+
+
+def _accelerate_hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return []
+    return list(getattr(hook, "hooks", [hook]))
+
+
+def _group_offloaded(module: nn.Module, registry: Any) -> dict[int, Tensor]:
+    """``id(parameter) -> its CPU copy``, where a module is under diffusers' group offloading with a stream."""
+    hook = registry.get_hook("group_offloading")
+    if hook is None:
+        return {}
+    if getattr(hook.group, "offload_to_disk_path", None) is not None:
+        raise ResidentStateError(
+            f"{type(module).__name__} is group-offloaded to disk: writing to its weights has no effect; "
+            "apply group offloading without offload_to_disk_path"
+        )
+    copies = getattr(hook.group, "cpu_param_dict", None) or {}
+    return {id(parameter): copy for parameter, copy in copies.items()}
+
+
+def _require_unmerged(found: nn.Module, path: str) -> None:
+    merged = getattr(found, "merged_adapters", None)
+    if getattr(found, "merged", False) or merged:
+        raise ResidentStateError(
+            f"{path} has a LoRA fused into its weight ({', '.join(merged or [])}): one of the two would be lost; "
+            "call unfuse_lora() first, or use the LoRA unfused"
+        )
+
+
+def _quantized_message(name: str, kind: str, got: str) -> str:
+    return (
+        f"{name} of {kind} is {got}, expected a plain float32, float16 or bfloat16 parameter; "
+        "a quantized base cannot be overwritten: load this component without a quantization_config, "
+        "apply the adapter to the unquantized model and bake it (bake_shira) before you quantize, "
+        "or run the adapter beside it (shira_diffusers.attention.set_shira_attn_processors)"
+    )
+
+
+def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
+    odd = next((t for t in (weight, parameter) if type(t) not in (Tensor, nn.Parameter)), None)
+    if odd is not None:
+        raise ResidentStateError(_quantized_message(name, "this model", f"a {type(odd).__name__}"))
+    if weight.dtype not in _FLOATS and not is_byte_dtype(weight.dtype):
+        raise ResidentStateError(_quantized_message(name, "this model", str(weight.dtype)))
+    if weight.layout != torch.strided or not (weight.is_contiguous() or is_dense(weight)):
+        raise ResidentStateError(f"{name} is not a dense strided tensor; make it contiguous first")
+
+
+def _is_compiled(own: Mapping[str, Any]) -> bool:
+    """Whether a module, given by its ``__dict__``, or its forward alone, is compiled."""
+    in_place = own.get("_compiled_call_impl") is not None or hasattr(own.get("forward"), "get_compiler_config")
+    return in_place or "_orig_mod" in own["_modules"]
+
+
+def _compile_options(module: nn.Module | None) -> Iterator[Mapping[str, Any]]:
+    """What a module, its call or its forward is compiled with; a backend other than inductor has none."""
+    for compiled in (module, *(getattr(module, name, None) for name in ("_compiled_call_impl", "forward"))):
+        options = getattr(compiled, "get_compiler_config", None)
+        if options is not None:
+            yield options() or {}

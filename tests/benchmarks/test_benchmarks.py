@@ -1,0 +1,90 @@
+"""Each benchmark runs on toys, and its own assertions on the results hold."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPTS = ("overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "size")
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What a script writes."""
+    out = tmp_path / "figures.json"
+    options = ["--toy", "--models", "SD 1.5", "--out", str(out)]
+    if request.param != "size":  # which is the same on every device
+        options += ["--device", "cpu", "--budget", "600"]
+    monkeypatch.setattr(sys, "argv", [request.param, *options])
+    importlib.import_module(f"benchmarks.scripts.{request.param}").main()
+    return json.loads(out.read_text())["rows"]
+
+
+@pytest.mark.parametrize("rows", SCRIPTS, indirect=True)
+def test_no_case_fails(rows: list[dict[str, Any]]) -> None:
+    assert len(rows) > 1
+    assert not [row for row in rows if "failed" in row or "skipped" in row]
+    moved = [row for row in rows if row.get("switches")]
+    assert all(row["recompiles"] == row["recaptures"] == 0 and row["graphs"] for row in moved)
+
+
+def test_a_case_that_fails_or_comes_too_late_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.models import Run, options
+
+    args = options("").parse_args(["--device", "cpu", "--toy", "--out", str(tmp_path / "figures.json")])
+    run = Run("some", args)
+
+    def fail() -> dict[str, Any]:
+        raise ValueError("no such layer")
+
+    assert run.case(fail, method="other")["failed"] == "ValueError: no such layer"
+    run.until = 0
+    assert "skipped" in run.case(dict, method="late")
+    assert len(json.loads(args.out.read_text())["rows"]) == 2
+
+
+def test_a_compiled_unet_that_does_not_follow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.models import options
+    from benchmarks.scripts import compiled
+
+    def stale(module: Any, inputs: Any) -> Any:
+        first: list[Any] = []
+
+        def run(*args: Any) -> Any:
+            first.extend([] if first else [module(*args)])
+            return first[0]
+
+        return run
+
+    monkeypatch.setattr(compiled, "compile_unet", lambda unet, case: unet.compile(backend=stale))
+    with pytest.raises(AssertionError, match="move 1 does not reach the compiled UNet"):
+        compiled.measure(compiled.TOY_CASES[0], options("").parse_args(["--device", "cpu", "--toy"]))
+
+
+def test_captures_of_cuda_graphs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.scripts.compiled import captures
+
+    called = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", lambda self, pool: called.append(pool), raising=False)
+    before = torch.cuda.CUDAGraph.capture_begin
+    with captures() as counted:
+        torch.cuda.CUDAGraph.capture_begin(None, "pool")
+    assert (counted["captures"], called) == (1, ["pool"])
+    assert torch.cuda.CUDAGraph.capture_begin is before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("how", "mode"), [("whole", "reduce-overhead"), ("regional", "default")])
+def test_compiled_unets_follow_on_a_gpu(how: str, mode: str) -> None:
+    from benchmarks.models import options
+    from benchmarks.scripts import compiled
+
+    args = options("").parse_args(["--device", "cuda", "--toy"])
+    figures = compiled.measure(compiled.Case("SD 1.5", how, mode, switches=12), args)
+    assert (figures["recompiles"], figures["recaptures"]) == (0, 0)
+    assert (figures["captures"] > 0) == (mode == "reduce-overhead")

@@ -1,0 +1,145 @@
+"""Pages, tables and plots that are made from the figures of benchmarks."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.measure import RESULTS
+from benchmarks.report import files
+from benchmarks.report.bars import Bar, bar_table, counted, reasons
+from benchmarks.report.cells import number, short, size, spread
+from benchmarks.report.page import page
+from benchmarks.report.plots import draw
+from benchmarks.report.results import Figures, largest, ratio, value
+from benchmarks.report.series import PLOTS, digest, panels
+
+ORIGIN = {"date": "2030-01-01", "commit": "abc", "torch": "9", "gpu": None, "processor": "Fast One", "cores": 2}
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], **about: Any) -> Figures:
+    (folder / f"{name}.json").write_text(json.dumps({"origin": ORIGIN, **about, "rows": rows}))
+    return Figures(folder)
+
+
+def took(ms: float, n: int = 5) -> dict[str, float]:
+    return {"median_ms": ms, "p10_ms": ms * 0.9, "p90_ms": ms * 1.1, "n": n}
+
+
+def test_what_comes_from_the_figures_is_not_stale() -> None:
+    assert not files.stale(Figures()), "run python -m benchmarks.report"
+
+
+def test_no_result_is_of_toys() -> None:
+    assert not [path.name for path in RESULTS.glob("*.json") if '"toy": true' in path.read_text()]
+
+
+def test_another_figure_makes_documents_and_plots_stale(tmp_path: Path) -> None:
+    results = shutil.copytree(RESULTS, tmp_path / "results")
+    file = results / "switch_cuda.json"
+    data = json.loads(file.read_text())
+    row = next(row for row in data["rows"] if row.get("family") == "rand" and "resident" in row)
+    row["resident"]["median_ms"] *= 2
+    file.write_text(json.dumps(data))
+    assert files.stale(Figures(results)) == ["benchmarks.md", "README.md", "switch.svg", "switch-dark.svg"]
+    (results / "training.json").unlink()
+    assert "training.md" in files.stale(Figures(results))
+
+
+def test_a_document_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="without its marks"):
+        files.between("# Title", "| a |")
+    assert files.between(f"a\n{files.BEGIN}\nold\n{files.END}\nb", "new") == (
+        f"a\n{files.BEGIN}\n\nnew\n\n{files.END}\nb"
+    )
+
+
+@pytest.mark.parametrize(
+    ("measured", "verdict"), [({"a": took(10), "b": took(5)}, True), ({"a": took(9), "b": took(5)}, False), ({}, None)]
+)
+def test_a_bar_is_read_from_the_rows(tmp_path: Path, measured: dict[str, Any], verdict: bool | None) -> None:
+    figures = write(tmp_path, "some_cpu", [{"model": "M", "limit": 3.0, **measured}])
+    read = ratio(value("some", "cpu", "a", model="M"), value("some", "cpu", "b", model="M"))
+    bar = Bar("a over b", "more", 2, "x", read, "It is slow.", value("some", "cpu", "limit"))
+    assert bar.met(figures) is verdict
+    text = bar_table([bar], figures)
+    assert {True: "| 2x | yes | 3x |", False: "| 1.8x | **no** | 3x |", None: "| not measured |"}[verdict] in text
+    assert list(reasons([bar], figures)) == (["Not reached: a over b. It is slow."] if verdict is False else [])
+    assert counted([bar], figures).startswith(f"{int(verdict is True)} of 1 aims are reached")
+
+
+def test_the_largest_of_all_rows_and_steps(tmp_path: Path) -> None:
+    figures = write(
+        tmp_path, "some_cpu", [{"changed": {"1": 0.0, "10": 0.5}}, {"changed": {"1": 0.1}}, {"skipped": "no"}]
+    )
+    assert largest("some", "cpu", "changed")(figures) == 0.5
+    assert largest("some", "cuda", "changed")(figures) is None
+
+
+def test_scripts_and_keys_that_the_report_does_not_know_are_shown(tmp_path: Path) -> None:
+    rows = [{"method": method, "decode_ms": 1.5, "took_s": 9} for method in ("shira", "lora")]
+    write(tmp_path, "new_thing_cpu", rows, note="twice")
+    write(tmp_path, "fuse_cpu", [{"model": "M", "adapters": 2, "method": "shira", "slider": took(2), "warm_bytes": 10}])
+    text = page(Figures(tmp_path))
+    assert "## New thing\n" in text and "python -m benchmarks.new_thing" in text
+    assert "| Method | Decode, ms |" in text and "commit abc): Twice." in text
+    assert "| Warm, bytes |" in text and "took" not in text.lower()
+
+
+def test_a_cold_start_has_a_row_a_part(tmp_path: Path) -> None:
+    labels = {"model": "M", "method": "library", "family": "rand", "density": 0.01, "entries": 9}
+    rows = [{**labels, "file_bytes": 2000, "read": took(1), "new_part_ms": 2.5, "load_shira": took(4)}]
+    text = page(write(tmp_path, "cold_start_cpu", rows))
+    for line in ("| Part | M, rand, 1 % |", "| The file | 2 kB |", "| New part, ms | 2.50 |"):
+        assert line in text
+    assert "| **Whole: `load_shira`, ms** | 4 (3.60\u20134.40) |" in text
+
+
+def test_what_was_skipped_is_told(tmp_path: Path) -> None:
+    rows = [{"model": "M", "method": "lora", "adapters": n, "skipped": "no time"} for n in (2, 4)]
+    text = page(
+        write(tmp_path, "fuse_cpu", [{"model": "M", "adapters": 2, "method": "shira", "slider": took(2)}, *rows])
+    )
+    assert "Not measured (no time): M, LoRA, 2; M, LoRA, 4." in text
+
+
+def test_no_heading_of_a_table_is_a_raw_key() -> None:
+    text = page(Figures())
+    heads = [
+        line for line, below in zip(text.splitlines(), text.splitlines()[1:], strict=False) if below.startswith("| ---")
+    ]
+    assert len(heads) > 10
+    assert not re.findall(r"\b(p10|p90|median_ms|\w+_ms|took_s)\b", " ".join(heads))
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    from benchmarks.report.page import anchor
+
+    assert anchor("Does 1 % of `a_b.c` change, once?") == "does-1--of-a_bc-change-once"  # as GitHub makes it
+    text = page(Figures())
+    anchors = {anchor(line.removeprefix("## ")) for line in text.splitlines() if line.startswith("## ")}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
+    sources = re.findall(r'(?:srcset|src)="([^"]+)"', text)
+    assert sources and all((files.PLOT_FOLDER.parent / source).is_file() for source in sources)
+
+
+@pytest.mark.parametrize("script", PLOTS)
+def test_plots_are_the_same_bytes_for_the_same_figures(script: str) -> None:
+    shown = panels(script, Figures())
+    assert shown
+    for theme in ("", "-dark"):
+        text = draw(shown, theme)
+        assert text == draw(shown, theme)
+        assert digest(shown) in text
+
+
+def test_numbers_are_short_and_sensible() -> None:
+    assert [number(x) for x in (0, 12345, 1449.5, 54.46, 3.7321, 0.617, 0.0504)] == [
+        "0", "12,345", "1,450", "54.5", "3.73", "0.617", "0.0504",
+    ]  # fmt: skip
+    assert [short(x) for x in (4.5, 1.5, 100.0, 0.2)] == ["4.5", "1.5", "100", "0.2"]
+    assert [size(x) for x in (129, 7_518_637, 2.5e9)] == ["129 B", "7.52 MB", "2.50 GB"]
+    assert spread(took(2, n=1)) == "2" and spread(took(2.5)) == "2.50 (2.25\u20132.75)"

@@ -1,0 +1,98 @@
+"""The quickstart notebook runs from top to bottom, and its pictures differ where they should."""
+
+import io
+import json
+from base64 import b64decode
+from itertools import combinations
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+from PIL import Image, ImageChops
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+ASSETS = ROOT / "assets"
+STEPS = 2
+PROBE = """
+import hashlib, json
+digest = lambda picture: hashlib.sha256(picture.tobytes()).hexdigest()
+print(json.dumps({
+    "base": digest(base), "mix": digest(mix), "fused": digest(fused), "restored": restored,
+    "styled": {name: digest(picture) for name, picture in styled.items()},
+    "sweep": {str(strength): digest(picture) for strength, picture in sweep.items()},
+    "first": first, "part": digest(part), "aside": digest(aside), "left": pipe.list_shira(), "now": digest(draw()),
+}))
+"""
+
+
+def read() -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    """Run all cells in a kernel of this Python; CellExecutionError names the cell that failed."""
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    assert "STEPS = 20" in parameters.source
+    parameters.source = f"STEPS = {STEPS}"
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute()
+
+
+def pictures_of(cell: nbformat.NotebookNode) -> list[Image.Image]:
+    found = [output.data["image/png"] for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})]
+    return [Image.open(io.BytesIO(b64decode(png))) for png in found]
+
+
+def test_the_file_is_clean() -> None:
+    notebook = read()
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+            assert len(cell.source.splitlines()) <= 35, "a cell that nobody reads"
+
+
+@pytest.mark.skipif(
+    not (ASSETS / "emoji-diffusion").is_dir() or len(list((ASSETS / "adapters").glob("*.safetensors"))) < 2,
+    reason="the demo model and its styles (assets/emoji-diffusion, assets/adapters) are not in this checkout",
+)
+def test_it_runs() -> None:
+    """From examples/, where Jupyter starts it."""
+    notebook = read()
+    notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
+    execute(notebook, NOTEBOOK.parent)
+    told = json.loads(notebook.cells[-1].outputs[0].text)
+    styled, sweep = told["styled"], told["sweep"]
+    assert sorted(styled) == sorted(path.stem for path in (ASSETS / "adapters").glob("*.safetensors"))
+    different = [told["base"], told["mix"], *styled.values()]
+    assert len(set(different)) == len(different)
+    assert told["fused"] == told["mix"]
+    assert sweep["0.0"] == told["base"]
+    assert told["first"] == "bluefire", "a style, which shows whatever the prompt"
+    assert sweep["1.0"] == styled[told["first"]]
+    assert told["aside"] == told["base"]
+    assert told["part"] not in (told["base"], styled[told["first"]])
+    assert len(set(sweep.values())) == len(sweep)
+    assert told["restored"] is True
+    assert told["now"] == told["base"]
+    assert told["left"] == {}
+    shown = [picture for cell in notebook.cells for picture in pictures_of(cell)]
+    side = shown[0].width
+    assert [picture.width // side for picture in shown] == [1, 1 + len(styled), 3, len(sweep), 3]
+    for picture in shown[1:]:
+        tiles = [picture.crop((left, 0, left + side, side)) for left in range(0, picture.width, side)]
+        for one, other in combinations(tiles, 2):
+            assert ImageChops.difference(one.convert("RGB"), other.convert("RGB")).getbbox() is not None
+
+
+def test_it_finds_its_files_from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = next(line for cell in read().cells for line in cell.source.splitlines() if line.startswith("ASSETS = "))
+    for folder in (ROOT, ROOT / "examples"):
+        monkeypatch.chdir(folder)
+        scope: dict[str, Path] = {}
+        exec(line, {"Path": Path}, scope)
+        assert scope["ASSETS"].resolve() == ASSETS

@@ -1,0 +1,407 @@
+"""Mask families against slow ones, counts, seeds, what they avoid, and calibration."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers import AdapterMismatchError, ShiraAdapter, ShiraError, SparseDelta, build_masks
+from shira_diffusers.masks.families import BLOCK, FAMILIES, MaskContext, block, struct, struct_rows, wm
+from shira_diffusers.seeds import seeded
+from tests import reference, tiny
+
+DENSITIES = (0.001, 0.01, 0.05, 0.5, 1.0)
+UNSTRUCTURED = ("rand", "wm", "grad", "snip")
+
+
+@pytest.fixture
+def model() -> nn.ModuleDict:
+    """Two layers of one shape, a wide one, a tall one and a convolution."""
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "one": nn.Linear(48, 40),
+            "two": nn.Linear(48, 40),
+            "wide": nn.Linear(120, 16),
+            "tall": nn.Linear(8, 90),
+            "conv": nn.Conv2d(6, 10, 3),
+        }
+    )
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters() if p.ndim > 1}
+
+
+def masks_of(model: nn.Module, family: str | Callable, density: float = 0.05, **options: object) -> dict[str, Tensor]:
+    return build_masks(model, family, density, "all", calibration=gradients(model), **options)
+
+
+def adapter_on(masks: dict[str, Tensor], model: nn.Module) -> ShiraAdapter:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return ShiraAdapter({n: SparseDelta(m, torch.ones(m.numel()), shapes[n]) for n, m in masks.items()})
+
+
+def context_for(weight: Tensor, blocked: Tensor | None = None) -> MaskContext:
+    return MaskContext(seeded(0, "w"), blocked, None)
+
+
+# -------------------------------------------------------------------- what holds for every family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("density", DENSITIES)
+def test_masks_are_sorted_distinct_and_in_range(model: nn.Module, family: str, density: float) -> None:
+    masks = masks_of(model, family, density)
+    assert list(masks) == [f"{name}.weight" for name in model]
+    for name, mask in masks.items():
+        assert mask.dtype == torch.int64
+        assert mask.ndim == 1
+        assert torch.equal(mask, mask.unique())
+        if mask.numel():
+            assert mask[0] >= 0
+            assert mask[-1] < model.get_parameter(name).numel()
+
+
+@pytest.mark.parametrize("family", UNSTRUCTURED)
+@pytest.mark.parametrize("density", DENSITIES)
+def test_counts_are_exact(model: nn.Module, family: str, density: float) -> None:
+    for name, mask in masks_of(model, family, density).items():
+        assert mask.numel() == round(density * model.get_parameter(name).numel()), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_global_random_state_is_neither_read_nor_changed(model: nn.Module, family: str) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = masks_of(model, family, 0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = masks_of(model, family, 0.1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["rand", "block_rand"])
+def test_same_shaped_layers_and_other_seeds_have_other_masks(model: nn.Module, family: str) -> None:
+    masks = masks_of(model, family, 0.1)
+    assert not torch.equal(masks["one.weight"], masks["two.weight"])
+    other = masks_of(model, family, 0.1, seed=1)
+    assert not any(torch.equal(masks[name], other[name]) for name in masks if masks[name].numel() > BLOCK)
+
+
+def test_a_mask_depends_on_seed_and_name_alone(model: nn.Module) -> None:
+    """Not on which other weights are adapted, nor on their order."""
+    whole = build_masks(model, "rand", 0.1, "all", seed=4)
+    one = build_masks(model, "rand", 0.1, ["tall"], seed=4)
+    assert torch.equal(one["tall.weight"], whole["tall.weight"])
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    assert torch.randint(1000, (4,), generator=seeded(0, "unet.a.weight")).tolist() == [879, 422, 511, 74]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_begin_with_the_component(model: nn.Module, family: str) -> None:
+    plain = masks_of(model, family)
+    named = build_masks(
+        {"unet": model},
+        family,
+        0.05,
+        "all",
+        calibration={f"unet.{name}": gradient for name, gradient in gradients(model).items()},
+    )
+    assert list(named) == [f"unet.{name}" for name in plain]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_avoiding_other_adapters(model: nn.Module, family: str) -> None:
+    """No entry twice; a hundred percent apart for any family."""
+    density = 0.12
+    first = adapter_on(masks_of(model, family, density), model)
+    second = adapter_on(masks_of(model, family, density, avoid=[first], seed=7), model)
+    third = masks_of(model, family, density, avoid=[first, second])
+    for name, mask in third.items():
+        for earlier in (first, second):
+            taken = earlier.deltas[name].indices.long()
+            assert not torch.isin(mask, taken).any(), name
+        assert not torch.isin(second.deltas[name].indices.long(), first.deltas[name].indices.long()).any()
+        if family in UNSTRUCTURED:
+            assert mask.numel() == first.deltas[name].nnz
+
+
+@pytest.mark.parametrize("family", UNSTRUCTURED)
+def test_avoiding_up_to_the_last_entry_and_no_further(model: nn.Module, family: str) -> None:
+    first = adapter_on(masks_of(model, family, 0.75), model)
+    rest = masks_of(model, family, 0.25, avoid=[first])
+    for name, mask in rest.items():
+        taken = first.deltas[name].indices.long()
+        assert torch.cat([mask, taken]).sort().values.tolist() == list(range(model.get_parameter(name).numel()))
+    with pytest.raises(
+        AdapterMismatchError, match=r"for 5 of 5 weights[\s\S]*one.weight: 576 entries needed, 480 left"
+    ):
+        masks_of(model, family, 0.3, avoid=[first])
+
+
+def test_avoiding_whole_runs(model: nn.Module) -> None:
+    first = adapter_on(masks_of(model, "rand", 0.3), model)
+    with pytest.raises(AdapterMismatchError, match=r"runs of 32 needed, \d+ left free"):
+        masks_of(model, "block", 0.3, avoid=[first])
+
+
+# -------------------------------------------------------------------- the families
+
+
+def slow_top(score: Tensor, count: int, blocked: set[int]) -> list[int]:
+    """The highest scores, ties to the lowest index, one at a time."""
+    order = sorted((-value, index) for index, value in enumerate(score.flatten().tolist()) if index not in blocked)
+    return sorted(index for _, index in order[:count])
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 50, 96])
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_magnitudes(count: int, ties: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 12)
+    if ties:
+        weight = weight.round()
+    blocked = {3, 4, 5, 90} if count < 92 else set()
+    mask = torch.zeros(96, dtype=torch.bool)
+    mask[list(blocked)] = True
+    chosen = wm(weight, count, context_for(weight, mask if blocked else None))
+    assert chosen.sort().values.tolist() == slow_top(weight.abs(), count, blocked)
+
+
+def test_magnitude_gradient_and_their_product(model: nn.Module) -> None:
+    slopes = gradients(model)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            continue
+        score = {"wm": weight.abs(), "grad": slopes[name].abs(), "snip": (weight * slopes[name]).abs()}
+        for family, expected in score.items():
+            assert masks_of(model, family)[name].tolist() == slow_top(expected, round(0.05 * weight.numel()), set())
+
+
+def test_half_precision_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    for name, mask in masks_of(model, "wm").items():
+        weight = model.get_parameter(name)
+        assert mask.tolist() == slow_top(weight.float().abs(), mask.numel(), set())
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["columns", "rows"])
+@pytest.mark.parametrize("shape", [(40, 48), (16, 120), (90, 8), (10, 6, 3, 3), (64, 64)])
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_struct_is_lines_and_the_diagonal(shape: tuple[int, ...], density: float, rows: bool) -> None:
+    weight = torch.zeros(shape)
+    count = round(density * weight.numel())
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[(struct_rows if rows else struct)(weight, count, context_for(weight))] = True
+    matrix = mask.view(shape[0], -1)
+    height, width = matrix.shape
+    diagonal = min(height, width)
+    assert matrix[torch.arange(diagonal), torch.arange(diagonal)].all()
+    full = matrix.all(1 if rows else 0)
+    rest = matrix.clone()
+    rest[torch.arange(diagonal), torch.arange(diagonal)] = False
+    rest[full if rows else slice(None), slice(None) if rows else full] = False
+    assert not rest.any(), "an entry is in no line and not on the diagonal"
+    length, lines = (width, height) if rows else (height, width)
+    assert mask.sum() <= max(count, diagonal)
+    crossed = int(full[:diagonal].sum()) if lines > diagonal else 0  # the diagonal's share of the lines
+    assert full.sum() == lines or mask.sum() + crossed > max(count, diagonal) - length, "one more line would fit"
+    places = full.nonzero().flatten()
+    if len(places) > 1:
+        steps = places.diff()
+        assert steps.max() - steps.min() <= 1, "lines are not evenly spaced"
+
+
+def test_struct_has_high_rank() -> None:
+    weight = torch.zeros(64, 48)
+    mask = torch.zeros(64 * 48, dtype=torch.bool)
+    mask[struct(weight, 200, context_for(weight))] = True
+    assert reference.mask_rank(mask.view(64, 48)) == 48
+    lines_only = mask.view(64, 48).all(0).expand(64, 48)
+    assert reference.mask_rank(lines_only) == int(mask.view(64, 48).all(0).sum())
+
+
+@pytest.mark.parametrize("family", ["block", "block_rand"])
+@pytest.mark.parametrize("density", [0.001, 0.02, 0.3])
+def test_blocks_are_aligned_runs(model: nn.Module, family: str, density: float) -> None:
+    for name, mask in masks_of(model, family, density).items():
+        count = round(density * model.get_parameter(name).numel())
+        runs = mask.view(-1, BLOCK)
+        assert (runs[:, 0] % BLOCK == 0).all()
+        assert torch.equal(runs, runs[:, :1] + torch.arange(BLOCK))
+        assert len(runs) == (max(1, round(count / BLOCK)) if count else 0)
+
+
+def test_blocks_are_those_of_the_largest_magnitude() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(10, 50)  # 15 runs and 20 entries that belong to none
+    weight.view(-1)[480:] = 100
+    scores = [float(weight.view(-1)[i * 32 : i * 32 + 32].abs().sum()) for i in range(15)]
+    best = sorted(range(15), key=lambda run: -scores[run])[:3]
+    expected = sorted(itertools.chain(*(range(32 * run, 32 * run + 32) for run in best)))
+    assert block(weight, 96, context_for(weight)).sort().values.tolist() == expected
+
+
+def test_random_masks_are_uniform() -> None:
+    """Each entry equally often, with few and with many entries blocked."""
+    weight = torch.zeros(4, 10)
+    blocked = torch.zeros(40, dtype=torch.bool)
+    blocked[:8] = True
+    for block_some, count in itertools.product((None, blocked), (4, 20)):
+        hits = torch.zeros(40)
+        for seed in range(600):
+            chosen = FAMILIES["rand"](weight, count, MaskContext(seeded(seed, "w"), block_some, None))
+            assert chosen.unique().numel() == count
+            hits[chosen] += 1
+        free = hits if block_some is None else hits[8:]
+        expected = 600 * count / free.numel()
+        assert (free - expected).abs().max() < 6 * expected**0.5
+        assert hits.sum() == free.sum()
+
+
+# -------------------------------------------------------------------- a user's own
+
+
+def test_a_function_of_the_user(model: nn.Module) -> None:
+    def every_tenth(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+        assert count == round(0.05 * weight.numel())
+        assert context.gradient is None
+        return torch.arange(0, weight.numel(), 10).flip(0)
+
+    masks = build_masks(model, every_tenth, 0.05, ["wide", "conv"])
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "wide.weight": list(range(0, 1920, 10)),
+        "conv.weight": list(range(0, 540, 10)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [([1, 1], "duplicate"), ([10**6], "out of range"), ([-1], "out of range"), ([0, 5], "belongs to avoided adapters")],
+)
+def test_a_wrong_function_of_the_user(model: nn.Module, indices: list[int], message: str) -> None:
+    taken = adapter_on({"wide.weight": torch.tensor([5])}, model)
+    with pytest.raises(AdapterMismatchError, match=rf"wide\.weight: .*{message}"):
+        build_masks(model, lambda *_: torch.tensor(indices), 0.1, "wide", avoid=[taken])
+
+
+# -------------------------------------------------------------------- calibration
+
+
+def losses_of(model: nn.Module) -> list[Callable[[], Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(3, 48, generator=generator) for _ in range(4)]
+    return [lambda x=x: (model["one"](x) * model["two"](x)).square().mean() for x in inputs]
+
+
+def dense_magnitudes(model: nn.Module) -> dict[str, Tensor]:
+    sums: dict[str, Tensor] = {}
+    for loss in losses_of(model):
+        twin_gradients = torch.autograd.grad(loss(), [model["one"].weight, model["two"].weight])
+        for name, gradient in zip(("one.weight", "two.weight"), twin_gradients, strict=True):
+            sums[name] = sums.get(name, 0) + gradient.abs()
+    return sums
+
+
+@pytest.mark.parametrize("family", ["grad", "snip"])
+@pytest.mark.parametrize("kind", ["functions", "losses", "a stream", "gradients"])
+def test_calibration_equals_a_dense_computation(model: nn.Module, family: str, kind: str) -> None:
+    sums = dense_magnitudes(model)
+    calibration = {
+        "functions": lambda: losses_of(model),
+        "losses": lambda: [loss() for loss in losses_of(model)],
+        "a stream": lambda: (loss() for loss in losses_of(model)),
+        "gradients": lambda: sums,
+    }[kind]()
+    masks = build_masks(model, family, 0.1, ["one", "two"], calibration=calibration)
+    for name, mask in masks.items():
+        score = sums[name] if family == "grad" else sums[name] * model.get_parameter(name).abs()
+        assert mask.tolist() == slow_top(score, mask.numel(), set())
+
+
+def test_calibration_leaves_gradients_and_flags_alone(model: nn.Module) -> None:
+    """Of the targets and of all others."""
+    model["one"].weight.requires_grad_(False)
+    model["two"].weight.grad = torch.ones(40, 48)
+    model["two"].bias.grad = torch.ones(40)
+    before = copy.deepcopy({name: (p.requires_grad, p.grad) for name, p in model.named_parameters()})
+    build_masks(model, "grad", 0.1, ["one", "two"], calibration=losses_of(model))
+    for name, parameter in model.named_parameters():
+        flag, gradient = before[name]
+        assert parameter.requires_grad is flag, name
+        assert (parameter.grad is None) == (gradient is None), name
+        assert gradient is None or torch.equal(parameter.grad, gradient), name
+        assert not parameter._backward_hooks
+        assert not getattr(parameter, "_post_accumulate_grad_hooks", None)
+
+
+def test_calibration_that_raises_leaves_everything_alone(model: nn.Module) -> None:
+    def broken() -> Tensor:
+        raise ZeroDivisionError
+
+    model["one"].weight.requires_grad_(False)
+    with pytest.raises(ZeroDivisionError):
+        build_masks(model, "grad", 0.1, ["one", "two"], calibration=[losses_of(model)[0], broken])
+    assert not model["one"].weight.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_only_one_dense_gradient_is_alive(model: nn.Module) -> None:
+    alive = []
+
+    def watch() -> Tensor:
+        alive.append(sum(parameter.grad is not None for parameter in model.parameters()))
+        return losses_of(model)[0]()
+
+    build_masks(model, "grad", 0.1, ["one", "two"], calibration=[watch, watch])
+    assert alive == [0, 0]
+
+
+def test_calibration_that_does_not_fit(model: nn.Module) -> None:
+    with pytest.raises(AdapterMismatchError, match=r"wide\.weight: no gradient"):
+        build_masks(model, "grad", 0.1, ["one", "wide"], calibration=losses_of(model))
+    with pytest.raises(AdapterMismatchError, match=r"shape \(2, 2\), expected \(40, 48\)"):
+        build_masks(model, "grad", 0.1, ["one"], calibration={"one.weight": torch.ones(2, 2)})
+    with pytest.raises(AdapterMismatchError, match="not finite"):
+        build_masks(model, "grad", 0.1, ["one"], calibration={"one.weight": torch.full((40, 48), torch.nan)})
+
+
+# -------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.01, torch.nan])
+def test_density_is_a_fraction(model: nn.Module, density: float) -> None:
+    with pytest.raises(ShiraError, match=r"density must be in \(0, 1\]"):
+        build_masks(model, "rand", density, "all")
+
+
+def test_errors(model: nn.Module) -> None:
+    with pytest.raises(ShiraError, match="unknown mask family 'randm', expected one of struct"):
+        build_masks(model, "randm", 0.1, "all")
+    for family in ("grad", "snip"):
+        with pytest.raises(ShiraError, match=f"the '{family}' mask needs calibration="):
+            build_masks(model, family, 0.1, "all")
+    with pytest.raises(AdapterMismatchError, match="match none of the 5"):
+        build_masks(model, "rand", 0.1, "to_q")
+    with pytest.raises(AdapterMismatchError, match="meta device"):
+        build_masks(nn.ModuleDict({"a": nn.Linear(4, 4, device="meta")}), "rand", 0.1, "all")
+    with torch.no_grad():
+        model["one"].weight.fill_(torch.nan)
+    with pytest.raises(AdapterMismatchError, match=r"one\.weight: .*does the weight hold NaN"):
+        build_masks(model, "wm", 0.1, "all")
+
+
+def test_masks_do_not_depend_on_fused_copies_or_compilation() -> None:
+    model, twin = tiny.unet(), tiny.unet()
+    twin.fuse_qkv_projections()
+    twin.mid_block = torch.compile(twin.mid_block, backend="eager")
+    masks, others = build_masks(model, "rand", 0.05), build_masks(twin, "rand", 0.05)
+    assert masks.keys() == others.keys()
+    assert all(torch.equal(masks[name], others[name]) for name in masks)

@@ -1,0 +1,101 @@
+"""What a locator remembers is looked at again at each use, and keeps no model alive."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from shira_diffusers import Resident
+from shira_diffusers.weights.finder import Locator, locator_of, unwrap
+from tests import tiny
+
+NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+
+
+def attention(model: nn.Module) -> nn.Module:
+    return model.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+
+
+def test_it_is_the_same_as_long_as_nothing_changes() -> None:
+    model = tiny.unet()
+    locator = locator_of(model)
+    found = locator.locate(NAME)
+    assert locator_of(model) is locator
+    again = locator_of(model).locate(NAME)
+    assert (again.name, again.weight.data_ptr()) == (found.name, found.weight.data_ptr())
+    model.train()
+    model.requires_grad_(False)
+    assert locator_of(model) is locator
+    compiled = torch.compile(model, backend="eager")
+    assert unwrap(compiled) is model
+    assert locator_of(compiled) is not locator
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(attention(model), "to_q", nn.Linear(32, 32)),
+        lambda model: attention(model).add_module("more", nn.Linear(1, 1)),
+        lambda model: attention(model).fuse_projections(),
+        lambda model: attention(model).to_q.compile(backend="eager"),
+        lambda model: inject_adapter_in_model(LoraConfig(target_modules=["to_q"]), model),
+        lambda model: model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level"),
+        lambda model: setattr(model, "mid_block", None),
+    ],
+)
+def test_a_changed_model_is_looked_at_anew(change: Callable[[nn.Module], object]) -> None:
+    model = tiny.unet()
+    locator = locator_of(model)
+    change(model)
+    assert locator_of(model) is not locator
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half(),
+        lambda model: setattr(attention(model).to_q, "weight", nn.Parameter(attention(model).to_q.weight.clone())),
+        lambda model: setattr(attention(model).to_q.weight, "data", attention(model).to_q.weight.data.clone()),
+        lambda model: setattr(attention(model).to_q.weight, "data", attention(model).to_q.weight.data.t()),
+    ],
+)
+def test_a_weight_that_moved_is_found_where_it_is(change: Callable[[nn.Module], object]) -> None:
+    model = tiny.unet()
+    locator = locator_of(model)
+    locator.locate(NAME)
+    change(model)
+    assert locator_of(model) is locator
+    found, fresh = locator.locate(NAME).weight, Locator(model).locate(NAME).weight
+    assert found.data_ptr() == fresh.data_ptr() == attention(model).to_q.weight.data_ptr()
+    assert (found.dtype, found.stride()) == (fresh.dtype, fresh.stride())
+
+
+def test_the_memory_that_weights_leave_goes_at_once() -> None:
+    model = tiny.linears()
+    resident = Resident(model)
+    resident.add(tiny.adapter_for(model, 1, only=("",)), "a")
+    resident.set({"a": 1.0})
+    storage = weakref.ref(model[0].weight.untyped_storage())
+    layer = weakref.ref(model[2])
+    model.half()
+    model[2] = nn.Linear(20, 12)
+    assert storage() is None
+    assert layer() is None
+
+
+def test_a_model_that_is_dropped_goes_at_once() -> None:
+    model = tiny.linears()
+    resident = Resident(model)
+    resident.add(tiny.adapter_for(model, 1, only=("",)), "a")
+    resident.set({"a": 1.0})
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, resident
+        assert gone() is None
+    finally:
+        gc.enable()
