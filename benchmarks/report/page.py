@@ -62,7 +62,7 @@ def anchor(heading: str) -> str:
 def section(script: str, figures: Figures) -> Iterator[str]:
     words = WORDS.get(script, Words(cells.heading(script), ""))
     yield f"## {words.question}"
-    yield joined(f"{words.measured} Run `python -m benchmarks.{script}`.")
+    yield joined(f"{words.measured} Run `python -m benchmarks.scripts.{script}`.")
     bars = AIMS.get(script, ())
     if bars:
         yield bar_table(bars, figures)

@@ -24,7 +24,7 @@ from app.history.galleries import Visitor
 from app.settings.settings import Settings
 from app.studio import Studio
 from benchmarks.measure import ASSETS, write
-from shira_diffusers.adapters.merge import METHODS
+from shira_diffusers import MERGE_METHODS
 
 EVERY = 50
 
@@ -82,7 +82,7 @@ def settings_of(studio: Studio, chance: random.Random, steps: int) -> Settings:
     strengths = (chance.uniform(-1, 2), {"unet": {"down": chance.random(), "up": chance.random()}})
     mix = {name: chance.choice(strengths) for name in names}
     prompt = chance.choice(studio.session.suggestions)
-    return studio.session.checked(prompt, mix, chance.randrange(10**6), steps, 3.0, chance.choice(list(METHODS)))
+    return studio.session.checked(prompt, mix, chance.randrange(10**6), steps, 3.0, chance.choice(list(MERGE_METHODS)))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from safetensors.torch import load, save
 
 from app.drawing.session import Session
 from app.drawing.suggestions import FALLBACK_SUGGESTIONS, read_suggestions
+from app.library import library as library_module
 from app.library.cards import one_sentence, sha256_of
 from app.library.library import Library
-from app.library.library import library as library_module
 from app.library.uploads import UploadError
 from app.settings.settings import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter

@@ -128,7 +128,7 @@ if __name__ == "__main__":
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-    from shira_diffusers.training import flags, loop  # noqa: F401
+    from shira_diffusers.dreambooth import command_line, train  # noqa: F401
 
     torch.set_num_threads(1)
     serve(sys.argv[1])

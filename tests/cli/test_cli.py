@@ -20,14 +20,13 @@ from shira_diffusers import (
     ShiraAdapter,
     SparseDelta,
     __version__,
-    commands,
     fuse,
-    fusing,
     load_adapter,
     save_adapter,
-    verification,
 )
 from shira_diffusers.adapters.base_probes import probe_base
+from shira_diffusers.cli import arguments, verify
+from shira_diffusers.cli import fuse as fuse_command
 from shira_diffusers.cli.__main__ import main
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
 from tests import tiny
@@ -383,7 +382,7 @@ def test_verify_other_names_and_shapes(run: Run, files: dict[str, Path], base: P
 def test_verify_sees_bits_that_do_not_return(
     run: Run, files: dict[str, Path], base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification.Resident, "clear", lambda self: None)
+    monkeypatch.setattr(verify.Resident, "clear", lambda self: None)
     result = run("verify", files["gold"], "--base", base)
     count = len(load_adapter(files["gold"]).deltas)
     assert f"restore  FAILED  {count} of " in result[1]
@@ -528,8 +527,8 @@ def test_the_entry_point_runs_commands(files: dict[str, Path]) -> None:
 
 
 def test_the_parser_knows_all_choices() -> None:
-    assert set(commands.METHODS) == MERGE_METHODS.keys()
-    assert set(commands.DTYPES) == fusing.DTYPES.keys()
+    assert set(arguments.METHODS) == MERGE_METHODS.keys()
+    assert set(arguments.DTYPES) == fuse_command.DTYPES.keys()
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "fuse", "demo"])
@@ -537,11 +536,11 @@ def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main([command, "--help"])
     shown = capsys.readouterr().out
-    for line in commands.EXAMPLES[command]:
+    for line in arguments.EXAMPLES[command]:
         assert f"  {line}\n" in shown
         program, *argv = shlex.split(line)
         assert program == "shira"
-        assert commands.parser("1").parse_args(argv).command == command
+        assert arguments.parser("1").parse_args(argv).command == command
 
 
 def test_one_weight_is_for_all_adapters(run: Run, files: dict[str, Path], tmp_path: Path) -> None:

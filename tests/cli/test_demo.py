@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageChops, ImageFont
 
 from shira_diffusers import load_adapter, save_adapter
-from shira_diffusers.cli.__main__ import demo, main
+from shira_diffusers.cli import demo
+from shira_diffusers.cli.__main__ import main
 from shira_diffusers.cli.sheet import GAP, LARGEST, MARGIN, contact_sheet, shortened
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
 from tests import tiny

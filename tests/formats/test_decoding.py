@@ -111,7 +111,7 @@ def test_an_unfinished_gap_in_a_wide_weight_is_seen(elements: list[list[int]]) -
 
 
 def test_intact_parameters_are_all_decoded_in_groups(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(shira_diffusers.decoding, "strictly", lambda *_: pytest.fail("one by one"))
+    monkeypatch.setattr(shira_diffusers.formats.decoding, "strictly", lambda *_: pytest.fail("one by one"))
     wide = [0, 3, 70_000, 2**31 - 2]
     parts = {"a": part([0, 299, 300], (600, 1), dtype), "b": part([5], (6,), dtype), "c": part(wide, (2**31 - 1,))}
     decoded = decode_parts(parts)
@@ -138,8 +138,8 @@ def test_parameters_of_every_kind_side_by_side() -> None:
 
 
 def test_groups_of_a_large_adapter_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shira_diffusers.decoding, "_GROUP", 4000)
-    monkeypatch.setattr(shira_diffusers.decoding, "_THREADED", 1)
+    monkeypatch.setattr(shira_diffusers.formats.decoding, "_GROUP", 4000)
+    monkeypatch.setattr(shira_diffusers.formats.decoding, "_THREADED", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     parts = random_parts(30, 1000, 100_000)
     kinds = {name: (one.gaps.dtype, one.values.dtype, one.gaps.numel()) for name, one in parts.items()}

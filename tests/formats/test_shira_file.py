@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import shira_diffusers.formats.shira_file
+import shira_diffusers.atomic_write
 from shira_diffusers import AdapterFormatError, ShiraAdapter, SparseDelta, load_adapter, save_adapter
 from shira_diffusers.atomic_write import write_atomically
 from shira_diffusers.formats.gap_codec import decode_gaps, encode_gaps
@@ -565,7 +565,7 @@ def test_a_crash_while_writing_leaves_the_old_file(
     def crash(*_: object) -> None:
         raise error("power cut")
 
-    monkeypatch.setattr(shira_diffusers.files.os, step, crash)
+    monkeypatch.setattr(shira_diffusers.atomic_write.os, step, crash)
     with pytest.raises(error, match="power cut"):
         save_adapter(adapter.with_metadata(new="yes"), path)
     monkeypatch.undo()
@@ -580,7 +580,7 @@ def test_the_content_is_on_disk_before_the_name(
     for step in ("fsync", "replace"):
         real = getattr(os, step)
         monkeypatch.setattr(
-            shira_diffusers.files.os, step, lambda *a, step=step, real=real: (order.append(step), real(*a))[1]
+            shira_diffusers.atomic_write.os, step, lambda *a, step=step, real=real: (order.append(step), real(*a))[1]
         )
     save_adapter(adapter, tmp_path)
     assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder

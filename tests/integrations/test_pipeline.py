@@ -117,7 +117,7 @@ def test_public_names() -> None:
 def test_the_docs_list_all_methods() -> None:
     page = (Path(__file__).parents[2] / "docs" / "coming_from_lora.md").read_text()
     methods = page.partition("## All methods")[2]
-    for method in shira_diffusers.pipeline.METHODS:
+    for method in shira_diffusers.integrations.pipelines.METHODS:
         assert f"{method.__name__}(" in methods, method.__name__
 
 
@@ -134,7 +134,7 @@ def test_the_strengths_in_the_docs(pipe: StableDiffusionPipeline) -> None:
 
 def test_installing_twice_changes_nothing() -> None:
     before = {name: value for name, value in vars(DiffusionPipeline).items()}
-    shira_diffusers.pipeline.install()
+    shira_diffusers.integrations.pipelines.install()
     assert dict(vars(DiffusionPipeline)) == before
 
 

@@ -92,13 +92,13 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list["weakref.ref[ShiraAdapter]
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that libraries read."""
     seen: list[str] = []
-    real = shira_diffusers.store.open_safetensors
+    real = shira_diffusers.library.two_tier_cache.open_safetensors
 
     def read(file: Path, *args: object) -> object:
         seen.append(file.stem)
         return real(file, *args)
 
-    monkeypatch.setattr(shira_diffusers.store, "open_safetensors", read)
+    monkeypatch.setattr(shira_diffusers.library.two_tier_cache, "open_safetensors", read)
     return seen
 
 
@@ -665,8 +665,8 @@ def test_a_file_is_compared_with_its_checksum_once(
 ) -> None:
     """However often it is read; a file that has changed is another."""
     hashed: list[int] = []
-    real = shira_diffusers.checksum.digest
-    monkeypatch.setattr(shira_diffusers.checksum, "digest", lambda *p: (hashed.append(len(p)), real(*p))[1])
+    real = shira_diffusers.formats.checksum.digest
+    monkeypatch.setattr(shira_diffusers.formats.checksum, "digest", lambda *p: (hashed.append(len(p)), real(*p))[1])
     library = open_library(ram=0)
     for _ in range(3):
         for name in ("a0", "a1"):
@@ -746,7 +746,11 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
     monkeypatch: pytest.MonkeyPatch,
     room: int,
 ) -> None:
-    library, base, real = open_library(ram=room), tiny.snapshot(model), shira_diffusers.store.open_safetensors
+    library, base, real = (
+        open_library(ram=room),
+        tiny.snapshot(model),
+        shira_diffusers.library.two_tier_cache.open_safetensors,
+    )
     other = ShiraAdapter({"0.weight": adapters["a3"].deltas["0.weight"]})
 
     def read(file: Path, *args: object) -> object:
@@ -754,7 +758,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
         save_adapter(other, file)
         return real(file, *args)
 
-    monkeypatch.setattr(shira_diffusers.store, "open_safetensors", read)
+    monkeypatch.setattr(shira_diffusers.library.two_tier_cache, "open_safetensors", read)
     library.set(model, {"a0": 1.0})
     tiny.assert_same_bits(model, reference.apply(base, {"a0": other}, {"a0": 1.0}))
     assert library.broken == {}

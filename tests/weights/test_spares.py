@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shira_diffusers import Resident
-from shira_diffusers.engine.steps import spares
+from shira_diffusers.weights import spares
 from shira_diffusers.weights.spares import Spares
 from tests import reference, tiny
 

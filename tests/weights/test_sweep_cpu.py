@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
-from shira_diffusers.engine import steps as weights
-from shira_diffusers.engine.steps import finder as locate
-from shira_diffusers.engine.steps import spares
-from shira_diffusers.engine.steps import sweep_cpu as sweep
+from shira_diffusers.engine import steps
+from shira_diffusers.weights import finder, spares, sweep_cpu
 from shira_diffusers.weights.sweep_cpu import Side, Step, TorchSweep
 from shira_diffusers.weights.tiles import RUN, Grid, find_starts, in_runs, tile_for
 from tests import reference, tiny
@@ -35,7 +33,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads, and memory used again, for any number of entries, whatever the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    monkeypatch.setattr(sweep, "_ALONE", 0)
+    monkeypatch.setattr(sweep_cpu, "_ALONE", 0)
     monkeypatch.setattr(spares, "_LONG", 0)
     yield
     torch.set_num_threads(before)
@@ -105,8 +103,8 @@ def test_tiles_hold_about_as_many_entries_at_any_density(density: float, expecte
 def test_switching_with_threads_and_runs_gives_the_oracle_s_bits(
     dtype: torch.dtype, channels_last: bool, entries: int, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(weights._ENTRIES, "cpu", entries)
-    monkeypatch.setattr(weights, "_SMALL", small)
+    monkeypatch.setitem(steps._ENTRIES, "cpu", entries)
+    monkeypatch.setattr(steps, "_SMALL", small)
     model = layers()
     adapters = adapters_of(model)
     model.to(dtype)
@@ -125,7 +123,7 @@ def test_switching_with_threads_and_runs_gives_the_oracle_s_bits(
 
 
 def test_block_masks_are_copied_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_SMALL", 0)
+    monkeypatch.setattr(steps, "_SMALL", 0)
     model = layers()
     resident = Resident(model)
     for name, adapter in adapters_of(model).items():
@@ -147,7 +145,7 @@ def test_small_weights_are_shared_out_between_threads_whole() -> None:
         resident.add(tiny.adapter_for(model, seed, only=("",)), name)
     resident.set({"a": 1.0})
     state = model._shira
-    located = weights.Weights({name: locate.locator_of(model).locate(name) for name in state.entries})
+    located = steps.Weights({name: finder.locator_of(model).locate(name) for name in state.entries})
     (group,) = state.overwritten
     step, _ = located.step(group, None)
     assert step.leaving is not None
@@ -157,7 +155,7 @@ def test_small_weights_are_shared_out_between_threads_whole() -> None:
     assert 0.3 < cuts[1] / cuts[2] < 0.7
 
 
-def steps() -> tuple[list[torch.Tensor], Step]:
+def three_weights() -> tuple[list[torch.Tensor], Step]:
     """Three weights of four tiles; what leaves is active in them."""
     torch.manual_seed(0)
     weights = [torch.randn(64) for _ in range(3)]
@@ -180,7 +178,7 @@ def steps() -> tuple[list[torch.Tensor], Step]:
 def test_a_sweep_that_breaks_off_in_a_thread_is_undone(
     at: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory, step = steps()
+    memory, step = three_weights()
     before = [weight.clone() for weight in memory]
     write, calls = torch.Tensor.scatter_, []
 
@@ -200,7 +198,7 @@ def test_a_sweep_that_breaks_off_in_a_thread_is_undone(
 
 
 def test_what_left_must_have_been_there() -> None:
-    memory, step = steps()
+    memory, step = three_weights()
     memory[1][8] += 1
     before = [weight.clone() for weight in memory]
     sweep = TorchSweep([step])
@@ -242,11 +240,11 @@ def test_the_range_of_8_bit_floats(dtype: torch.dtype) -> None:
 
 
 def _work_in_child(queue: "multiprocessing.Queue[int]") -> None:
-    queue.put(sweep._pool(2).submit(int, 7).result(timeout=20))
+    queue.put(sweep_cpu._pool(2).submit(int, 7).result(timeout=20))
 
 
 def test_a_forked_process_has_threads_of_its_own() -> None:
-    assert sweep._pool(2).submit(int, 1).result() == 1  # the threads of this process are there now
+    assert sweep_cpu._pool(2).submit(int, 1).result() == 1  # the threads of this process are there now
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_work_in_child, args=(queue,))
@@ -260,8 +258,8 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_threads_of_a_sweep_compute_alone_and_leave_all_others_as_they_were() -> None:
-    sweep._pool.cache_clear()
-    pool = sweep._pool(2)
+    sweep_cpu._pool.cache_clear()
+    pool = sweep_cpu._pool(2)
     here = Barrier(2)
 
     def threads() -> int:
