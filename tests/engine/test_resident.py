@@ -17,8 +17,8 @@ from shira_diffusers import (
     ShiraAdapter,
     ShiraError,
     SparseDelta,
-    state,
 )
+from shira_diffusers.engine import state
 from tests import reference, tiny
 
 
