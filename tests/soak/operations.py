@@ -491,6 +491,8 @@ class Walk:
 
     def draw(self) -> None:
         assert torch.isfinite(tiny.run_unet(self.pipe.unet)).all()
+        if self.kind == "fp8":
+            self._look()  # layerwise casting gives weights other memory
 
 
 def remove_copies(model: nn.Module) -> None:
@@ -552,6 +554,6 @@ OPERATIONS: tuple[tuple[str, float, Callable[[Walk], bool]], ...] = (
     ("lora_unfuse", 30, lambda walk: walk.lora == "fused"),
     ("lora_unload", 3, lambda walk: walk.lora == "loaded"),
     ("projections", 1, lambda walk: not walk.offloaded and not walk.lora and walk.kind != "fp8"),
-    ("draw", 2, lambda walk: _always(walk) and walk.dtype == walk.kind),
+    ("draw", 2, lambda walk: _always(walk) and walk.dtype == walk.kind and not (walk.lora and walk.kind == "fp8")),
 )
 """Name, how often, and when it may be done."""
