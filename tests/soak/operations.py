@@ -24,7 +24,15 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load as tensors_of
 from torch import Tensor, nn
 
-from shira_diffusers import ResidentStateError, ShiraAdapter, ShiraError, SparseDelta, build_masks, load_adapter
+from shira_diffusers import (
+    ResidentStateError,
+    ShiraAdapter,
+    ShiraError,
+    SparseDelta,
+    build_masks,
+    load_adapter,
+    save_adapter,
+)
 from tests import reference, tiny
 
 DTYPES = {
@@ -37,7 +45,8 @@ PARTS = ("unet", "text_encoder")
 NAMES = ("a", "b", "c", "d", "e")
 NUMBERS = (1.0, 0.0, -1.0, 0.3, 2, 1.7)
 EPISODE = 125  # operations, after which the base is put back
-_ALL = 25  # after so many operations every parameter is compared, not only those of adapters
+_SOME = 3  # after so many operations weights of adapters are compared; before a cast, a bake and such too
+_ALL = 24  # after so many operations every parameter is compared, not only those of adapters
 _FUSED = ("to_qkv", "to_kv")
 
 diffusers.utils.logging.set_verbosity_error()  # a cast with .to() warns each time
@@ -175,28 +184,29 @@ class Walk:
         """
         self._begin(random.Random(f"{seed} {self.kind} {number}"))
         with self._told(seed, number):
-            for count in range(length):
-                self._one(everything=count % _ALL == _ALL - 1)
+            for count in range(1, length + 1):
+                self._one()
+                if count % _SOME == 0:
+                    self.check(everything=count % _ALL == 0)
             self._finish()
 
     @contextmanager
     def _told(self, seed: int, number: int) -> Iterator[None]:
         try:
             yield
-        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001  what it was is told
+        except (Exception, pytest.fail.Exception) as error:
             trail = "\n".join(f"  {k}: {what}" for k, what in enumerate(self.trail))
             raise Difference(
                 f"{type(error).__name__}: {error}\nseed {seed}, {self.kind}, episode {number}; replay: "
                 f"python -m tests.soak --episode {self.kind}:{number} --seed {seed}\n{trail}"
             ) from error
 
-    def _one(self, everything: bool) -> None:
+    def _one(self) -> None:
         possible = [(name, weight) for name, weight, may in OPERATIONS if may(self)]
         name = self.rng.choices([name for name, _ in possible], [weight for _, weight in possible])[0]
         self.trail.append(name)
         self.counts[name] += 1
         getattr(self, name)()
-        self.check(everything)
 
     def _finish(self) -> None:
         """Both ways back to the base, and the pipeline as it was at the start."""
@@ -244,7 +254,9 @@ class Walk:
         """Fused projections hold what the single ones do."""
         for module in self.pipe.unet.modules() if self.fused else ():
             if getattr(module, "fused_projections", False):
-                parts = (module.to_k, module.to_v) if hasattr(module, "to_kv") else (module.to_q, module.to_k, module.to_v)
+                parts = (
+                    (module.to_k, module.to_v) if hasattr(module, "to_kv") else (module.to_q, module.to_k, module.to_v)
+                )
                 copy = module.to_kv if hasattr(module, "to_kv") else module.to_qkv
                 bits = [part.weight.detach().contiguous().view(-1).view(torch.uint8) for part in parts]
                 assert torch.equal(copy.weight.detach().view(-1).view(torch.uint8), torch.cat(bits)), "a fused copy"
@@ -375,6 +387,7 @@ class Walk:
         self._mixed({})
 
     def bake(self) -> None:
+        self.check(False)
         self.pipe.bake_shira()
         self.base = {name: weight.clone() for name, weight in self.live.items()}
         self._mixed({})
@@ -393,7 +406,7 @@ class Walk:
         self._mixed(mix, aside)
 
     def refused(self) -> None:
-        """Bad calls, after which ``check`` finds nothing changed."""
+        """Bad calls, after which nothing has changed."""
         kind = self.rng.choice(["unknown", "in use", "not finite", "component", "too large"])
         self.note(kind)
         some = self.rng.choice(sorted(self.loaded))
@@ -406,11 +419,13 @@ class Walk:
         }
         with pytest.raises(ShiraError):
             acts[kind]()
+        self.check(False)
 
     # ---------------------------------------------------------------- what others do to the weights
 
     def cast(self) -> None:
         """``.to(dtype)``: the base is cast with the rest."""
+        self.check(False)
         self.dtype = self.rng.choice([kind for kind in ("fp32", "fp16", "bf16") if kind != self.dtype])
         self.note(self.dtype)
         self.pipe.to(DTYPES[self.dtype])
@@ -418,6 +433,7 @@ class Walk:
 
     def cast_back(self) -> None:
         """To the dtypes of the start; those of layerwise casting differ by layer, and it casts layer by layer."""
+        self.check(False)
         self.dtype = self.kind
         own = {name: weight.dtype for name, weight in self.original.items()}
         if self.kind != "fp8":
@@ -428,6 +444,10 @@ class Walk:
                 for dtype in kinds - {None}:
                     module.to(dtype)
         self._cast(own)
+        if self.kind == "fp8" and self.mix:
+            self.check(False)
+            self.pipe.set_shira(self.mix)  # what is cast layer by layer, and then as a whole, is taken for foreign
+            self._mixed(self.mix)
 
     def _cast(self, dtypes: Mapping[str, torch.dtype]) -> None:
         before = self.live
@@ -506,8 +526,6 @@ def remove_copies(model: nn.Module) -> None:
 
 @cache
 def adapter_file(number: int, folder: Path) -> Path:
-    from shira_diffusers import save_adapter
-
     return save_adapter(pool()[number], folder / f"{number}.safetensors")
 
 
