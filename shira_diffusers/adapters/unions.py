@@ -50,8 +50,9 @@ def _by_marks(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     edges = torch.arange(0, _span(indices) + _RANGE, _RANGE, device="cpu").to(indices[0].dtype)
     cuts = [torch.searchsorted(own, edges).tolist() for own in indices]
     places = [torch.empty(own.numel(), dtype=torch.int64, device="cpu") for own in indices]
-    held = torch.empty(_RANGE, dtype=torch.bool, device="cpu")
-    rank = torch.empty(_RANGE, dtype=torch.int64, device="cpu")
+    marks = min(_RANGE, _span(indices))
+    held = torch.empty(marks, dtype=torch.bool, device="cpu")
+    rank = torch.empty(marks, dtype=torch.int64, device="cpu")
     merged, counted = [], 0
     for k, start in enumerate(edges[:-1].tolist()):
         spans = [slice(cut[k], cut[k + 1]) for cut in cuts]
