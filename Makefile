@@ -6,7 +6,7 @@ SHOTS ?= $(or $(TMPDIR),/tmp)/shira-screenshots
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help app demo test check format lint types bench bench-size bench-toy screenshots clean
+.PHONY: help app demo test check format lint types bench bench-size bench-toy screenshots soak clean
 # Seconds after which a script begins no further case.
 BENCHMARKS := overwrite_vs_fuse:60 switch:220 fuse:150 inference:150 load_many:60 cold_start:60 drift:120
 
@@ -47,6 +47,9 @@ bench-toy: $(VENV)/.dev ## try all benchmarks on tiny models, 3 minutes; leaves 
 	$(BIN)/python -m benchmarks.scripts.size --toy
 	for one in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.scripts.$${one%:*} --device cpu --toy || exit 1; done
+
+soak: $(VENV)/.dev ## 100,000 random operations, 50,000 mutated files, errors at any tensor operation; 30 minutes of one quiet core
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --operations 100000 --files 50000 -o benchmarks/results/soak.json
 
 screenshots: $(VENV)/.dev ## draw the app's pictures in docs/ anew, in a run of the browser tests
 	SCREENSHOTS=$(SHOTS) $(BIN)/python -m pytest tests/app/test_screenshots.py

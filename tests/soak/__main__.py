@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--episode", help="replay one episode, DTYPE:NUMBER, in a new pipeline")
     parser.add_argument("--file", type=int, help="replay one mutated file, by number")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing more is begun")
     parser.add_argument("-o", "--out", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -59,53 +60,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def everything(options: argparse.Namespace, folder: Path) -> int:
-    origin = origin_of_figures()
-    files = mutants(options.seed, options.files, folder)
-    operations = walk(options.seed, options.operations, folder)
-    found = {"seed": options.seed, "operations": operations, "errors injected": inject(folder), "files": files}
-    text = json.dumps({"origin": origin, **found}, indent=2) + "\n"
-    if options.out is not None:
-        options.out.write_text(text)
-    tell(text)
-    flat = operations["memory"]["flat"] and operations["time"]["flat"]
-    return 0 if flat else 1
+    """Laps of operations and files until all are done or the time is over, then the errors; written after each."""
+    origin, until = origin_of_figures(), time.monotonic() + 60 * options.minutes
+    found: dict[str, Any] = {"seed": options.seed, "asked": {"operations": options.operations, "files": options.files}}
+    laps = Laps(options, folder)
+    while not laps.done() and time.monotonic() < until:
+        laps.lap()
+        found |= laps.figures()
+        write({"origin": origin, **found}, options.out)
+    for kind, make in BENCHES.items():
+        if time.monotonic() < until:
+            found.setdefault("errors injected", {})[kind] = inject(kind, make, folder)
+            write({"origin": origin, **found}, options.out)
+    return 0 if found["time"]["flat"] and found["memory"]["flat"] else 1
+
+
+def write(found: dict[str, Any], out: Path | None) -> None:
+    text = json.dumps(found, indent=2) + "\n"
+    if out is not None:
+        out.write_text(text)
 
 
 def tell(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-# -------------------------------------------------------------------- operations
+# -------------------------------------------------------------------- operations and files
 
 
-def walk(seed: int, operations: int, folder: Path) -> dict[str, Any]:
-    """Episodes of all dtypes in turn; a point is one of each, so that points are alike."""
-    counts: Counter[str] = Counter()
-    walks = [Walk(kind, folder, counts) for kind in DTYPES]
-    points, began = [], time.monotonic()
-    rounds = -(-operations // (EPISODE * len(walks)))
-    for number in range(rounds):
+class Laps:
+    """A lap is an episode of each dtype, so that laps are alike, and a share of the files."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        (folder / "mutants").mkdir()
+        self.seed, self.operations, self.files = options.seed, options.operations, options.files
+        self.counts: Counter[str] = Counter()
+        self.walks = [Walk(kind, folder, self.counts) for kind in DTYPES]
+        self.size = EPISODE * len(self.walks)  # operations of a lap
+        self.laps = -(-self.operations // self.size)
+        self.mutants = Mutants(folder / "mutants")
+        self.times: list[float] = []
+        self.memory: list[float] = []
+        self.began, self.loaded, self.of_files = time.monotonic(), 0, 0.0
+
+    def done(self) -> bool:
+        return len(self.times) >= self.laps
+
+    def lap(self) -> None:
         start = time.process_time()
-        for one in walks:
-            one.episode(seed, number)
-        points.append(((time.process_time() - start) / (EPISODE * len(walks)) * 1000, resident_memory()))
-        if number % 10 == 9:
-            tell(f"{(number + 1) * EPISODE * len(walks)} operations, {time.monotonic() - began:.0f} s, {points[-1]}")
-    size = EPISODE * len(walks)
-    times, memory = ([point[k] for point in points] for k in (0, 1))
-    return {
-        "count": sum(counts.values()),
-        "episodes": rounds * len(walks),
-        "dtypes": list(DTYPES),
-        "seconds": round(time.monotonic() - began, 1),
-        "by kind": dict(counts.most_common()),
-        "time": {"unit": "ms of CPU per operation, checks included"} | trend(times, size, _flat_time),
-        "memory": {"unit": "MiB resident"} | trend(memory, size, _flat_memory),
-    }
+        for one in self.walks:
+            one.episode(self.seed, len(self.times))
+        ended = time.process_time()
+        self.times.append((ended - start) / self.size * 1000)
+        upto = self.files * len(self.times) // self.laps
+        self.mutants.run(self.seed, upto - self.loaded, self.loaded)
+        self.loaded, self.of_files = upto, self.of_files + time.process_time() - ended
+        self.memory.append(psutil.Process().memory_info().rss / 2**20)
+        if len(self.times) % 10 == 0:
+            tell(f"{sum(self.counts.values())} operations, {upto} files, {time.monotonic() - self.began:.0f} s")
 
-
-def resident_memory() -> float:
-    return psutil.Process().memory_info().rss / 2**20
+    def figures(self) -> dict[str, Any]:
+        outcomes = dict(self.mutants.outcomes.most_common())
+        return {
+            "seconds": round(time.monotonic() - self.began, 1),
+            "operations": {
+                "count": sum(self.counts.values()),
+                "episodes": len(self.times) * len(self.walks),
+                "dtypes": list(DTYPES),
+                "by kind": dict(self.counts.most_common()),
+            },
+            "files": {"count": self.loaded, "CPU seconds": round(self.of_files, 1), "outcomes": outcomes},
+            "time": {"unit": "ms of CPU per operation, checks included"} | trend(self.times, self.size, _flat_time),
+            "memory": {"unit": "MiB resident, after each lap"} | trend(self.memory, self.size, _flat_memory),
+        }
 
 
 def trend(values: Sequence[float], size: int, flat: Callable[[float, float, float], bool]) -> dict[str, Any]:
@@ -144,19 +171,7 @@ def _flat_memory(added: float, error: float, mean: float) -> bool:
     return added - 2 * error < _MEMORY
 
 
-# -------------------------------------------------------------------- errors, files
-
-
-def inject(folder: Path) -> dict[str, Any]:
-    """Each call with an error at each of its tensor operations; how many operations each has."""
-    found: dict[str, Any] = {}
-    makers = {kind: partial(pair, DTYPES[kind]) for kind in ("fp32", "fp8")}
-    for kind, make in {**makers, "offloaded": offloaded}.items():
-        (folder / kind).mkdir()
-        stand, began = bench(make, folder / kind), time.monotonic()
-        found[kind] = {name: try_every(scenario, stand, after=kind == "fp8") for name, scenario in SCENARIOS.items()}
-        tell(f"errors injected, {kind}: {sum(found[kind].values())}, {time.monotonic() - began:.0f} s")
-    return {"total": sum(sum(its.values()) for its in found.values()), **found}
+# -------------------------------------------------------------------- errors
 
 
 def offloaded() -> DiffusionPipeline:
@@ -165,19 +180,20 @@ def offloaded() -> DiffusionPipeline:
     return pipe
 
 
-def mutants(seed: int, count: int, folder: Path) -> dict[str, Any]:
-    (folder / "mutants").mkdir()
-    several, before, began = Mutants(folder / "mutants"), resident_memory(), time.monotonic()
-    for first in range(0, count, 5000):
-        several.run(seed, min(5000, count - first), first)
-        tell(f"{first + 5000} files, {time.monotonic() - began:.0f} s, {resident_memory():.0f} MiB")
-    return {
-        "count": count,
-        "seconds": round(time.monotonic() - began, 1),
-        "slowest, seconds": round(several.slowest, 3),
-        "memory added, MiB": round(resident_memory() - before, 1),
-        "outcomes": dict(several.outcomes.most_common()),
-    }
+BENCHES: dict[str, Callable[[], DiffusionPipeline]] = {
+    "fp32": pair,
+    "fp8": partial(pair, DTYPES["fp8"]),
+    "offloaded": offloaded,
+}
+
+
+def inject(kind: str, make: Callable[[], DiffusionPipeline], folder: Path) -> dict[str, int]:
+    """Each call with an error at each of its tensor operations in turn; how many it has."""
+    (folder / kind).mkdir()
+    stand, began = bench(make, folder / kind), time.monotonic()
+    found = {name: try_every(scenario, stand, after=kind == "fp8") for name, scenario in SCENARIOS.items()}
+    tell(f"errors injected, {kind}: {sum(found.values())}, {time.monotonic() - began:.0f} s")
+    return found
 
 
 def origin_of_figures() -> dict[str, Any]:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -151,7 +150,6 @@ class Mutants:
         self.folder, self.files = folder, originals(folder)
         self.pipe = small_pipeline()
         self.outcomes: Counter[str] = Counter()
-        self.slowest = 0.0
         self.pipe.load_shira(pool()[0], "before", scale=0.7)
         self.base = {name: weight.clone() for name, weight in live_weights(small_pipeline()).items()}
         self.live = live_weights(self.pipe)
@@ -166,9 +164,7 @@ class Mutants:
         with warnings.catch_warnings(), little_memory():
             warnings.simplefilter("ignore")
             for number in range(first, first + count):
-                began = time.monotonic()
                 self._try(random.Random(f"{seed} {number}"), seed, number)
-                self.slowest = max(self.slowest, time.monotonic() - began)
 
     def _try(self, rng: random.Random, seed: int, number: int) -> None:
         path, what = self.write(rng)
