@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 _WARM_UP = 0.2  # of a run, in which caches fill
 _MEMORY = 32.0  # MiB that a whole run may add by its slope
+_POINTS = 20  # without which a slope says nothing
 _TIME = 0.1  # of the mean time per operation that a whole run may add by its slope
 
 
@@ -67,12 +68,12 @@ def everything(options: argparse.Namespace, folder: Path) -> int:
     while not laps.done() and time.monotonic() < until:
         laps.lap()
         found |= laps.figures()
-        write({"origin": origin, **found}, options.out)
+        write({"measured on": origin, **found}, options.out)
     for kind, make in BENCHES.items():
         if time.monotonic() < until:
             found.setdefault("errors injected", {})[kind] = inject(kind, make, folder)
-            write({"origin": origin, **found}, options.out)
-    return 0 if found["time"]["flat"] and found["memory"]["flat"] else 1
+            write({"measured on": origin, **found}, options.out)
+    return 1 if False in (found["time"]["flat"], found["memory"]["flat"]) else 0
 
 
 def write(found: dict[str, Any], out: Path | None) -> None:
@@ -148,7 +149,7 @@ def trend(values: Sequence[float], size: int, flat: Callable[[float, float, floa
         "standard error": round(error / size * 1000, 6),
         "added over the run": round(added, 3),
         "points": len(kept),
-        "flat": flat(added, error * len(kept), float(kept.mean())),
+        "flat": flat(added, error * len(kept), float(kept.mean())) if len(kept) >= _POINTS else None,
     }
 
 

@@ -49,7 +49,7 @@ class FailsAt(TorchDispatchMode):
 class Pair(DiffusionPipeline):
     """A pipeline of two models of a few layers, made in a millisecond."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.register_modules(unet=unet, text_encoder=text_encoder)
 

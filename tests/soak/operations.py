@@ -123,7 +123,8 @@ def live_weights(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
     """The tensors that hold the weights now, by the names of a plain model: under a LoRA, or in accelerate's map."""
     found = {}
     for part in PARTS:
-        for path, module in getattr(pipe, part).named_modules():
+        model = getattr(pipe, part)
+        for path, module in () if model is None else model.named_modules():
             if "lora_" in path or path.endswith(_FUSED):
                 continue
             for name, parameter in module._parameters.items():
