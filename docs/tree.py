@@ -56,7 +56,7 @@ def sections(root: Path) -> Iterator[str]:
             about = package / "__init__.py"
             head = f"### {package.relative_to(root).as_posix()}/"
             text = docstring(about) if about.is_file() else ""
-            yield "\n\n".join(filter(None, [head, text, modules and table(modules, root, package)]))
+            yield "\n\n".join(filter(None, [head, text, table(modules, root, package) if modules else ""]))
     yield "\n\n".join(["### Scripts", table([root / name for name in SCRIPTS], root, root)])
 
 
