@@ -9,7 +9,7 @@ from app.drawing.fair_queue import BACKGROUND
 from app.drawing.session import Session
 from app.library.cards import Card
 from app.settings.settings import DEFAULT_GUIDANCE, Settings, SettingsError
-from shira_diffusers.dreambooth.folder import is_side_file, name_key
+from shira_diffusers.dreambooth.picture_folder import is_side_file, name_key
 from shira_diffusers.dreambooth.pictures import DAMAGED, read_picture
 
 logger = logging.getLogger(__name__)

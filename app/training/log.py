@@ -10,7 +10,7 @@ from statistics import median
 
 from shira_diffusers.cli.terminal import printable
 from shira_diffusers.dreambooth.checkpoints import list_checkpoints
-from shira_diffusers.dreambooth.jsonl_tracker import LINES_NAME
+from shira_diffusers.dreambooth.jsonl_tracker import JSONL_NAME
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
 
 RECENT = 20  # steps that say how fast it goes
@@ -39,7 +39,7 @@ class Steps:
 
 def read_steps(output: Path) -> Steps:
     """The steps in a training's ``output`` folder; lines that are not whole are passed over."""
-    lines = _lines(output / "logs" / LINES_NAME)
+    lines = _lines(output / "logs" / JSONL_NAME)
     by_step = {int(line["step"]): line for line in lines}  # of a step that was done again, the last
     steps = [by_step[step] for step in sorted(by_step)]
     if not steps:

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from app.settings.settings import SettingsError
 from shira_diffusers.cli.terminal import printable
-from shira_diffusers.dreambooth.folder import is_caption, is_side_file, pair_captions
+from shira_diffusers.dreambooth.picture_folder import is_caption, is_side_file, pair_captions
 from shira_diffusers.dreambooth.pictures import DAMAGED, read_picture
 
 logger = logging.getLogger(__name__)

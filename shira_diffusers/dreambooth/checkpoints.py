@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.dreambooth.identity import Identity, differences
+from shira_diffusers.dreambooth.run_identity import RunIdentity, differences
 from shira_diffusers.errors import ShiraError, listing
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, save_adapter
 
@@ -36,7 +36,7 @@ def save_checkpoint(
     limit: int | None,
     *,
     run: int = 0,
-    identity: Identity | None = None,
+    identity: RunIdentity | None = None,
 ) -> Path:
     """Write a checkpoint, whole or not at all, and remove the oldest ones of the same run beyond ``limit``.
 
@@ -160,7 +160,7 @@ def tell_of_other_runs(output: Path, run: int) -> None:
         )  # fmt: skip
 
 
-def find_checkpoint(output: Path, wanted: str, mine: Identity | None = None) -> Path | None:
+def find_checkpoint(output: Path, wanted: str, mine: RunIdentity | None = None) -> Path | None:
     """Find the checkpoint to resume.
 
     Args:
@@ -178,7 +178,7 @@ def find_checkpoint(output: Path, wanted: str, mine: Identity | None = None) -> 
     """
     have = list_checkpoints(output)
     if wanted == "latest":
-        return _latest(output, have, mine or Identity())
+        return _latest(output, have, mine or RunIdentity())
     folder = next((path for path in (Path(wanted), output / wanted) if (path / _STATE).is_file()), None)
     if folder is None:
         raise ShiraError(
@@ -191,7 +191,7 @@ def find_checkpoint(output: Path, wanted: str, mine: Identity | None = None) -> 
     return folder
 
 
-def _latest(output: Path, have: list[Path], mine: Identity) -> Path | None:
+def _latest(output: Path, have: list[Path], mine: RunIdentity) -> Path | None:
     if not have:
         logger.warning("no checkpoint in %s to resume from: starting a new run", output)
         return None
@@ -235,9 +235,9 @@ def _run_of(checkpoint: Path) -> int:
     return int(_about(checkpoint).get("run", 0))
 
 
-def _identity_in(checkpoint: Path) -> Identity:
+def _identity_in(checkpoint: Path) -> RunIdentity:
     about = _about(checkpoint)
-    return Identity(about.get("learned", {}), about.get("held", {}))
+    return RunIdentity(about.get("learned", {}), about.get("held", {}))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """The command line of a training script, made from the settings: a flag is a field, with its type, default and help."""
 
 import argparse
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from shira_diffusers.dreambooth.accepted import add_accepted, drop_accepted
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.names import public_settings
+from shira_diffusers.dreambooth.published_settings import public_settings
+
+logger = logging.getLogger(__name__)
 
 # the setting with which each group of ``--help`` begins; the settings are in this order
 _GROUPS: Mapping[str, str] = MappingProxyType(
@@ -27,6 +29,52 @@ _GROUPS: Mapping[str, str] = MappingProxyType(
 _METAVARS: Mapping[type, str] = MappingProxyType({int: "N", float: "X", str: "TEXT"})
 
 
+_SWITCH: dict[str, Any] = {"action": "store_true"}
+
+_VALUE: dict[str, Any] = {"type": str}
+
+_VALUES: dict[str, Any] = {"type": str, "nargs": "+"}
+
+_NO_LORA = "there are no low-rank matrices: --density says how many entries of each weight are trained"
+
+_ATTENTION = "attention is PyTorch's scaled_dot_product_attention, which chooses a memory-efficient kernel by itself"
+
+_FRAMING = "the UNet is told where each picture was cropped"
+
+# of --noise_offset, for the switch --offset_noise
+OFFSET_NOISE = 0.1
+
+# flag -> (how it is parsed, what happens instead)
+_IGNORED: Mapping[str, tuple[dict[str, Any], str]] = MappingProxyType(
+    {
+        "rank": (_VALUE, _NO_LORA),
+        "lora_alpha": (_VALUE, _NO_LORA),
+        "lora_dropout": (_VALUE, "there are no low-rank matrices to drop: lower --density to regularize more"),
+        "output_kohya_format": (_SWITCH, "a SHiRA adapter has a format of its own, docs/format.md"),
+        "enable_xformers_memory_efficient_attention": (_SWITCH, _ATTENTION),
+        "enable_npu_flash_attention": (_SWITCH, _ATTENTION),
+        "local_rank": (_VALUE, "accelerate launch and torchrun tell each process its rank"),
+        "tokenizer_name": (_VALUE, "the base's own tokenizers are used"),
+        "tokenizer_max_length": (_VALUE, "prompts are padded and cut to the length that the base's tokenizers have"),
+        "text_encoder_use_attention_mask": (_SWITCH, "prompts are encoded as the base's pipeline encodes them"),
+        "pre_compute_text_embeddings": (
+            _SWITCH,
+            "prompts are always encoded in advance, but with --train_text_encoder, where they cannot be",
+        ),
+        "class_labels_conditioning": (_VALUE, "Stable Diffusion's UNets take no class labels"),
+        "validation_images": (_VALUES, "validation pictures are made from --validation_prompt alone"),
+        "crops_coords_top_left_h": (_VALUE, _FRAMING),
+        "crops_coords_top_left_w": (_VALUE, _FRAMING),
+        "do_edm_style_training": (
+            _SWITCH,
+            "the loss is that of the base's own prediction type, epsilon or v_prediction",
+        ),
+        "set_grads_to_none": (_SWITCH, "gradients are always freed after a step"),
+        "skip_save_text_encoder": (_SWITCH, "an adapter's file holds trained entries only, never a text encoder"),
+    }
+)
+
+
 def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """Read the command line.
 
@@ -38,7 +86,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
         SystemExit: unknown or missing flags, or values of another type, after one line that says so.
         ShiraError: settings out of range or at odds with each other.
     """
-    chosen = drop_accepted(vars(_parser().parse_args(arguments)))
+    chosen = drop_ignored_flags(vars(_parser().parse_args(arguments)))
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
     return TrainingConfig(**settings)
 
@@ -62,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         if setting.name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[setting.name])
         group.add_argument(f"--{setting.name}", **_options(setting, hints[setting.name]))
-    add_accepted(parser)
+    add_ignored_flags(parser)
     return parser
 
 
@@ -132,3 +180,24 @@ def _truth(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() in ("true", "1")
+
+
+def add_ignored_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the flags that have no effect, or another name here; they are not in its ``--help``."""
+    for name, (options, _) in _IGNORED.items():
+        parser.add_argument(f"--{name}", **options, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(  # of diffusers' train_dreambooth.py, which adds a tenth
+        "--offset_noise",
+        dest="noise_offset",
+        action="store_const",
+        const=OFFSET_NOISE,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
+def drop_ignored_flags(chosen: dict[str, Any]) -> dict[str, Any]:
+    """What was chosen without the flags that have no effect, each of which is told of in a warning."""
+    for name in _IGNORED.keys() & chosen.keys():
+        logger.warning("--%s has no effect: %s", name, _IGNORED[name][1])
+    return {name: value for name, value in chosen.items() if name not in _IGNORED}

@@ -18,7 +18,7 @@ def _secret(help: str) -> Any:
 
 
 def _of_base(help: str) -> Any:
-    """Not given: None until the base is known, whose family has a default (``training.base.complete``)."""
+    """Not given: None until the base is known, whose family has a default (``base_model.complete``)."""
     return field(default=None, metadata={"help": help})
 
 

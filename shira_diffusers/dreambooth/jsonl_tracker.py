@@ -6,10 +6,10 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
-LINES_NAME = "steps.jsonl"
+JSONL_NAME = "steps.jsonl"
 
 
-class JsonLines(GeneralTracker):
+class JsonlTracker(GeneralTracker):
     """Appends ``{"step": 1, "loss": ..., "lr": ..., "images_per_second": ..., "peak_memory_gib": ...}`` for each step.
 
     A run that resumes from a checkpoint writes the steps after it once more: of a step, the last line counts.
@@ -23,7 +23,7 @@ class JsonLines(GeneralTracker):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self._path = folder / LINES_NAME
+        self._path = folder / JSONL_NAME
 
     @property
     def tracker(self) -> Path:

@@ -14,8 +14,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.jsonl_tracker import JsonLines
-from shira_diffusers.dreambooth.names import public_settings
+from shira_diffusers.dreambooth.jsonl_tracker import JsonlTracker
+from shira_diffusers.dreambooth.published_settings import public_settings
 from shira_diffusers.errors import ShiraError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def start(config: TrainingConfig) -> Accelerator:
             cpu=launched > 1 and not torch.accelerator.is_available(),  # or accelerate takes each for the only one
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
-            log_with={"none": None, "jsonl": JsonLines(logs)}.get(config.report_to, config.report_to),
+            log_with={"none": None, "jsonl": JsonlTracker(logs)}.get(config.report_to, config.report_to),
             project_config=ProjectConfiguration(config.output_dir, str(logs)),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )

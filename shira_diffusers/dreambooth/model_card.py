@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.dreambooth.command_line import launch_command
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.names import public_name
-from shira_diffusers.errors import counted
+from shira_diffusers.dreambooth.published_settings import public_name
+from shira_diffusers.errors import ShiraError, counted
+from shira_diffusers.formats.shira_file import WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,10 @@ CARD_NAME = "README.md"
 _TAG = "shira"
 _TAGS = {"StableDiffusionXLPipeline": ("stable-diffusion-xl",)}
 _PAPER = "https://arxiv.org/abs/2406.13175"
+
+
+# the last is the error of whatever HTTP client huggingface_hub uses
+_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, HfHubHTTPError.__bases__[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +158,48 @@ def _fence(language: str, code: str) -> str:
     longest = max(map(len, re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{code}\n{fence}"
+
+
+def create_repository(config: TrainingConfig) -> str:
+    """Create the repository unless it exists, before training, so that a missing right is told at once.
+
+    Returns:
+        Its id, ``owner/name``.
+
+    Raises:
+        ShiraError: the Hub cannot be reached or refuses.
+    """
+    wanted = config.hub_model_id or Path(config.output_dir).resolve().name
+    try:
+        return huggingface_hub.create_repo(wanted, token=config.hub_token, exist_ok=True).repo_id
+    except _FAILURES as error:
+        raise ShiraError(
+            f"push_to_hub: there can be no repository {wanted!r} on the Hub: {error}. Nothing was trained; log in with "
+            "`hf auth login` or give --hub_token, check --hub_model_id, or drop --push_to_hub"
+        ) from error
+
+
+def upload(config: TrainingConfig, repository: str, pictures: Sequence[Path]) -> str:
+    """Upload the adapter, its card and the validation pictures in one commit; checkpoints and logs stay here.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ShiraError: the Hub cannot be reached or refuses; all files are still in ``output_dir``.
+    """
+    names = [WEIGHTS_NAME, CARD_NAME, *(picture.relative_to(config.output_dir).as_posix() for picture in pictures)]
+    try:
+        commit = huggingface_hub.upload_folder(
+            repo_id=repository,
+            folder_path=config.output_dir,
+            allow_patterns=names,
+            commit_message="End of training",
+            token=config.hub_token,
+        )
+    except _FAILURES as error:
+        raise ShiraError(
+            f"the adapter is trained and saved in {config.output_dir}, but it could not be uploaded to {repository!r}: "
+            f"{error}. Upload it with `hf upload {repository} {config.output_dir} . --include {' '.join(names)}`"
+        ) from error
+    return commit.commit_url

@@ -57,7 +57,7 @@ def make_optimizer(config: TrainingConfig, slices: Slices, examples_a_step: int)
     """The optimizer that the settings ask for: one group of the denoiser's deltas and one of the text encoders'.
 
     Args:
-        config: complete, see ``training.base.complete``.
+        config: complete, see ``base_model.complete``.
         examples_a_step: by which ``scale_lr`` multiplies the learning rate; not that of text encoders, as in diffusers.
 
     Raises:

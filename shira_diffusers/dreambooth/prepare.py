@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from shira_diffusers.dreambooth.buckets import frames_of
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import (
     INTERPOLATIONS,
@@ -22,14 +21,15 @@ from shira_diffusers.dreambooth.data import (
     View,
     collate,
     covering,
+    frames_of,
     mirror,
     pair_up,
 )
 from shira_diffusers.dreambooth.data_parallel import Parts, Share, share_of
 from shira_diffusers.dreambooth.families import Conditions, Pipe, embed
+from shira_diffusers.dreambooth.interrupts import leave_to_the_main_process
 from shira_diffusers.dreambooth.loss import Objective, encode
 from shira_diffusers.dreambooth.pictures import Picture, Size
-from shira_diffusers.dreambooth.stopping import leave_to_the_main_process
 from shira_diffusers.errors import ShiraError, counted, listing, verb
 from shira_diffusers.seeds import seeded
 

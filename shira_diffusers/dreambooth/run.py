@@ -12,12 +12,12 @@ from shira_diffusers.dreambooth import optimizers
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import Batch, Examples, batches_in
 from shira_diffusers.dreambooth.data_parallel import Share, add_up
-from shira_diffusers.dreambooth.identity import choices
+from shira_diffusers.dreambooth.interrupts import StopRequest
 from shira_diffusers.dreambooth.loss import Objective
-from shira_diffusers.dreambooth.names import public_name
 from shira_diffusers.dreambooth.prepare import load_shares
 from shira_diffusers.dreambooth.progress import Progress
-from shira_diffusers.dreambooth.stopping import StopRequest
+from shira_diffusers.dreambooth.published_settings import public_name
+from shira_diffusers.dreambooth.run_identity import choices
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.seeds import step_seed
 from shira_diffusers.training.tuner import SparseTuner

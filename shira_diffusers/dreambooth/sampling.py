@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from shira_diffusers.dreambooth.base_model import load_base
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.families import Pipe
-from shira_diffusers.dreambooth.folder import list_pictures
+from shira_diffusers.dreambooth.picture_folder import list_pictures
 from shira_diffusers.dreambooth.pictures import Picture, find_pictures
 from shira_diffusers.errors import ShiraError, counted
 from shira_diffusers.seeds import step_seed

@@ -25,20 +25,19 @@ from shira_diffusers.dreambooth.command_line import launch_command
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import Examples
 from shira_diffusers.dreambooth.families import Pipe
-from shira_diffusers.dreambooth.identity import Identity, identity_of, require_same_run
-from shira_diffusers.dreambooth.instances import instance_pictures
+from shira_diffusers.dreambooth.interrupts import StopRequest, end_by
 from shira_diffusers.dreambooth.launch import choose_seed, close_trackers, from_main, start, start_trackers
 from shira_diffusers.dreambooth.loss import Objective
-from shira_diffusers.dreambooth.memory import explained_memory, is_out_of_memory
-from shira_diffusers.dreambooth.model_card import Origin, write_card
+from shira_diffusers.dreambooth.model_card import Origin, create_repository, upload, write_card
 from shira_diffusers.dreambooth.optimizers import require_optimizer, warm_up_problem
-from shira_diffusers.dreambooth.outputs import require_outputs, require_room
+from shira_diffusers.dreambooth.out_of_memory import explained_memory, is_out_of_memory
+from shira_diffusers.dreambooth.output_folder import require_outputs, require_room
+from shira_diffusers.dreambooth.pictures import instance_pictures
 from shira_diffusers.dreambooth.prepare import load_batches, prepare_examples
 from shira_diffusers.dreambooth.progress import show
-from shira_diffusers.dreambooth.publish import create_repository, upload
 from shira_diffusers.dreambooth.run import Run
+from shira_diffusers.dreambooth.run_identity import RunIdentity, identity_of, require_same_run
 from shira_diffusers.dreambooth.sampling import class_pictures, validate, validation_files
-from shira_diffusers.dreambooth.stopping import StopRequest, end_by
 from shira_diffusers.errors import counted, verb
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, load_adapter
 from shira_diffusers.masks.families import build_masks
@@ -151,7 +150,7 @@ def _train(asked: TrainingConfig, config: TrainingConfig, saved: list[Path]) -> 
     return output / WEIGHTS_NAME
 
 
-def _find_resumed(config: TrainingConfig, identity: Identity) -> tuple[Path | None, dict[str, Any] | None]:
+def _find_resumed(config: TrainingConfig, identity: RunIdentity) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint that a run goes on from, and its state; None for a run that starts anew."""
     wanted = config.resume_from_checkpoint
     resumed = find_checkpoint(Path(config.output_dir), wanted, identity) if wanted else None

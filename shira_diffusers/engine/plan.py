@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.adapters.unions import plan_union
+from shira_diffusers.adapters.merge import plan_union
 from shira_diffusers.engine.state import Layout
 from shira_diffusers.errors import AdapterMismatchError
 from shira_diffusers.weights.finder import Located

@@ -12,9 +12,8 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.adapters.merge import MergeMethod, merge_method, sum_deltas
+from shira_diffusers.adapters.merge import MergeMethod, Union, merge_method, sum_deltas
 from shira_diffusers.adapters.scales import Scale, scale_of
-from shira_diffusers.adapters.unions import Union
 from shira_diffusers.engine.fit import join_name
 from shira_diffusers.engine.offloading import note_offload
 from shira_diffusers.engine.plan import lay_out

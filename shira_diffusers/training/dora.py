@@ -4,9 +4,38 @@ Sources: DoRA, arXiv 2402.09353, section 4; its use with SHiRA masks, arXiv 2406
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Parametrization(Protocol):
+    """Makes deltas, float32 ``[nnz]`` for the masked entries of all weights, of trained values, float32 ``[n]``."""
+
+    @property
+    def count(self) -> int:
+        """How many values are trained beside one an entry: ``n - nnz``."""
+
+    def deltas(self, trained: Tensor) -> Tensor:
+        """What is added to the base's entries: all zero, exactly, where everything trained is zero."""
+
+    def gradient(self, trained: Tensor, of_entries: Tensor) -> Tensor:
+        """The gradient of ``trained``, given that of the weights' entries, float32 ``[nnz]``."""
+
+
+class Identity:
+    """SHiRA itself: the trained values are the deltas."""
+
+    count = 0
+
+    def deltas(self, trained: Tensor) -> Tensor:
+        """As ``Parametrization.deltas``."""
+        return trained
+
+    def gradient(self, trained: Tensor, of_entries: Tensor) -> Tensor:
+        """As ``Parametrization.gradient``."""
+        return of_entries
 
 
 class Dora:
@@ -37,17 +66,17 @@ class Dora:
 
     @property
     def count(self) -> int:
-        """As ``Change.count``: one for each row."""
+        """As ``Parametrization.count``: one for each row."""
         return self._lengths.numel()
 
     def deltas(self, trained: Tensor) -> Tensor:
-        """As ``Change.deltas``."""
+        """As ``Parametrization.deltas``."""
         directions, offsets = trained.split([self._base.numel(), self.count])
         ratios = self._ratios(self._norms(self._base + directions), offsets)
         return (ratios - 1) * self._base + ratios * directions
 
     def gradient(self, trained: Tensor, of_entries: Tensor) -> Tensor:
-        """As ``Change.gradient``."""
+        """As ``Parametrization.gradient``."""
         directions, offsets = trained.split([self._base.numel(), self.count])
         moved = self._base + directions
         norms = self._norms(moved)

@@ -12,7 +12,7 @@ _engine: Any = torch.autograd.Variable._execution_engine  # FSDP and DDP end the
 _running: Callable[[], int] = torch._C._current_graph_task_id
 
 
-class Arrivals:
+class GradientBuffer:
     """Collects the gradients of trained entries.
 
     Each weight has a slot in one buffer, to which its gradient is written at once, in the dtype in which it comes. At

@@ -3,7 +3,7 @@
 Autograd then keeps no inputs for the weight and makes no gradient of it; the layer computes what it always does.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,82 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from shira_diffusers.training.columns import Columns
-from shira_diffusers.training.gradient_buffer import Arrivals
-from shira_diffusers.training.recompute import Inputs, Source
+from shira_diffusers.training.gradient_buffer import GradientBuffer
+from shira_diffusers.training.recompute import ActivationRecompute, Source
+
+_MOST = 4  # at most one column in four: with more the dense gradient costs about as much
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Where the entries of a mask lie in a weight of shape ``(out, in)``.
+
+    Args:
+        columns: int64 ``[k]``, the columns with entries beyond the diagonal.
+        diagonal: entries ``(i, (i + shift) % in)`` for i below this may be in the mask; 0 for no diagonal.
+        shift: see ``diagonal``.
+        order: ``[nnz]``, each entry's place among the ``size`` products.
+        size: how many products there are: ``out * k`` of the columns, row by row, and then those of the diagonal.
+    """
+
+    columns: Tensor
+    diagonal: int
+    shift: int
+    order: Tensor
+    size: int
+
+    def few(self, width: int) -> bool:
+        """Whether ``select`` gives at most half of ``width`` inputs."""
+        return 2 * (self.columns.numel() + self.diagonal) <= width
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the gradient needs of a layer's inputs ``(tokens, in)``: ``(tokens, k)`` and ``(tokens, diagonal)``."""
+        chosen = x.index_select(1, self.columns)
+        if self.shift + self.diagonal <= x.shape[1]:
+            return chosen, x.narrow(1, self.shift, self.diagonal)
+        return chosen, x.roll(-self.shift, 1).narrow(1, 0, self.diagonal)
+
+    def products(self, outgoing: Tensor, selected: tuple[Tensor, Tensor], out: Tensor) -> None:
+        """Write the weight's gradient in its columns and on its diagonal, without the dense one.
+
+        Args:
+            outgoing: gradient of the layer's outputs, ``(tokens, out)``.
+            selected: what ``select`` gave.
+            out: ``[size]`` of the same dtype; sums are rounded to it once, as in the dense gradient.
+        """
+        chosen, across = selected
+        whole = self.size - self.diagonal
+        if whole:
+            torch.mm(outgoing.t(), chosen, out=out[:whole].view(-1, chosen.shape[1]))  # (out, k)
+        if self.diagonal:
+            out[whole:] = (outgoing.narrow(1, 0, self.diagonal).float() * across).sum(0)
+
+
+def find_columns(indices: Tensor, shape: Sequence[int]) -> Columns | None:
+    """See a mask's columns and diagonal; None if it is not made of them.
+
+    Args:
+        indices: int32 or int64 ``[nnz]``, sorted flat row-major indices.
+        shape: ``(out, in)`` of the weight.
+    """
+    height, width = shape
+    rows, places = indices.long() // width, indices.long() % width
+    # a diagonal meets each column once at most, so more entries than one make a column
+    columns = (torch.bincount(places, minlength=width) > 1).nonzero().flatten()
+    if indices.numel() == 0 or columns.numel() * _MOST > width:
+        return None
+    number = torch.full((width,), -1, device=indices.device)
+    number[columns] = torch.arange(columns.numel(), device=indices.device)
+    order = rows * columns.numel() + number[places]
+    alone = number[places] < 0
+    shifts, diagonal = (places[alone] - rows[alone]) % width, 0
+    if shifts.numel() > 0:
+        diagonal = min(height, width)
+        if bool((shifts != shifts[0]).any()) or int(rows[alone].max()) >= diagonal:
+            return None
+        order[alone] = height * columns.numel() + rows[alone]
+    shift = int(shifts[0]) if diagonal else 0
+    return Columns(columns, diagonal, shift, order.to(indices.dtype), height * columns.numel() + diagonal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +94,14 @@ class Tap:
     """Takes the gradient of one weight ``(out, in)``.
 
     Args:
-        arrivals: where it goes to, to slot ``number``.
+        buffer: where it goes to, to slot ``number``.
         inputs: shared by all taps of a model.
         indices: the mask, flat row-major ``[nnz]``.
         columns: how the mask is made, or None: then its gradient is taken from the dense one.
     """
 
-    arrivals: Arrivals
-    inputs: Inputs
+    buffer: GradientBuffer
+    inputs: ActivationRecompute
     number: int
     indices: Tensor
     columns: Columns | None
@@ -57,10 +130,10 @@ class Tap:
         outgoing = _rows(outgoing)
         if self.columns is None:
             assert source is not None
-            self.arrivals.take(self.number, outgoing.t().mm(_rows(source.value(tensors))), self.indices)
+            self.buffer.take(self.number, outgoing.t().mm(_rows(source.value(tensors))), self.indices)
             return
         chosen, across = tensors if source is None else self.columns.select(_rows(source.value(tensors)))
-        self.columns.products(outgoing, (chosen, across), self.arrivals.slot(self.number, outgoing.dtype))
+        self.columns.products(outgoing, (chosen, across), self.buffer.slot(self.number, outgoing.dtype))
 
 
 class _Tapped(torch.autograd.Function):

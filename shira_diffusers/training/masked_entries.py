@@ -19,7 +19,7 @@ class _Group(NamedTuple):
     sites: Sites
 
 
-class Entries:
+class MaskedEntries:
     """Entries of weights, end to end; the weights may be cast or moved between two calls.
 
     Args:

@@ -54,7 +54,7 @@ class _Seen:
     tensors: tuple[Tensor, ...]
 
 
-class Inputs:
+class ActivationRecompute:
     """Finds out how the inputs of layers were made."""
 
     def __init__(self) -> None:

@@ -16,14 +16,12 @@ from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_probes import probe_base
 from shira_diffusers.adapters.delta import SparseDelta, index_dtype
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, counted, listing, verb
-from shira_diffusers.training.changes import Change, Plain
-from shira_diffusers.training.columns import Columns, find_columns
-from shira_diffusers.training.dora import Dora
-from shira_diffusers.training.gradient_buffer import Arrivals
-from shira_diffusers.training.gradient_taps import Tap, narrows, tappable
-from shira_diffusers.training.masked_entries import Entries
+from shira_diffusers.training.dora import Dora, Identity, Parametrization
+from shira_diffusers.training.gradient_buffer import GradientBuffer
+from shira_diffusers.training.gradient_taps import Columns, Tap, find_columns, narrows, tappable
+from shira_diffusers.training.masked_entries import MaskedEntries
 from shira_diffusers.training.masking import components_of, let_gradients_in, masked_parameters
-from shira_diffusers.training.recompute import Inputs
+from shira_diffusers.training.recompute import ActivationRecompute
 
 
 class _Adapted(NamedTuple):
@@ -84,11 +82,11 @@ class SparseTuner:
             name: _Adapted(p, self._indices[start:end], start, end)
             for (name, p), (start, end) in zip(parameters.items(), bounds, strict=True)
         }
-        self._entries = Entries(list(parameters.values()), sizes, self._indices)
+        self._entries = MaskedEntries(list(parameters.values()), sizes, self._indices)
         self._base = self._entries.read()  # it follows casts of the model as the weights themselves do
         self._probes = probe_base(self._sparse(torch.zeros_like(self._base), torch.float32), parameters)
         self._flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
-        self._change: Change = self._dora() if dora else Plain()
+        self._change: Parametrization = self._dora() if dora else Identity()
         self.deltas = nn.Parameter(torch.zeros(self._base.numel() + self._change.count, device=device))
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
@@ -188,22 +186,22 @@ class SparseTuner:
         layers = tappable(parts)
         adapted = [(layers.get(id(a.parameter)), a) for a in self._adapted.values()]
         columns = [find_columns(a.indices, a.parameter.shape) if layer else None for layer, a in adapted]
-        arrivals = self._make_arrivals(columns)
-        inputs = Inputs()
+        buffer = self._make_buffer(columns)
+        inputs = ActivationRecompute()
         hooks: list[Any] = []
         for number, ((layer, (parameter, indices, _, _)), own) in enumerate(zip(adapted, columns, strict=True)):
             if layer and (own or recompute or narrows(layer)):
-                tap = Tap(arrivals, inputs, number, indices, own)
+                tap = Tap(buffer, inputs, number, indices, own)
                 hooks.append(layer.register_forward_hook(tap.hook, with_kwargs=True))
             else:
                 parameter.requires_grad_(True)
-                collect = partial(_collect, arrivals, number, indices)
+                collect = partial(_collect, buffer, number, indices)
                 hooks.append(parameter.register_post_accumulate_grad_hook(collect))
         if recompute or any(columns):
             hooks += [hook for part in parts for hook in inputs.watch(part)]
         return hooks
 
-    def _make_arrivals(self, columns: Iterable[Columns | None]) -> Arrivals:
+    def _make_buffer(self, columns: Iterable[Columns | None]) -> GradientBuffer:
         """Slots for all weights: of the masked entries, or of columns' and diagonals' products, which hold them."""
         pairs = list(zip(self._adapted.values(), columns, strict=True))
         sizes = [own.size if own else a.indices.numel() for a, own in pairs]
@@ -213,7 +211,7 @@ class SparseTuner:
             places = [own.order if own else torch.arange(a.indices.numel(), device=device) for a, own in pairs]
             starts = accumulate(sizes, initial=0)
             order = torch.cat([(own + start).to(dtype) for own, start in zip(places, starts, strict=False)])
-        return Arrivals(sizes, order, self._indices.device, self._receive)
+        return GradientBuffer(sizes, order, self._indices.device, self._receive)
 
     def _dora(self) -> Dora:
         adapted = self._adapted.values()
@@ -241,11 +239,11 @@ class SparseTuner:
         }
 
 
-def _collect(arrivals: Arrivals, number: int, indices: Tensor, weight: Tensor) -> None:
+def _collect(buffer: GradientBuffer, number: int, indices: Tensor, weight: Tensor) -> None:
     """Take the dense gradient of a weight as soon as it is there, so that it is freed before the next one comes."""
     dense, weight.grad = weight.grad, None
     if dense is not None:
-        arrivals.take(number, dense, indices)
+        buffer.take(number, dense, indices)
 
 
 def _only_device(parameters: Mapping[str, nn.Parameter]) -> torch.device:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shira_diffusers.adapters import unions
-from shira_diffusers.adapters.unions import plan_union
+from shira_diffusers.adapters import merge
+from shira_diffusers.adapters.merge import plan_union
 
 sorted_indices = st.lists(st.integers(0, 40), unique=True, max_size=30).map(sorted)
 
@@ -14,7 +14,7 @@ sorted_indices = st.lists(st.integers(0, 40), unique=True, max_size=30).map(sort
 @pytest.fixture(params=[(2**20, 1000), (7, 1000), (1, 1000), (2**20, 0)], ids=["marks", "ranges", "single", "sorting"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(("_RANGE", "_SPARSE"), request.param, strict=True):
-        monkeypatch.setattr(unions, name, value)
+        monkeypatch.setattr(merge, name, value)
 
 
 @pytest.mark.usefixtures("way")

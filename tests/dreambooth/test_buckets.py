@@ -10,8 +10,8 @@ from PIL import Image
 
 from shira_diffusers import ShiraAdapter, ShiraError, load_adapter
 from shira_diffusers.dreambooth.base_model import load_base
-from shira_diffusers.dreambooth.buckets import bounds_of, bucket_frames, frames_of, nearest_frame
 from shira_diffusers.dreambooth.config import TrainingConfig
+from shira_diffusers.dreambooth.data import bounds_of, bucket_frames, frames_of, nearest_frame
 from shira_diffusers.dreambooth.loss import encode
 from shira_diffusers.dreambooth.pictures import find_pictures
 from shira_diffusers.dreambooth.prepare import load_batches, prepare_examples

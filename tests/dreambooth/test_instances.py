@@ -11,8 +11,7 @@ from PIL import Image
 
 from shira_diffusers import ShiraError
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.instances import instance_pictures
-from shira_diffusers.dreambooth.pictures import Picture
+from shira_diffusers.dreambooth.pictures import Picture, instance_pictures
 from tests.dreambooth import colour_science as science
 
 datasets = pytest.importorskip("datasets")

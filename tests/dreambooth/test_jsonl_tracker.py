@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.jsonl_tracker import LINES_NAME, JsonLines
+from shira_diffusers.dreambooth.jsonl_tracker import JSONL_NAME, JsonlTracker
 from shira_diffusers.dreambooth.train import train
 
 
@@ -19,7 +19,7 @@ def test_each_step_is_a_line(base: Path, tmp_path: Path) -> None:
         "report_to": "jsonl", "checkpointing_steps": 2, "seed": 7,
     }  # fmt: skip
     train(TrainingConfig(**settings, max_train_steps=3))
-    file = tmp_path / "out" / "logs" / LINES_NAME
+    file = tmp_path / "out" / "logs" / JSONL_NAME
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line.keys() == {"step", "loss", "lr", "images_per_second", "peak_memory_gib"} for line in lines)
@@ -30,6 +30,6 @@ def test_each_step_is_a_line(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_line_is_whole_at_once(tmp_path: Path) -> None:
-    tracker = JsonLines(tmp_path / "logs")
+    tracker = JsonlTracker(tmp_path / "logs")
     tracker.log({"loss": 0.5}, step=1)
     assert tracker.tracker.read_text() == '{"step": 1, "loss": 0.5}\n'

@@ -17,7 +17,7 @@ from shira_diffusers import ShiraAdapter, ShiraError, SparseDelta, load_adapter,
 from shira_diffusers.dreambooth.command_line import command_line, parse_config
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.model_card import Origin, write_card
-from shira_diffusers.dreambooth.names import public_name
+from shira_diffusers.dreambooth.published_settings import public_name
 from shira_diffusers.dreambooth.train import train
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
 from tests.dreambooth.hub import TOKEN, Hub, serve

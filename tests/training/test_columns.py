@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers import ShiraAdapter, SparseDelta, build_masks
-from shira_diffusers.training.columns import Columns, find_columns
+from shira_diffusers.training.gradient_taps import Columns, find_columns
 
 SHAPES = [(32, 32), (24, 64), (64, 24), (1, 40), (40, 1)]
 

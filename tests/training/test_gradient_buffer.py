@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shira_diffusers.training.gradient_buffer import Arrivals
+from shira_diffusers.training.gradient_buffer import GradientBuffer
 
 
 class Pair:
@@ -15,7 +15,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.flat = nn.Parameter(torch.zeros(4))
-        self.arrivals = Arrivals([2, 2], None, self.flat.device, self._receive)
+        self.buffer = GradientBuffer([2, 2], None, self.flat.device, self._receive)
         self.weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
         for number, weight in enumerate(self.weights):
             weight.register_post_accumulate_grad_hook(self._collect(number))
@@ -24,7 +24,7 @@ class Pair:
         def collect(weight: Tensor) -> None:
             dense, weight.grad = weight.grad, None
             assert dense is not None
-            self.arrivals.take(number, dense, torch.tensor([0, 1]))
+            self.buffer.take(number, dense, torch.tensor([0, 1]))
 
         return collect
 
@@ -93,8 +93,8 @@ def test_gradients_for_another_parameter_are_left_alone() -> None:
 
 def test_entries_are_put_in_order() -> None:
     received: list[list[float]] = []
-    arrivals = Arrivals([3, 1], torch.tensor([2, 3, 0]), torch.device("cpu"), lambda g: received.append(g.tolist()))
+    buffer = GradientBuffer([3, 1], torch.tensor([2, 3, 0]), torch.device("cpu"), lambda g: received.append(g.tolist()))
     weight = nn.Parameter(torch.ones(3))
-    weight.register_post_accumulate_grad_hook(lambda w: arrivals.take(0, w.grad, torch.tensor([0, 1, 2])))
+    weight.register_post_accumulate_grad_hook(lambda w: buffer.take(0, w.grad, torch.tensor([0, 1, 2])))
     (weight * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert received == [[3.0, 0.0, 1.0]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.training.masked_entries import Entries
+from shira_diffusers.training.masked_entries import MaskedEntries
 
 
 def weights() -> list[nn.Parameter]:
@@ -17,8 +17,8 @@ MASKS = ([0, 7, 19], [1, 2, 30, 53], [5])
 INDICES = torch.tensor([index for mask in MASKS for index in mask], dtype=torch.int32)
 
 
-def entries_of(held: list[nn.Parameter]) -> Entries:
-    return Entries(held, [len(mask) for mask in MASKS], INDICES)
+def entries_of(held: list[nn.Parameter]) -> MaskedEntries:
+    return MaskedEntries(held, [len(mask) for mask in MASKS], INDICES)
 
 
 def one_by_one(held: list[nn.Parameter]) -> Tensor:

@@ -16,7 +16,7 @@ from app.studio import Studio
 from app.training.pictures import FORMATS, MAX_PICTURES, Sent, captions_of, named, require_pictures, sort_out
 from app.training.recipe import Recipe
 from app.training.trainings import Training
-from shira_diffusers.dreambooth.folder import CAPTIONS
+from shira_diffusers.dreambooth.picture_folder import CAPTIONS
 from shira_diffusers.weights.targets import PRESETS
 
 EVERY = 2.0  # seconds between two looks at a training that goes on

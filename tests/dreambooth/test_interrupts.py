@@ -16,7 +16,7 @@ import pytest
 from shira_diffusers import load_adapter
 from shira_diffusers.dreambooth.command_line import command_line, parse_config
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.stopping import StopRequest
+from shira_diffusers.dreambooth.interrupts import StopRequest
 from shira_diffusers.dreambooth.train import train
 from tests import tiny
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shira_diffusers import ShiraError
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.memory import explained_memory, is_out_of_memory, remedies
+from shira_diffusers.dreambooth.out_of_memory import explained_memory, is_out_of_memory, remedies
 from shira_diffusers.dreambooth.train import train
 
 NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "i", "instance_prompt": "p", "resolution": 512}

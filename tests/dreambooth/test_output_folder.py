@@ -13,8 +13,8 @@ from shira_diffusers import ShiraError, load_adapter
 from shira_diffusers.dreambooth import train as loop
 from shira_diffusers.dreambooth.checkpoints import save_result
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.jsonl_tracker import JsonLines
-from shira_diffusers.dreambooth.outputs import require_room
+from shira_diffusers.dreambooth.jsonl_tracker import JsonlTracker
+from shira_diffusers.dreambooth.output_folder import require_room
 from shira_diffusers.dreambooth.train import train
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
 from tests import tiny
@@ -116,10 +116,10 @@ def test_a_refused_run_leaves_no_folder(settings: dict[str, object], tmp_path: P
 def test_a_tracker_that_does_not_start_is_told_before_training(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: JsonLines, values: dict[str, Any]) -> None:
+    def refuse(self: JsonlTracker, values: dict[str, Any]) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(JsonLines, "store_init_configuration", refuse)
+    monkeypatch.setattr(JsonlTracker, "store_init_configuration", refuse)
     with pytest.raises(
         ShiraError, match=r"the tracker does not start: no network. Nothing was trained; choose another"
     ):
@@ -180,11 +180,11 @@ def test_the_adapter_is_saved_before_the_last_validation(
 def test_a_tracker_that_fails_in_mid_run_is_told_once(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(self: JsonLines, *_: object, **__: object) -> None:
+    def refuse(self: JsonlTracker, *_: object, **__: object) -> None:
         raise ConnectionError("offline")
 
-    monkeypatch.setattr(JsonLines, "log", refuse)
-    monkeypatch.setattr(JsonLines, "finish", refuse, raising=False)
+    monkeypatch.setattr(JsonlTracker, "log", refuse)
+    monkeypatch.setattr(JsonlTracker, "finish", refuse, raising=False)
     assert load_adapter(train(TrainingConfig(**settings))).metadata["steps"] == "2"
     assert caplog.text.count("step 1 and those after it are not tracked: offline; training goes on") == 1
     assert "step 2 and" not in caplog.text

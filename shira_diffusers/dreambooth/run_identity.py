@@ -14,7 +14,7 @@ _SAMPLE = 2**16  # bytes of a file of weights that stand for the whole
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class RunIdentity:
     """Which run this is. It tells nothing of where files lie, so a run can be moved and go on.
 
     Args:
@@ -27,7 +27,7 @@ class Identity:
     held: Mapping[str, Any] = field(default_factory=dict)
 
 
-def identity_of(config: TrainingConfig, pictures: Iterable[Picture]) -> Identity:
+def identity_of(config: TrainingConfig, pictures: Iterable[Picture]) -> RunIdentity:
     """The identity of a run with these settings and pictures, which are read once more."""
     base = config.pretrained_model_name_or_path
     learned = {
@@ -35,7 +35,7 @@ def identity_of(config: TrainingConfig, pictures: Iterable[Picture]) -> Identity
         "instance_prompt": config.instance_prompt,
         "pictures": _pictures_digest(dict.fromkeys(pictures)),
     }
-    return Identity(learned, choices(config) | ({} if config.seed is None else {"seed": config.seed}))
+    return RunIdentity(learned, choices(config) | ({} if config.seed is None else {"seed": config.seed}))
 
 
 def choices(config: TrainingConfig) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from PIL import Image
 from shira_diffusers import ShiraAdapter, ShiraError, load_adapter
 from shira_diffusers.dreambooth.checkpoints import run_number, save_checkpoint
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.identity import identity_of
 from shira_diffusers.dreambooth.pictures import find_pictures
 from shira_diffusers.dreambooth.run import checkpoint_interval
+from shira_diffusers.dreambooth.run_identity import identity_of
 from shira_diffusers.dreambooth.train import train
 from tests import tiny
 

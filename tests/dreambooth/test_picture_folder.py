@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from shira_diffusers import ShiraError
-from shira_diffusers.dreambooth.folder import is_caption, is_picture, is_side_file, list_pictures
+from shira_diffusers.dreambooth.picture_folder import is_caption, is_picture, is_side_file, list_pictures
 from shira_diffusers.dreambooth.pictures import Picture, find_pictures
 
 SIDE = (".DS_Store", "Thumbs.db", "desktop.ini", "._a.png", ".hidden.jpg")
