@@ -22,8 +22,8 @@ class ShiraAdapter:
         deltas: ``name -> SparseDelta``; the name is ``component.dotted.parameter.name``, or the dotted name alone
             for an adapter of a bare module.
         metadata: strings, as in a file's header: ``base_model``, ``mask``, ``density``, ``instance_prompt``, ...
-        base_probes: ``name -> float16 [k]``: the base's first ``k`` values at the masked entries of a few
-            parameters, by which loading tells another base.
+        base_probes: ``name -> float16 (k,)``: the base's first ``k`` values at the masked entries of a few
+            parameters, by which loading recognizes another base.
 
     Raises:
         AdapterFormatError: a probe of no delta, or longer than its delta.
@@ -41,7 +41,7 @@ class ShiraAdapter:
         ]
         if wrong:
             raise AdapterFormatError(
-                f"base values must belong to an adapted parameter, one an entry at most:{listing(wrong)}"
+                f"base values must belong to an adapted parameter, at most one per entry:{listing(wrong)}"
             )
         object.__setattr__(self, "deltas", MappingProxyType(dict(sorted(self.deltas.items()))))
         metadata = {str(key): str(value) for key, value in self.metadata.items()}
@@ -81,11 +81,11 @@ class ShiraAdapter:
         return sum(delta.nbytes for delta in self.deltas.values())
 
     def component_names(self) -> list[str]:
-        """The first parts of the names, sorted: the components, for an adapter of a pipeline."""
+        """List the first parts of the names, sorted: the components, for an adapter of a pipeline."""
         return sorted({name.partition(".")[0] for name in self.deltas})
 
     def part(self, component: str) -> "ShiraAdapter":
-        """The deltas of one component, named without it. Empty if there are none."""
+        """Select the deltas of one component, named without it. Empty if there are none."""
         prefix = component + "."
         return ShiraAdapter(
             {n.removeprefix(prefix): d for n, d in self.deltas.items() if n.startswith(prefix)},
@@ -94,7 +94,7 @@ class ShiraAdapter:
         )
 
     def prefixed(self, component: str) -> "ShiraAdapter":
-        """The same adapter with every name put under ``component``."""
+        """Put every name under ``component``, in a new adapter."""
         return ShiraAdapter(
             {f"{component}.{name}": delta for name, delta in self.deltas.items()},
             self.metadata,
@@ -102,7 +102,7 @@ class ShiraAdapter:
         )
 
     def renamed(self, names: Mapping[str, str]) -> "ShiraAdapter":
-        """The same adapter with each parameter called ``names[name]``; those not in ``names`` keep theirs."""
+        """Rename parameters to ``names[name]``, in a new adapter; those not in ``names`` keep theirs."""
         return ShiraAdapter(
             {names.get(name, name): delta for name, delta in self.deltas.items()},
             self.metadata,
@@ -110,10 +110,10 @@ class ShiraAdapter:
         )
 
     def astype(self, dtype: torch.dtype) -> "ShiraAdapter":
-        """The same adapter with values rounded to ``dtype`` (float16 halves the file of a float32 one).
+        """Round the values to ``dtype``, in a new adapter (float16 halves the file of a float32 one).
 
         Raises:
-            AdapterFormatError: values that are too large for the dtype; all parameters with such are named.
+            AdapterFormatError: values too large for the dtype; lists all parameters with such values.
         """
         wide = [
             f"{name}: {counted(count, 'value', of=delta.nnz)}, up to {float(delta.values.abs().max()):.4g}"
@@ -129,7 +129,7 @@ class ShiraAdapter:
         return ShiraAdapter(deltas, self.metadata, self.base_probes)
 
     def with_metadata(self, **metadata: str) -> "ShiraAdapter":
-        """The same adapter with these metadata added or replaced."""
+        """Add or replace metadata, in a new adapter."""
         return ShiraAdapter(self.deltas, {**self.metadata, **metadata}, self.base_probes)
 
     @classmethod
@@ -144,7 +144,8 @@ class ShiraAdapter:
         """Extract what training changed: the entries in which ``after`` differs from ``before``.
 
         Args:
-            before, after: modules, ``{component: module}``, pipelines, or state dicts; the same on both sides.
+            before, after: modules, ``{component: module}``, pipelines, or state dicts of float tensors ``(out, ...)``;
+                the same names and shapes on both sides.
             dtype: of the values; the difference is taken in float32 and rounded once.
             metadata: strings to keep with the adapter.
 

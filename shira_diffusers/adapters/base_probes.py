@@ -8,19 +8,22 @@ from torch import Tensor
 
 from shira_diffusers.adapters.delta import SparseDelta
 
-_PROBED_WEIGHTS = 8
+_PROBED_WEIGHTS = 8  # with 64 entries each, 512 values: 1 KiB per file
 _PROBED_ENTRIES = 64
-_SIBLING_SIMILARITY = 0.8
+_SIBLING_SIMILARITY = 0.8  # cosine: fine-tunes of one model stay near 1, unrelated models near 0
 
 BaseMatch = Literal["same", "sibling", "other"]
 
 
 def probe_base(deltas: Mapping[str, SparseDelta], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base's first values at the masked entries of a few parameters, float16 ``[<= 64]`` each, on the CPU.
+    """Read the base's first values at the masked entries of a few parameters.
 
     Args:
         deltas: the adapter's deltas.
-        base: the unadapted weights by the same names, at least those that are probed.
+        base: the unadapted weights ``(out, ...)`` by the same names, at least those that are probed.
+
+    Returns:
+        ``{name: float16 (k,)}``, k at most 64, on the CPU.
     """
     probes = {}
     for name in probed_names(deltas):
@@ -31,7 +34,7 @@ def probe_base(deltas: Mapping[str, SparseDelta], base: Mapping[str, Tensor]) ->
 
 
 def probed_names(deltas: Mapping[str, SparseDelta]) -> list[str]:
-    """The parameters, evenly spread and at most eight, whose base values are kept."""
+    """Choose the parameters whose base values are kept: evenly spread, at most eight."""
     names = sorted(name for name, delta in deltas.items() if delta.nnz)
     step = max(1, -(-len(names) // _PROBED_WEIGHTS))
     return names[::step]
@@ -41,7 +44,7 @@ def match_base(pairs: list[tuple[Tensor, Tensor]]) -> BaseMatch:
     """Compare probes with a model's values at the same entries.
 
     Args:
-        pairs: for each probed parameter the probe, float16 ``[k]``, and the model's values, any dtype, ``[k]``.
+        pairs: per probed parameter the probe, float16 ``(k,)``, and the model's values, any dtype, ``(k,)``.
 
     Returns:
         ``same`` when they differ by no more than the rounding of the model's dtype, ``sibling`` (a fine-tune of the
@@ -58,7 +61,7 @@ def match_base(pairs: list[tuple[Tensor, Tensor]]) -> BaseMatch:
         dot += float((expected * got).sum())
         probe_square += float(expected.square().sum())
         value_square += float(got.square().sum())
-    if close >= 0.99 * total:
+    if close >= 0.99 * total:  # casts through a third dtype may round a few values differently
         return "same"
     norm = (probe_square * value_square) ** 0.5
     return "sibling" if norm and dot / norm >= _SIBLING_SIMILARITY else "other"

@@ -14,12 +14,12 @@ _INT32_MAX = 2**31 - 1
 
 
 def index_dtype(numel: int) -> torch.dtype:
-    """The smallest index dtype that can address ``numel`` entries: int32 where possible, else int64."""
+    """Return the smallest index dtype that can address ``numel`` entries: int32 where possible, else int64."""
     return torch.int32 if numel <= _INT32_MAX else torch.int64
 
 
 def check_indices(indices: Tensor, numel: int) -> str | None:
-    """Say what is wrong with flat indices ``[nnz]`` of a weight of ``numel`` entries; None if nothing is.
+    """Say what is wrong with flat indices ``(nnz,)`` of a weight of ``numel`` entries; None if nothing is.
 
     Right means integer, one-dimensional, in ``[0, numel)``, strictly increasing (so sorted, no duplicates).
     """
@@ -41,7 +41,7 @@ def check_indices(indices: Tensor, numel: int) -> str | None:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it is a part of a larger one, all of which a pickle would hold."""
+    """The tensor, or a copy of a part of a larger one, all of which a pickle would hold."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
@@ -57,7 +57,7 @@ def _problem(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> str | N
     if values.dtype not in VALUE_DTYPES:
         return f"values are {values.dtype}, expected float32, float16 or bfloat16"
     if values.shape != indices.shape:
-        return f"{tuple(values.shape)} values for {tuple(indices.shape)} indices, expected one value an index"
+        return f"{tuple(values.shape)} values for {tuple(indices.shape)} indices, expected one value per index"
     if not bool(all_finite(values)):
         count = int((~torch.isfinite(values)).sum())
         found = counted(count, "value", of=values.numel())
@@ -70,9 +70,9 @@ class SparseDelta:
     """The sparse difference ``S`` of one weight, ``W_new = W + scale * S`` (arXiv 2406.13175, section 3).
 
     Args:
-        indices: int32 or int64 ``[nnz]``, flat row-major positions in the weight, strictly increasing. Kept as
+        indices: int32 or int64 ``(nnz,)``, flat row-major positions in the weight, strictly increasing. Kept as
             int32 where the weight has fewer than 2^31 entries.
-        values: float32, float16 or bfloat16 ``[nnz]``, finite, in the order of the indices.
+        values: float32, float16 or bfloat16 ``(nnz,)``, finite, in the order of the indices.
         shape: shape of the dense weight, ``(out, in)`` or ``(out, in, kh, kw)``.
 
     Raises:
@@ -97,7 +97,7 @@ class SparseDelta:
 
     @classmethod
     def unchecked(cls, indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> "SparseDelta":
-        """A delta of tensors that are known to be as the constructor requires, indices of ``index_dtype`` already."""
+        """Make a delta without checks, of ``indices`` of ``index_dtype`` and ``values``, both ``(nnz,)``."""
         delta = object.__new__(cls)
         for name, value in (("indices", indices), ("values", values), ("shape", shape)):
             object.__setattr__(delta, name, value)
@@ -127,13 +127,13 @@ class SparseDelta:
         return self.indices.nbytes + self.values.nbytes
 
     def to_dense(self) -> Tensor:
-        """The dense delta, float32, of ``shape``, on the device of the values."""
+        """Make the dense delta, float32, of ``shape``, on the device of the values."""
         dense = torch.zeros(self.numel, dtype=torch.float32, device=self.values.device)
         dense[self.indices.long()] = self.values.float()
         return dense.view(self.shape)
 
     def astype(self, dtype: torch.dtype) -> "SparseDelta":
-        """The same delta with values rounded to ``dtype``."""
+        """Round the values to ``dtype``, in a new delta."""
         return SparseDelta(self.indices, self.values.to(dtype), self.shape)
 
     def __eq__(self, other: object) -> bool:

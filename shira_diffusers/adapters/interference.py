@@ -1,4 +1,4 @@
-"""How much two adapters are in each other's way (arXiv 2406.13175, section 4.2 and table 13)."""
+"""How much two adapters interfere (arXiv 2406.13175, section 4.2 and table 13)."""
 
 import warnings
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ class Interference:
     l2: float
 
     def as_dict(self) -> dict[str, float]:
-        """The five figures by name."""
+        """Return the five figures by name."""
         return asdict(self)
 
 
@@ -112,7 +112,7 @@ def _alone(first: SparseDelta | None, second: SparseDelta | None) -> _Counts:
 
 
 def interference_by_weight(first: ShiraAdapter, second: ShiraAdapter) -> dict[str, Interference]:
-    """The interference of two adapters on each weight that both adapt.
+    """Measure the interference of two adapters on each weight that both adapt.
 
     Raises:
         AdapterMismatchError: a weight of different shapes in the two.
@@ -122,7 +122,7 @@ def interference_by_weight(first: ShiraAdapter, second: ShiraAdapter) -> dict[st
 
 
 def interference(first: ShiraAdapter, second: ShiraAdapter) -> Interference:
-    """The interference of two adapters over all weights, each adapter taken as one block-diagonal matrix.
+    """Measure the interference of two adapters over all weights, each adapter taken as one block-diagonal matrix.
 
     Raises:
         AdapterMismatchError: a weight of different shapes in the two.
@@ -132,7 +132,7 @@ def interference(first: ShiraAdapter, second: ShiraAdapter) -> Interference:
 
 
 def interference_in_all(first: ShiraAdapter, second: ShiraAdapter) -> tuple[Interference, dict[str, Interference]]:
-    """The interference of two adapters over all weights, and on each weight that both adapt, in one pass.
+    """Measure the interference of two adapters over all weights and on each weight that both adapt, in one pass.
 
     Raises:
         AdapterMismatchError: a weight of different shapes in the two.

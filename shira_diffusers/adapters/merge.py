@@ -1,4 +1,4 @@
-"""Several adapters -> one delta a parameter (arXiv 2406.13175, section 3.2)."""
+"""Merge several adapters into one delta per parameter (arXiv 2406.13175, section 3.2)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ class Union:
     """Where several deltas lie.
 
     Args:
-        indices: int32 or int64 ``[n]``, the sorted union of the deltas' indices.
-        places: for each delta int64 ``[nnz]``, where its entries stand in ``indices``; None when it holds them all.
+        indices: int32 or int64 ``(n,)``, the sorted union of the deltas' indices.
+        places: per delta int64 ``(nnz,)``, the positions of its entries in ``indices``; None if it holds them all.
     """
 
     indices: Tensor
@@ -40,14 +40,20 @@ def plan_union(indices: Sequence[Tensor]) -> Union:
 
 
 MergeMethod = Callable[[Union, Sequence[Tensor], Sequence[float | Tensor]], Tensor]
-"""``method(union, values, scales) -> float32 [n]``, the fused delta in the order of ``union.indices``.
+"""``method(union, values, scales) -> float32 (n,)``, the fused delta in the order of ``union.indices``.
 
-A scale is one number, or float32 ``[nnz]``, one for each value.
+A scale is one number, or float32 ``(nnz,)``, one for each value.
 """
 
 
 def sum_deltas(union: Union, values: Sequence[Tensor], scales: Sequence[float | Tensor]) -> Tensor:
-    """``acc = 0; acc += scale * delta`` for each delta in turn, in float32 (P 3.2)."""
+    """Sum deltas in turn, in float32: ``acc = 0; acc += scale * delta`` (arXiv 2406.13175, section 3.2).
+
+    Args:
+        union: the positions of the deltas' entries.
+        values: of each delta, float ``(nnz,)`` on the union's device.
+        scales: of each delta, a number, or float32 ``(nnz,)``, one per value.
+    """
     total = torch.zeros(union.indices.numel(), dtype=torch.float32, device=union.indices.device)
     for place, value, scale in zip(union.places, values, scales, strict=True):
         scaled = value.float() * scale
@@ -62,7 +68,7 @@ MERGE_METHODS: dict[str, MergeMethod] = {"sum": sum_deltas}
 
 
 def merge_method(name: str) -> MergeMethod:
-    """The merge method of a name; ShiraError if there is none."""
+    """Return the merge method of a name; ShiraError if there is none."""
     if name not in MERGE_METHODS:
         raise ShiraError(f"unknown merge method {name!r}, expected one of {', '.join(MERGE_METHODS)}")
     return MERGE_METHODS[name]
@@ -99,7 +105,7 @@ def fuse(
 
 
 def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]], method: str = "sum") -> ShiraAdapter:
-    """``fuse`` with a scale for each parameter: of each adapter a function of the parameter's name."""
+    """Fuse adapters as ``fuse`` does, each with a function from a parameter's name to its scale."""
     merge = merge_method(method)
     plain = [adapter for adapter, _ in adapters]
     names = sorted({name for adapter in plain for name in adapter.deltas})
@@ -169,7 +175,7 @@ def _require_same_shapes(adapters: Sequence[ShiraAdapter], names: Sequence[str])
 
 
 def _base_probes(adapters: Sequence[ShiraAdapter], deltas: Mapping[str, SparseDelta]) -> dict[str, Tensor]:
-    """The base's values at the first entries of the unions, as far as the adapters' own probes tell them."""
+    """The base's values at the first entries of the unions, as far as the adapters' own probes hold them."""
     probes = {}
     for name in sorted({name for adapter in adapters for name in adapter.base_probes}):
         known: dict[int, float] = {}
@@ -177,9 +183,9 @@ def _base_probes(adapters: Sequence[ShiraAdapter], deltas: Mapping[str, SparseDe
             probe = adapter.base_probes.get(name)
             if probe is not None:
                 known |= zip(adapter.deltas[name].indices[: probe.numel()].tolist(), probe.tolist(), strict=True)
-        told = [known[index] for index in takewhile(known.__contains__, deltas[name].indices[: len(known)].tolist())]
-        if told:
-            probes[name] = torch.tensor(told, dtype=torch.float16, device="cpu")
+        first = [known[index] for index in takewhile(known.__contains__, deltas[name].indices[: len(known)].tolist())]
+        if first:
+            probes[name] = torch.tensor(first, dtype=torch.float16, device="cpu")
     return probes
 
 

@@ -10,9 +10,8 @@ BlockScales = Mapping[str, LayerScales | Mapping[str, LayerScales]]
 Scale = float | Mapping[str, float | BlockScales]
 """A float, ``{component: float}`` or ``{component: {"down" | "mid" | "up": ...}}``; what is left out is 1.0.
 
-What a section of a UNet gets is a float, a list with one float per layer (of each of its blocks), or
-``{"block_0": ...}`` with either of these; a list of one float counts for all layers. These are the forms of diffusers'
-``set_adapters``.
+A section of a UNet takes a float, a list of one float per layer (of each of its blocks), or ``{"block_0": ...}`` with
+either of these; a list of one float counts for all layers. diffusers' ``set_adapters`` takes the same forms.
 """
 
 Weights = Scale | Sequence[Scale | None] | None
@@ -22,13 +21,13 @@ Blocks = Mapping[str, Sequence[int]]
 """The sections of a UNet, with the number of layers of each block: ``{"down": (2, 2), "mid": (1,), "up": (3, 3)}``."""
 
 _FLOAT32_MAX = 3.4028234663852886e38  # mixes are computed in float32
-_LONGEST = 80
+_LONGEST = 80  # characters of a wrong value in an error
 _SECTIONS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 _LAYERS = ("attentions", "resnets")  # a block's layer is one of each, where it has attention
 
 
 def mix_of(names: str | Iterable[str] | Mapping[str, Scale | None], weights: Weights = None) -> dict[str, Scale]:
-    """The scale of each adapter, from names and weights or from a mapping that gives both.
+    """Return the scale of each adapter, from names and weights or from a mapping that gives both.
 
     Raises:
         ShiraError: no names, repeated names, another number of weights, or weights beside a mapping.
@@ -51,7 +50,7 @@ def mix_of(names: str | Iterable[str] | Mapping[str, Scale | None], weights: Wei
 
 
 def mix_from(scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
-    """A mix as a mapping, None as 1.0.
+    """Return a mix as a mapping, None as 1.0.
 
     Raises:
         ShiraError: no mapping.
@@ -62,7 +61,7 @@ def mix_from(scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
 
 
 def name_list(names: str | Iterable[str]) -> list[str]:
-    """Adapters' names, given as one, several, or a mapping by name.
+    """List adapters' names, given as one, several, or a mapping by name.
 
     Raises:
         ShiraError: something else.
@@ -76,14 +75,14 @@ def name_list(names: str | Iterable[str]) -> list[str]:
 
 
 def each_scale(weights: Weights, count: int) -> list[Scale | None]:
-    """What was given for each of several adapters: one for all, or a list (or array of one dimension) as it is."""
+    """Return what was given per adapter: one for all, or a list (or array of one dimension) as it is."""
     if getattr(weights, "ndim", 0) == 1:  # of NumPy or torch
         return list(weights)  # type: ignore[arg-type]
     return list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights] * count
 
 
 def scale_of(scale: Scale, component: str, name: str) -> float:
-    """The number for one parameter.
+    """Return the scale of one parameter.
 
     Args:
         scale: as the user gave it, checked by ``check_scale``.
@@ -109,7 +108,7 @@ def _scale_in(blocks: BlockScales, name: str) -> float:
 
 
 def blocks_of(model: Any) -> dict[str, tuple[int, ...]]:
-    """The sections of a UNet (or ControlNet) and their blocks' layers; of other models none."""
+    """Return the sections of a UNet (or ControlNet) and their blocks' layers; of other models none."""
     found = {}
     for attribute, section in _SECTIONS.items():
         blocks = getattr(model, attribute, None)
@@ -131,12 +130,12 @@ def check_scale(adapter: str, scale: object, components: Mapping[str, Blocks]) -
         components: those that the adapter changes, with their models' blocks.
 
     Returns:
-        The scale in plain Python: numbers of NumPy and torch as int or float, mappings and lists copied, so that
-        nothing the user does to theirs later changes a mix.
+        The scale in plain Python: numbers of NumPy and torch as int or float, mappings and lists copied, so that later
+        changes of the user's objects do not change a mix.
 
     Raises:
-        ShiraError: not a number that is finite in float32, a component or block that is not there, another number of
-            layers; all offenders at once.
+        ShiraError: not a number that is finite in float32, a component or block that does not exist, another number of
+            layers; lists all offenders.
     """
     plain = _plain(scale)
     wrong = _wrong_parts(plain, components) if isinstance(plain, dict) else _wrong_number("", plain)

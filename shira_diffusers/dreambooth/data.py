@@ -160,7 +160,7 @@ class PixelReader:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tensors ``[groups * n, ...]``, as many prompts, and time ids ``[groups * n, 6]`` as in ``View``: all instances
+    """Tensors ``(groups * n, ...)``, as many prompts, and time ids ``(groups * n, 6)`` as in ``View``: all instances
     first, then, if any, all class pictures."""
 
     tensors: Tensor

@@ -1,4 +1,4 @@
-"""Data parallelism: each process computes a share of every batch, and what is exchanged is the sparse gradient."""
+"""Data parallelism: each process computes a share of every batch, and the processes exchange the sparse gradient."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Share:
         return count if self.total is None else self.total * groups
 
     def of(self, rows: Tensor, groups: int) -> Tensor:
-        """This share's rows of the whole batch's ``[groups * total, ...]``."""
+        """Select this share of the whole batch's ``rows``, ``(groups * total, ...)``."""
         if self.total is None:
             return rows
         return rows.unflatten(0, (groups, self.total))[:, self.start : self.end].flatten(0, 1)
@@ -71,10 +71,12 @@ class Parts(Sampler[list[T]]):
 
 
 def add_up(deltas: nn.Parameter, figures: Tensor) -> None:
-    """Add up, in place, the gradients and the figures of all processes; each then has the same bits.
+    """Sum the gradients and the figures over all processes, in place; each then has the same bits.
 
-    All that is exchanged in a step: float32 ``[nnz]``, and ``figures`` ``[2]``, the weighted loss, for the progress
-    bar, and 1 from each process that was asked to stop, as all stop after the same step.
+    Args:
+        deltas: their gradient is summed, float32 ``(nnz,)``.
+        figures: float32 ``(2,)``: the weighted loss, and 1 from each process that was asked to stop, as all stop after
+            the same step. With the gradient this is all that a step exchanges.
     """
     if deltas.grad is None:
         deltas.grad = torch.zeros_like(deltas)

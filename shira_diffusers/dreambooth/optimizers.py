@@ -24,7 +24,7 @@ class Slices:
     They share the memory of ``deltas``: an optimizer's step in place on a slice is one on ``deltas``.
 
     Args:
-        deltas: float32 ``[nnz]``.
+        deltas: float32 ``(nnz,)``.
         masks: the trained entries by name, in the order of ``deltas``; names begin with the component.
     """
 

@@ -18,9 +18,9 @@ def gradient_magnitudes(
 
     Args:
         model: the module, or ``{component: module}``, that the losses come from.
-        weights: the target weights by name, as ``targets.select`` gives them.
-        calibration: scalar losses, or functions that return one (each is back-propagated in its turn; beside
-            the sums one dense gradient is alive at a time), or a mapping of names to gradients.
+        weights: the target weights ``(out, ...)`` by name, as ``targets.select`` gives them.
+        calibration: scalar losses, or functions that return one (each is back-propagated in turn, with one dense
+            gradient alive at a time beside the sums), or a mapping of names to gradients.
 
     Returns:
         ``{name: float32, weight's shape}``. ``requires_grad`` and ``.grad`` of all parameters are as before.
@@ -63,7 +63,7 @@ def _accumulate(
         def hook(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None  # the hook runs right after it was accumulated
-            magnitude = gradient.detach().float().abs_()  # no copy where it is float32: nobody else has it
+            magnitude = gradient.detach().float().abs_()  # no copy if it is float32: nothing else holds it
             sums[name] = sums[name].add_(magnitude) if name in sums else magnitude
 
         return hook

@@ -16,16 +16,16 @@ from shira_diffusers.masks.calibration import Calibration, gradient_magnitudes
 from shira_diffusers.seeds import seeded
 from shira_diffusers.weights.targets import DEFAULT_TARGETS, Targets, require_modules, select
 
-BLOCK = 32
+BLOCK = 32  # entries: 64 bytes of fp16, a cache line
 
 
 @dataclass(frozen=True, slots=True)
 class MaskContext:
-    """What a mask family may use beside the weight.
+    """What a mask family may use beyond the weight.
 
     Args:
         generator: a CPU generator seeded by (seed, parameter name); the only source of randomness to use.
-        blocked: bool ``[numel]`` on the weight's device, True where an entry must not be used; None if all are free.
+        blocked: bool ``(numel,)`` on the weight's device, True where an entry must not be used; None if all are free.
         gradient: float32 of the weight's shape, the gradient's magnitude summed over the calibration set; None
             without calibration.
     """
@@ -43,11 +43,11 @@ class HasDeltas(Protocol):
 
 
 MaskFamily = Callable[[Tensor, int, MaskContext], Tensor]
-"""``family(weight, count, context) -> int64 [nnz]``: flat row-major indices, in any order, about ``count`` of them."""
+"""``family(weight, count, context) -> int64 (nnz,)``: flat row-major indices, in any order, about ``count`` of them."""
 
 
 def _top(score: Tensor, count: int, context: MaskContext) -> Tensor:
-    """The ``count`` entries of the highest score, ties to the lowest index."""
+    """Choose the ``count`` entries of the highest score, ties to the lowest index."""
     flat = score.flatten().float()
     if context.blocked is not None:
         flat = flat.masked_fill(context.blocked[: flat.numel()], -torch.inf)
@@ -60,12 +60,12 @@ def _top(score: Tensor, count: int, context: MaskContext) -> Tensor:
 
 
 def rand(weight: Tensor, count: int, context: MaskContext) -> Tensor:
-    """A uniformly random subset of exactly ``count`` entries (P 3.1, SHiRA-Rand)."""
+    """Choose exactly ``count`` entries of a weight ``(out, ...)`` uniformly at random (P 3.1, SHiRA-Rand)."""
     return _draw(weight.numel(), count, context).to(weight.device)
 
 
 def _draw(numel: int, count: int, context: MaskContext) -> Tensor:
-    """``count`` distinct free positions below ``numel``, uniform; costs O(count) where few are blocked."""
+    """Draw ``count`` distinct free positions below ``numel``, uniformly; in O(count) where few are blocked."""
     blocked = None if context.blocked is None else context.blocked.cpu()
     free = numel if blocked is None else numel - int(blocked.sum())
     if count * 4 > free:  # rejection would run long: shuffle what is free
@@ -73,6 +73,7 @@ def _draw(numel: int, count: int, context: MaskContext) -> Tensor:
         return pool[torch.randperm(pool.numel(), generator=context.generator, device="cpu")[:count]]
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < count:
+        # of count draws from 4 * count positions or more, up to an eighth are duplicates
         more = torch.randint(numel, (count + count // 8 + 16,), generator=context.generator, device="cpu")
         if blocked is not None:
             more = more[~blocked[more]]
@@ -81,7 +82,7 @@ def _draw(numel: int, count: int, context: MaskContext) -> Tensor:
 
 
 def wm(weight: Tensor, count: int, context: MaskContext) -> Tensor:
-    """The ``count`` entries of the largest magnitude (P 3.1, SHiRA-WM)."""
+    """Choose the ``count`` entries of a weight ``(out, ...)`` of the largest magnitude (P 3.1, SHiRA-WM)."""
     return _top(weight.float().abs(), count, context)
 
 
@@ -92,17 +93,18 @@ def _gradient_of(context: MaskContext) -> Tensor:
 
 
 def grad(weight: Tensor, count: int, context: MaskContext) -> Tensor:
-    """The ``count`` entries of the largest gradient magnitude, summed over a calibration set (P 3.1, SHiRA-Grad)."""
+    """Choose the ``count`` entries of a weight ``(out, ...)`` of the largest gradient magnitude, summed over a
+    calibration set (P 3.1, SHiRA-Grad)."""
     return _top(_gradient_of(context), count, context)
 
 
 def snip(weight: Tensor, count: int, context: MaskContext) -> Tensor:
-    """The ``count`` entries of the largest ``abs(weight * gradient)`` (P 3.1, SHiRA-SNIP)."""
+    """Choose the ``count`` entries of the largest ``abs(weight * gradient)``, ``(out, ...)`` (P 3.1, SHiRA-SNIP)."""
     return _top(weight.float().abs() * _gradient_of(context).to(weight.device), count, context)
 
 
 def struct(weight: Tensor, count: int, context: MaskContext) -> Tensor:
-    """Every f-th column and the diagonal, f set by ``count`` (P 3.1, SHiRA-Struct).
+    """Choose every f-th column of a weight ``(out, ...)`` and the diagonal, f set by ``count`` (P 3.1, SHiRA-Struct).
 
     Whole columns alone are of rank 1; the diagonal makes the delta of high rank. At most ``count`` entries, unless
     the diagonal alone has more. The first column is drawn at random, so adapters of other seeds are offset.
@@ -113,7 +115,7 @@ def struct(weight: Tensor, count: int, context: MaskContext) -> Tensor:
 
 
 def struct_rows(weight: Tensor, count: int, context: MaskContext) -> Tensor:
-    """Every f-th row and the diagonal: ``struct`` for rows (P 3.1, SHiRA-Struct)."""
+    """Choose every f-th row of a weight ``(out, ...)`` and the diagonal: ``struct`` for rows (P 3.1, SHiRA-Struct)."""
     return _lines(weight, count, context, rows=True)
 
 
@@ -169,10 +171,10 @@ def _free_shift(blocked: Tensor, diagonal: int) -> int:
 
 
 def block(weight: Tensor, count: int, context: MaskContext) -> Tensor:
-    """Aligned runs of 32 entries, those of the largest summed magnitude.
+    """Choose aligned runs of 32 entries of a weight ``(out, ...)``, those of the largest summed magnitude.
 
     Runs are copied, not scattered, so switching is several times faster; ``round(count / 32)`` runs, at least one
-    where the weight has one. Ours, after the block-sparse habit of hardware.
+    where the weight has one. Ours, after the block sparsity of hardware.
     """
     runs = weight.numel() // BLOCK
     score = weight.flatten()[: runs * BLOCK].float().abs().view(runs, BLOCK).sum(1)
@@ -180,7 +182,7 @@ def block(weight: Tensor, count: int, context: MaskContext) -> Tensor:
 
 
 def block_rand(weight: Tensor, count: int, context: MaskContext) -> Tensor:
-    """Aligned runs of 32 entries, uniformly random ones; see ``block``."""
+    """Choose aligned runs of 32 entries of a weight ``(out, ...)`` uniformly at random; see ``block``."""
     runs = weight.numel() // BLOCK
     return _runs(_draw(runs, _run_count(runs, count), _run_context(runs, context)).to(weight.device))
 
@@ -224,21 +226,21 @@ def build_masks(
     calibration: Calibration | None = None,
     avoid: Iterable[HasDeltas] = (),
 ) -> dict[str, Tensor]:
-    """Choose the entries that an adapter trains, a mask a weight.
+    """Choose the entries that an adapter trains: one mask per weight.
 
     Args:
         model: a module, or ``{component: module}``; then names begin with the component, as in files.
         family: a name in ``FAMILIES``, or a function ``(weight, count, context) -> flat indices``.
         density: fraction of each weight's entries, in (0, 1].
         targets: which weights, see ``targets.select``.
-        seed: masks are drawn for each (seed, parameter name), so same-shaped layers do not share one; the global
-            random state is neither read nor changed.
+        seed: masks are drawn per (seed, parameter name), so layers of one shape do not share one; the global random
+            state is neither read nor changed.
         calibration: for ``grad`` and ``snip``: an iterable of scalar losses or of functions that return one, each
-            back-propagated when its turn comes, or a mapping of parameter name to gradient.
+            back-propagated in turn, or a mapping of parameter name to gradient.
         avoid: adapters whose entries must not be used again.
 
     Returns:
-        ``{name: int64 [nnz]}``, sorted, on the weight's device. ``nnz`` is ``round(density * numel)`` for rand, wm,
+        ``{name: int64 (nnz,)}``, sorted, on the weight's device. ``nnz`` is ``round(density * numel)`` for rand, wm,
         grad and snip; whole runs of 32 for block; whole columns and the diagonal for struct.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The masked gradients of one backward, gathered weight by weight and handed over when it ends."""
+"""A buffer for the masked gradients of one backward: filled weight by weight, handed over when it ends."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,16 +15,15 @@ _running: Callable[[], int] = torch._C._current_graph_task_id
 class GradientBuffer:
     """Collects the gradients of trained entries.
 
-    Each weight has a slot in one buffer, to which its gradient is written at once, in the dtype in which it comes. At
-    the end of the backward that brought them all slots are handed over, as one float32 tensor. What a backward brought
-    before it failed is handed over too, when the next one begins, as autograd would leave it in any parameter.
+    Each weight has a slot in one buffer, to which its gradient is written at once, in its own dtype. When the backward
+    ends, all slots are handed over as one float32 tensor. What a failed backward left is handed over when the next one
+    begins, as autograd would leave it in any parameter.
 
     Args:
-        sizes: of the slots.
-        order: int32 or int64 ``[nnz]``, on the gradients' device: where in the buffer each entry's gradient is; None
-            where the buffer is as the entries are.
+        sizes: entries per slot.
+        order: int32 or int64 ``(nnz,)`` on ``device``, each entry's position in the buffer; None if they are in order.
         device: of the gradients.
-        receive: gets float32 ``[nnz]``, zero where nothing arrived; the tensor is its own from then on.
+        receive: takes float32 ``(nnz,)``, zero where nothing arrived, and owns it from then on.
     """
 
     def __init__(
@@ -36,9 +35,9 @@ class GradientBuffer:
         self._backward = -1
 
     def slot(self, number: int, dtype: torch.dtype) -> Tensor:
-        """Where the gradient of one weight is to be written, whole. Call it during a backward only."""
+        """Return the slot of one weight, to be overwritten whole. Call it during a backward only."""
         backward = _running()
-        # backward inside backward, as reentrant checkpointing has it, or a weight that is used twice
+        # a nested backward, as in reentrant checkpointing, or a weight that is used twice
         if backward != self._backward or self._filled[number]:
             self.flush()
             self._backward = backward
@@ -51,8 +50,8 @@ class GradientBuffer:
         return held[1][number]
 
     def take(self, number: int, dense: Tensor, indices: Tensor) -> None:
-        """Take a weight's dense gradient at flat row-major ``indices``, ``[n]``; ``n`` is the slot's size."""
-        # once a weight and step, on the thread that launches kernels: as few calls as can be
+        """Gather ``dense``, ``(out, ...)``, at flat row-major ``indices``, ``(n,)``; ``n`` is the slot's size."""
+        # runs per weight and step on the thread that launches kernels: few calls
         if dense.requires_grad:
             dense = dense.detach()
         if dense.is_contiguous():
@@ -62,7 +61,7 @@ class GradientBuffer:
             torch.index_select(flat_view(dense), 0, places, out=self.slot(number, dense.dtype))
 
     def flush(self) -> None:
-        """Hand over what has arrived. Twice is once."""
+        """Hand over what has arrived. Idempotent."""
         arrived = [buffer for buffer, _ in self._buffers.values()]
         self._buffers.clear()
         self._filled = bytearray(len(self._sizes))

@@ -12,7 +12,7 @@ from shira_diffusers.weights.sites import Each, Key, Sites, find, key_of, sites_
 
 
 class _Group(NamedTuple):
-    """Entries of the weights of one dtype: ``places``, int64, are theirs among all entries, None for all of them."""
+    """Entries of the weights of one dtype; ``places``, int64 ``(n,)``, are theirs among all entries, None for all."""
 
     dtype: torch.dtype
     places: Tensor | None
@@ -20,12 +20,12 @@ class _Group(NamedTuple):
 
 
 class MaskedEntries:
-    """Entries of weights, end to end; the weights may be cast or moved between two calls.
+    """Masked entries of weights, end to end; the weights may be cast or moved between two calls.
 
     Args:
         weights: parameters on one device.
-        sizes: how many entries each weight has.
-        indices: int32 or int64 ``[nnz]`` on the device, flat row-major in each weight.
+        sizes: entries per weight.
+        indices: int32 or int64 ``(nnz,)`` on the device, flat row-major in each weight.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], sizes: Sequence[int], indices: Tensor) -> None:
@@ -35,7 +35,7 @@ class MaskedEntries:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """float32 ``[nnz]``, exact for float32, float16 and bfloat16 weights."""
+        """Read all entries: float32 ``(nnz,)``, exact for float32, float16 and bfloat16 weights."""
         values = torch.empty(self._indices.numel(), device=self._indices.device)
         for _, places, sites in self._located():
             if places is None:
@@ -45,16 +45,16 @@ class MaskedEntries:
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
-        """Write float32 ``[nnz]``, rounded to each weight's dtype; one cast for all weights of a dtype."""
+        """Write ``values``, float32 ``(nnz,)``, rounded to each weight's dtype; one cast per dtype."""
         for dtype, places, sites in self._located():
-            if isinstance(sites, Each):  # kernels want int64: one cast for all weights, kept for this write only
+            if isinstance(sites, Each):  # kernels want int64: one cast for all weights, held during this write only
                 sites = replace(sites, indices=sites.indices.long())
             sites.write((values if places is None else values[places]).to(dtype))
         torch.autograd.graph.increment_version(self._weights)  # a backward that needs the old values must fail
-        torch.clear_autocast_cache()  # an enclosing autocast region keeps casts of the weights as they were
+        torch.clear_autocast_cache()  # an enclosing autocast region holds casts of the old weights
 
     def _located(self) -> list[_Group]:
-        """Where the entries lie; looked for again only when a weight was cast or moved."""
+        """Locate the entries; again only after a weight was cast or moved."""
         key = key_of(self._weights)
         if key != self._key:
             self._groups.clear()
@@ -80,7 +80,7 @@ def _sites(weights: Sequence[nn.Parameter], sizes: list[int], indices: Tensor) -
         return sites_of(weights, sizes, indices, found)
     if all(weight.is_contiguous() for weight in weights):
         return Each(weights, sizes, indices)
-    # strides are looked at once: weights are addressed in storage order from here on
+    # strides are resolved once: from here on weights are addressed in storage order
     parts = zip(weights, indices.split(sizes), strict=True)
     places = torch.cat([physical(own, weight).to(indices.dtype) for weight, own in parts])
     return Each([flat_view(weight.detach()) for weight in weights], sizes, places)

@@ -1,4 +1,4 @@
-"""Turn any trainer into a SHiRA trainer: gradients masked where they arrive (arXiv 2406.13175, section 3.3)."""
+"""Turn any trainer into a SHiRA trainer: mask gradients where they arrive (arXiv 2406.13175, section 3.3)."""
 
 import weakref
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules, or a pipeline's, by what their parameters' names begin with: ``component.``, or nothing."""
+    """Return the modules, or a pipeline's, by the prefix of their parameters' names: ``component.``, or nothing."""
     model = parts_of(model)
     if isinstance(model, nn.Module):
         return {"": model}
@@ -30,11 +30,11 @@ def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Mo
 def masked_parameters(
     model: nn.Module | Mapping[str, nn.Module], masks: Mapping[str, Tensor]
 ) -> dict[str, nn.Parameter]:
-    """The parameter that each mask is for, in the order of the masks, checked to be trainable. Nothing is changed.
+    """Find the parameter of each mask, in the order of the masks, and check that it can be trained. Changes nothing.
 
     Args:
         model: a module, or ``{component: module}``.
-        masks: ``{name: sorted flat indices}``, as ``build_masks`` gives them.
+        masks: ``{name: sorted flat indices}``, int32 or int64 ``(nnz,)`` each, as ``build_masks`` gives them.
 
     Raises:
         AdapterMismatchError: no masks, or masks that fit no parameter of the model.
@@ -122,13 +122,10 @@ def _tied_twice(found: Mapping[str, nn.Parameter]) -> list[str]:
 
 
 def let_gradients_in(module: nn.Module) -> list[Any]:
-    """While a module is checkpointed, make its floating-point inputs require gradients.
+    """Make a module's floating-point inputs require gradients while it is checkpointed; return the hooks' handles.
 
-    Reentrant checkpointing computes no gradient for a segment whose inputs need none, and with all early layers
-    frozen that is so. Text models get theirs at the embeddings, since token ids have no gradient.
-
-    Returns:
-        The handles of the hooks.
+    Reentrant checkpointing computes no gradient for a segment whose inputs need none, as behind frozen early layers.
+    In text models the embeddings require gradients instead, since token ids cannot.
     """
     switches: list[Any] = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
 
@@ -155,7 +152,7 @@ def _requiring(value: Any) -> Any:
 
 
 class MaskedGradients:
-    """What ``mask_gradients`` returns: undo it with ``remove()``, or use it as a context manager."""
+    """The handle of ``mask_gradients``: undo it with ``remove()``, or use it as a context manager."""
 
     def __init__(self, model: nn.Module | Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
         self._parameters = masked_parameters(model, masks)
@@ -169,12 +166,12 @@ class MaskedGradients:
             p.register_post_accumulate_grad_hook(self._mask_gradient) for p in self._parameters.values()
         ]
         self._hooks += [hook for part in components_of(model).values() for hook in let_gradients_in(part)]
-        # all optimizers, those that a trainer makes later too; weak, so that the hook keeps no model alive
+        # for all optimizers, also those made later; weak, so that the global hook keeps no model alive
         guard = weakref.WeakMethod(self._keep_the_rest)
         self._hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: (g := guard()) and g(optimizer)))
 
     def remove(self) -> None:
-        """Stop masking; ``requires_grad`` is as before. The weights keep what they learned. Twice is once."""
+        """Stop masking and restore ``requires_grad``; the weights keep what they learned. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -199,7 +196,7 @@ class MaskedGradients:
         overwrite(gradient.zero_(), self._masks[id(parameter)], kept)
 
     def _keep_the_rest(self, optimizer: torch.optim.Optimizer) -> None:
-        """Weight decay, momentum and the like reach entries without a gradient: put those back."""
+        """Restore the entries outside the masks, which weight decay and momentum change without a gradient."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 base = self._base.get(id(parameter))
@@ -218,7 +215,7 @@ def mask_gradients(model: nn.Module | Mapping[str, nn.Module], masks: Mapping[st
 
     Args:
         model: a module, or ``{component: module}``.
-        masks: ``{name: sorted flat indices}``, as ``build_masks`` gives them for this model.
+        masks: ``{name: sorted flat indices}``, int32 or int64 ``(nnz,)`` each, as ``build_masks`` gives them.
 
     Returns:
         A handle to undo it: ``remove()``, or use it in ``with``.

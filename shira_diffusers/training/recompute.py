@@ -1,7 +1,7 @@
-"""Inputs of layers, for their weights' gradients, from what autograd keeps anyway.
+"""Recompute layers' inputs, for their weights' gradients, from what autograd keeps anyway.
 
-A frozen layer's inputs are not kept, a trained one's are: the results of layer norms and of gated activations, mostly.
-Those are computed again from what their own backward keeps, bit for bit, so that they need no memory in between.
+Autograd keeps a trained layer's inputs, mostly results of layer norms and gated activations. Recomputing those, bit for
+bit, from what their own backward keeps saves that memory.
 """
 
 import weakref
@@ -21,12 +21,12 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 @dataclass(slots=True)
 class Source:
-    """How an input is had again. Layers that share an input share its source, and compute it once.
+    """How to recompute an input. Layers that share an input share its source, and compute it once.
 
     Args:
-        dtype: that of the layers' outputs, in which they multiplied.
-        rebuild: makes the input of the tensors that were kept.
-        kept: whether it is the input itself, in ``dtype``, that was kept.
+        dtype: of the layers' outputs, in which they multiplied.
+        rebuild: makes the input from the kept tensors.
+        kept: the input itself, in ``dtype``, was kept.
     """
 
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Source:
     _value: Tensor | None = field(default=None, repr=False)
 
     def value(self, tensors: Iterable[Tensor]) -> Tensor:
-        """The input; each user calls once in a backward, and the last one frees what was computed."""
+        """Make the input from the kept ``tensors``, any shape; called once per user, the last frees the result."""
         if self.kept:
             return self.rebuild(*tensors)
         value = self.rebuild(*tensors).to(self.dtype) if self._value is None else self._value
@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(slots=True)
 class _Seen:
-    """The input that was seen last, with what is to be kept of it."""
+    """The last input, with what to keep of it."""
 
     x: "weakref.ref[Tensor]"
     source: Source
@@ -55,22 +55,18 @@ class _Seen:
 
 
 class ActivationRecompute:
-    """Finds out how the inputs of layers were made."""
+    """Finds out how the inputs of layers were computed."""
 
     def __init__(self) -> None:
         self._seen: _Seen | None = None
         self._normed: tuple[weakref.ref[Tensor], float] | None = None
 
     def watch(self, module: nn.Module) -> list[Any]:
-        """Take note of what layer norms give, since autograd does not tell their epsilon.
-
-        Returns:
-            The handles of the hooks.
-        """
+        """Remember the results of layer norms, as autograd does not expose their epsilon; return the hooks' handles."""
         return [part.register_forward_hook(self._note) for part in module.modules() if type(part) is nn.LayerNorm]
 
     def find(self, x: Tensor, dtype: torch.dtype) -> tuple[Source, tuple[Tensor, ...]]:
-        """How to have ``x`` in ``dtype`` again, and the detached tensors to keep for it until then."""
+        """Return how to recompute ``x``, ``(..., in)``, in ``dtype``, and the detached tensors to keep until then."""
         seen = self._seen
         if seen is None or seen.x() is not x or seen.source.dtype != dtype:
             seen = self._seen = self._look(x, dtype)
@@ -78,7 +74,7 @@ class ActivationRecompute:
         return seen.source, seen.tensors
 
     def forget(self) -> None:
-        """Keep nothing of the last input. Call it as soon as backward begins."""
+        """Drop the last input. Call it as soon as backward begins."""
         self._seen = self._normed = None
 
     def _note(self, norm: nn.LayerNorm, _: object, result: Tensor) -> None:
@@ -86,7 +82,7 @@ class ActivationRecompute:
             self._normed = weakref.ref(result), norm.eps
 
     def _look(self, x: Tensor, dtype: torch.dtype) -> _Seen:
-        # under hooks (checkpoints, save_on_cpu) what autograd keeps must not be looked at, and is not kept for long
+        # under hooks (checkpoints, save_on_cpu) saved tensors must not be unpacked, and do not live long
         made = None if x.grad_fn is None or _hooked() else self._made(x, x.grad_fn)
         if made is None:
             return _Seen(weakref.ref(x), Source(dtype, _itself, kept=True), (x.detach().to(dtype),))
@@ -95,7 +91,7 @@ class ActivationRecompute:
         return _Seen(weakref.ref(x), Source(dtype, rebuild, kept=False), kept)
 
     def _made(self, x: Tensor, node: Any) -> tuple[Rebuild, tuple[Tensor, ...]] | None:
-        """A function and its tensors, which autograd keeps, that made ``x``; None if it is none of those known."""
+        """Return the known function that computed ``x`` and its arguments, which autograd keeps; else None."""
         kind = node.name()
         if kind == "NativeLayerNormBackward0" and self._normed is not None and self._normed[0]() is x:
             own = (node._saved_input, node._saved_weight, node._saved_bias)
@@ -118,5 +114,5 @@ def _layer_norm(shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor, b
 
 
 def _hooked() -> bool:
-    """Whether what is saved now goes through hooks; where that cannot be told, it is taken to."""
+    """Whether what is saved now goes through hooks; assumed where torch does not say."""
     return _top_hooks is None or _top_hooks(True) is not None

@@ -37,10 +37,9 @@ class SparseTuner:
     """Trainable sparse deltas on the resident weights of a model.
 
     One flat float32 parameter, ``deltas``, holds all deltas, zero at the start. Give it, alone, to any optimizer;
-    call ``apply`` after each of its steps. In between the model is used as it is: its weights hold
-    ``round(base + delta)`` in their own dtype. Backward produces the dense gradient of one weight at a time, which
-    is gathered at the mask and freed; for whole columns and a diagonal (``struct``) of a Linear there is none at all.
-    Weight decay pulls deltas to zero, so weights to the base.
+    call ``apply`` after each of its steps. The weights hold ``round(base + delta)`` in their own dtype. Backward
+    computes the dense gradient of one weight at a time, which is gathered at the mask and freed; for whole columns and
+    a diagonal (``struct``) of a Linear there is none at all. Weight decay pulls deltas to zero, so weights to the base.
 
     Gradient accumulation, clipping, GradScaler, autocast and both kinds of gradient checkpointing work; all
     parameters without a mask are frozen. Leaving the ``with`` block (or ``restore``) gives every weight its bits
@@ -48,13 +47,12 @@ class SparseTuner:
 
     Args:
         modules: a module, or ``{component: module}``; then names begin with the component.
-        masks: ``{name: sorted flat indices}``, as ``build_masks`` gives them for these modules.
-        recompute: keep no inputs of adapted Linears for backward where they can be had again from what autograd
-            keeps anyway (layer norms, gated activations), bit for bit; saves activation memory where there is no
-            gradient checkpointing, and costs a little time. Always so for ``struct`` masks, and for Linears that
-            narrow fourfold: a feed-forward's second, whose inputs are the largest and cost one multiplication.
-        dora: train a direction for each masked entry and a magnitude for each row, see ``training.dora.Dora``;
-            ``deltas`` is longer then. What comes out is an adapter as any other.
+        masks: ``{name: sorted flat indices}``, int32 or int64 ``(nnz,)`` each, as ``build_masks`` gives them.
+        recompute: keep no inputs of adapted Linears that can be recomputed, bit for bit, from what autograd keeps
+            anyway (layer norms, gated activations): less activation memory without gradient checkpointing, a little
+            more time. Always done for ``struct`` masks and for Linears with four inputs per output.
+        dora: train a direction per masked entry and a magnitude per row, see ``training.dora.Dora``; ``deltas`` is
+            longer then. The result is an ordinary adapter.
 
     Raises:
         AdapterMismatchError: masks that fit no parameter; all are named.
@@ -83,7 +81,7 @@ class SparseTuner:
             for (name, p), (start, end) in zip(parameters.items(), bounds, strict=True)
         }
         self._entries = MaskedEntries(list(parameters.values()), sizes, self._indices)
-        self._base = self._entries.read()  # it follows casts of the model as the weights themselves do
+        self._base = self._entries.read()  # float32: a later cast of the model rounds it as the weights themselves
         self._probes = probe_base(self._sparse(torch.zeros_like(self._base), torch.float32), parameters)
         self._flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
         self._change: Parametrization = self._dora() if dora else Identity()
@@ -100,7 +98,7 @@ class SparseTuner:
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """What is trained for each weight, float32: views of ``deltas``, in order; with DoRA, magnitudes come last."""
+        """The trained values of each weight, float32 views of ``deltas``, in order; with DoRA, magnitudes come last."""
         values = self.deltas.detach()
         parts = {name: values[a.start : a.end] for name, a in self._adapted.items()}
         if self._change.count:
@@ -121,7 +119,7 @@ class SparseTuner:
         self._entries.write(self._base + self._change.deltas(self.deltas))
 
     def restore(self) -> None:
-        """Give the weights the base's bits and all parameters their ``requires_grad``. Twice is once."""
+        """Give the weights the base's bits and all parameters their ``requires_grad``. Idempotent."""
         if not self._hooks:
             return
         for hook in self._hooks:
@@ -140,7 +138,7 @@ class SparseTuner:
         self.restore()
 
     def adapter(self, metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16) -> ShiraAdapter:
-        """The weights' deltas as they are now, on the CPU, rounded to ``dtype``; also after ``restore``.
+        """Make an adapter of the deltas as they are now, on the CPU, rounded to ``dtype``; also after ``restore``.
 
         Raises:
             AdapterFormatError: a delta that is not finite in ``dtype``.
@@ -150,12 +148,12 @@ class SparseTuner:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: ``deltas``, float32, and the ``masks``, on the CPU."""
+        """Return what a checkpoint needs: ``deltas``, float32, and the ``masks``, on the CPU."""
         masks = {name: indices.cpu() for name, indices in self.masks.items()}
         return {"deltas": self.deltas.detach().cpu().clone(), "masks": masks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the deltas of a checkpoint and write them into the weights.
+        """Restore the deltas of a checkpoint and write them into the weights.
 
         Raises:
             AdapterMismatchError: the checkpoint has other masks, or another ``dora``; nothing has changed.
@@ -182,7 +180,7 @@ class SparseTuner:
         self.apply()
 
     def _train(self, parts: Iterable[nn.Module], recompute: bool) -> list[Any]:
-        """Let gradients arrive in the flat parameter; the handles of the hooks that do so."""
+        """Direct gradients into the flat parameter; return the hooks' handles."""
         layers = tappable(parts)
         adapted = [(layers.get(id(a.parameter)), a) for a in self._adapted.values()]
         columns = [find_columns(a.indices, a.parameter.shape) if layer else None for layer, a in adapted]
@@ -202,7 +200,7 @@ class SparseTuner:
         return hooks
 
     def _make_buffer(self, columns: Iterable[Columns | None]) -> GradientBuffer:
-        """Slots for all weights: of the masked entries, or of columns' and diagonals' products, which hold them."""
+        """Make slots for all weights: of the masked entries, or of columns' and diagonals' products."""
         pairs = list(zip(self._adapted.values(), columns, strict=True))
         sizes = [own.size if own else a.indices.numel() for a, own in pairs]
         order = None
@@ -218,7 +216,7 @@ class SparseTuner:
         return Dora(self._base, [a.parameter for a in adapted], [a.indices for a in adapted])
 
     def _receive(self, gradient: Tensor) -> None:
-        """Add the gradient of the entries, float32 ``[nnz]``, that a backward brought."""
+        """Accumulate the entries' gradient of one backward, float32 ``(nnz,)``."""
         gradient = self._change.gradient(self.deltas.detach(), gradient)
         if self.deltas.grad is None:
             self.deltas.grad = gradient
@@ -240,7 +238,7 @@ class SparseTuner:
 
 
 def _collect(buffer: GradientBuffer, number: int, indices: Tensor, weight: Tensor) -> None:
-    """Take the dense gradient of a weight as soon as it is there, so that it is freed before the next one comes."""
+    """Take the dense gradient of a weight at once, so that it is freed before the next one is computed."""
     dense, weight.grad = weight.grad, None
     if dense is not None:
         buffer.take(number, dense, indices)

@@ -78,7 +78,7 @@ def test_metadata_become_strings() -> None:
 
 @pytest.mark.parametrize("probe", [torch.zeros(3), torch.zeros(1, 2)])
 def test_base_values_belong_to_a_delta(adapter: ShiraAdapter, probe: torch.Tensor) -> None:
-    with pytest.raises(AdapterFormatError, match="one an entry at most"):
+    with pytest.raises(AdapterFormatError, match="at most one per entry"):
         ShiraAdapter(adapter.deltas, {}, {"unet.b.weight": probe})
     with pytest.raises(AdapterFormatError, match=r"nowhere\.weight"):
         ShiraAdapter(adapter.deltas, {}, {"nowhere.weight": torch.zeros(1)})

@@ -40,7 +40,7 @@ def test_the_dense_delta_of_a_convolution_is_float32(dtype: torch.dtype) -> None
         ([-1, 2], [1.0, 1.0], (2, 3), "out of range: -1 to 2"),
         ([3, 1], [1.0, 1.0], (2, 3), "unsorted at position 1: 3 then 1"),
         ([1, 1], [1.0, 1.0], (2, 3), "duplicate at position 1: 1 then 1"),
-        ([1, 2], [1.0], (2, 3), "one value an index"),
+        ([1, 2], [1.0], (2, 3), "one value per index"),
         ([1, 2], [1.0, torch.nan], (2, 3), "1 of 2 values is NaN or infinite"),
         ([1, 2], [-torch.inf, torch.inf], (2, 3), "2 of 2 values"),
         ([0], [1.0], (2, 0), "out of range"),

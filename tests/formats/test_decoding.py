@@ -154,7 +154,7 @@ def test_groups_of_a_large_adapter_on_several_threads(monkeypatch: pytest.Monkey
 def test_counts_that_are_wrong_one_by_one_but_right_in_all() -> None:
     one, two = part([1, 2], (9,)), part([3, 300], (400,))  # the second has three elements
     decoded = decode_parts({"a": one._replace(values=torch.ones(1)), "b": two._replace(values=torch.ones(3))})
-    assert ["one value an index" in str(error) for error in decoded.values()] == [True, True]
+    assert ["one value per index" in str(error) for error in decoded.values()] == [True, True]
 
 
 def test_sums_that_could_overflow_are_taken_in_int64() -> None:
