@@ -9,8 +9,9 @@ from app.drawing.fair_queue import BACKGROUND
 from app.drawing.session import Session
 from app.library.cards import Card
 from app.settings.settings import DEFAULT_GUIDANCE, Settings, SettingsError
-from shira_diffusers.dreambooth.picture_folder import is_side_file, name_key
+from shira_diffusers.dreambooth.picture_folder import name_key
 from shira_diffusers.dreambooth.pictures import DAMAGED, read_picture
+from shira_diffusers.formats.paths import is_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -84,5 +85,5 @@ def picture_beside(path: Path) -> Path | None:
     """The picture of a file's name in its folder, its suffix in any case; of several the first kind of ``BESIDE``."""
     key = name_key(path.name)
     files = [file for file in path.parent.iterdir() if file.suffix.lower() in BESIDE and name_key(file.name) == key]
-    found = [file for file in files if file.is_file() and not is_side_file(file.name)]
+    found = [file for file in files if file.is_file() and not is_hidden(file.name)]
     return min(found, key=lambda file: (file.stem != path.stem, BESIDE.index(file.suffix.lower())), default=None)

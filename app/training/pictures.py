@@ -11,8 +11,9 @@ from PIL import Image, UnidentifiedImageError
 
 from app.settings.settings import SettingsError
 from shira_diffusers.cli.terminal import printable
-from shira_diffusers.dreambooth.picture_folder import is_caption, is_side_file, pair_captions
+from shira_diffusers.dreambooth.picture_folder import is_caption, pair_captions
 from shira_diffusers.dreambooth.pictures import DAMAGED, read_picture
+from shira_diffusers.formats.paths import is_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def sort_out(files: Sequence[tuple[str, Path]]) -> Sent:
 
 def _is_left_behind(name: str) -> bool:
     """Whether the file, or a folder that it was in, is none of the visitor's own."""
-    return any(is_side_file(part) for part in Path(name).parts if part not in (".", ".."))
+    return any(is_hidden(part) for part in Path(name).parts if part not in (".", ".."))
 
 
 def _read_caption(name: str, path: Path) -> str:

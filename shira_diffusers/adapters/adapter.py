@@ -87,27 +87,23 @@ class ShiraAdapter:
     def part(self, component: str) -> "ShiraAdapter":
         """Select the deltas of one component, named without it. Empty if there are none."""
         prefix = component + "."
-        return ShiraAdapter(
-            {n.removeprefix(prefix): d for n, d in self.deltas.items() if n.startswith(prefix)},
-            self.metadata,
-            {n.removeprefix(prefix): p for n, p in self.base_probes.items() if n.startswith(prefix)},
-        )
+        return self._taken({name: name.removeprefix(prefix) for name in self.deltas if name.startswith(prefix)})
 
     def prefixed(self, component: str) -> "ShiraAdapter":
         """Put every name under ``component``, in a new adapter."""
-        return ShiraAdapter(
-            {f"{component}.{name}": delta for name, delta in self.deltas.items()},
-            self.metadata,
-            {f"{component}.{name}": probe for name, probe in self.base_probes.items()},
-        )
+        return self._taken({name: f"{component}.{name}" for name in self.deltas})
 
     def renamed(self, names: Mapping[str, str]) -> "ShiraAdapter":
         """Rename parameters to ``names[name]``, in a new adapter; those not in ``names`` keep theirs."""
-        return ShiraAdapter(
-            {names.get(name, name): delta for name, delta in self.deltas.items()},
-            self.metadata,
-            {names.get(name, name): probe for name, probe in self.base_probes.items()},
+        return self._taken({name: names.get(name, name) for name in self.deltas})
+
+    def _taken(self, names: Mapping[str, str]) -> "ShiraAdapter":
+        """The parameters in ``names``, by their new names."""
+        deltas, probes = (
+            {new: given[name] for name, new in names.items() if name in given}
+            for given in (self.deltas, self.base_probes)
         )
+        return ShiraAdapter(deltas, self.metadata, probes)
 
     def astype(self, dtype: torch.dtype) -> "ShiraAdapter":
         """Round the values to ``dtype``, in a new adapter (float16 halves the file of a float32 one).

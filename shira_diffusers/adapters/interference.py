@@ -1,7 +1,6 @@
 """How much two adapters interfere (arXiv 2406.13175, section 4.2 and table 13)."""
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -111,24 +110,13 @@ def _alone(first: SparseDelta | None, second: SparseDelta | None) -> _Counts:
     return _Counts(0, *counts, conflicts=0, square=0.0, nonzeros=0, cells=width**2, distance=distance)
 
 
-def interference_by_weight(first: ShiraAdapter, second: ShiraAdapter) -> dict[str, Interference]:
-    """Measure the interference of two adapters on each weight that both adapt.
-
-    Raises:
-        AdapterMismatchError: a weight of different shapes in the two.
-    """
-    shared = sorted(first.deltas.keys() & second.deltas.keys())
-    return {name: _counted(name, first, second).result() for name in shared}
-
-
 def interference(first: ShiraAdapter, second: ShiraAdapter) -> Interference:
     """Measure the interference of two adapters over all weights, each adapter taken as one block-diagonal matrix.
 
     Raises:
         AdapterMismatchError: a weight of different shapes in the two.
     """
-    names = sorted(first.deltas.keys() | second.deltas.keys())
-    return _sum(_counted(name, first, second) for name in names).result()
+    return interference_in_all(first, second)[0]
 
 
 def interference_in_all(first: ShiraAdapter, second: ShiraAdapter) -> tuple[Interference, dict[str, Interference]]:
@@ -139,7 +127,8 @@ def interference_in_all(first: ShiraAdapter, second: ShiraAdapter) -> tuple[Inte
     """
     counts = {name: _counted(name, first, second) for name in sorted(first.deltas.keys() | second.deltas.keys())}
     shared = first.deltas.keys() & second.deltas.keys()
-    return _sum(counts.values()).result(), {name: each.result() for name, each in counts.items() if name in shared}
+    whole = sum(counts.values(), start=_Counts(0, 0, 0, 0, 0.0, 0, 0, 0.0))
+    return whole.result(), {name: each.result() for name, each in counts.items() if name in shared}
 
 
 def _counted(name: str, first: ShiraAdapter, second: ShiraAdapter) -> _Counts:
@@ -151,7 +140,3 @@ def _counted(name: str, first: ShiraAdapter, second: ShiraAdapter) -> _Counts:
             f"adapters of different models cannot be compared: {name} is {a.shape} in one and {b.shape} in the other"
         )
     return _compare(a, b)
-
-
-def _sum(counts: Iterable[_Counts]) -> _Counts:
-    return sum(counts, start=_Counts(0, 0, 0, 0, 0.0, 0, 0, 0.0))

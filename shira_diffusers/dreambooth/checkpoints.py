@@ -251,13 +251,3 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ShiraError(f"cannot read {folder / _STATE}: {error}; resume from another checkpoint") from error
     return state
-
-
-def load_checkpoint(output: Path, wanted: str) -> dict[str, Any] | None:
-    """Find and read a checkpoint of any run; None for the latest where there is none.
-
-    Raises:
-        ShiraError: as ``find_checkpoint`` and ``read_checkpoint``.
-    """
-    folder = find_checkpoint(output, wanted)
-    return read_checkpoint(folder) if folder else None

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from PIL import Image
 
 from shira_diffusers.errors import ShiraError, counted, listing, verb
+from shira_diffusers.formats.paths import is_hidden, shown_in
 
 CAPTIONS = (".txt", ".caption")
 """Suffixes of captions; where a picture has both, the first is taken."""
@@ -18,24 +19,17 @@ CAPTIONS = (".txt", ".caption")
 FOREIGN = frozenset({".heic", ".heif", ".avif", ".jxl", ".webp"})
 # formats that Pillow identifies but cannot decode: films, tables of numbers
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}
-# what systems and tools leave behind; hidden ones, such as .DS_Store and ._x.png, are known by their dot
-_SIDE = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 _TABLES = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or left behind by a system or tool."""
-    return name.startswith(".") or name.casefold() in _SIDE
 
 
 def is_picture(name: str) -> bool:
     """Whether a file of this name should be a picture, by its suffix in any case."""
-    return not is_side_file(name) and PurePath(name).suffix.lower() in _suffixes()
+    return not is_hidden(name) and PurePath(name).suffix.lower() in _suffixes()
 
 
 def is_caption(name: str) -> bool:
     """Whether a file of this name may be a caption, by its suffix in any case."""
-    return not is_side_file(name) and PurePath(name).suffix.lower() in CAPTIONS
+    return not is_hidden(name) and PurePath(name).suffix.lower() in CAPTIONS
 
 
 @cache
@@ -96,7 +90,7 @@ def list_pictures(folder: str | Path) -> Contents:
     if not place.is_dir():
         raise ShiraError(f"no folder of pictures at {str(folder)!r}; expected a folder, check the path")
     try:
-        entries = sorted(path for path in place.iterdir() if not is_side_file(path.name))
+        entries = shown_in(place)
     except OSError as error:
         raise ShiraError(f"the folder of pictures {str(folder)!r} cannot be read: {error.strerror}") from error
     files = [path for path in entries if not path.is_dir() and (path.is_file() or path.is_symlink())]
@@ -121,7 +115,7 @@ def _within(folder: Path) -> str:
     """What to say about a folder in the folder; nothing if no pictures are in it."""
     count = 0
     for _, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not is_side_file(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         count += sum(map(is_picture, files))
     return f"{folder.name}{os.sep}: {counted(count, 'picture')} in a sub-folder" if count else ""
 

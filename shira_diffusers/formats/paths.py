@@ -15,6 +15,8 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".s
 _OTHER_FILES = (".json", ".yaml", ".txt", ".md", ".zip", ".tar", ".gz", ".7z", ".rar", ".png", ".webp", ".jpg")
 # the Hub's own rule, with an owner: letters, digits, "_", "-" and ".", none of the last two at the ends
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\b[\w\-.]{1,96}\b/\b[\w\-.]{1,96}\b")
+# what systems and tools leave behind; what else is hidden begins with a dot, such as .DS_Store and ._x.png
+_SIDE = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 _ALIKE = 0.6  # difflib's ratio from which on two names may be meant for each other
 _LOOKED_AT = 5000  # entries of a folder; comparing takes some 20 microseconds per entry
 
@@ -68,6 +70,11 @@ def _is_candidate(entry: Path) -> bool:
     return entry.suffix.lower() in (SUFFIX, *OTHER_WEIGHTS) or entry.is_dir()
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or left behind by a system or tool."""
+    return name.startswith(".") or name.casefold() in _SIDE
+
+
 def shown_in(folder: Path) -> list[Path]:
     """What a folder holds, sorted, but for hidden entries; nothing where there is no such folder."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name)) if folder.is_dir() else []

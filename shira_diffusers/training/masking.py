@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -183,9 +182,7 @@ class MaskedGradients:
     def __enter__(self) -> "MaskedGradients":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _mask_gradient(self, parameter: Tensor) -> None:

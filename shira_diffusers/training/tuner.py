@@ -6,7 +6,6 @@ Source: arXiv 2406.13175, section 3.3 and appendix D.
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate, pairwise
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -132,9 +131,7 @@ class SparseTuner:
     def __enter__(self) -> "SparseTuner":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.restore()
 
     def adapter(self, metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16) -> ShiraAdapter:

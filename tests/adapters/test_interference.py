@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shira_diffusers import AdapterMismatchError, ShiraAdapter, SparseDelta
-from shira_diffusers.adapters.interference import interference, interference_by_weight
+from shira_diffusers.adapters.interference import interference, interference_in_all
 from shira_diffusers.masks.families import MaskContext, struct
 from shira_diffusers.seeds import seeded
 from tests import tiny
@@ -58,7 +58,7 @@ def test_equal_to_dense_products(density: float, dtype: torch.dtype) -> None:
 def test_by_weight() -> None:
     model = tiny.linears()
     first, second = tiny.adapter_for(model, 1, only=("",)), tiny.adapter_for(model, 2, only=("0", "1"))
-    by_weight = interference_by_weight(first, second)
+    by_weight = interference_in_all(first, second)[1]
     assert list(by_weight) == ["0.weight", "1.weight"]
     for name, figures in by_weight.items():
         alone = [ShiraAdapter({name: adapter.deltas[name]}) for adapter in (first, second)]
@@ -108,7 +108,7 @@ def test_struct_adapters_that_avoid_each_other_are_nearly_orthogonal() -> None:
 def test_other_shapes_are_refused() -> None:
     one = ShiraAdapter({"w": SparseDelta(torch.tensor([0]), torch.ones(1), (2, 3))})
     other = ShiraAdapter({"w": SparseDelta(torch.tensor([0]), torch.ones(1), (3, 2))})
-    for compare in (interference, interference_by_weight):
+    for compare in (interference, interference_in_all):
         with pytest.raises(AdapterMismatchError, match=r"w is \(2, 3\) in one and \(3, 2\) in the other"):
             compare(one, other)
 

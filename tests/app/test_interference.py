@@ -9,7 +9,7 @@ from app.drawing.session import Session
 from app.insight.interference import Comparer, Pair, stage_of
 from app.page import interference_html
 from app.settings.settings import SettingsError
-from shira_diffusers.adapters.interference import Interference, interference, interference_by_weight
+from shira_diffusers.adapters.interference import Interference, interference_in_all
 from tests import tiny
 
 
@@ -22,8 +22,7 @@ def pair(session: Session) -> Pair:
 def test_the_figures_are_the_librarys(session: Session, pair: Pair) -> None:
     pipe = tiny.pipeline()
     first, second = tiny.adapter_for(pipe, 1), tiny.adapter_for(pipe, 2, dtype=torch.float16)
-    assert pair.whole == interference(first, second)
-    assert dict(pair.layers) == interference_by_weight(first, second)
+    assert (pair.whole, dict(pair.layers)) == interference_in_all(first, second)
     comparer = Comparer(session)
     assert comparer.compare(["bluefire", "paintings"])[0] is comparer.compare(["bluefire", "paintings"])[0]
     assert pair.as_dict()["overlap"] == pair.whole.overlap and pair.as_dict()["words"] == pair.words

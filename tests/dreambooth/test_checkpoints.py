@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from shira_diffusers import ShiraError, load_adapter
-from shira_diffusers.dreambooth.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint, save_result
+from shira_diffusers.dreambooth.checkpoints import list_checkpoints, read_checkpoint, save_checkpoint, save_result
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.train import train
 from tests import tiny
@@ -62,7 +62,7 @@ def test_a_run_that_is_killed_while_it_saves_loses_one_step_at_most(
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert newest(output) >= begun - 1
-        assert load_checkpoint(output, "latest")["step"] == newest(output)
+        assert read_checkpoint(list_checkpoints(output)[-1])["step"] == newest(output)
         assert load_adapter(list_checkpoints(output)[-1]).metadata["steps"] == str(newest(output))
     assert newest(output) < 24
     last = load_adapter(
@@ -132,7 +132,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     state = tmp_path / "checkpoint-1" / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ShiraError, match=r"cannot read .*state.pt(.|\n)*resume from another checkpoint"):
-        load_checkpoint(tmp_path, "latest")
+        read_checkpoint(state.parent)
 
 
 EVERYTHING = {

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from shira_diffusers import ShiraError
-from shira_diffusers.dreambooth.picture_folder import is_caption, is_picture, is_side_file, list_pictures
+from shira_diffusers.dreambooth.picture_folder import is_caption, is_picture, list_pictures
 from shira_diffusers.dreambooth.pictures import Picture, find_pictures
+from shira_diffusers.formats.paths import is_hidden
 
 SIDE = (".DS_Store", "Thumbs.db", "desktop.ini", "._a.png", ".hidden.jpg")
 SIDE_FOLDERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git")
@@ -127,7 +128,7 @@ def test_side_files_are_no_pictures(folder: Path, caplog: pytest.LogCaptureFixtu
     draw(folder / "a.png")
     assert [picture.path.name for picture in find_pictures(folder, "x")] == ["a.png"]
     assert not caplog.records
-    assert all(map(is_side_file, (*SIDE, *SIDE_FOLDERS)))
+    assert all(map(is_hidden, (*SIDE, *SIDE_FOLDERS)))
     assert not any(is_picture(name) or is_caption(name) for name in (*SIDE, "._a.txt", ".a.caption"))
 
 
