@@ -13,7 +13,7 @@ def main() -> None:
     try:
         run(first)
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell tells Ctrl-C; what was saved has been told
+        sys.exit(130)  # the shell code of Ctrl-C; what was saved is already logged
 
 
 def run(first: bool) -> None:

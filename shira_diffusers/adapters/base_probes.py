@@ -50,21 +50,16 @@ def match_base(pairs: list[tuple[Tensor, Tensor]]) -> BaseMatch:
         ``same`` when they differ by no more than the rounding of the model's dtype, ``sibling`` (a fine-tune of the
         same model) when they point the same way, else ``other``.
     """
-    close = total = 0
-    dot = probe_square = value_square = 0.0
-    for probe, values in pairs:
-        expected, got = probe.double().cpu(), values.double().cpu()
-        close += int(
-            ((expected - got).abs() <= _rounding(values.dtype) * expected.abs() + 2.0**-9 * _tiny(values)).sum()
-        )
-        total += probe.numel()
-        dot += float((expected * got).sum())
-        probe_square += float(expected.square().sum())
-        value_square += float(got.square().sum())
-    if close >= 0.99 * total:  # casts through a third dtype may round a few values differently
+    expected = torch.cat([probe.double().cpu() for probe, _ in pairs])
+    got = torch.cat([values.double().cpu() for _, values in pairs])
+    allowed = torch.cat(
+        [_rounding(values.dtype) * probe.double().cpu().abs() + _underflow(values) for probe, values in pairs]
+    )
+    # a few values may be rounded otherwise, as by a cast through a third dtype
+    if int(((expected - got).abs() <= allowed).sum()) >= 0.99 * len(expected):
         return "same"
-    norm = (probe_square * value_square) ** 0.5
-    return "sibling" if norm and dot / norm >= _SIBLING_SIMILARITY else "other"
+    norm = float(expected.norm() * got.norm())
+    return "sibling" if norm and float(expected @ got) / norm >= _SIBLING_SIMILARITY else "other"
 
 
 def _rounding(dtype: torch.dtype) -> float:
@@ -72,6 +67,6 @@ def _rounding(dtype: torch.dtype) -> float:
     return 2.0**-10 + (torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
 
 
-def _tiny(values: Tensor) -> float:
-    """A scale under which values are lost to underflow: subnormals of float16 and of 8-bit floats."""
-    return 1.0 if values.dtype.itemsize == 1 else 2.0**-14
+def _underflow(values: Tensor) -> float:
+    """The largest difference by underflow: subnormals of float16 and of 8-bit floats."""
+    return 2.0**-9 if values.dtype.itemsize == 1 else 2.0**-23

@@ -22,7 +22,7 @@ Schedule = Any
 
 
 def family_of_base(config: TrainingConfig) -> Family:
-    """The family of the base that a run names, from its ``model_index.json`` alone.
+    """Find the family of a run's base, from its ``model_index.json`` alone.
 
     Raises:
         ShiraError: no such folder or Hub id, another kind of pipeline, or one that lacks components.
@@ -46,7 +46,7 @@ def _read_index(config: TrainingConfig) -> dict[str, Any]:
 
 
 def complete(config: TrainingConfig) -> TrainingConfig:
-    """The settings with the defaults of the base's family where none is given. Twice is once.
+    """Fill in the defaults of the base's family where none is given. Idempotent.
 
     Raises:
         ShiraError: as ``family_of_base``.
@@ -117,7 +117,7 @@ def cast(pipe: Pipe, dtype: torch.dtype) -> None:
 
 
 def adapted_models(pipe: Pipe, config: TrainingConfig) -> dict[str, nn.Module]:
-    """The components that are trained, by name, with gradient checkpointing where it is wanted."""
+    """Return the components that are trained, by name, with gradient checkpointing if asked for."""
     models: dict[str, nn.Module] = {"unet": pipe.unet}
     if config.train_text_encoder:
         models |= {name: getattr(pipe, name) for name in family_of(pipe).text_encoders}
@@ -132,7 +132,7 @@ def adapted_models(pipe: Pipe, config: TrainingConfig) -> dict[str, nn.Module]:
 
 
 def adapted_targets(pipe: Pipe, models: Mapping[str, nn.Module], config: TrainingConfig) -> Targets:
-    """Which weights of the models are trained, as ``build_masks`` takes them: the settings' ones that can learn."""
+    """Return the trained weights of the models as ``build_masks`` takes them: the settings' ones that can learn."""
     unread = [name for name in family_of(pipe).last_layer_unread if name in models]
     if not unread and not config.include_conv:
         return config.targets
@@ -145,7 +145,7 @@ def adapted_targets(pipe: Pipe, models: Mapping[str, nn.Module], config: Trainin
 
 
 def training_schedule(pipe: Pipe) -> Schedule:
-    """The noise schedule that the base was trained with, from its own scheduler's configuration.
+    """Make the noise schedule that the base was trained with, from its own scheduler's configuration.
 
     Raises:
         ShiraError: a prediction type other than epsilon and v_prediction, or a schedule of EDM's noise levels.

@@ -88,7 +88,7 @@ def save_result(output: Path, adapter: ShiraAdapter) -> Path:
         raise ShiraError(f"{problem}; {remedy}") from error
 
 
-_REMEDY = "make room, or lower --checkpoints_total_limit, and go on with --resume_from_checkpoint latest"
+_REMEDY = "make room, or lower --checkpoints_total_limit, and resume with --resume_from_checkpoint latest"
 
 
 def _not_written(target: Path, error: Exception) -> str:
@@ -125,18 +125,18 @@ def _sweep(output: Path) -> None:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints in a folder, of all runs that wrote into it, by step."""
+    """List the checkpoints in a folder, of all runs that wrote into it, by step."""
     found = {int(match[1]): path for path in output.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
 
 
 def last_checkpoint(output: Path) -> str:
-    """The name of the checkpoint that was reached last, or "none"."""
+    """Return the name of the last checkpoint, or "none"."""
     return next((path.name for path in reversed(list_checkpoints(output))), "none")
 
 
 def run_number(output: Path, resumed: Path | None) -> int:
-    """The number of a run that begins now, among those that wrote checkpoints into a folder.
+    """Number a run that begins now, among those that wrote checkpoints into a folder.
 
     Args:
         resumed: the checkpoint that it goes on from. If that is the last one of its run in ``output``, it is the same
@@ -170,7 +170,7 @@ def find_checkpoint(output: Path, wanted: str, mine: RunIdentity | None = None) 
 
     Returns:
         Its folder. For ``latest`` the last one of the newest run with this identity; None, after a warning, where
-        there is none. A checkpoint that was named is taken from another run too, with a warning that tells the
+        there is none. A checkpoint given by name is taken from another run too, with a warning that lists the
         differences.
 
     Raises:
@@ -200,12 +200,12 @@ def _latest(output: Path, have: list[Path], mine: RunIdentity) -> Path | None:
     if not same:
         others = differences(_identity_in(have[-1]).learned, mine.learned)
         logger.warning(
-            "no checkpoint of this run in %s: starting a new one. %s is of another run; to go on from it all the "
-            "same, name it with --resume_from_checkpoint:%s", output, have[-1].name, listing(others)
+            "no checkpoint of this run in %s: starting a new one. %s is of another run; to resume from it anyway, "
+            "name it with --resume_from_checkpoint:%s", output, have[-1].name, listing(others)
         )  # fmt: skip
         return None
     alike = [path for path in same if not differences(_identity_in(path).held, mine.held)]
-    return (alike or same)[-1]  # ``require_same_run`` tells of settings that differ
+    return (alike or same)[-1]  # ``require_same_run`` reports settings that differ
 
 
 def require_only_checkpoints(output: Path) -> None:
@@ -225,10 +225,10 @@ def require_only_checkpoints(output: Path) -> None:
 def _about(checkpoint: Path) -> dict[str, Any]:
     """What ``run.json`` holds; nothing in checkpoints of versions that wrote none."""
     try:
-        told = json.loads((checkpoint / _RUN).read_text(encoding="utf-8"))
+        about = json.loads((checkpoint / _RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return about if isinstance(about, dict) else {}
 
 
 def _run_of(checkpoint: Path) -> int:

@@ -1,4 +1,4 @@
-"""Colours of pictures: any mode, depth and colour profile that Pillow reads, as sRGB with 8 bits per channel."""
+"""Colours of pictures: any mode, depth and colour profile that Pillow reads, converted to 8-bit sRGB."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms
 
 Note = Callable[[str], None]
-"""Is told what a user may want to know about a picture that is taken all the same."""
+"""Called with what a user may want to know about a picture that is used anyway."""
 
 # colour space of a profile -> the mode whose channels it describes
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
@@ -31,15 +31,15 @@ class _Conversion(NamedTuple):
 
 
 def silent(_: str) -> None:
-    """A ``Note`` for nobody."""
+    """Ignore a note."""
 
 
 def flatten(image: Image.Image, note: Note = silent) -> Image.Image:
-    """A picture as RGB: sRGB by its embedded colour profile, transparent parts white.
+    """Convert a picture to RGB: sRGB by its embedded colour profile, transparent parts white.
 
-    Without a profile its numbers are taken for sRGB, or for Adobe RGB if its EXIF says so. A profile that is broken or
-    describes other channels than the picture has is ignored, and told to ``note``. A picture whose profile is sRGB
-    keeps its numbers.
+    Without a profile its values are taken as sRGB, or as Adobe RGB if its EXIF says so. A profile that is broken or
+    describes other channels than the picture's is ignored with a ``note``. A picture whose profile is sRGB keeps its
+    values.
     """
     convert = _conversion_of(image, note)
     if image.mode.startswith(("I", "F")):

@@ -1,4 +1,9 @@
-"""The command line of a training script, made from the settings: a flag is a field, with its type, default and help."""
+"""The command line of a training script, made from the settings: each field is a flag with its type, default and help.
+
+Flags of diffusers' ``train_dreambooth.py``, ``train_dreambooth_lora.py`` and ``train_dreambooth_lora_sdxl.py`` without
+meaning here are ignored with a warning, so that such a command line works as it is. ``HfArgumentParser`` does not fit:
+it knows no tuples, groups of flags or secrets, and its help prints "default: None".
+"""
 
 import argparse
 import logging
@@ -29,50 +34,40 @@ _GROUPS: Mapping[str, str] = MappingProxyType(
 _METAVARS: Mapping[type, str] = MappingProxyType({int: "N", float: "X", str: "TEXT"})
 
 
-_SWITCH: dict[str, Any] = {"action": "store_true"}
-
-_VALUE: dict[str, Any] = {"type": str}
-
-_VALUES: dict[str, Any] = {"type": str, "nargs": "+"}
+OFFSET_NOISE = 0.1  # the --noise_offset for the switch --offset_noise of diffusers' train_dreambooth.py
 
 _NO_LORA = "there are no low-rank matrices: --density says how many entries of each weight are trained"
-
 _ATTENTION = "attention is PyTorch's scaled_dot_product_attention, which chooses a memory-efficient kernel by itself"
+_FRAMING = "the UNet receives the real crop of each picture"
 
-_FRAMING = "the UNet is told where each picture was cropped"
-
-# of --noise_offset, for the switch --offset_noise
-OFFSET_NOISE = 0.1
-
-# flag -> (how it is parsed, what happens instead)
-_IGNORED: Mapping[str, tuple[dict[str, Any], str]] = MappingProxyType(
+# flag -> why it has no effect
+_IGNORED: Mapping[str, str] = MappingProxyType(
     {
-        "rank": (_VALUE, _NO_LORA),
-        "lora_alpha": (_VALUE, _NO_LORA),
-        "lora_dropout": (_VALUE, "there are no low-rank matrices to drop: lower --density to regularize more"),
-        "output_kohya_format": (_SWITCH, "a SHiRA adapter has a format of its own, docs/format.md"),
-        "enable_xformers_memory_efficient_attention": (_SWITCH, _ATTENTION),
-        "enable_npu_flash_attention": (_SWITCH, _ATTENTION),
-        "local_rank": (_VALUE, "accelerate launch and torchrun tell each process its rank"),
-        "tokenizer_name": (_VALUE, "the base's own tokenizers are used"),
-        "tokenizer_max_length": (_VALUE, "prompts are padded and cut to the length that the base's tokenizers have"),
-        "text_encoder_use_attention_mask": (_SWITCH, "prompts are encoded as the base's pipeline encodes them"),
-        "pre_compute_text_embeddings": (
-            _SWITCH,
-            "prompts are always encoded in advance, but with --train_text_encoder, where they cannot be",
-        ),
-        "class_labels_conditioning": (_VALUE, "Stable Diffusion's UNets take no class labels"),
-        "validation_images": (_VALUES, "validation pictures are made from --validation_prompt alone"),
-        "crops_coords_top_left_h": (_VALUE, _FRAMING),
-        "crops_coords_top_left_w": (_VALUE, _FRAMING),
-        "do_edm_style_training": (
-            _SWITCH,
-            "the loss is that of the base's own prediction type, epsilon or v_prediction",
-        ),
-        "set_grads_to_none": (_SWITCH, "gradients are always freed after a step"),
-        "skip_save_text_encoder": (_SWITCH, "an adapter's file holds trained entries only, never a text encoder"),
+        "rank": _NO_LORA,
+        "lora_alpha": _NO_LORA,
+        "lora_dropout": "there are no low-rank matrices to drop: lower --density to regularize more",
+        "output_kohya_format": "a SHiRA adapter has a format of its own, docs/format.md",
+        "enable_xformers_memory_efficient_attention": _ATTENTION,
+        "enable_npu_flash_attention": _ATTENTION,
+        "local_rank": "accelerate launch and torchrun set the rank of each process",
+        "tokenizer_name": "the base's own tokenizers are used",
+        "tokenizer_max_length": "prompts are padded and cut to the length of the base's tokenizers",
+        "text_encoder_use_attention_mask": "prompts are encoded as the base's pipeline encodes them",
+        "pre_compute_text_embeddings": "prompts are always encoded in advance, except with --train_text_encoder",
+        "class_labels_conditioning": "Stable Diffusion's UNets take no class labels",
+        "validation_images": "validation pictures are made from --validation_prompt alone",
+        "crops_coords_top_left_h": _FRAMING,
+        "crops_coords_top_left_w": _FRAMING,
+        "do_edm_style_training": "the loss is that of the base's own prediction type, epsilon or v_prediction",
+        "set_grads_to_none": "gradients are always freed after a step",
+        "skip_save_text_encoder": "an adapter's file holds trained entries only, never a text encoder",
     }
 )
+_IGNORED_SWITCHES = {
+    "output_kohya_format", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention",
+    "text_encoder_use_attention_mask", "pre_compute_text_embeddings", "do_edm_style_training", "set_grads_to_none",
+    "skip_save_text_encoder",
+}  # fmt: skip
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
@@ -115,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def launch_command(config: TrainingConfig, processes: int = 1, *, public: bool = False) -> str:
-    """The shell command that runs the script with these settings, one flag per line; secrets are left out.
+    """Make the shell command that runs the script with these settings, one flag per line, without secrets.
 
     Args:
         public: names in place of paths that lead out of the working directory.
@@ -126,7 +121,7 @@ def launch_command(config: TrainingConfig, processes: int = 1, *, public: bool =
 
 
 def command_line(config: TrainingConfig, *, public: bool = False) -> list[list[str]]:
-    """The flags that give these settings, each with its values: what is default, and what is secret, is left out.
+    """List the flags that give these settings, each with its values, without defaults and secrets.
 
     Args:
         public: names in place of paths that lead out of the working directory.
@@ -167,7 +162,7 @@ def _options(setting: Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _help(setting: Field[Any]) -> str:
-    """What a flag is for, and its default where that is a value which the text does not tell already."""
+    """The help of a flag, with its default where that is a value."""
     default, help = setting.default, str(setting.metadata["help"])
     if default is MISSING:
         return f"{help} (required)"
@@ -183,21 +178,16 @@ def _truth(text: str) -> bool:
 
 
 def add_ignored_flags(parser: argparse.ArgumentParser) -> None:
-    """Let a parser take the flags that have no effect, or another name here; they are not in its ``--help``."""
-    for name, (options, _) in _IGNORED.items():
-        parser.add_argument(f"--{name}", **options, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument(  # of diffusers' train_dreambooth.py, which adds a tenth
-        "--offset_noise",
-        dest="noise_offset",
-        action="store_const",
-        const=OFFSET_NOISE,
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
+    """Let a parser accept the flags that have no effect, or another name here, without listing them in ``--help``."""
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for name in _IGNORED:
+        kind: dict[str, Any] = {"action": "store_true"} if name in _IGNORED_SWITCHES else {"nargs": "+"}
+        parser.add_argument(f"--{name}", **kind, **hidden)
+    parser.add_argument("--offset_noise", dest="noise_offset", action="store_const", const=OFFSET_NOISE, **hidden)
 
 
-def drop_ignored_flags(chosen: dict[str, Any]) -> dict[str, Any]:
-    """What was chosen without the flags that have no effect, each of which is told of in a warning."""
+def drop_ignored_flags(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the flags that have no effect, each with a warning."""
     for name in _IGNORED.keys() & chosen.keys():
-        logger.warning("--%s has no effect: %s", name, _IGNORED[name][1])
+        logger.warning("--%s has no effect: %s", name, _IGNORED[name])
     return {name: value for name, value in chosen.items() if name not in _IGNORED}

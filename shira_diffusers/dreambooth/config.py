@@ -1,4 +1,4 @@
-"""What a training run is told: one frozen dataclass, checked as a whole, from which the command line is made."""
+"""The settings of a training run: one frozen dataclass, checked as a whole, from which the command line is made."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,10 +95,10 @@ class TrainingConfig:
     seed: int | None = _flag(
         None, "the same seed gives the same adapter, bit for bit on CPU (default: drawn at random)"
     )
-    train_batch_size: int = _flag(4, "pictures a batch")
+    train_batch_size: int = _flag(4, "pictures per batch")
     num_train_epochs: int = _flag(1, "passes over the pictures, unless --max_train_steps is given")
     max_train_steps: int | None = _flag(None, "optimizer steps in all; overrides --num_train_epochs")
-    gradient_accumulation_steps: int = _flag(1, "batches an optimizer step")
+    gradient_accumulation_steps: int = _flag(1, "batches per optimizer step")
     gradient_checkpointing: bool = _flag(False, "save memory by computing activations twice")
     recompute_inputs: bool = _flag(
         False, "keep no inputs of adapted layers for backward where they can be computed again: less memory, more time"
@@ -139,13 +139,13 @@ class TrainingConfig:
 
     with_prior_preservation: bool = _flag(False, "train on pictures of the class as well, to keep it")
     prior_loss_weight: float = _flag(1.0, "weight of the class pictures' loss")
-    class_data_dir: str | None = _flag(None, "folder of class pictures; what lacks is generated into it")
+    class_data_dir: str | None = _flag(None, "folder of class pictures; missing ones are generated into it")
     class_prompt: str | None = _flag(None, "prompt of the class pictures")
-    num_class_images: int = _flag(100, "class pictures to have")
+    num_class_images: int = _flag(100, "number of class pictures")
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = _flag(
         None, "precision in which class pictures are generated (default: fp16 on a GPU, else fp32)"
     )
-    sample_batch_size: int = _flag(4, "pictures a batch when class pictures are generated")
+    sample_batch_size: int = _flag(4, "class or validation pictures generated per batch")
 
     output_dir: str = _flag("shira-dreambooth-model", "folder that receives the adapter, checkpoints and pictures")
     validation_prompt: str | None = _flag(None, "prompt of pictures made while and after training")

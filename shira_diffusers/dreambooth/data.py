@@ -18,9 +18,9 @@ from shira_diffusers.dreambooth.pictures import Picture, Size
 from shira_diffusers.seeds import seeded
 
 Draw = tuple[int, int]
-"""The how-manieth example of the run, from 0, and which one of the data."""
+"""The position of an example in the run, from 0, and its index in the data."""
 
-# pixels; a strip that is to cover a frame may have thousands of millions, of which only the frame's part is made
+# pixels; a narrow strip resized to cover a frame may have billions, so above this only the frame's part is computed
 _LARGEST = 64_000_000
 
 INTERPOLATIONS = {
@@ -35,18 +35,18 @@ INTERPOLATIONS = {
 
 
 def frames_of(config: TrainingConfig) -> list[Size]:
-    """The frames of a run: with buckets those of ``bucket_frames``, otherwise the square one."""
+    """List the frames of a run: with buckets those of ``bucket_frames``, otherwise the square one."""
     if not config.enable_bucket:
         return [(config.resolution, config.resolution)]
     return bucket_frames(config.resolution, *bounds_of(config))
 
 
 def bounds_of(config: TrainingConfig) -> tuple[int, int, int]:
-    """Shortest side, longest side and step of a run's frames, in pixels: those given, or else what suits the
-    resolution. At 512 these are kohya's: 256, 1024 and 64.
+    """Return shortest side, longest side and step of a run's frames, in pixels: as given, or by the resolution.
 
-    The shortest side is half the resolution, the longest twice it, as those that SDXL was trained on. The step divides
-    the resolution, and is a multiple of 8, the factor of autoencoders, of at most an eighth of it.
+    By default the shortest side is half the resolution and the longest twice it, as SDXL was trained on; the step is
+    the largest divisor of the resolution that is a multiple of 8, the autoencoders' factor, and at most 64 and an
+    eighth of it. At 512 these are kohya's: 256, 1024 and 64.
     """
     side = config.resolution
     step = max((step for step in range(8, min(64, side // 8) + 1, 8) if side % step == 0), default=8)
@@ -57,7 +57,7 @@ def bounds_of(config: TrainingConfig) -> tuple[int, int, int]:
 
 
 def bucket_frames(resolution: int, shortest: int, longest: int, step: int) -> list[Size]:
-    """Frames of at most ``resolution ** 2`` pixels, as large as their width allows, and those turned by a quarter.
+    """List frames of at most ``resolution ** 2`` pixels, each as high as its width allows, and the same transposed.
 
     Sides are multiples of ``step`` from ``shortest`` to ``longest``; kohya's trainer makes the same ones.
     """
@@ -72,7 +72,7 @@ def bucket_frames(resolution: int, shortest: int, longest: int, step: int) -> li
 
 
 def nearest_frame(frames: Sequence[Size], size: Size) -> Size:
-    """The frame of the aspect ratio that is nearest by factor; of equal ones the largest."""
+    """Return the frame of the nearest aspect ratio, by factor; of equal ones the largest."""
     aspect = math.log(size[0] / size[1])
     return min(frames, key=lambda frame: (abs(math.log(frame[0] / frame[1]) - aspect), -frame[0] * frame[1], frame))
 
@@ -82,8 +82,8 @@ class View(NamedTuple):
 
     Args:
         tensor: float32, pixels ``(3, h, w)`` in [-1, 1], or moments of latents.
-        time_ids: what SDXL is told, float32 ``(6,)`` in pixels: height and width of the file's picture, top and left
-            of the crop in the resized picture, height and width of the crop.
+        time_ids: SDXL's size conditioning, float32 ``(6,)`` in pixels: height and width of the file's picture, top and
+            left of the crop in the resized picture, height and width of the crop.
     """
 
     tensor: Tensor
@@ -91,7 +91,7 @@ class View(NamedTuple):
 
 
 def covering(size: Size, frame: Size) -> Size:
-    """What a picture of ``size`` is resized to, so that it just covers a frame."""
+    """Return the size to which a picture of ``size`` is resized so that it just covers a frame."""
     scale = max(side / length for side, length in zip(frame, size, strict=True))
     width, height = (max(side, round(length * scale)) for side, length in zip(frame, size, strict=True))
     return width, height
@@ -132,7 +132,7 @@ def _resized_part(
 
 
 def mirror(view: View, size: Size, frame: Size) -> View:
-    """The view of a picture of ``size`` as if it had been mirrored before it was cropped."""
+    """Mirror the view of a picture of ``size`` as if the picture had been mirrored before it was cropped."""
     time_ids = view.time_ids.clone()
     time_ids[3] = covering(size, frame)[0] - frame[0] - time_ids[3]
     return View(view.tensor.flip(-1), time_ids)
@@ -283,5 +283,5 @@ class Batches(Sampler[list[Draw]]):
 
 
 def batches_in(frames: Sequence[Size], batch_size: int) -> int:
-    """Batches in one pass over examples of these frames."""
+    """Count the batches in one pass over examples of these frames."""
     return sum(-(-examples // batch_size) for examples in Counter(frames).values())

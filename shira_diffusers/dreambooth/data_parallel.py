@@ -26,7 +26,7 @@ class Share:
     weight: float = 1.0
 
     def whole(self, count: int, groups: int) -> int:
-        """Rows of the whole batch, where this share has ``count``; both of ``groups`` groups, one after the other."""
+        """Count the rows of the whole batch if this share has ``count``, both in ``groups`` groups."""
         return count if self.total is None else self.total * groups
 
     def of(self, rows: Tensor, groups: int) -> Tensor:
@@ -40,7 +40,7 @@ WHOLE = Share()
 
 
 def share_of(total: int, size: int, process: int, processes: int) -> Share:
-    """The share of one process of a batch of ``total`` examples, at most ``size`` for each process.
+    """Return one process's share of a batch of ``total`` examples, at most ``size`` for each process.
 
     A process that is left without examples, as the last batch of a pass may be small, computes the batch's first one
     with weight 0: it has to take part in the exchange.

@@ -100,7 +100,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def find_family(kind: str, base: str) -> Family:
-    """The family of a pipeline class.
+    """Find the family of a pipeline class.
 
     Raises:
         ShiraError: it is not one that can be trained; ``base`` is named.
@@ -114,10 +114,10 @@ def find_family(kind: str, base: str) -> Family:
 
 
 def family_of(pipe: Pipe) -> Family:
-    """The family of a loaded base."""
+    """Return the family of a loaded base."""
     return find_family(type(pipe).__name__, str(pipe.config.get("_name_or_path")))
 
 
 def embed(pipe: Pipe, prompts: Sequence[str]) -> Conditions:
-    """What the denoiser is given for prompts, as the pipeline itself encodes them."""
+    """Encode prompts for the denoiser as the pipeline itself does."""
     return family_of(pipe).embed(pipe, prompts)

@@ -1,4 +1,4 @@
-"""Ending a run from outside: Ctrl-C and SIGTERM let it finish its step, so that it can be resumed."""
+"""Interrupts: Ctrl-C and SIGTERM let a run finish its step, so that it can be resumed."""
 
 import logging
 import signal
@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, Ctrl-C and SIGTERM are noted, not obeyed: who trains looks at ``number`` after each step.
+    """While entered, Ctrl-C and SIGTERM only set ``number``, which the training loop reads after each step.
 
     A second Ctrl-C ends at once. Signals that were ignored before (``nohup``, jobs in the background) stay so. Outside
     the main thread, where Python delivers no signals, nothing is changed.

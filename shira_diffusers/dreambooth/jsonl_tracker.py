@@ -31,7 +31,7 @@ class JsonlTracker(GeneralTracker):
         return self._path
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        """Append a line, so that whoever reads meanwhile sees whole lines and at most one unfinished at the end."""
+        """Append a line, so that concurrent readers see whole lines and at most one unfinished at the end."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

@@ -95,7 +95,7 @@ def _require_plain_accelerate() -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Start the trackers; they are told the settings, with names in place of paths. Their folders are made.
+    """Start the trackers, create their folders, and send them the settings with names in place of paths.
 
     Raises:
         ShiraError: a tracker does not start, as one that is offline or not logged in.
@@ -114,7 +114,7 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
 
 
 def close_trackers(accelerator: Accelerator) -> None:
-    """Let trackers write what they hold; one that fails is told of."""
+    """Flush and close the trackers; warn if one fails."""
     try:
         accelerator.end_training()
     except Exception as error:  # noqa: BLE001 - trackers are others' code, and all else is done
@@ -122,7 +122,7 @@ def close_trackers(accelerator: Accelerator) -> None:
 
 
 def from_main(accelerator: Accelerator, compute: Callable[[], T]) -> T:
-    """What the main process computes, on all processes; tensors should be on the CPU."""
+    """Return on all processes what the main process computes; tensors should be on the CPU."""
     box = [compute() if accelerator.is_main_process else None]
     broadcast_object_list(box)
     value: Any = box[0]
@@ -131,7 +131,7 @@ def from_main(accelerator: Accelerator, compute: Callable[[], T]) -> T:
 
 
 def choose_seed(accelerator: Accelerator, config: TrainingConfig, checkpoint: Mapping[str, Any] | None) -> int:
-    """The run's seed: as given, or that of the run that resumes, or a fresh one, the same on all processes."""
+    """Return the seed, the same on all processes: as given, or the resumed run's, or a fresh one."""
     if config.seed is not None:
         return config.seed
     return int(checkpoint["seed"]) if checkpoint else from_main(accelerator, lambda: secrets.randbelow(2**31))

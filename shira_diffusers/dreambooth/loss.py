@@ -40,12 +40,12 @@ class Objective:
         self._schedule = training_schedule(pipe)
 
     def loss(self, batch: Batch, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
-        """The loss as a scalar that can be back-propagated.
+        """Compute the loss, a scalar to be back-propagated.
 
         Args:
             batch: pixels or moments, prompts and time ids.
             generator: of the pipeline's device, the only source of randomness.
-            share: which part of a larger batch this is; its draws are those that it would have there.
+            share: the part of a larger batch; it draws the same numbers as within that batch.
         """
         draws = _Draws(generator, share, groups=2 if self._config.with_prior_preservation else 1)
         latents = self._latents(batch.tensors, draws)
@@ -92,7 +92,7 @@ class Objective:
 
 
 class _Draws:
-    """Random numbers of a batch: drawn for the whole batch, of which a process may compute a share."""
+    """Random numbers of a batch: drawn for the whole batch, even if a process computes a share of it."""
 
     def __init__(self, generator: torch.Generator, share: Share, groups: int) -> None:
         self._generator, self._share, self._groups = generator, share, groups
@@ -113,14 +113,14 @@ class _Draws:
 
 @torch.no_grad()
 def encode(pipe: Pipe, pixels: Tensor) -> Tensor:
-    """Pixels ``(n, 3, 8h, 8w)`` in [-1, 1] as moments of latents, float32 ``(n, 2c, h, w)``, without autocast."""
+    """Encode pixels ``(n, 3, 8h, 8w)`` in [-1, 1] as moments, float32 ``(n, 2c, h, w)``, without autocast."""
     with torch.autocast(pipe.vae.device.type, enabled=False):
         moments: Tensor = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.parameters
     return moments.float()
 
 
 def snr_weights(schedule: Schedule, timesteps: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weights ``(n,)`` of the loss at ``timesteps`` (arXiv 2303.09556, section 3.4)."""
+    """Compute min-SNR weights ``(n,)`` of the loss at ``timesteps``, ``(n,)`` (arXiv 2303.09556, section 3.4)."""
     snr = compute_snr(schedule, timesteps)
     clipped = snr.clamp(max=gamma)
     if schedule.config.prediction_type == "v_prediction":

@@ -33,7 +33,7 @@ _FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, HfH
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the settings do not tell about a run.
+    """What a card says about a run beyond its settings.
 
     Args:
         pipeline: the class of the base.
@@ -47,19 +47,19 @@ class Origin:
 
 
 def write_card(config: TrainingConfig, adapter: ShiraAdapter, pictures: Sequence[Path], origin: Origin) -> None:
-    """Write the card into ``output_dir``. A README of somebody else's is kept as it is; a card's licence stays.
+    """Write the card into ``output_dir``. Another README is kept as it is; the licence of an earlier card stays.
 
     Args:
-        config: the settings, ``seed`` included, from which the command is written, without a checkpoint to resume
-            from. A card that goes to a repository tells names of folders, not where they lie.
-        adapter: as trained; the card tells its metadata.
+        config: the settings with ``seed``, from which the command is written, without a checkpoint to resume from. A
+            card for a repository has names of folders in place of their paths.
+        adapter: as trained; the card lists its metadata.
         pictures: of the validation, inside ``output_dir``.
         origin: the rest.
     """
     path = Path(config.output_dir, CARD_NAME)
     before = _read_data(path) if path.is_file() else {}
     if path.is_file() and _TAG not in (before.get("tags") or ()):
-        logger.warning("%s is no card of an adapter: it is kept as it is, and no card is written", path)
+        logger.warning("%s is not the card of an adapter: it is kept as it is, and no card is written", path)
         return
     config = replace(config, resume_from_checkpoint=None)
     images = [picture.relative_to(config.output_dir).as_posix() for picture in pictures]
@@ -93,21 +93,25 @@ def _data(config: TrainingConfig, images: Sequence[str], origin: Origin, licence
 def _text(
     config: TrainingConfig, adapter: ShiraAdapter, images: Sequence[str], origin: Origin, *, licensed: bool
 ) -> str:
-    told, base = adapter.metadata, _shown(config.pretrained_model_name_or_path, origin.repository)
+    metadata, base = adapter.metadata, _shown(config.pretrained_model_name_or_path, origin.repository)
     title = origin.repository or Path(config.output_dir).resolve().name
     entries = f"{counted(adapter.nnz, 'entry')} ({100 * adapter.density:.3g} % of the adapted weights)"
     parts = [
         f"# {title}",
         f"A sparse high rank adapter ([SHiRA]({_PAPER})) for {_code(base)}, trained "
         f"with DreamBooth by shira_diffusers. It changes {entries} of {', '.join(adapter.component_names())}: mask "
-        f"{_code(told['mask'])}, density {told['density']}.",
+        f"{_code(metadata['mask'])}, density {metadata['density']}.",
         f"Say {_code(config.instance_prompt)} in the prompt to call it up.",
     ]
     if images:
         shown = "\n".join(f"![validation picture {number}]({image})" for number, image in enumerate(images, 1))
         parts += [f"{_code(config.validation_prompt or '')}, with the adapter at strength 1:", shown]
     parts += ["## Use it", _fence("python", _usage(config, origin.repository))]
-    parts += ["## How it was made", _fence("bash", _command(config, origin)), _table(told)]
+    parts += [
+        "## How it was made",
+        _fence("bash", launch_command(config, origin.processes, public=bool(origin.repository))),
+        _table(metadata),
+    ]
     if not licensed:
         parts += [
             "## Licence",
@@ -120,10 +124,6 @@ def _text(
 def _shown(path: str, repository: str | None) -> str:
     """A path as it is, or for a repository its name."""
     return public_name(path) if repository else path
-
-
-def _command(config: TrainingConfig, origin: Origin) -> str:
-    return launch_command(config, origin.processes, public=origin.repository is not None)
 
 
 def _usage(config: TrainingConfig, repository: str | None) -> str:
@@ -141,27 +141,30 @@ def _usage(config: TrainingConfig, repository: str | None) -> str:
     )
 
 
-def _table(told: Mapping[str, str]) -> str:
-    rows = [f"| {name} | {_code(value).replace('|', chr(92) + '|')} |" for name, value in sorted(told.items())]
+def _table(metadata: Mapping[str, str]) -> str:
+    rows = [f"| {name} | {_code(value).replace('|', chr(92) + '|')} |" for name, value in sorted(metadata.items())]
     return "\n".join(["| metadata of the file | |", "|---|---|", *rows])
+
+
+def _ticks(text: str) -> str:
+    """More backticks than the text has anywhere in a row."""
+    return "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _code(text: str) -> str:
     """Text of one line in which nothing is markup."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    ticks = "`" * (longest + 1)
-    space = " " if longest else ""
+    ticks = _ticks(text)
+    space = " " if len(ticks) > 1 else ""
     return f"{ticks}{space}{' '.join(text.split())}{space}{ticks}"
 
 
 def _fence(language: str, code: str) -> str:
-    longest = max(map(len, re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = max("```", _ticks(code))
     return f"{fence}{language}\n{code}\n{fence}"
 
 
 def create_repository(config: TrainingConfig) -> str:
-    """Create the repository unless it exists, before training, so that a missing right is told at once.
+    """Create the repository unless it exists, before training, so that a missing permission fails early.
 
     Returns:
         Its id, ``owner/name``.
@@ -174,8 +177,8 @@ def create_repository(config: TrainingConfig) -> str:
         return huggingface_hub.create_repo(wanted, token=config.hub_token, exist_ok=True).repo_id
     except _FAILURES as error:
         raise ShiraError(
-            f"push_to_hub: there can be no repository {wanted!r} on the Hub: {error}. Nothing was trained; log in with "
-            "`hf auth login` or give --hub_token, check --hub_model_id, or drop --push_to_hub"
+            f"push_to_hub: cannot create the repository {wanted!r} on the Hub: {error}. Nothing was trained; log in "
+            "with `hf auth login` or give --hub_token, check --hub_model_id, or drop --push_to_hub"
         ) from error
 
 

@@ -54,7 +54,7 @@ class Slices:
 
 
 def make_optimizer(config: TrainingConfig, slices: Slices, examples_a_step: int) -> torch.optim.Optimizer:
-    """The optimizer that the settings ask for: one group of the denoiser's deltas and one of the text encoders'.
+    """Make the optimizer: one group of the denoiser's deltas and one of the text encoders'.
 
     Args:
         config: complete, see ``base_model.complete``.
@@ -83,9 +83,8 @@ def make_optimizer(config: TrainingConfig, slices: Slices, examples_a_step: int)
 
 
 def _adamw(config: TrainingConfig, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW(groups, **options)
-    optimizer: torch.optim.Optimizer = _adamw_8bit()(groups, **options)
+    kind: Any = _adamw_8bit() if config.use_8bit_adam else torch.optim.AdamW
+    optimizer: torch.optim.Optimizer = kind(groups, **options)
     return optimizer
 
 
@@ -134,7 +133,7 @@ def _prodigy(config: TrainingConfig, groups: list[dict[str, Any]], options: dict
 
 
 def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """The learning rate schedule over ``steps`` optimizer steps, a ``LambdaLR``."""
+    """Make the learning rate schedule over ``steps`` optimizer steps, a ``LambdaLR``."""
     return get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,
@@ -146,7 +145,7 @@ def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, step
 
 
 def warm_up_problem(config: TrainingConfig, steps: int) -> str | None:
-    """What is wrong where a run is over before its learning rate has risen; None if all is well."""
+    """Say what is wrong if a run ends before its learning rate has risen; None if nothing is."""
     if config.lr_scheduler == "constant" or config.lr_warmup_steps < steps:
         return None
     return (
@@ -156,7 +155,7 @@ def warm_up_problem(config: TrainingConfig, steps: int) -> str | None:
 
 
 def resume(optimizer: torch.optim.Optimizer, schedule: Any, state: Mapping[str, Any]) -> None:
-    """Take moments and position from a checkpoint, but learning rates and other settings as they are now.
+    """Restore moments and position from a checkpoint, but keep the current learning rates and other settings.
 
     Args:
         optimizer, schedule: newly made.

@@ -1,4 +1,4 @@
-"""Running out of memory, told in one sentence with the flags that help."""
+"""Running out of memory, reported in one sentence with the flags that help."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -27,11 +27,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_memory(config: TrainingConfig, progress: Callable[[], str]) -> Iterator[None]:
-    """Turn running out of memory anywhere inside into one sentence.
+    """Report running out of memory anywhere inside as one sentence.
 
     Args:
         config: flags that it has already are not advised.
-        progress: says, when asked, what is done and saved so far.
+        progress: called on error, says what is done and saved so far.
 
     Raises:
         ShiraError: memory ran out.
@@ -52,7 +52,7 @@ def _amount(error: BaseException) -> str:
 
 
 def remedies(config: TrainingConfig) -> list[str]:
-    """The flags that would lower the memory of a run with these settings, the most effective first."""
+    """List the flags that would lower the memory of a run with these settings, the most effective first."""
     batch = config.train_batch_size
     smaller = f"--train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps "
     advice = {

@@ -48,7 +48,7 @@ def _unwritable(flag: str, folder: Path) -> list[str]:
     """Why no file can be made in a folder, or the folder itself where it is not there; nothing if all is well."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not place.is_dir():
-        return [f"--{flag} {str(folder)!r}: {place} is no folder; choose another"]
+        return [f"--{flag} {str(folder)!r}: {place} is not a folder; choose another"]
     try:
         with tempfile.TemporaryFile(dir=place):
             return []

@@ -1,4 +1,4 @@
-"""What a folder of pictures holds: pictures, their captions, and what is neither, told by their names alone."""
+"""What a folder of pictures holds: pictures, their captions, and what is neither, by their names alone."""
 
 import os
 import unicodedata
@@ -15,7 +15,7 @@ from shira_diffusers.formats.paths import is_hidden, shown_in
 CAPTIONS = (".txt", ".caption")
 """Suffixes of captions; where a picture has both, the first is taken."""
 
-# pictures that not every Pillow opens: naming them beats passing them over
+# pictures that not every Pillow opens: an error that names them beats skipping them silently
 FOREIGN = frozenset({".heic", ".heif", ".avif", ".jxl", ".webp"})
 # formats that Pillow identifies but cannot decode: films, tables of numbers
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}
@@ -39,12 +39,12 @@ def _suffixes() -> frozenset[str]:
 
 
 def name_key(name: str) -> str:
-    """A file name without suffix, in one case and one Unicode form: macOS decomposes ``ä``, others do not."""
+    """Normalize a file name: no suffix, one case, one Unicode form (macOS decomposes ``ä``, others do not)."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", PurePath(name).stem).casefold())
 
 
 def pair_captions(pictures: Iterable[str], captions: Iterable[str]) -> dict[str, str]:
-    """The caption of each picture that has one, by their file names.
+    """Pair pictures with their captions by file names.
 
     Names match by ``name_key``. Of several captions that match, the one in the picture's own spelling is taken, then
     ``.txt``.
@@ -72,7 +72,7 @@ class Contents:
     Args:
         pictures: files that are pictures by their names, in order.
         captions: files with the captions of those that have one.
-        left: what else there is, each with why it is not taken; side files are not worth a word.
+        left: all else but hidden files, each with the reason why it is skipped.
     """
 
     pictures: tuple[Path, ...]
@@ -81,7 +81,7 @@ class Contents:
 
 
 def list_pictures(folder: str | Path) -> Contents:
-    """The pictures of a folder by their names, without those in folders within it. Nothing is opened.
+    """List the pictures of a folder by their names, without sub-folders. Opens no file.
 
     Raises:
         ShiraError: no such folder, or one that cannot be read.
@@ -99,7 +99,7 @@ def list_pictures(folder: str | Path) -> Contents:
     pairs = pair_captions([path.name for path in pictures], [path.name for path in captions])
     taken = {*pictures, *(place / name for name in pairs.values())}
     left = [_why_left(path) for path in files if path not in taken]
-    left += [told for path in entries if path.is_dir() and (told := _within(path))]
+    left += [message for path in entries if path.is_dir() and (message := _within(path))]
     return Contents(tuple(pictures), {place / name: place / caption for name, caption in pairs.items()}, tuple(left))
 
 
@@ -121,7 +121,7 @@ def _within(folder: Path) -> str:
 
 
 def read_captions(contents: Contents) -> dict[Path, str]:
-    """The text of each picture's caption, in one line; pictures whose caption is empty are left out.
+    """Read each picture's caption as one line; pictures with an empty caption are left out.
 
     Raises:
         ShiraError: captions that are not UTF-8 or cannot be read; all are named.

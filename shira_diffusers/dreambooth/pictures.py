@@ -49,7 +49,7 @@ class Picture:
     content: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
 
     def read(self) -> Image.Image:
-        """The picture as ``read_picture`` gives it."""
+        """Read the picture, see ``read_picture``."""
         return read_picture(self.path if self.content is None else io.BytesIO(self.content()))
 
 
@@ -63,15 +63,15 @@ class Found:
 
 
 def find_pictures(folder: str | Path, prompt: str, on_bad: OnBad = "error") -> list[Picture]:
-    """The pictures of a folder by name, each with the caption in the ``.txt`` or ``.caption`` of its name, or else
+    """Find the pictures of a folder, each with the caption in the ``.txt`` or ``.caption`` of its name, or else
     ``prompt``.
 
-    Logs how many there are, and what in the folder was not taken; ``list_pictures`` tells what counts.
+    Logs how many there are and what in the folder was skipped; see ``list_pictures``.
 
     Args:
         folder: holds the pictures.
         prompt: of those that have no caption.
-        on_bad: what to do about pictures that cannot be read: ``skip`` warns and goes on without them.
+        on_bad: ``skip`` warns of pictures that cannot be read and goes on without them.
 
     Raises:
         ShiraError: no such folder, no pictures in it, pictures that cannot be read or captions that are not UTF-8; all
@@ -87,7 +87,7 @@ def find_pictures(folder: str | Path, prompt: str, on_bad: OnBad = "error") -> l
     pictures = examine(found, str(folder), on_bad)
     log_count(pictures, sum(picture.path in captions for picture in pictures), str(folder))
     if contents.left:
-        logger.warning("not taken from %s:%s", folder, listing(contents.left))
+        logger.warning("skipped in %s:%s", folder, listing(contents.left))
     return pictures
 
 
@@ -95,7 +95,7 @@ _SPLIT = "train"
 
 
 def instance_pictures(config: TrainingConfig) -> list[Picture]:
-    """The pictures to learn from, each ``repeats`` times.
+    """Find the pictures to learn from, each ``repeats`` times.
 
     Raises:
         ShiraError: no such folder or data set, no pictures in it, or pictures that cannot be read.
@@ -110,7 +110,7 @@ def instance_pictures(config: TrainingConfig) -> list[Picture]:
 
 
 def dataset_pictures(config: TrainingConfig, name: str) -> list[Picture]:
-    """The pictures of the training split of a data set, in its order; they are read from its files when needed.
+    """Find the pictures of the training split of a data set, in its order; their bytes are read when needed.
 
     Args:
         config: the data set's configuration, columns and cache.
@@ -217,24 +217,24 @@ def examine(found: Iterable[Found], source: str, on_bad: OnBad) -> list[Picture]
     """
     pictures, bad, notes = [], [], []
     for one in found:
-        told: list[str] = []
+        messages: list[str] = []
         try:
-            size = read_picture(one.path if one.content is None else io.BytesIO(one.content()), told.append).size
+            size = read_picture(one.path if one.content is None else io.BytesIO(one.content()), messages.append).size
         except DAMAGED as error:
             bad.append(f"{one.path}: {_problem(one.path, error)}")
             continue
-        notes += [f"{one.path}: {note}" for note in told]
+        notes += [f"{one.path}: {message}" for message in messages]
         pictures.append(Picture(one.path, one.prompt, size, one.content))
     count = f"{counted(len(bad), 'picture', of=len(bad) + len(pictures))} in {source}"
     if bad and (on_bad == "error" or not pictures):
         remedy = ", or skip them with --on_bad_image skip" if pictures else ""
         them = verb(len(bad), "it", "them")
-        raise ShiraError(f"{count} cannot be read; mend or remove {them}{remedy}:{listing(bad, shown=len(bad))}")
+        raise ShiraError(f"{count} cannot be read; repair or remove {them}{remedy}:{listing(bad, shown=len(bad))}")
     if bad:
         are = verb(len(bad), "is", "are")
         logger.warning("%s cannot be read and %s skipped:%s", count, are, listing(bad, shown=len(bad)))
     if notes:
-        logger.warning("taken from %s all the same:%s", source, listing(notes))
+        logger.warning("used from %s anyway:%s", source, listing(notes))
     return pictures
 
 
@@ -258,7 +258,7 @@ def read_picture(file: Path | BinaryIO, note: Note = silent, formats: tuple[str,
 
     Args:
         file: a path, or a file that is open in binary mode.
-        note: is told what a user may want to know about a picture that is read all the same.
+        note: called with what a user may want to know about a picture that is read anyway.
         formats: Pillow's names of those to accept; None for all.
 
     Raises:
@@ -266,5 +266,5 @@ def read_picture(file: Path | BinaryIO, note: Note = silent, formats: tuple[str,
     """
     with Image.open(file, formats=formats) as opened:
         if opened.format in _FILMS and note is not silent and getattr(opened, "is_animated", False):
-            note("it moves: its first frame is taken")
+            note("it is animated: its first frame is used")
         return flatten(ImageOps.exif_transpose(opened), note)

@@ -2,11 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import (
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_examples(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: int) -> tuple[Examples, Objective]:
-    """The data of a run, and the loss that takes it. What need not be computed at each step is computed here.
+    """Prepare the data of a run and its loss, computing in advance what does not change from step to step.
 
     Args:
         pipe: the base in float32, on its device.
@@ -64,36 +63,25 @@ def prepare_examples(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: i
     return data, Objective(pipe, config, embeddings, config.cache_latents)
 
 
-def load_batches(examples: Examples, config: TrainingConfig, seed: int, first: int, last: int) -> Iterable[Batch]:
-    """Batches number ``first`` to ``last`` (excluded) of a run."""
-    batches = Batches(examples.frames, config.train_batch_size, seed, first, last)
-    workers = config.dataloader_num_workers
-    return _loader(examples, batches, workers)
-
-
 def load_shares(
-    examples: Examples, config: TrainingConfig, seed: int, first: int, last: int, process: int, processes: int
+    examples: Examples, config: TrainingConfig, seed: int, first: int, last: int, process: int = 0, processes: int = 1
 ) -> Iterator[tuple[Batch, Share]]:
-    """One process's shares of batches number ``first`` to ``last`` (excluded), which are ``processes`` times as large.
+    """Load one process's shares of batches ``first`` to ``last`` (exclusive), which are ``processes`` times as large.
 
     Together the processes see what one process would see with that batch size.
     """
     size = config.train_batch_size
     batches = Batches(examples.frames, size * processes, seed, first, last)
     parts = Parts(batches, size, process, processes)
-    loader = _loader(examples, parts, config.dataloader_num_workers)
-    for draws, batch in zip(batches, loader, strict=True):
-        yield batch, share_of(len(draws), size, process, processes)
-
-
-def _loader(examples: Examples, batches: Sampler[Any], workers: int) -> DataLoader[Any]:
-    return DataLoader(
+    loader = DataLoader(
         examples,
-        batch_sampler=batches,
+        batch_sampler=parts,
         collate_fn=collate,
-        num_workers=workers,
+        num_workers=config.dataloader_num_workers,
         worker_init_fn=leave_to_the_main_process,
     )
+    for draws, batch in zip(batches, loader, strict=True):
+        yield batch, share_of(len(draws), size, process, processes)
 
 
 def _require_whole_latents(pipe: Pipe, frames: Sequence[Size]) -> None:
@@ -118,10 +106,10 @@ def _tell_what_may_surprise(pairings: Sequence[Pairing], config: TrainingConfig)
     first = {pairing.pictures[0]: pairing.frame for pairing in pairings}
     small = [picture for picture, frame in first.items() if covering(picture.size, frame) > picture.size]
     if small:
-        told = [f"{picture.path} ({picture.size[0]} x {picture.size[1]})" for picture in small]
+        names = [f"{picture.path} ({picture.size[0]} x {picture.size[1]})" for picture in small]
         count, are = counted(len(small), "picture"), verb(len(small), "is", "are")
         frame = verb(len(small), "its frame", "their frames")
-        logger.warning("%s %s smaller than %s and %s enlarged:%s", count, are, frame, are, listing(sorted(told)))
+        logger.warning("%s %s smaller than %s and %s enlarged:%s", count, are, frame, are, listing(sorted(names)))
     most = max(Counter(pairing.frame for pairing in pairings).values())
     if most < config.train_batch_size:
         shape = " of one shape" if config.enable_bucket else ""
@@ -136,7 +124,7 @@ class _MomentReader:
 
     Args:
         views: of each picture in each of its frames, with moments: as it is and, with random flips, mirrored.
-        seed: with the position in the run it tells which of the two.
+        seed: with the position in the run it selects one of the two.
     """
 
     def __init__(self, views: dict[tuple[Picture, Size], list[View]], seed: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: on the terminal, and to the trackers."""
+"""What a run reports while it trains: on the terminal, and to the trackers."""
 
 import logging
 import sys
@@ -30,17 +30,17 @@ class Progress:
         self._mute = False
 
     def begin(self) -> None:
-        """A step begins: what passed since the last one, such as making pictures, is not its time."""
+        """Begin a step: time since the last one, such as for validation, does not count."""
         self._started = time.perf_counter()
 
     def end(self, step: int, loss: float, rates: list[float], pictures: int) -> None:
-        """A step is done.
+        """End a step and report it.
 
         Args:
             step: its number.
             loss: of the step, a mean over its pictures.
             rates: learning rates of the denoiser and, where they are trained, of the text encoders.
-            pictures: that it took, of all processes, those of the class too.
+            pictures: in the step, of all processes, class pictures included.
         """
         figures: dict[str, Any] = {
             "loss": loss,
@@ -78,7 +78,7 @@ class Progress:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory so far in bytes: of tensors on a CUDA device, else of this process (0 on Windows)."""
+    """Return the peak memory in bytes: of tensors on a CUDA device, else of this process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""Settings as they may be published: names of folders and files, not where they lie on somebody's machine."""
+"""Settings as they may be published: names of folders and files in place of paths on the user's machine."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,7 +14,7 @@ _PATHS = {
 
 
 def public_name(path: str) -> str:
-    """A path's last part, where it leads out of the working directory; ids of the Hub and paths inside it stay.
+    """Reduce a path that leads out of the working directory to its last part; Hub ids and paths inside it stay.
 
     ``/home/me/models/sd15`` and ``../models/sd15`` become ``sd15``; ``org/sd15`` and ``assets/sd15`` stay.
     """
@@ -25,7 +25,7 @@ def public_name(path: str) -> str:
 
 
 def public_settings(config: TrainingConfig) -> Mapping[str, Any]:
-    """All settings by name, but those that are secret, with ``public_name`` in place of paths."""
+    """Return all settings but secrets by name, with ``public_name`` in place of paths."""
     names = [setting.name for setting in fields(config) if not setting.metadata.get("secret")]
     return {name: _public(getattr(config, name)) if name in _PATHS else getattr(config, name) for name in names}
 

@@ -24,7 +24,7 @@ from shira_diffusers.training.tuner import SparseTuner
 
 
 def checkpoint_interval(steps: int) -> int:
-    """Steps between checkpoints where none is given: a quarter of the run, at most 500; a run has at least one."""
+    """Return the default steps between checkpoints: a quarter of the run, at most 500; a run has at least one."""
     return min(500, steps // 4 or steps)
 
 
@@ -120,17 +120,17 @@ class Run:
         return min(made, self._config.checkpoints_total_limit or made)
 
     def saves(self, step: int) -> bool:
-        """This process writes a checkpoint after a step."""
+        """Whether this process writes a checkpoint after a step."""
         return self._accelerator.is_main_process and (step % self.checkpointing_steps == 0 or self.stopped)
 
     def validates(self, step: int) -> bool:
-        """This process makes validation pictures after a step, and trains on."""
+        """Whether this process makes validation pictures after a step and trains on."""
         periods = [self._config.validation_epochs * self.steps_per_epoch, self._config.validation_steps]
         due = step < self.last and any(period and step % period == 0 for period in periods)
         return self._accelerator.is_main_process and due
 
     def metadata(self) -> dict[str, str]:
-        """What an adapter made now tells about itself."""
+        """Return the metadata of an adapter made now."""
         config = self._config
         return {
             "base_model": public_name(config.pretrained_model_name_or_path),
@@ -149,7 +149,7 @@ class Run:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on from here."""
+        """Return what ``load_state_dict`` needs to resume from here."""
         scaler = self._accelerator.scaler
         return {
             "seed": self._seed,
@@ -161,7 +161,7 @@ class Run:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, with the learning rate that the settings say now."""
+        """Resume from a checkpoint, with the current settings' learning rate."""
         self._tuner.load_state_dict(state["tuner"])
         optimizers.resume(self._optimizer.optimizer, self._schedule, state)
         if self._accelerator.scaler and state["scaler"]:

@@ -1,4 +1,4 @@
-"""What makes two runs the same one: what is learned from what, and the settings that a checkpoint holds to."""
+"""What makes two runs the same one: base model, prompt and pictures, and the settings fixed by a checkpoint."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -10,17 +10,17 @@ from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.pictures import Picture
 from shira_diffusers.errors import ShiraError, counted, listing, verb
 
-_SAMPLE = 2**16  # bytes of a file of weights that stand for the whole
+_SAMPLE = 2**16  # bytes from the middle of a weights file stand for it: hashing gigabytes would delay the start
 
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """Which run this is. It tells nothing of where files lie, so a run can be moved and go on.
+    """Identifies a run independently of paths, so that a moved run can be resumed.
 
     Args:
-        learned: base model, prompt and pictures; where they differ, it is another run.
-        held: the settings that cannot change in mid-run, as the masks and the optimizer's state follow from them, and
-            the seed, where it is known.
+        learned: base model, prompt and pictures; if they differ, it is another run.
+        held: the settings that cannot change in mid-run, since masks and optimizer state follow from them, and the
+            seed, if known.
     """
 
     learned: Mapping[str, str] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class RunIdentity:
 
 
 def identity_of(config: TrainingConfig, pictures: Iterable[Picture]) -> RunIdentity:
-    """The identity of a run with these settings and pictures, which are read once more."""
+    """Identify a run with these settings and pictures, which are read once more."""
     base = config.pretrained_model_name_or_path
     learned = {
         "base model": _folder_digest(Path(base)) if Path(base).is_dir() else f"{base} {config.revision or ''}".strip(),
@@ -39,14 +39,14 @@ def identity_of(config: TrainingConfig, pictures: Iterable[Picture]) -> RunIdent
 
 
 def choices(config: TrainingConfig) -> dict[str, Any]:
-    """The settings that a checkpoint holds to: the masks follow from them, and what is trained how."""
+    """Return the settings fixed by a checkpoint: the masks and the optimizer's state follow from them."""
     masks = ("mask_type", "density", "mask_seed", "target_modules", "include_conv", "train_text_encoder")
     names = (*masks, "avoid_adapters", "use_dora")
     return {**{name: getattr(config, name) for name in names}, "optimizer": config.optimizer.lower()}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is known of both and differs, a line each."""
+    """List what is known of both and differs, one line each."""
     pairs = {name: (_plain(then[name]), _plain(now[name])) for name in now if name in then}
     return [f"{name} was {was!r}, got {got!r}" for name, (was, got) in pairs.items() if was != got]
 
@@ -73,7 +73,7 @@ def require_same_run(config: TrainingConfig, checkpoint: Mapping[str, Any]) -> N
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no tuples."""
+    """A list, as JSON has it, as a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
 

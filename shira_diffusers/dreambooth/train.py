@@ -33,7 +33,7 @@ from shira_diffusers.dreambooth.optimizers import require_optimizer, warm_up_pro
 from shira_diffusers.dreambooth.out_of_memory import explained_memory, is_out_of_memory
 from shira_diffusers.dreambooth.output_folder import require_outputs, require_room
 from shira_diffusers.dreambooth.pictures import instance_pictures
-from shira_diffusers.dreambooth.prepare import load_batches, prepare_examples
+from shira_diffusers.dreambooth.prepare import load_shares, prepare_examples
 from shira_diffusers.dreambooth.progress import show
 from shira_diffusers.dreambooth.run import Run
 from shira_diffusers.dreambooth.run_identity import RunIdentity, identity_of, require_same_run
@@ -141,8 +141,8 @@ def _train(asked: TrainingConfig, config: TrainingConfig, saved: list[Path]) -> 
 
     if accelerator.is_main_process:
         pictures = validation_files(config, run.last)
-        told = replace(config, seed=seed, mixed_precision=accelerator.mixed_precision)
-        write_card(told, adapter, pictures, Origin(type(pipe).__name__, accelerator.num_processes, repository))
+        shown = replace(config, seed=seed, mixed_precision=accelerator.mixed_precision)
+        write_card(shown, adapter, pictures, Origin(type(pipe).__name__, accelerator.num_processes, repository))
         if repository:
             logger.info("uploaded %s", upload(config, repository, pictures))
     accelerator.wait_for_everyone()
@@ -164,15 +164,15 @@ def _find_resumed(config: TrainingConfig, identity: RunIdentity) -> tuple[Path |
 
 
 def _so_far(saved: Sequence[Path]) -> str:
-    """What a run that ends has to show, for its error."""
+    """What a run that fails has saved, for its error."""
     if not saved:
         return "nothing was saved yet"
-    return f"{saved[-1]} is saved: go on from it with --resume_from_checkpoint latest"
+    return f"{saved[-1]} is saved: resume from it with --resume_from_checkpoint latest"
 
 
 def _tell_how_to_go_on(asked: TrainingConfig, step: int, last: int, processes: int) -> None:
     command = launch_command(replace(asked, resume_from_checkpoint="latest"), processes)
-    logger.warning("stopped after step %d of %d, which is saved; go on with\n%s", step, last, command)
+    logger.warning("stopped after step %d of %d, which is saved; resume with\n%s", step, last, command)
 
 
 def try_to_validate(accelerator: Accelerator, pipe: Pipe, config: TrainingConfig, step: int, seed: int) -> None:
@@ -193,7 +193,7 @@ def choose_masks(
     seed: int,
     avoided: Sequence[ShiraAdapter],
 ) -> dict[str, Tensor]:
-    """The masks that the settings ask for, on the CPU; grad and snip ones from the first batches' gradients.
+    """Build the masks on the CPU; grad and snip masks from the gradients of the first batches.
 
     Args:
         avoided: adapters whose entries are not used.
@@ -213,5 +213,5 @@ def choose_masks(
 
 def _calibration(config: TrainingConfig, examples: Examples, objective: Objective, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator(objective.device)
-    for number, batch in enumerate(load_batches(examples, config, seed, 0, config.calibration_steps)):
+    for number, (batch, _) in enumerate(load_shares(examples, config, seed, 0, config.calibration_steps)):
         yield objective.loss(batch, generator.manual_seed(step_seed(seed, "calibration", number)))

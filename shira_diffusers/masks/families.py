@@ -274,7 +274,7 @@ def build_masks(
         raise AdapterMismatchError(
             f"cannot build {family!r} masks of density {density:g} for "
             f"{counted(len(problems), 'weight', of=len(weights))}; "
-            f"lower the density, avoid fewer adapters or mend the family:{listing(problems)}"
+            f"lower the density, avoid fewer adapters or fix the family:{listing(problems)}"
         )
     return masks
 

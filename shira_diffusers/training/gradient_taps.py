@@ -166,7 +166,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def tappable(modules: Iterable[nn.Module]) -> dict[int, nn.Linear]:
-    """The layers whose weight's only use is the layer's own forward, by the weight's ``id``.
+    """Find the layers whose weight's only use is the layer's own forward, by the weight's ``id``.
 
     Subclasses of ``nn.Linear`` may use the weight in another way, and compiled modules would run the tap's Python in
     each of their calls.

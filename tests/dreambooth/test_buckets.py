@@ -14,7 +14,7 @@ from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import bounds_of, bucket_frames, frames_of, nearest_frame
 from shira_diffusers.dreambooth.loss import encode
 from shira_diffusers.dreambooth.pictures import find_pictures
-from shira_diffusers.dreambooth.prepare import load_batches, prepare_examples
+from shira_diffusers.dreambooth.prepare import load_shares, prepare_examples
 from shira_diffusers.dreambooth.train import train
 from tests import tiny
 
@@ -128,7 +128,7 @@ def test_batches_have_one_shape_class_pictures_too(settings: dict[str, object], 
     examples, _ = prepare_examples(pipe, config, groups, seed=3)
     factor = 2 if cached else 1
     shapes = set()
-    for batch in load_batches(examples, config, 3, 0, 9):
+    for batch, _ in load_shares(examples, config, 3, 0, 9):
         height, width = batch.tensors.shape[2:]
         assert len(batch.tensors) == 2 * batch.prompts.count("pictures") == 2 * batch.prompts.count("class")
         assert {tuple(ids) for ids in batch.time_ids[:, 4:].int().tolist()} == {(height * factor, width * factor)}

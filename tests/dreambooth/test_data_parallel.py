@@ -141,7 +141,7 @@ def test_all_processes_stop_after_the_same_step(tmp_path: Path, ended: str) -> N
     (checkpoint,) = (tmp_path / "out").iterdir()
     assert checkpoint.name == "checkpoint-4"
     assert load_adapter(checkpoint).metadata["steps"] == "4"
-    assert "stopped after step 4 of 1000, which is saved; go on with\naccelerate launch --multi_gpu" in done.stderr
+    assert "stopped after step 4 of 1000, which is saved; resume with\naccelerate launch --multi_gpu" in done.stderr
     assert "exitcode  : 143" in done.stderr
 
 

@@ -62,9 +62,9 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
     (checkpoint,) = output.glob("checkpoint-*")
     step = checkpoint.name.split("-")[1]
     assert 1 <= int(step) < 60 and load_adapter(checkpoint).metadata["steps"] == step
-    told = next(r.getMessage() for r in caplog.records if "go on with" in r.getMessage())
+    told = next(r.getMessage() for r in caplog.records if "resume with" in r.getMessage())
     assert told.startswith(
-        f"stopped after step {step} of 60, which is saved; go on with\naccelerate launch train_dream"
+        f"stopped after step {step} of 60, which is saved; resume with\naccelerate launch train_dream"
     )
     words = shlex.split(told.partition("\n")[2].replace("\\\n", " "))
     again = parse_config(words[3:])

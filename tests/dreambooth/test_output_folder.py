@@ -52,14 +52,14 @@ def make_loose_end(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "place", "message"),
     [
-        (make_file, "a/out", r"--output_dir '.*a/out': .*a/out is no folder; choose another"),
-        (make_file, "a", r"--output_dir '.*a/out': .*/a is no folder; choose another"),
-        (make_loose_end, "a/out", r"a/out is no folder"),
+        (make_file, "a/out", r"--output_dir '.*a/out': .*a/out is not a folder; choose another"),
+        (make_file, "a", r"--output_dir '.*a/out': .*/a is not a folder; choose another"),
+        (make_loose_end, "a/out", r"a/out is not a folder"),
         (make_folder, f"a/out/{WEIGHTS_NAME}", rf"{WEIGHTS_NAME} is a folder, expected to write a file there"),
         (make_folder, "a/out/README.md", r"README.md is a folder, expected to write a file there"),
         (make_file, "a/out/validation", r"validation is a file, expected a folder: move it away"),
         (make_file, "a/out/logs", r"logs is a file, expected a folder: move it away"),
-        (make_file, "class", r"--class_data_dir '.*class': .*class is no folder; choose another"),
+        (make_file, "class", r"--class_data_dir '.*class': .*class is not a folder; choose another"),
     ],
 )
 def test_what_is_in_the_way_is_told_before_training(
