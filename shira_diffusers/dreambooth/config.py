@@ -40,43 +40,26 @@ class TrainingConfig:
     variant: str | None = _flag(None, "variant of the model files, such as fp16")
 
     instance_data_dir: str | None = _flag(None, "folder of training pictures; a .txt beside a picture is its caption")
-    dataset_name: str | None = _flag(
-        None, "in place of --instance_data_dir: a data set of the Hub, or a folder that `datasets` can load"
-    )
+    dataset_name: str | None = _flag(None, "in place of --instance_data_dir: a data set of the Hub, or a local one")
     dataset_config_name: str | None = _flag(None, "configuration of the data set, where it has several")
     image_column: str = _flag("image", "column of the data set that holds the pictures")
     caption_column: str | None = _flag(None, "column of the data set that holds the captions; without, there are none")
     cache_dir: str | None = _flag(None, "where `datasets` keeps what it downloads and prepares")
     instance_prompt: str = _required("prompt of the pictures that have no caption of their own")
-    resolution: int = _of_base(
-        "pictures are resized and cropped to this many pixels per side (default: 512, SDXL 1024)"
-    )
+    resolution: int = _of_base("pixels per side to which pictures are resized and cropped (default: 512, SDXL 1024)")
     center_crop: bool = _flag(False, "crop the centre; otherwise crops are random")
     random_flip: bool = _flag(False, "mirror pictures at random")
     repeats: int = _flag(1, "how often each training picture counts in a pass over the data")
     image_interpolation_mode: Literal[
         "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
     ] = _flag("lanczos", "how pictures are resized")
-    on_bad_image: Literal["error", "skip"] = _flag(
-        "error", "pictures that cannot be read: refuse to start, or skip them"
-    )
-    enable_bucket: bool = _flag(
-        False, "keep aspect ratios: frames of about resolution x resolution pixels, one for all pictures of a batch"
-    )
-    min_bucket_reso: int | None = _flag(
-        None, "shortest side of a frame, with --enable_bucket; default: half of --resolution"
-    )
-    max_bucket_reso: int | None = _flag(
-        None, "longest side of a frame, with --enable_bucket; default: twice --resolution"
-    )
-    bucket_reso_steps: int | None = _flag(
-        None,
-        "sides of frames are multiples of this, with --enable_bucket; default: an eighth of --resolution, at most 64",
-    )
+    on_bad_image: Literal["error", "skip"] = _flag("error", "refuse to start with unreadable pictures, or skip them")
+    enable_bucket: bool = _flag(False, "keep aspect ratios: frames of about resolution x resolution, one per batch")
+    min_bucket_reso: int | None = _flag(None, "shortest side of frames with --enable_bucket; default: --resolution / 2")
+    max_bucket_reso: int | None = _flag(None, "longest side of frames with --enable_bucket; default: 2 x --resolution")
+    bucket_reso_steps: int | None = _flag(None, "step of frames' sides; default: --resolution / 8, at most 64")
     caption_dropout_rate: float = _flag(0.0, "how often a prompt is left empty, so that guidance keeps what is learned")
-    cache_latents: bool = _flag(
-        False, "encode each picture once (and mirrored, with --random_flip); needs crops that are not random"
-    )
+    cache_latents: bool = _flag(False, "encode each picture once (mirrored too); needs crops that are not random")
 
     mask_type: str = _flag("wm", f"which entries are trained: {', '.join(FAMILIES)}")
     density: float = _flag(0.02, "fraction of each adapted weight's entries that is trained, in (0, 1]")
@@ -87,22 +70,16 @@ class TrainingConfig:
     include_conv: bool = _flag(False, "adapt all convolutions (Conv2d) beside --target_modules")
     calibration_steps: int = _flag(8, "batches whose gradients choose the entries of grad and snip masks")
     avoid_adapters: tuple[str, ...] = _flag((), "adapter files whose entries must not be used again")
-    use_dora: bool = _flag(
-        False, "train masked entries as DoRA: directions and magnitudes; the adapter is an ordinary one"
-    )
+    use_dora: bool = _flag(False, "train masked entries as DoRA does; the result is an ordinary adapter")
     train_text_encoder: bool = _flag(False, "adapt the text encoder too; of SDXL both")
 
-    seed: int | None = _flag(
-        None, "the same seed gives the same adapter, bit for bit on CPU (default: drawn at random)"
-    )
+    seed: int | None = _flag(None, "the same seed gives the same adapter, bit for bit on CPU (default: random)")
     train_batch_size: int = _flag(4, "pictures per batch")
     num_train_epochs: int = _flag(1, "passes over the pictures, unless --max_train_steps is given")
     max_train_steps: int | None = _flag(None, "optimizer steps in all; overrides --num_train_epochs")
     gradient_accumulation_steps: int = _flag(1, "batches per optimizer step")
     gradient_checkpointing: bool = _flag(False, "save memory by computing activations twice")
-    recompute_inputs: bool = _flag(
-        False, "keep no inputs of adapted layers for backward where they can be computed again: less memory, more time"
-    )
+    recompute_inputs: bool = _flag(False, "recompute inputs of adapted layers in backward: less memory, more time")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
         None, "precision of the models (default: as accelerate is configured)"
     )
@@ -132,9 +109,7 @@ class TrainingConfig:
     prodigy_use_bias_correction: bool = _flag(True, "Adam's bias correction in Prodigy")
     prodigy_safeguard_warmup: bool = _flag(True, "keep the learning rate out of Prodigy's statistics during warmup")
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
-    noise_offset: float = _flag(
-        0.0, "adds noise that is the same for all pixels of a channel, for dark and light pictures"
-    )
+    noise_offset: float = _flag(0.0, "scale of noise shared by all pixels of a channel, for dark and light pictures")
     snr_gamma: float | None = _flag(None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is recommended there")
 
     with_prior_preservation: bool = _flag(False, "train on pictures of the class as well, to keep it")
@@ -155,16 +130,10 @@ class TrainingConfig:
     validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] | None = _flag(
         None, "scheduler of validation pictures (default: the base's own)"
     )
-    checkpointing_steps: int | None = _flag(
-        None, "steps between checkpoints (default: a quarter of the run, at most 500)"
-    )
+    checkpointing_steps: int | None = _flag(None, "steps per checkpoint (default: a quarter of the run, at most 500)")
     checkpoints_total_limit: int | None = _flag(None, "checkpoints of this run to keep, the newest ones")
-    resume_from_checkpoint: str | None = _flag(
-        None, 'a folder made by --checkpointing_steps, or "latest" for the last one of this run in --output_dir'
-    )
-    report_to: str = _flag(
-        "tensorboard", "tracker: tensorboard, wandb, ..., all, none, or jsonl for a file of JSON lines"
-    )
+    resume_from_checkpoint: str | None = _flag(None, 'a checkpoint, or "latest" of this run in --output_dir')
+    report_to: str = _flag("tensorboard", "tracker: tensorboard, wandb, ..., all, none, or jsonl for JSON lines")
     logging_dir: str = _flag("logs", "folder of the trackers, inside --output_dir")
     push_to_hub: bool = _flag(False, "upload adapter, model card and validation pictures to the Hugging Face Hub")
     hub_model_id: str | None = _flag(None, "repository to upload to (default: the name of --output_dir)")
