@@ -202,7 +202,7 @@ def test_the_repository_may_have_another_name(settings: dict[str, object], hub: 
 
 
 def test_a_run_that_may_not_push_ends_before_it_trains(settings: dict[str, object], hub: type[Hub]) -> None:
-    with pytest.raises(ShiraError, match=r"no repository 'sks-cat' on the Hub(.|\n)*--hub_token"):
+    with pytest.raises(ShiraError, match=r"cannot create the repository 'sks-cat' on the Hub(.|\n)*--hub_token"):
         train(TrainingConfig(**settings, push_to_hub=True, hub_token="wrong"))
     assert not list(Path(str(settings["output_dir"])).rglob("*.safetensors"))
 
