@@ -26,7 +26,7 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Look:
-    """What makes the creature itself; a sibling differs in at least one of these and is somebody else."""
+    """What makes the creature itself; a sibling differs in at least one of these and is another creature."""
 
     fur: Color = (122, 74, 196)
     stripes: Color = (255, 150, 40)

@@ -99,10 +99,8 @@ class ShiraAdapter:
 
     def _taken(self, names: Mapping[str, str]) -> "ShiraAdapter":
         """The parameters in ``names``, by their new names."""
-        deltas, probes = (
-            {new: given[name] for name, new in names.items() if name in given}
-            for given in (self.deltas, self.base_probes)
-        )
+        deltas = {new: self.deltas[name] for name, new in names.items()}
+        probes = {new: self.base_probes[name] for name, new in names.items() if name in self.base_probes}
         return ShiraAdapter(deltas, self.metadata, probes)
 
     def astype(self, dtype: torch.dtype) -> "ShiraAdapter":

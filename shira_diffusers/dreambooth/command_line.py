@@ -181,7 +181,7 @@ def add_ignored_flags(parser: argparse.ArgumentParser) -> None:
     """Let a parser accept the flags that have no effect, or another name here, without listing them in ``--help``."""
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for name in _IGNORED:
-        kind: dict[str, Any] = {"action": "store_true"} if name in _IGNORED_SWITCHES else {"nargs": "+"}
+        kind: Any = {"action": "store_true"} if name in _IGNORED_SWITCHES else {"nargs": "+"}
         parser.add_argument(f"--{name}", **kind, **hidden)
     parser.add_argument("--offset_noise", dest="noise_offset", action="store_const", const=OFFSET_NOISE, **hidden)
 
