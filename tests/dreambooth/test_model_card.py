@@ -212,7 +212,7 @@ def test_a_hub_out_of_reach_is_told_before_training(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ShiraError, match="no repository 'sks-cat' on the Hub"):
+    with pytest.raises(ShiraError, match="cannot create the repository 'sks-cat' on the Hub"):
         train(TrainingConfig(**settings, push_to_hub=True, hub_token=TOKEN))
 
 
