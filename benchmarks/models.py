@@ -1,89 +1,77 @@
-"""Cases under a time budget, and the models and adapters that the scripts compare; random weights throughout."""
+"""The UNets, SHiRA adapters and LoRAs that the scripts compare, with random weights, and checks of the weights.
+
+In: a model's name and the options. Out: pipelines, adapters, inputs. What other libraries offer is in ``rivals``.
+"""
 
 import argparse
-import gc
 import math
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterable
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import logging
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import UNETS, timed, write
-from benchmarks.scripts.training import LATENTS, RANK, TOY
+from benchmarks.measure import dtype_of
 from shira_diffusers import ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.masks.families import MaskContext
 from shira_diffusers.weights.targets import select
 
-SECONDS = {"cuda": 100, "cpu": 200}
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+RANK = 64
+"""Of LoRAs, where nothing else is said."""
+LATENTS = {"SD 1.5": 64, "SDXL": 128}
+
+UNETS: dict[str, dict[str, Any]] = {
+    "SD 1.5": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "SDXL": {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+"""The architectures of the UNets that people adapt, as ``UNet2DConditionModel`` takes them."""
+_TINY = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+TOY: dict[str, dict[str, Any]] = {
+    "SD 1.5": {**_TINY, "cross_attention_dim": 32, "attention_head_dim": 8},
+    "SDXL": {
+        **_TINY,
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    },
+}
 
 
-def options(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all scripts share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SECONDS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", choices=UNETS, default=list(UNETS))
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default float16 on CUDA, float32 on a CPU")
-    parser.add_argument("--budget", type=float, help="seconds after which no case is begun; default 100 or 200 (CPU)")
-    parser.add_argument("--toy", action="store_true", help="tiny models, to try the code")
-    parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/<name>_<device>.json")
-    return parser
-
-
-class Run:
-    """Measures cases one after another and writes the rows after each, so that a run cut short leaves its results."""
-
-    def __init__(self, name: str, args: argparse.Namespace, **about: Any) -> None:
-        self.name, self.rows = f"{name}_{args.device}", []
-        self.about = {"device": args.device, "toy": args.toy, **about}
-        self.path = args.out or (Path(tempfile.gettempdir(), f"{self.name}_toy.json") if args.toy else None)
-        self.until = time.monotonic() + (args.budget or SECONDS[args.device])
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-
-    def case(self, measure: Callable[[], dict[str, Any]], **labels: Any) -> dict[str, Any]:
-        """Measure one case, or say why not: ``skipped`` (time or memory) or ``failed``."""
-        began = time.monotonic()
-        if began > self.until:
-            figures: dict[str, Any] = {"skipped": "the time for all cases was over"}
-        else:
-            figures = self._attempt(measure)
-        self.rows.append({**labels, **figures, "took_s": round(time.monotonic() - began, 1)})
-        print(self.rows[-1], flush=True)
-        write(self.name, {**self.about, "rows": self.rows}, self.path)
-        free()
-        return self.rows[-1]
-
-    def _attempt(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        try:
-            return measure()
-        except torch.OutOfMemoryError as error:
-            return {"skipped": f"out of memory: {str(error).splitlines()[0][:200]}"}
-        except Exception as error:  # noqa: BLE001  other libraries' limits must not cost the other cases
-            return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-
-
-def dtype_of(args: argparse.Namespace) -> torch.dtype:
-    return DTYPES[args.dtype or ("float16" if args.device == "cuda" else "float32")]
+def make_unet(config: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
+    """A frozen UNet of random weights, see ``fill``."""
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(**config).to(dtype)
+    fill(unet.to_empty(device=device).requires_grad_(False).eval())
+    return unet
 
 
 def make_pipe(
     model: str, args: argparse.Namespace, dtype: torch.dtype | None = None, config: dict[str, Any] | None = None
 ) -> Any:
-    """A pipeline of nothing but a UNet and a scheduler, which is all that loading and switching need."""
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel(**(config or (TOY if args.toy else UNETS)[model])).to(dtype or dtype_of(args))
-    fill(unet.to_empty(device=args.device).requires_grad_(False).eval())
+    """A pipeline of a UNet and a scheduler only, which is all that loading and switching need."""
+    unet = make_unet(config or (TOY if args.toy else UNETS)[model], args.device, dtype or dtype_of(args))
     parts = {"vae": None, "text_encoder": None, "tokenizer": None, "unet": unet, "scheduler": DDIMScheduler()}
     if model == "SDXL":
         return StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None, add_watermarker=False)
@@ -112,10 +100,10 @@ def rand(weight: Tensor, count: int, context: MaskContext) -> Tensor:
     return at[at < weight.numel()].to(weight.device)
 
 
-def shira_adapter(unet: nn.Module, family: str, density: float, seed: int, masks: Any = None) -> ShiraAdapter:
-    """A float16 adapter of random values for attention and feed-forward; ``masks`` spares choosing them again."""
+def shira_adapter(unet: nn.Module, family: str, density: float, seed: int) -> ShiraAdapter:
+    """A float16 adapter of random values for attention and feed-forward."""
     models, weights = {"unet": unet}, select({"unet": unet})
-    masks = masks or build_masks(models, rand if family == "rand" else family, density, seed=seed)
+    masks = build_masks(models, rand if family == "rand" else family, density, seed=seed)
     deltas = {}
     for name, mask in masks.items():
         generator = torch.Generator(mask.device).manual_seed(seed)
@@ -148,8 +136,8 @@ def latents_of(model: str, args: argparse.Namespace) -> int:
     return 8 if args.toy else 16 if args.device == "cpu" else LATENTS[model]
 
 
-def inputs_of(unet: Any, model: str, latents: int) -> dict[str, Any]:
-    """What a UNet is called with, at batch 1, of noise."""
+def inputs_of(unet: Any, model: str, latents: int, batch: int = 1) -> dict[str, Any]:
+    """What a UNet is called with, of noise: latents ``(batch, 4, latents, latents)``, a timestep, text embeddings."""
     generator = torch.Generator(unet.device).manual_seed(1)
 
     def noise(*shape: int) -> Tensor:
@@ -157,14 +145,14 @@ def inputs_of(unet: Any, model: str, latents: int) -> dict[str, Any]:
 
     config = unet.config
     inputs: dict[str, Any] = {
-        "sample": noise(1, 4, latents, latents),
-        "timestep": torch.full((1,), 500, device=unet.device),
-        "encoder_hidden_states": noise(1, 77, config.cross_attention_dim),
+        "sample": noise(batch, 4, latents, latents),
+        "timestep": torch.full((batch,), 500, device=unet.device),
+        "encoder_hidden_states": noise(batch, 77, config.cross_attention_dim),
     }
     if model == "SDXL":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        sizes = torch.full((1, 6), 8.0 * latents, device=unet.device)
-        inputs["added_cond_kwargs"] = {"text_embeds": noise(1, pooled), "time_ids": sizes}
+        sizes = torch.full((batch, 6), 8.0 * latents, device=unet.device)
+        inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, pooled), "time_ids": sizes}
     return inputs
 
 
@@ -197,62 +185,3 @@ def same(weight: Tensor, expected: Tensor) -> bool:
     if weight.is_cuda:
         return torch.allclose(weight, expected, rtol=torch.finfo(weight.dtype).eps, atol=1e-7)
     return torch.equal(weight, expected)
-
-
-def device_ms(action: Callable[[], object], repeats: int = 5) -> float | None:
-    """Time that kernels and copies run on the GPU, their sum by ``torch.profiler``, for one action; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    action()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        for _ in range(repeats):
-            action()
-        torch.cuda.synchronize()
-    kernels = (event.self_device_time_total for event in profiled.key_averages())
-    return round(sum(kernels) / repeats / 1000, 4)
-
-
-def copy_bandwidth(device: str, toy: bool) -> float:
-    """Bytes a second that a large copy reads and writes."""
-    source = torch.ones(2**20 if toy else 2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (timed(lambda: target.copy_(source), 10)["median_ms"] / 1000)
-
-
-@cache
-def line_bytes(device: str) -> int:
-    """The fewest bytes that memory moves: a cache line; on a GPU a sector of 32 or two, which is measured."""
-    if device == "cpu":
-        return 64
-    memory = torch.zeros(2**28, dtype=torch.int16, device=device)
-    apart = {step: timed(lambda step=step: memory[:: step // 2].add_(1), 10)["median_ms"] for step in (32, 64)}
-    return 64 if apart[64] > 0.9 * apart[32] else 32  # half the values, in the same time
-
-
-def touched(adapters: list[ShiraAdapter], weights: dict[str, Tensor], device: str) -> int:
-    """Bytes of the lines (see ``line_bytes``) of the weights that hold an entry of any of the adapters."""
-    lines, line = 0, line_bytes(device)
-    for name in adapters[0].deltas:
-        held = torch.cat([adapter.deltas[name].indices for adapter in adapters]).long()
-        lines += (held * weights[name].element_size() // line).unique().numel()
-    return lines * line
-
-
-def memory_limit(adapters: list[ShiraAdapter], weights: dict[str, Tensor], bandwidth: float) -> dict[str, float]:
-    """What a write of the union of adapters costs at least, by the bandwidth of a copy.
-
-    ``bytes``: lines of the weights that hold entries, read and written, the bits saved, and the adapters' own bytes.
-    """
-    first = next(iter(weights.values()))
-    lines = touched(adapters, weights, first.device.type)
-    own = sum(delta.nbytes for adapter in adapters for delta in adapter.deltas.values())
-    saved = sum(adapter.nnz for adapter in adapters) * first.dtype.itemsize
-    least = 2 * lines + own + saved
-    return {"bytes": least, "limit_ms": round(1000 * least / bandwidth, 5)}
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,16 +1,18 @@
 """What users have today: diffusers' LoRA in its three ways to switch, and PEFT's SHiRA."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import ShiraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from benchmarks.measure import timed
+from benchmarks.measure import alternate, seconds_of
 from benchmarks.models import lora_state
-from benchmarks.scripts.training import random_mask
 from shira_diffusers.weights.targets import DEFAULT_TARGETS, PRESETS, select
 
 
@@ -47,7 +49,15 @@ class LoraCycle:
             "load": self.load,
             "fuse": self.fuse,
         }
-        return {name: timed(action, 1, 0)["median_ms"] for name, action in actions.items()}
+        return {name: round(1000 * seconds_of(action), 4) for name, action in actions.items()}
+
+
+def lora_files(pipe: Any, folder: str) -> list[Path]:
+    """Two files of LoRAs of rank 64."""
+    files = [Path(folder, f"lora{seed}.safetensors") for seed in range(2)]
+    for seed, file in enumerate(files):
+        save_file(lora_state(pipe.unet, seed), file)
+    return files
 
 
 @contextmanager
@@ -57,12 +67,7 @@ def two_loras(pipe: Any, count: int = 2) -> Iterator[Callable[[], None]]:
     try:
         for number, name in enumerate(names):
             pipe.load_lora_weights(lora_state(pipe.unet, number), adapter_name=name)
-        pair = names[:2]
-
-        def switch() -> None:
-            pair.reverse()
-            pipe.set_adapters([pair[0]], [1.0])
-
+        switch = alternate(lambda name: pipe.set_adapters([name], [1.0]), names[:2])
         switch()
         yield switch
     finally:
@@ -72,15 +77,9 @@ def two_loras(pipe: Any, count: int = 2) -> Iterator[Callable[[], None]]:
 @contextmanager
 def hotswapped(pipe: Any, files: list[Path]) -> Iterator[Callable[[], None]]:
     """One LoRA loaded and not fused; the action reads the other file into its place."""
-    turn = list(files)
     try:
-        pipe.load_lora_weights(str(turn[0]), adapter_name="lora")
-
-        def switch() -> None:
-            turn.reverse()
-            pipe.load_lora_weights(str(turn[0]), adapter_name="lora", hotswap=True)
-
-        yield switch
+        pipe.load_lora_weights(str(files[0]), adapter_name="lora")
+        yield alternate(lambda file: pipe.load_lora_weights(str(file), adapter_name="lora", hotswap=True), files[::-1])
     finally:
         pipe.unload_lora_weights()
 
@@ -101,25 +100,43 @@ class PeftShira:
             layer.merge(adapter_names=[self.names[0]])
 
 
+def shira_config(weights: Iterable[Tensor], density: float, targets: list[str], **more: Any) -> Any:
+    """Of PEFT's SHiRA, with the rank that comes nearest to a density; masks are drawn where the weights are."""
+    weights = list(weights)
+    rank = round(density * sum(w.numel() for w in weights) / sum(sum(w.shape) for w in weights))
+    config: Any = ShiraConfig(r=max(1, rank), target_modules=targets, **more)
+    config.mask_fn = random_mask  # PEFT's own takes minutes, on the CPU
+    return config
+
+
+def random_mask(layer: nn.Linear, r: int, **_: Any) -> Tensor:
+    """As PEFT's own: ones at ``r * (in + out)`` random entries, ``(out, in)``."""
+    weight = layer.weight
+    mask = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+    mask[torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]] = 1
+    return mask.view(weight.shape)
+
+
+def detach_peft(unet: Any) -> None:
+    """Put the base's layers back, unmerged."""
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            if module.merged:
+                module.unmerge()
+            unet.set_submodule(name, module.get_base_layer())
+    unet._hf_peft_config_loaded = False
+    vars(unet).pop("peft_config", None)
+
+
 @contextmanager
 def peft_shira(unet: Any, density: float, names: tuple[str, ...] = ("a", "b")) -> Iterator[PeftShira]:
-    """PEFT's SHiRA of the rank that comes near a density; masks are drawn where the weights are, as PEFT's are slow."""
-    weights = select(unet).values()
-    rank = max(1, round(density * sum(w.numel() for w in weights) / sum(sum(w.shape) for w in weights)))
-    targets = list(PRESETS[DEFAULT_TARGETS])
+    """PEFT's SHiRA for attention and feed-forward; the first adapter is set, none is merged."""
+    weights, targets = select(unet).values(), list(PRESETS[DEFAULT_TARGETS])
     try:
         for name in names:
-            config: Any = ShiraConfig(r=rank, target_modules=targets, init_weights=False)
-            config.mask_fn = random_mask
-            unet.add_adapter(config, name)
+            unet.add_adapter(shira_config(weights, density, targets, init_weights=False), name)
         unet.requires_grad_(False)
         unet.set_adapter("a")
         yield PeftShira(unet)
     finally:
-        for name, module in list(unet.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                if module.merged:
-                    module.unmerge()
-                unet.set_submodule(name, module.get_base_layer())
-        unet._hf_peft_config_loaded = False
-        vars(unet).pop("peft_config", None)
+        detach_peft(unet)

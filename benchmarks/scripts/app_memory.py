@@ -23,7 +23,7 @@ from app.drawing.requests import Stopped
 from app.history.galleries import Visitor
 from app.settings.settings import Settings
 from app.studio import Studio
-from benchmarks.measure import ASSETS, write
+from benchmarks.measure import ASSETS, out_of, write
 from shira_diffusers import MERGE_METHODS
 
 EVERY = 50
@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="12 pictures, to try the code")
     parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/app_memory.json")
     args = parser.parse_args()
-    out = args.out or (Path(tempfile.gettempdir(), "app_memory_toy.json") if args.toy else None)
     pictures, every = (12, 3) if args.toy else (args.pictures, EVERY)
     with tempfile.TemporaryDirectory() as data:
         studio = Studio.open(str(ASSETS / "emoji-diffusion"), args.adapters, Path(data))
@@ -46,7 +45,7 @@ def main() -> None:
         studio.close()
     first, last = rows[0]["rss_mb"], rows[-1]["rss_mb"]
     figures = {"model": "emoji-diffusion", "steps": args.steps, "adapters": len(studio.session.cards), "toy": args.toy}
-    write("app_memory", {**figures, "rows": rows, "growth_mb": round(last - first, 1)}, out)
+    write("app_memory", {**figures, "rows": rows, "growth_mb": round(last - first, 1)}, out_of("app_memory", args))
 
 
 async def draw(studio: Studio, pictures: int, every: int, steps: int) -> list[dict[str, Any]]:

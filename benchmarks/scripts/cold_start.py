@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import spread, timed
-from benchmarks.models import Run, copies, make_pipe, options, require_active, require_base, shira_adapter
+from benchmarks.measure import Run, options, timed
+from benchmarks.models import copies, make_pipe, require_active, require_base, shira_adapter
 from shira_diffusers import AdapterLibrary, ShiraAdapter, save_adapter
 from shira_diffusers.formats.safetensors_bytes import cut
 from shira_diffusers.integrations.pipelines import resident_of
@@ -60,11 +60,12 @@ def measure(pipe: Any, base: dict[str, Any], density: float, args: Any) -> dict[
 def reading(file: Path, device: torch.device | None, repeats: int) -> dict[str, Any]:
     size = file.stat().st_size
     figures = {
-        "disk": timed_apart(lambda: forget(file), lambda _: HostMemory(size).fill(file), repeats),
+        "disk": timed(lambda: HostMemory(size).fill(file), repeats, 1, before=lambda: forget(file)),
         "read": timed(lambda: HostMemory(size).fill(file), repeats, 1),
     }
     if device is not None:
-        figures["pin"] = timed_apart(lambda: filled(file), lambda memory: memory.pin(device), repeats)
+        fresh: list[HostMemory] = []
+        figures["pin"] = timed(lambda: fresh.pop().pin(device), repeats, 1, before=lambda: fresh.append(filled(file)))
     memory = filled(file)
     return figures | {"parse": timed(lambda: pack(memory), repeats, 1)}
 
@@ -92,7 +93,7 @@ def switching(pipe: Any, file: Path, device: torch.device | None, repeats: int) 
         resident.add(adapter, NAME)
 
     figures = {"fit": timed(lambda: resident.check(adapter), repeats, 1)}
-    figures["switch"] = timed_apart(added, lambda _: resident.set({NAME: 1.0}), repeats)
+    figures["switch"] = timed(lambda: resident.set({NAME: 1.0}), repeats, 1, before=added)
     pipe.unload_shira()
     return figures
 
@@ -100,9 +101,8 @@ def switching(pipe: Any, file: Path, device: torch.device | None, repeats: int) 
 def wholes(pipe: Any, base: dict[str, Any], adapter: ShiraAdapter, file: Path, repeats: int) -> dict[str, Any]:
     """Times until an adapter is active; the weights are checked after each."""
     figures: dict[str, Any] = {}
-
     unload = pipe.unload_shira
-    figures["load_shira"] = timed_apart(unload, lambda _: pipe.load_shira(file, NAME), repeats)
+    figures["load_shira"] = timed(lambda: pipe.load_shira(file, NAME), repeats, 1, before=unload)
     check(pipe, base, adapter)
     for kind in ("library", "packed", "prefetched"):
         with AdapterLibrary(file.parent, device_bytes=2 * adapter.nbytes, device=pipe.unet.device) as library:
@@ -111,7 +111,8 @@ def wholes(pipe: Any, base: dict[str, Any], adapter: ShiraAdapter, file: Path, r
                 "packed": lambda library=library: (unload(), library.get(NAME), library.clear(packed=False)),
                 "prefetched": lambda library=library: (unload(), library.get(NAME)),
             }[kind]
-            figures[kind] = timed_apart(prepare, lambda _, library=library: library.set(pipe, {NAME: 1.0}), repeats)
+            activate = lambda library=library: library.set(pipe, {NAME: 1.0})  # noqa: E731
+            figures[kind] = timed(activate, repeats, 1, before=prepare)
             check(pipe, base, adapter)
     return figures
 
@@ -137,15 +138,6 @@ def forget(file: Path) -> None:
     """Drop a file from the page cache, where the system lets one."""
     with open(file, "rb") as raw:
         os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def timed_apart(before: Callable[[], Any], action: Callable[[Any], object], repeats: int) -> dict[str, float]:
-    """``timed`` of an action, which gets what ``before`` returns; that is done before each and not timed."""
-    seconds = []
-    for _ in range(repeats + 1):
-        given = before()
-        seconds.append(timed(lambda given=given: action(given), 1, 0)["median_ms"] / 1000)
-    return spread(seconds[1:])
 
 
 def one_thread(action: Callable[[], dict[str, float]]) -> dict[str, float]:

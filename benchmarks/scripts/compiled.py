@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from benchmarks import rivals
-from benchmarks.measure import UNETS, timed
-from benchmarks.models import Run, add_pair, inputs_of, latents_of, make_pipe
+from benchmarks.measure import Run, timed
+from benchmarks.models import UNETS, add_pair, inputs_of, latents_of, make_pipe
 
 DENSITY = 0.02
 FIRST_CALLS = 4

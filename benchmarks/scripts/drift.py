@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.models import DTYPES, Run, copies, make_pipe, options, shira_adapter
-from benchmarks.scripts.training import RANK
-from shira_diffusers.integrations.pipelines import resident_of
+from benchmarks.measure import DTYPES, Run, options
+from benchmarks.models import RANK, add_pair, copies, make_pipe
 from shira_diffusers.weights.scatter import bits_of
 from shira_diffusers.weights.targets import select
 
@@ -37,8 +36,7 @@ def main() -> None:
 
 
 def ours(pipe: Any, base: dict[str, Tensor], steps: tuple[int, ...]) -> dict[str, Any]:
-    for seed, name in enumerate(("a", "b")):
-        resident_of(pipe).add(shira_adapter(pipe.unet, "rand", 0.02, seed), name)
+    add_pair(pipe, 0.02)
     changed, done = {}, 0
     try:
         for count in steps:

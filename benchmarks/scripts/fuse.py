@@ -4,7 +4,7 @@ python -m benchmarks.scripts.fuse [--device cpu|cuda] [--toy] [--models "SD 1.5"
 
 ``first``: from nothing active to a mix that was never used, so it is planned; ``again``: to it once more; ``slider``:
 one strength of the active mix moved. For LoRA a moved slider is unfuse_lora, set_adapters, fuse_lora, at rank 64.
-``limit_ms``: what a write of the union costs at least, see ``harness.memory_limit``; ``slider_over_limit`` how many
+``limit_ms``: what a write of the union costs at least, see ``measure.memory_limit``; ``slider_over_limit`` how many
 times that a moved slider takes. Few adapters come first, so that a budget cuts the dearest cases; on a CPU SDXL is
 left out, where eight LoRAs of it take minutes.
 """
@@ -12,20 +12,8 @@ left out, where eight LoRAs of it take minutes.
 from typing import Any
 
 from benchmarks import rivals
-from benchmarks.measure import in_turns, timed
-from benchmarks.models import (
-    Run,
-    copies,
-    copy_bandwidth,
-    line_bytes,
-    make_pipe,
-    memory_limit,
-    options,
-    require_active,
-    require_base,
-    shira_adapter,
-)
-from benchmarks.scripts.training import RANK
+from benchmarks.measure import Run, copy_figures, memory_limit, options, timed
+from benchmarks.models import RANK, copies, make_pipe, require_active, require_base, shira_adapter
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.weights.targets import select
 
@@ -35,22 +23,20 @@ SECONDS = {"cuda": 240, "cpu": 240}
 
 
 def main() -> None:
-    args = options(__doc__).parse_args()
-    args.budget = args.budget or SECONDS[args.device]
-    bandwidth = copy_bandwidth(args.device, args.toy)
-    memory = {"copy_gb_s": round(bandwidth / 1e9, 1), "line_bytes": line_bytes(args.device)}
+    args = options(__doc__, SECONDS).parse_args()
+    memory = copy_figures(args.device, args.toy)
     run = Run("fuse", args, density=DENSITY, family="rand", lora_rank=RANK, **memory)
     repeats = 2 if args.toy else 10 if args.device == "cuda" else 5
     for model in args.models if args.toy or args.device == "cuda" else args.models[:1]:
         pipe = make_pipe(model, args)
         for count in COUNTS:
             labels = {"model": model, "adapters": count}
-            run.case(lambda p=pipe, n=count: ours(p, n, repeats, bandwidth), **labels, method="shira")
+            run.case(lambda p=pipe, n=count: ours(p, n, repeats, memory), **labels, method="shira")
             run.case(lambda p=pipe, n=count: loras(p, n, max(1, repeats // 2)), **labels, method="lora")
         del pipe
 
 
-def ours(pipe: Any, count: int, repeats: int, bandwidth: float) -> dict[str, Any]:
+def ours(pipe: Any, count: int, repeats: int, memory: dict[str, float]) -> dict[str, Any]:
     base = copies(pipe.unet)
     adapters = {str(seed): shira_adapter(pipe.unet, "rand", DENSITY, seed) for seed in range(count)}
     names, scales = list(adapters), [0.5] * count
@@ -72,15 +58,15 @@ def ours(pipe: Any, count: int, repeats: int, bandwidth: float) -> dict[str, Any
 
     try:
         add()
-        figures: dict[str, Any] = {"first": in_turns(mix, forget, 3, warm_up=1)}
-        figures["again"] = in_turns(mix, lambda: pipe.set_shira([]), repeats, warm_up=1)
+        figures: dict[str, Any] = {"first": timed(mix, 3, 1, after=forget)}
+        figures["again"] = timed(mix, repeats, 1, after=lambda: pipe.set_shira([]))
         mix()
         figures["slider"] = timed(slide, repeats, 1)
         require_active(pipe.unet, base, zip(adapters.values(), scales, strict=True))
     finally:
         pipe.unload_shira()
     require_base(pipe.unet, base)
-    limit = memory_limit(list(adapters.values()), select({"unet": pipe.unet}), bandwidth)
+    limit = memory_limit(list(adapters.values()), select({"unet": pipe.unet}), memory)
     over = round(figures["slider"]["median_ms"] / limit["limit_ms"], 2)
     return {**figures, **limit, "slider_over_limit": over}
 
@@ -103,7 +89,7 @@ def loras(pipe: Any, count: int, repeats: int) -> dict[str, Any]:
 
         figures = {"first": timed(fuse, 1, 0), "slider": timed(slide, repeats, 0)}
         unfuse()
-        figures["again"] = in_turns(fuse, unfuse, max(1, repeats // 2), warm_up=0)
+        figures["again"] = timed(fuse, max(1, repeats // 2), 0, after=unfuse)
         return figures
 
 

@@ -18,10 +18,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.measure import spread, timed
-from benchmarks.models import Run, add_pair, free, inputs_of, latents_of, make_pipe, options
+from benchmarks.measure import Run, alternate, free, options, seconds_of, spread
+from benchmarks.models import RANK, add_pair, inputs_of, latents_of, make_pipe
 from benchmarks.scripts import compiled
-from benchmarks.scripts.training import RANK
 from shira_diffusers.integrations.pipelines import resident_of
 
 DENSITY = 0.02
@@ -30,8 +29,7 @@ WARM_UP = 3
 
 
 def main() -> None:
-    args = options(__doc__).parse_args()
-    args.budget = args.budget or SECONDS[args.device]
+    args = options(__doc__, SECONDS).parse_args()
     run = Run("inference", args, density=DENSITY, family="rand", lora_rank=RANK)
     pairs = 2 if args.toy else 50 if args.device == "cuda" else 30
     for model in args.models if args.toy or args.device == "cuda" else args.models[:1]:
@@ -52,12 +50,7 @@ def shira(pipe: Any, inputs: dict[str, Any], pairs: int) -> dict[str, Any]:
     call = caller(pipe.unet, inputs)
     before = call()
     add_pair(pipe, DENSITY)
-    names = ["a", "b"]
-
-    def switch() -> None:
-        names.reverse()
-        pipe.set_shira(names[0])
-
+    switch = alternate(pipe.set_shira, "ab")
     try:
         figures = paired((lambda: pipe.set_shira([]), call), (switch, call), pairs)
         pipe.set_shira("a")
@@ -125,7 +118,7 @@ def paired(base: Step, adapted: Step, pairs: int) -> dict[str, Any]:
         turn = [("base", base), ("call", adapted)]
         for name, (prepare, call) in turn if number % 2 else reversed(turn):
             prepare()
-            taken[name].append(timed(call, 1, 0)["median_ms"] / 1000)
+            taken[name].append(seconds_of(call))
     counted = {name: seconds[WARM_UP:] for name, seconds in taken.items()}
     ratios = sorted(after / before for before, after in zip(counted["base"], counted["call"], strict=True))
     low, high = (round(ratios[round(share * (pairs - 1))], 3) for share in (0.1, 0.9))

@@ -20,18 +20,8 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measure import spread, timed
-from benchmarks.models import (
-    SECONDS,
-    Run,
-    copies,
-    lora_state,
-    make_pipe,
-    options,
-    require_active,
-    require_base,
-    shira_adapter,
-)
+from benchmarks.measure import Run, budget_of, options, seconds_of, spread
+from benchmarks.models import copies, lora_state, make_pipe, require_active, require_base, shira_adapter
 from shira_diffusers import AdapterLibrary, save_adapter
 
 LORA_RANK = 16
@@ -45,7 +35,7 @@ def main() -> None:
     count = 4 if args.toy else args.count
     run = Run("load_many", args, density=0.01, family="rand", lora_rank=LORA_RANK)
     pipe = make_pipe(args.models[0], args)
-    seconds = (args.budget or SECONDS[args.device]) / 2
+    seconds = budget_of(args) / 2
     run.case(lambda: ours(pipe, count, seconds), model=args.models[0], method="shira")
     run.case(lambda: library(pipe, count, seconds), model=args.models[0], method="library")
     run.case(lambda: loras(pipe, count, seconds), model=args.models[0], method="lora")
@@ -96,7 +86,7 @@ def loaded(load: Callable[[str], object], count: int, seconds: float) -> dict[st
     """Load up to a count: milliseconds of some and of all, the last ten over the first ten, and the memory of each."""
     began, before, taken = time.monotonic(), memory(), []
     for number in range(1, count + 1):
-        taken.append(timed(lambda name=f"a{number}": load(name), 1, 0)["median_ms"] / 1000)
+        taken.append(seconds_of(lambda name=f"a{number}": load(name)))
         if time.monotonic() - began > seconds:
             break
     added = {name: round((now - before[name]) / len(taken)) for name, now in memory().items()}

@@ -4,18 +4,18 @@ python -m benchmarks.scripts.overwrite_vs_fuse [--device cpu|cuda] [--toy] [--ou
 
 ``overwrite`` is the whole switch to an adapter in memory (``Resident.set``, with its checks and saved bits),
 ``kernel`` the write of ready values alone. The others are PEFT's own layers: ``merge``, then ``unmerge`` untimed.
-``limit_ms``: what the switch costs at least, see ``harness.memory_limit``; ``over_limit`` how many times that it takes.
+``limit_ms``: what the switch costs at least, see ``measure.memory_limit``; ``over_limit`` how many times that it takes.
 """
 
 from typing import Any
 
 import torch
-from peft import LoraConfig, ShiraConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from benchmarks.measure import spread, timed
-from benchmarks.models import DTYPES, Run, copy_bandwidth, line_bytes, memory_limit, options, rand, same
-from benchmarks.scripts.training import RANK, random_mask
+from benchmarks import rivals
+from benchmarks.measure import DTYPES, Run, copy_figures, memory_limit, options, timed
+from benchmarks.models import RANK, rand, same
 from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.weights.scatter import gather
 from shira_diffusers.weights.sites import find, sites_of
@@ -26,30 +26,27 @@ DENSITY = 0.01
 def main() -> None:
     args = options(__doc__).parse_args()
     dims = (64, 128) if args.toy else (512, 1024, 2048, 4096, 8192)
-    bandwidth = copy_bandwidth(args.device, args.toy)
-    memory = {"copy_gb_s": round(bandwidth / 1e9, 1), "line_bytes": line_bytes(args.device)}
+    memory = copy_figures(args.device, args.toy)
     run = Run("overwrite_vs_fuse", args, density=DENSITY, lora_rank=RANK, **memory)
     for dtype in ("float32", "float16", "bfloat16"):
         for dim in dims if dtype == "float32" or args.toy else (1024, 4096):
             case = (dim, DTYPES[dtype])
-            run.case(lambda case=case: measure(*case, args, bandwidth), dim=dim, dtype=dtype)
+            run.case(lambda case=case: measure(*case, args, memory), dim=dim, dtype=dtype)
 
 
-def measure(dim: int, dtype: torch.dtype, args: Any, bandwidth: float) -> dict[str, Any]:
+def measure(dim: int, dtype: torch.dtype, args: Any, memory: dict[str, float]) -> dict[str, Any]:
     torch.manual_seed(0)
     repeats = 3 if args.toy or dim > 4096 else 15
     base = torch.randn(dim, dim, dtype=dtype, device=args.device) * 0.02
     figures: dict[str, Any] = {"overwrite": switched(base, repeats), "kernel": written(base, repeats)}
-    rank = max(1, round(DENSITY * dim / 2))
-    shira: Any = ShiraConfig(r=rank, target_modules=["0"], init_weights=False)
-    shira.mask_fn = random_mask
+    shira = rivals.shira_config([base], DENSITY, ["0"], init_weights=False)
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], init_lora_weights=False)
     figures["lora_fuse"] = merged(base, lora, repeats)
     figures["peft_shira_merge"] = merged(base, shira, repeats)
     for other in ("lora_fuse", "peft_shira_merge"):
         for ours in ("overwrite", "kernel"):
             figures[f"{other}_over_{ours}"] = round(figures[other]["median_ms"] / figures[ours]["median_ms"], 1)
-    limit = memory_limit([ShiraAdapter({"0.weight": delta_of(base, 0)})], {"0.weight": base}, bandwidth)
+    limit = memory_limit([ShiraAdapter({"0.weight": delta_of(base, 0)})], {"0.weight": base}, memory)
     return {**figures, **limit, "over_limit": round(figures["overwrite"]["median_ms"] / limit["limit_ms"], 2)}
 
 
@@ -69,7 +66,7 @@ def switched(base: Tensor, repeats: int) -> dict[str, float]:
     model, delta = layer(base), delta_of(base, 0)
     resident = Resident(model)
     resident.add(ShiraAdapter({"0.weight": delta}), "a")
-    seconds = in_turns(lambda: resident.set({"a": 1.0}), resident.clear, repeats)
+    seconds = timed(lambda: resident.set({"a": 1.0}), repeats, 3, after=resident.clear)
     resident.set({"a": 1.0})
     expected = (base.float() + delta.to_dense()).to(base.dtype)
     assert same(model[0].weight, expected), "not base + delta"
@@ -95,20 +92,9 @@ def merged(base: Tensor, config: Any, repeats: int) -> dict[str, float]:
     model = layer(base)
     tuned: Any = inject_adapter_in_model(config, model)[0]
     with torch.no_grad():
-        seconds = in_turns(tuned.merge, tuned.unmerge, repeats)
+        seconds = timed(tuned.merge, repeats, 3, after=tuned.unmerge)
     assert not tuned.merged and torch.allclose(tuned.get_base_layer().weight, base, atol=0.05)
     return seconds
-
-
-def in_turns(there: Any, back: Any, repeats: int) -> dict[str, float]:
-    """The wall time of one action, with another, untimed, after each."""
-    medians = []
-    for number in range(3 + repeats):
-        seconds = timed(there, 1, 0)["median_ms"] / 1000
-        back()
-        if number >= 3:
-            medians.append(seconds)
-    return spread(medians)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.measure import UNETS, write
-from benchmarks.models import fill, inputs_of, lora_state
-from benchmarks.scripts.training import RANK, TOY
+from benchmarks.measure import MODELS, out_of, write
+from benchmarks.models import RANK, TOY, UNETS, inputs_of, lora_state, make_unet
 from shira_diffusers import ShiraAdapter, SparseDelta, build_masks, save_adapter
 from shira_diffusers.masks.calibration import gradient_magnitudes
 from shira_diffusers.masks.families import BLOCK
@@ -40,27 +38,18 @@ VALUE_BYTES = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=UNETS, default=list(UNETS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--toy", action="store_true", help="tiny models, to try the code")
     parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/size.json")
     args = parser.parse_args()
-    out = args.out or (Path(tempfile.gettempdir(), "size_toy.json") if args.toy else None)
     rows: list[dict[str, Any]] = []
     for model in args.models:
-        unet = make_unet((TOY if args.toy else UNETS)[model])
+        unet = make_unet((TOY if args.toy else UNETS)[model], "cpu", torch.bfloat16)
         for row in sizes(model, unet, calibrated=model == "SD 1.5"):
             rows.append({"model": model, **row})
             print(rows[-1], flush=True)
             about = {"values": "float16", "weights": "attention and feed-forward", "lora_rank": RANK, "toy": args.toy}
-            write("size", {**about, "rows": rows}, out)
-
-
-def make_unet(config: dict[str, Any]) -> Any:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
-    unet = unet.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    fill(unet)
-    return unet
+            write("size", {**about, "rows": rows}, out_of("size", args))
 
 
 def sizes(model: str, unet: Any, calibrated: bool) -> Iterator[dict[str, Any]]:

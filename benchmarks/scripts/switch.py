@@ -15,25 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from benchmarks import rivals
-from benchmarks.measure import timed
-from benchmarks.models import (
+from benchmarks.measure import (
     Run,
-    copies,
-    copy_bandwidth,
+    alternate,
+    copy_figures,
     device_ms,
-    line_bytes,
-    lora_state,
-    make_pipe,
     memory_limit,
     options,
-    require_active,
-    require_base,
-    shira_adapter,
+    timed,
 )
-from benchmarks.scripts.training import RANK
+from benchmarks.models import RANK, copies, make_pipe, require_active, require_base, shira_adapter
 from shira_diffusers import save_adapter
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.weights.targets import select
@@ -43,28 +35,30 @@ CASES = (("rand", 0.02), ("block_rand", 0.02), ("struct", 0.02), ("rand", 0.01),
 
 def main() -> None:
     args = options(__doc__).parse_args()
-    bandwidth = copy_bandwidth(args.device, args.toy)
-    line = line_bytes(args.device)
-    run = Run("switch", args, copy_gb_s=round(bandwidth / 1e9, 1), line_bytes=line, lora_rank=RANK)
+    memory = copy_figures(args.device, args.toy)
+    run = Run("switch", args, **memory, lora_rank=RANK)
     repeats = 3 if args.toy else 20 if args.device == "cuda" else 7
     for model in args.models:
-        pipe = make_pipe(model, args)
-        base = copies(pipe.unet)
-        labels = {"model": model, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
-        first = lambda case, pipe=pipe, base=base: ours(pipe, base, *case, bandwidth, repeats)  # noqa: E731
-        run.case(lambda first=first: first(CASES[0]), **labels, method="shira", family="rand", density=0.02)
-        cycles = repeats if model == "SD 1.5" else max(2, repeats // 3)
-        run.case(lambda pipe=pipe, cycles=cycles: lora_cycle(pipe, cycles), **labels, method="lora cycle")
-        for how, copied in (("lora set_adapters", lora_unfused), ("lora hotswap", lora_hotswap)):
-            run.case(lambda pipe=pipe, copied=copied: copied(pipe, max(2, repeats // 3)), **labels, method=how)
-        put_back(pipe.unet, base)
-        for family, density in CASES[1:]:
-            case = (family, density)
-            run.case(
-                lambda first=first, case=case: first(case), **labels, method="shira", family=family, density=density
-            )
-        run.case(lambda pipe=pipe: peft_shira(pipe, max(2, repeats // 3)), **labels, method="peft shira merge")
-        del pipe, base, first
+        compare(run, model, make_pipe(model, args), repeats, memory)
+
+
+def compare(run: Run, model: str, pipe: Any, repeats: int, memory: dict[str, float]) -> None:
+    """All rows of a model; the most important come first, in case time runs out."""
+    base, few = copies(pipe.unet), max(2, repeats // 3)
+    labels = {"model": model, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
+
+    def shira(family: str, density: float) -> None:
+        case = {"method": "shira", "family": family, "density": density}
+        run.case(lambda: ours(pipe, base, family, density, memory, repeats), **labels, **case)
+
+    shira(*CASES[0])
+    run.case(lambda: lora_cycle(pipe, repeats if model == "SD 1.5" else few), **labels, method="lora cycle")
+    run.case(lambda: lora_unfused(pipe, few), **labels, method="lora set_adapters")
+    run.case(lambda: lora_hotswap(pipe, few), **labels, method="lora hotswap")
+    put_back(pipe.unet, base)
+    for case in CASES[1:]:
+        shira(*case)
+    run.case(lambda: peft_shira(pipe, few), **labels, method="peft shira merge")
 
 
 def put_back(unet: Any, base: dict[str, Any]) -> None:
@@ -75,7 +69,7 @@ def put_back(unet: Any, base: dict[str, Any]) -> None:
 
 
 def ours(
-    pipe: Any, base: dict[str, Any], family: str, density: float, bandwidth: float, repeats: int
+    pipe: Any, base: dict[str, Any], family: str, density: float, memory: dict[str, float], repeats: int
 ) -> dict[str, Any]:
     adapters = {name: shira_adapter(pipe.unet, family, density, seed) for seed, name in enumerate(("a", "b"))}
     with tempfile.TemporaryDirectory() as folder:
@@ -83,9 +77,10 @@ def ours(
         try:
             for name, adapter in adapters.items():
                 resident_of(pipe).add(adapter, name)
-            figures: dict[str, Any] = {"entries": adapters["a"].nnz, "resident": timed(turns(pipe), repeats)}
+            switch = alternate(pipe.set_shira, "ab")
+            figures: dict[str, Any] = {"entries": adapters["a"].nnz, "resident": timed(switch, repeats)}
             figures["engine"] = ", ".join(sorted(set(resident_of(pipe).engines.values())))
-            figures["device_ms"] = device_ms(turns(pipe))
+            figures["device_ms"] = device_ms(switch)
             pipe.set_shira("b")
             require_active(pipe.unet, base, [(adapters["b"], 1.0)])
             pipe.unload_shira()
@@ -95,38 +90,24 @@ def ours(
         finally:
             pipe.unload_shira()
         require_base(pipe.unet, base)
-    least = memory_limit(list(adapters.values()), select({"unet": pipe.unet}), bandwidth)
+    least = memory_limit(list(adapters.values()), select({"unet": pipe.unet}), memory)
     took = figures["device_ms"] or figures["resident"]["median_ms"]
     return {**figures, **least, "over_limit": round(took / least["limit_ms"], 2)}
 
 
-def turns(pipe: Any) -> Callable[[], None]:
-    """An action that activates a and b in turns."""
-    names = ["a", "b"]
-
-    def switch() -> None:
-        names.reverse()
-        pipe.set_shira(names[0])
-
-    return switch
-
-
 def from_disk(pipe: Any, files: dict[str, Path]) -> Callable[[], None]:
-    names = list(files)
-
-    def switch() -> None:
-        names.reverse()
+    def load(name: str) -> None:
         if pipe.list_shira():
             pipe.unload_shira()
-        pipe.load_shira(files[names[0]], names[0])
+        pipe.load_shira(files[name], name)
 
-    return switch
+    return alternate(load, list(files))
 
 
 def lora_cycle(pipe: Any, repeats: int) -> dict[str, Any]:
     """Unfuse, unload, load, fuse: what users do for weights without a cost at inference."""
     with tempfile.TemporaryDirectory() as folder:
-        files = lora_files(pipe, folder)
+        files = rivals.lora_files(pipe, folder)
         cycle = rivals.LoraCycle(pipe, files)
         try:
             cycle()
@@ -142,15 +123,8 @@ def lora_unfused(pipe: Any, repeats: int) -> dict[str, Any]:
 
 
 def lora_hotswap(pipe: Any, repeats: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder, rivals.hotswapped(pipe, lora_files(pipe, folder)) as switch:
+    with tempfile.TemporaryDirectory() as folder, rivals.hotswapped(pipe, rivals.lora_files(pipe, folder)) as switch:
         return {"from_disk": timed(switch, repeats, 1), "device_ms": device_ms(switch, 1)}
-
-
-def lora_files(pipe: Any, folder: str) -> list[Path]:
-    files = [Path(folder, f"lora{seed}.safetensors") for seed in range(2)]
-    for seed, file in enumerate(files):
-        save_file(lora_state(pipe.unet, seed), file)
-    return files
 
 
 def peft_shira(pipe: Any, repeats: int) -> dict[str, Any]:

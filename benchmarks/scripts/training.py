@@ -17,51 +17,30 @@ Peak memory is ``torch.cuda.max_memory_allocated`` over all steps, set-up left o
 """
 
 import argparse
-import gc
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, ShiraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from benchmarks.measure import UNETS, timed, write
+from benchmarks import rivals
+from benchmarks.measure import Run, free, options, timed
+from benchmarks.models import LATENTS, RANK, TOY, UNETS, inputs_of
 from shira_diffusers import build_masks
 from shira_diffusers.training.tuner import SparseTuner
 from shira_diffusers.weights.scatter import gather
 from shira_diffusers.weights.targets import PRESETS, select
 
 TARGETS = "attention+ff"
-RANK = 64
-LATENTS = {"SD 1.5": 64, "SDXL": 128}
-TOY: dict[str, dict[str, Any]] = {
-    "SD 1.5": {"block_out_channels": (32, 64), "cross_attention_dim": 32, "attention_head_dim": 8},
-    "SDXL": {
-        "block_out_channels": (32, 64),
-        "cross_attention_dim": 64,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 32,
-    },
-}
+SECONDS = {"cuda": 360, "cpu": 360}
 MASKS: dict[str, dict[str, Tensor]] = {}
-"""Those of the model at hand, by family: all cases train the same entries."""
-for _config in TOY.values():
-    _config |= {
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
+"""Of the current model, by family: all cases train the same entries."""
 
 
 class Case(NamedTuple):
@@ -91,35 +70,29 @@ class Trained:
 
 def main() -> None:
     args = parse()
-    device = torch.device("cpu" if args.toy else "cuda")
-    rows: list[dict[str, Any]] = []
+    run = Run("training", args, per_device=False, targets=TARGETS, density=args.density, lora_rank=RANK)
     for model in args.models:
-        unet = make_unet(model, device, args.toy)
+        unet = make_unet(model, args)
         for case in cases(model, args):
-            rows.append({**case._asdict(), **attempt(unet, case, args)})
-            print(rows[-1], flush=True)
-            path = write("training", summary(rows, args), args.out)
+            run.case(lambda unet=unet, case=case: attempt(unet, case, args), **case._asdict())
         del unet
         MASKS.clear()
         free()
-    print(path.read_text())
-    sys.exit(any("failed" in row for row in rows))
+    compare(run.rows)
+    print(run.write().read_text())
+    sys.exit(any("failed" in row for row in run.rows))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=UNETS, default=list(UNETS))
+    parser = options(__doc__, SECONDS)
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--autocast", choices=("on", "off", "both"), default="both", help="off: at batch 1 only")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=360, help="seconds after which no case is begun")
-    parser.add_argument("--toy", action="store_true", help="tiny UNets on the CPU, to try the code")
-    parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/training.json")
     args = parser.parse_args()
-    args.until = time.monotonic() + args.budget
+    args.device = "cpu" if args.toy else "cuda"
     return args
 
 
@@ -135,35 +108,28 @@ def cases(model: str, args: argparse.Namespace) -> Iterator[Case]:
         yield from (Case(model, batch, saving, True, method) for batch, saving in settings for method in rest)
 
 
-def make_unet(model: str, device: torch.device, toy: bool) -> Any:
+def make_unet(model: str, args: argparse.Namespace) -> Any:
     torch.manual_seed(0)
-    with device:
-        unet: Any = UNet2DConditionModel(**(TOY if toy else UNETS)[model])
+    with torch.device(args.device):
+        unet: Any = UNet2DConditionModel(**(TOY if args.toy else UNETS)[model])
     return unet.to(torch.bfloat16).train()  # there is no dropout in it
 
 
 def attempt(unet: Any, case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure a case, or say why not."""
-    if time.monotonic() > args.until:
-        return {"skipped": f"the {args.budget:g} s for all cases were over"}
-    began = time.monotonic()
+    """Measure a case; what another library cannot do is skipped, a wrong result fails."""
     try:
-        figures = measure(unet, case, args)
-    except torch.OutOfMemoryError as error:
-        figures = {"skipped": f"out of memory: {str(error).splitlines()[0][:200]}"}
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # another library's limits
-        figures = {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
-    except AssertionError as error:
-        figures = {"failed": str(error)}
-    free()
-    return {**figures, "took_s": round(time.monotonic() - began, 1)}
+        return measure(unet, case, args)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def measure(unet: Any, case: Case, args: argparse.Namespace) -> dict[str, Any]:
     device = unet.device
     unet.requires_grad_(False)
     (unet.enable_gradient_checkpointing if case.checkpointing else unet.disable_gradient_checkpointing)()
-    inputs = make_inputs(unet, case, 8 if args.toy else LATENTS[case.model])
+    inputs = inputs_of(unet, case.model, 8 if args.toy else LATENTS[case.model], case.batch)
     with METHODS[case.method](unet, args.density) as trained:
         optimizer = torch.optim.AdamW(trained.parameters, lr=1e-2) if trained.parameters else None
         inputs["sample"].requires_grad_(trained.latents_require_grad)
@@ -196,24 +162,6 @@ def measure(unet: Any, case: Case, args: argparse.Namespace) -> dict[str, Any]:
         optimizer = None
         trained.check()
     return figures
-
-
-def make_inputs(unet: Any, case: Case, latents: int) -> dict[str, Any]:
-    generator = torch.Generator(unet.device).manual_seed(1)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=unet.device).to(torch.bfloat16)
-
-    inputs: dict[str, Any] = {
-        "sample": noise(case.batch, 4, latents, latents),
-        "timestep": torch.full((case.batch,), 500, device=unet.device),
-        "encoder_hidden_states": noise(case.batch, 77, unet.config.cross_attention_dim),
-    }
-    if case.model == "SDXL":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        sizes = torch.full((case.batch, 6), 8.0 * latents, device=unet.device)
-        inputs["added_cond_kwargs"] = {"text_embeds": noise(case.batch, pooled), "time_ids": sizes}
-    return inputs
 
 
 @contextmanager
@@ -253,19 +201,9 @@ def lora(unet: Any, density: float) -> Iterator[Trained]:
 
 @contextmanager
 def peft_shira(unet: Any, density: float) -> Iterator[Trained]:
-    weights = select(unet, TARGETS).values()
-    rank = round(density * sum(w.numel() for w in weights) / sum(sum(w.shape) for w in weights))
-    config: Any = ShiraConfig(r=max(1, rank), target_modules=list(PRESETS[TARGETS]))
-    config.mask_fn = random_mask  # as PEFT's own, but drawn where the weight is: its own takes minutes
+    config = rivals.shira_config(select(unet, TARGETS).values(), density, list(PRESETS[TARGETS]))
     with peft_adapter(unet, config) as trained:
         yield trained
-
-
-def random_mask(layer: nn.Linear, r: int, **_: Any) -> Tensor:
-    weight = layer.weight
-    mask = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
-    mask[torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]] = 1
-    return mask.view(weight.shape)
 
 
 @contextmanager
@@ -287,11 +225,7 @@ def peft_adapter(unet: Any, config: Any) -> Iterator[Trained]:
 
         yield Trained(list(own.values()), check=check)
     finally:
-        for name, module in list(unet.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                unet.set_submodule(name, module.get_base_layer())
-        unet._hf_peft_config_loaded = False
-        del unet.peft_config
+        rivals.detach_peft(unet)
     must(hashes(unet.named_parameters()) == before)
 
 
@@ -354,14 +288,8 @@ def mib(size: int) -> float:
     return round(size / 2**20, 1)
 
 
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """The rows, each with its ratios to LoRA and to the frozen backbone of the same setting."""
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add each row's ratios to LoRA and to the frozen backbone of the same setting."""
     settings = ("model", "batch", "checkpointing", "autocast")
     measured = {tuple(row[name] for name in (*settings, "method")): row for row in rows if "step" in row}
     for (*setting, method), row in measured.items():
@@ -369,7 +297,6 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, A
             reference = measured.get((*setting, other))
             if reference is not None and method != other:
                 row |= compared(row, reference, other)
-    return {"targets": TARGETS, "density": args.density, "lora_rank": RANK, "toy": args.toy, "rows": rows}
 
 
 def compared(row: dict[str, Any], reference: dict[str, Any], name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def test_no_case_fails(rows: list[dict[str, Any]]) -> None:
 
 
 def test_a_case_that_fails_or_comes_too_late_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.models import Run, options
+    from benchmarks.measure import Run, options
 
     args = options("").parse_args(["--device", "cpu", "--toy", "--out", str(tmp_path / "figures.json")])
     run = Run("some", args)
@@ -48,7 +48,7 @@ def test_a_case_that_fails_or_comes_too_late_is_told(tmp_path: Path, monkeypatch
 
 
 def test_a_compiled_unet_that_does_not_follow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.models import options
+    from benchmarks.measure import options
     from benchmarks.scripts import compiled
 
     def stale(module: Any, inputs: Any) -> Any:
@@ -81,7 +81,7 @@ def test_captures_of_cuda_graphs_are_counted(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("how", "mode"), [("whole", "reduce-overhead"), ("regional", "default")])
 def test_compiled_unets_follow_on_a_gpu(how: str, mode: str) -> None:
-    from benchmarks.models import options
+    from benchmarks.measure import options
     from benchmarks.scripts import compiled
 
     args = options("").parse_args(["--device", "cuda", "--toy"])
