@@ -1,7 +1,6 @@
 """docs/benchmarks.md with its plots, and the tables of README.md and docs/training.md, from benchmarks/results.
 
-``python -m benchmarks.report`` writes them; ``--check`` only says which are stale. Nothing in them is written by hand,
-so that none can say what was not measured. From the ground up: ``cells`` (a figure as text), ``figures`` (the files of
-results), ``tables``, ``bars`` with ``aims`` (what should be reached), ``sections`` (what each script asks),
-``series`` and ``plots``, ``readme`` and ``training`` (tables elsewhere), ``page``.
+``python -m benchmarks.report`` writes them; ``--check`` only lists the stale ones. No figure is written by hand, so
+none can claim what was not measured. From the ground up: ``results`` (the files), ``tables``, ``targets`` (what should
+be reached), ``plots``, ``page``. All prose, and the columns of the tables, are in ``descriptions.toml``.
 """

@@ -1,4 +1,4 @@
-"""Pages, tables and plots that are made from the figures of benchmarks."""
+"""Pages, tables and plots that are made from the results of benchmarks."""
 
 import json
 import re
@@ -9,28 +9,27 @@ from typing import Any
 import pytest
 
 from benchmarks.measure import RESULTS
-from benchmarks.report import files
-from benchmarks.report.bars import Bar, bar_table, counted, reasons
-from benchmarks.report.cells import number, short, size, spread
-from benchmarks.report.page import page
-from benchmarks.report.plots import draw
-from benchmarks.report.results import Figures, largest, ratio, value
-from benchmarks.report.series import PLOTS, digest, panels
+from benchmarks.report import page as documents
+from benchmarks.report.page import anchor, page, stale
+from benchmarks.report.plots import PLOTS, digest, draw, panels
+from benchmarks.report.results import Results, Source, ratio
+from benchmarks.report.tables import number, short, size, spread
+from benchmarks.report.targets import Target, counted, reasons, target_table
 
 ORIGIN = {"date": "2030-01-01", "commit": "abc", "torch": "9", "gpu": None, "processor": "Fast One", "cores": 2}
 
 
-def write(folder: Path, name: str, rows: list[dict[str, Any]], **about: Any) -> Figures:
+def write(folder: Path, name: str, rows: list[dict[str, Any]], **about: Any) -> Results:
     (folder / f"{name}.json").write_text(json.dumps({"origin": ORIGIN, **about, "rows": rows}))
-    return Figures(folder)
+    return Results(folder)
 
 
 def took(ms: float, n: int = 5) -> dict[str, float]:
     return {"median_ms": ms, "p10_ms": ms * 0.9, "p90_ms": ms * 1.1, "n": n}
 
 
-def test_what_comes_from_the_figures_is_not_stale() -> None:
-    assert not files.stale(Figures()), "run python -m benchmarks.report"
+def test_what_comes_from_the_results_is_not_stale() -> None:
+    assert not stale(Results()), "run python -m benchmarks.report"
 
 
 def test_no_result_is_of_toys() -> None:
@@ -44,47 +43,48 @@ def test_another_figure_makes_documents_and_plots_stale(tmp_path: Path) -> None:
     row = next(row for row in data["rows"] if row.get("family") == "rand" and "resident" in row)
     row["resident"]["median_ms"] *= 2
     file.write_text(json.dumps(data))
-    assert files.stale(Figures(results)) == ["benchmarks.md", "README.md", "switch.svg", "switch-dark.svg"]
+    assert stale(Results(results)) == ["benchmarks.md", "README.md", "switch.svg", "switch-dark.svg"]
     (results / "training.json").unlink()
-    assert "training.md" in files.stale(Figures(results))
+    assert "training.md" in stale(Results(results))
 
 
 def test_a_document_without_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="without its marks"):
-        files.between("# Title", "| a |")
-    assert files.between(f"a\n{files.BEGIN}\nold\n{files.END}\nb", "new") == (
-        f"a\n{files.BEGIN}\n\nnew\n\n{files.END}\nb"
+        documents.between("# Title", "| a |")
+    assert documents.between(f"a\n{documents.BEGIN}\nold\n{documents.END}\nb", "new") == (
+        f"a\n{documents.BEGIN}\n\nnew\n\n{documents.END}\nb"
     )
 
 
 @pytest.mark.parametrize(
     ("measured", "verdict"), [({"a": took(10), "b": took(5)}, True), ({"a": took(9), "b": took(5)}, False), ({}, None)]
 )
-def test_a_bar_is_read_from_the_rows(tmp_path: Path, measured: dict[str, Any], verdict: bool | None) -> None:
-    figures = write(tmp_path, "some_cpu", [{"model": "M", "limit": 3.0, **measured}])
-    read = ratio(value("some", "cpu", "a", model="M"), value("some", "cpu", "b", model="M"))
-    bar = Bar("a over b", "more", 2, "x", read, "It is slow.", value("some", "cpu", "limit"))
-    assert bar.met(figures) is verdict
-    text = bar_table([bar], figures)
+def test_a_target_is_read_from_the_rows(tmp_path: Path, measured: dict[str, Any], verdict: bool | None) -> None:
+    results = write(tmp_path, "some_cpu", [{"model": "M", "over_limit": 3.0, "limit_ms": 4.0, **measured}])
+    row = Source("some", "cpu", model="M")
+    target = Target("a over b", "at least", 2, "x", ratio(row.value("a"), row.value("b")), "It takes {limit}.", row)
+    assert target.met(results) is verdict
+    text = target_table([target], results)
     assert {True: "| 2x | yes | 3x |", False: "| 1.8x | **no** | 3x |", None: "| not measured |"}[verdict] in text
-    assert list(reasons([bar], figures)) == (["Not reached: a over b. It is slow."] if verdict is False else [])
-    assert counted([bar], figures).startswith(f"{int(verdict is True)} of 1 aims are reached")
+    why = ["Not reached: a over b. It takes 4 ms."]
+    assert list(reasons([target], results)) == (why if verdict is False else [])
+    assert counted([target], results).startswith(f"{int(verdict is True)} of 1 aims are reached")
 
 
 def test_the_largest_of_all_rows_and_steps(tmp_path: Path) -> None:
-    figures = write(
+    results = write(
         tmp_path, "some_cpu", [{"changed": {"1": 0.0, "10": 0.5}}, {"changed": {"1": 0.1}}, {"skipped": "no"}]
     )
-    assert largest("some", "cpu", "changed")(figures) == 0.5
-    assert largest("some", "cuda", "changed")(figures) is None
+    assert Source("some", "cpu").largest("changed")(results) == 0.5
+    assert Source("some", "cuda").largest("changed")(results) is None
 
 
 def test_scripts_and_keys_that_the_report_does_not_know_are_shown(tmp_path: Path) -> None:
     rows = [{"method": method, "decode_ms": 1.5, "took_s": 9} for method in ("shira", "lora")]
     write(tmp_path, "new_thing_cpu", rows, note="twice")
     write(tmp_path, "fuse_cpu", [{"model": "M", "adapters": 2, "method": "shira", "slider": took(2), "warm_bytes": 10}])
-    text = page(Figures(tmp_path))
-    assert "## New thing\n" in text and "python -m benchmarks.new_thing" in text
+    text = page(Results(tmp_path))
+    assert "## New thing\n" in text and "python -m benchmarks.scripts.new_thing" in text
     assert "| Method | Decode, ms |" in text and "commit abc): Twice." in text
     assert "| Warm, bytes |" in text and "took" not in text.lower()
 
@@ -107,7 +107,7 @@ def test_what_was_skipped_is_told(tmp_path: Path) -> None:
 
 
 def test_no_heading_of_a_table_is_a_raw_key() -> None:
-    text = page(Figures())
+    text = page(Results())
     heads = [
         line for line, below in zip(text.splitlines(), text.splitlines()[1:], strict=False) if below.startswith("| ---")
     ]
@@ -116,19 +116,17 @@ def test_no_heading_of_a_table_is_a_raw_key() -> None:
 
 
 def test_links_of_the_page_lead_somewhere() -> None:
-    from benchmarks.report.page import anchor
-
     assert anchor("Does 1 % of `a_b.c` change, once?") == "does-1--of-a_bc-change-once"  # as GitHub makes it
-    text = page(Figures())
+    text = page(Results())
     anchors = {anchor(line.removeprefix("## ")) for line in text.splitlines() if line.startswith("## ")}
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) == anchors
     sources = re.findall(r'(?:srcset|src)="([^"]+)"', text)
-    assert sources and all((files.PLOT_FOLDER.parent / source).is_file() for source in sources)
+    assert sources and all((documents.PLOT_FOLDER.parent / source).is_file() for source in sources)
 
 
 @pytest.mark.parametrize("script", PLOTS)
-def test_plots_are_the_same_bytes_for_the_same_figures(script: str) -> None:
-    shown = panels(script, Figures())
+def test_plots_are_the_same_bytes_for_the_same_results(script: str) -> None:
+    shown = panels(script, Results())
     assert shown
     for theme in ("", "-dark"):
         text = draw(shown, theme)
