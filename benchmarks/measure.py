@@ -217,9 +217,10 @@ def memory_limit(
 
 
 def python_calls(action: Callable[[], object]) -> int:
-    """How many Python functions one call of an action enters in this thread, the action included; C functions do not
-    count. The call before it is not counted: it fills caches, as a warm switch finds them."""
-    action()
+    """How many Python functions one call of an action enters in this thread, the action included.
+
+    C functions do not count. For a warm figure the action has run before.
+    """
     calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:

@@ -120,6 +120,11 @@ def switch_gpu(model: str, aim: float) -> Iterator[Target]:
     yield Target(what, "at least", 1000, "x", ratio(cycle, own), WHY["host"], row)
 
 
+def python_calls(name: str, device: str) -> Target:
+    calls = Source("switch", device, model=SD15, **RANDOM).value("python_calls")
+    return Target(f"SD 1.5, {name}: Python calls of a warm switch", "at most", 500, "", calls, WHY["bookkeeping"])
+
+
 def inference(name: str, device: str, model: str) -> Target:
     over = Source("inference", device, model=model, method="shira").value("over_base")
     what = f"{model}, {name}: a UNet call after a switch over one of the base"
@@ -208,6 +213,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         switch_cpu(", random blocks", BLOCKS, 60, WHY["runs"]),
         *switch_gpu(SD15, 0.2),
         *switch_gpu(SDXL, 1.5),
+        *(python_calls(*place) for place in PLACES),
     ),
     "inference": (
         *(inference(*place, SD15) for place in PLACES),

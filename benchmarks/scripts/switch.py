@@ -4,9 +4,10 @@ python -m benchmarks.scripts.switch [--device cpu|cuda] [--toy] [--models "SD 1.
 
 Attention and feed-forward of a UNet of random weights. ``resident``: both adapters loaded, ``set_shira`` from one to
 the other in turns. ``from_disk``: ``load_shira`` of a file until it is active, the one before deleted first.
-``device_ms`` is the sum of the GPU's kernels and copies by torch.profiler. ``limit_ms`` is the least that memory
-allows: lines that hold entries, read and written, saved bits and the adapters' bytes, over the bandwidth of a copy;
-both it and ``line_bytes``, the fewest that memory moves, are measured in the same run.
+``device_ms`` is the sum of the GPU's kernels and copies by torch.profiler. ``python_calls``: Python functions that one
+warm switch enters. ``limit_ms`` is the least that memory allows: lines that hold entries, read and written, saved bits
+and the adapters' bytes, over the bandwidth of a copy; both it and ``line_bytes``, the fewest that memory moves, are
+measured in the same run.
 Masks of grad and snip have the shape of rand's; two adapters of wm (block) on one base have the same entries.
 """
 
@@ -16,15 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rivals
-from benchmarks.measure import (
-    Run,
-    alternate,
-    copy_figures,
-    device_ms,
-    memory_limit,
-    options,
-    timed,
-)
+from benchmarks.measure import Run, alternate, copy_figures, device_ms, memory_limit, options, python_calls, timed
 from benchmarks.models import RANK, copies, make_pipe, require_active, require_base, shira_adapter
 from shira_diffusers import save_adapter
 from shira_diffusers.integrations.pipelines import resident_of
@@ -80,7 +73,7 @@ def ours(
             switch = alternate(pipe.set_shira, "ab")
             figures: dict[str, Any] = {"entries": adapters["a"].nnz, "resident": timed(switch, repeats)}
             figures["engine"] = ", ".join(sorted(set(resident_of(pipe).engines.values())))
-            figures["device_ms"] = device_ms(switch)
+            figures |= {"python_calls": python_calls(switch), "device_ms": device_ms(switch)}
             pipe.set_shira("b")
             require_active(pipe.unet, base, [(adapters["b"], 1.0)])
             pipe.unload_shira()
@@ -104,6 +97,12 @@ def from_disk(pipe: Any, files: dict[str, Path]) -> Callable[[], None]:
     return alternate(load, list(files))
 
 
+def switched(key: str, action: Callable[[], object], repeats: int) -> dict[str, Any]:
+    """The figures of another method's switch, its time under ``key``."""
+    taken = timed(action, repeats, 1)
+    return {key: taken, "python_calls": python_calls(action), "device_ms": device_ms(action, 1)}
+
+
 def lora_cycle(pipe: Any, repeats: int) -> dict[str, Any]:
     """Unfuse, unload, load, fuse: what users do for weights without a cost at inference."""
     with tempfile.TemporaryDirectory() as folder:
@@ -112,24 +111,24 @@ def lora_cycle(pipe: Any, repeats: int) -> dict[str, Any]:
         try:
             cycle()
             stages = cycle.stages()
-            return {"resident": timed(cycle, repeats, 1), "device_ms": device_ms(cycle, 1), "stages_ms": stages}
+            return {**switched("resident", cycle, repeats), "stages_ms": stages}
         finally:
             cycle.close()
 
 
 def lora_unfused(pipe: Any, repeats: int) -> dict[str, Any]:
     with rivals.two_loras(pipe) as switch:
-        return {"resident": timed(switch, repeats, 1), "device_ms": device_ms(switch, 1)}
+        return switched("resident", switch, repeats)
 
 
 def lora_hotswap(pipe: Any, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, rivals.hotswapped(pipe, rivals.lora_files(pipe, folder)) as switch:
-        return {"from_disk": timed(switch, repeats, 1), "device_ms": device_ms(switch, 1)}
+        return switched("from_disk", switch, repeats)
 
 
 def peft_shira(pipe: Any, repeats: int) -> dict[str, Any]:
     with rivals.peft_shira(pipe.unet, 0.02) as merged:
-        return {"resident": timed(merged.switch, repeats, 1), "device_ms": device_ms(merged.switch, 1)}
+        return switched("resident", merged.switch, repeats)
 
 
 if __name__ == "__main__":
