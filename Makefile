@@ -6,7 +6,7 @@ SHOTS ?= $(or $(TMPDIR),/tmp)/shira-screenshots
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help app demo test check format lint types bench bench-size bench-toy screenshots soak clean
+.PHONY: help app demo test nightly check format lint types bench bench-size bench-toy screenshots soak clean
 # Seconds after which a script begins no further case.
 BENCHMARKS := overwrite_vs_fuse:60 switch:220 fuse:150 inference:150 load_many:60 cold_start:60 drift:120
 
@@ -21,6 +21,9 @@ demo: $(VENV)/.app ## the same without a browser: writes shira-demo.png
 
 test: $(VENV)/.dev ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+nightly: $(VENV)/.dev ## run the tests that are too slow for every change: the benchmarks on toys
+	$(BIN)/python -m pytest -m nightly -n 2 --dist loadfile
 
 check: format lint types test ## format, lint, strict types and tests, as CI runs them
 
