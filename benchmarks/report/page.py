@@ -52,7 +52,7 @@ def anchor(title: str) -> str:
 def link(script: str, results: Results) -> str:
     every = TARGETS.get(script, ())
     missed = sum(target.met(results) is False for target in every)
-    said = f": {missed} of {len(every)} aims not reached" if missed else ""
+    said = f": {missed} of {len(every)} targets missed" if missed else ""
     return f"* [{question(script)}](#{anchor(question(script))}){said}"
 
 

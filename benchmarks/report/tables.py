@@ -192,11 +192,11 @@ def size_table(result: Result) -> str:
     frame["density"] = frame["density"].fillna(0.01)  # LoRAs have none
     named = ["Model", "Method", "Mask"]
     wide = frame.pivot_table("bytes_an_entry", named, "density", sort=False).sort_index(axis=1)
-    table = wide.map(lambda value: f"{value:.3f}").rename(columns=lambda d: f"Bytes an entry, {percent(d)}")
+    table = wide.map(lambda value: f"{value:.3f}").rename(columns=lambda d: f"Bytes per entry, {percent(d)}")
     at_one = frame[frame["density"] == 0.01].set_index(named)
     table = at_one[[]].join(table)
     table["Bound, 1 %"] = at_one["bound"].map(lambda value: f"{value:.3f}", na_action="ignore")
-    table["Over the bound"] = at_one["over_bound"].map(lambda value: f"{value:.2f}x", na_action="ignore")
+    table["Bytes / bound"] = at_one["over_bound"].map(lambda value: f"{value:.2f}x", na_action="ignore")
     table["File, 1 %"] = at_one["bytes"].map(size)
     return markdown(table.fillna("").replace("nan", "").reset_index())
 
@@ -205,13 +205,13 @@ def demo_table(result: Result) -> str:
     row = result.rows[0]
     switches, picture = row["random_switches"], row["picture"]
     return pairs(
-        {f"A switch, {kind}, ms": spread(taken) for kind, taken in switches["by_kind"].items()}
+        {f"A switch: {kind}, ms": spread(taken) for kind, taken in switches["by_kind"].items()}
         | {
-            "Random switches, and adapters in them": f"{switches['count']:,}, {len(row['adapters'])}",
+            "Random switches; adapters": f"{switches['count']:,}, {len(row['adapters'])}",
             "Parameters whose bits differ from the base's afterwards": cell(switches["parameters_that_differ"]),
             "Share of all weights that one adapter changes": percent(switches["share_of_weights_one_adapter_changes"]),
-            "A picture, base, ms": spread(picture["base"]),
-            "A picture after a switch, the switch included, ms": spread(picture["after_a_switch"]),
+            "A picture of the base, ms": spread(picture["base"]),
+            "A picture after a switch, including the switch, ms": spread(picture["after_a_switch"]),
         }
     )
 

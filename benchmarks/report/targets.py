@@ -66,11 +66,11 @@ class Target:
 def target_table(targets: Sequence[Target], results: Results) -> str:
     verdicts = {True: "yes", False: "**no**", None: ""}
     columns = {
-        "Aim": [each.what for each in targets],
-        "Should be": [each.aimed for each in targets],
-        "Is": [each.text(each.read(results)) for each in targets],
-        "Reached": [verdicts[each.met(results)] for each in targets],
-        "Time over the limit of memory": [each.over_limit(results) for each in targets],
+        "Target": [each.what for each in targets],
+        "Required": [each.aimed for each in targets],
+        "Measured": [each.text(each.read(results)) for each in targets],
+        "Met": [verdicts[each.met(results)] for each in targets],
+        "Time / memory limit": [each.over_limit(results) for each in targets],
     }
     return markdown(DataFrame({heading: texts for heading, texts in columns.items() if any(texts)}))
 
@@ -82,12 +82,12 @@ def reasons(targets: Sequence[Target], results: Results) -> Iterator[str]:
         if each.met(results) is False:
             found.setdefault(each.why(results), []).append(each.what)
     for reason, names in found.items():
-        yield f"Not reached: {'; '.join(names)}. {reason}"
+        yield f"Missed: {'; '.join(names)}. {reason}"
 
 
 def counted(targets: Sequence[Target], results: Results) -> str:
     met = [each.met(results) for each in targets]
-    text = f"{met.count(True)} of {len(met)} aims are reached, {met.count(False)} are not"
+    text = f"{met.count(True)} of {len(met)} targets are met, {met.count(False)} are missed"
     return f"{text}, {met.count(None)} were not measured." if None in met else f"{text}."
 
 
@@ -101,22 +101,22 @@ STEP = {"batch": 1, "checkpointing": False, "autocast": True}
 def overwriting(what: str, key: str) -> Target:
     row = Source("overwrite_vs_fuse", "cpu", dim=4096, dtype="float32")
     limit = row if key == "overwrite" else None  # the write alone repeats on cached lines: memory does not bound it
-    what = f"One 4096 x 4096 float32 weight, 1 %, CPU: LoRA's fuse over {what}"
+    what = f"One 4096 x 4096 float32 weight, 1 %, CPU: LoRA's fuse / {what}"
     return Target(what, "at least", 100, "x", ratio(row.value("lora_fuse"), row.value(key)), WHY["overwriting"], limit)
 
 
 def switch_cpu(name: str, labels: dict[str, object], aim: float, missed: str) -> Target:
     row = Source("switch", "cpu", model=SD15, **labels)
     cycle = Source("switch", "cpu", model=SD15, **CYCLE).value("resident")
-    what = f"SD 1.5, CPU, 2 %{name}: LoRA's cycle over a switch"
+    what = f"SD 1.5, CPU, 2 %{name}: LoRA's cycle / a switch"
     return Target(what, "at least", aim, "x", ratio(cycle, row.value("resident")), missed, row)
 
 
 def switch_gpu(model: str, aim: float) -> Iterator[Target]:
     row = Source("switch", "cuda", model=model, **RANDOM)
     cycle, own = Source("switch", "cuda", model=model, **CYCLE).value("resident"), row.value("device_ms")
-    yield Target(f"{model}, H200, a switch at 2 %: the GPU's time", "at most", aim, " ms", own, WHY["lines"], row)
-    what = f"{model}, H200: LoRA's cycle over the GPU's time of a switch at 2 %"
+    yield Target(f"{model}, H200, GPU time of a switch at 2 %", "at most", aim, " ms", own, WHY["lines"], row)
+    what = f"{model}, H200: LoRA's cycle / GPU time of a switch at 2 %"
     yield Target(what, "at least", 1000, "x", ratio(cycle, own), WHY["host"], row)
 
 
@@ -127,14 +127,14 @@ def python_calls(name: str, device: str) -> Target:
 
 def inference(name: str, device: str, model: str) -> Target:
     over = Source("inference", device, model=model, method="shira").value("over_base")
-    what = f"{model}, {name}: a UNet call after a switch over one of the base"
+    what = f"{model}, {name}: a UNet call after a switch / one of the base"
     return Target(what, "at most", 1, "x", over, WHY["noise"], digits=2, fixed=True)
 
 
 def compiled(name: str, device: str, key: str, called: str) -> Target:
     most = Source("inference", device, method="shira").largest(key)
     return Target(
-        f"{name}: {called} over 100 switches and strengths, in any mode", "at most", 0, "", most, WHY["defect"]
+        f"{name}: {called} in 100 switches of adapter or strength, in any mode", "at most", 0, "", most, WHY["defect"]
     )
 
 
@@ -144,16 +144,16 @@ def loading(name: str, device: str, method: str) -> Iterator[Target]:
     if device == "cuda":  # steadier, and measured before those were kept
         grown, how = ratio(row.value("ms.200"), row.value("ms.1")), ""
     called = f"{SD15}, {name}{', `AdapterLibrary`' if method == 'library' else ''}"
-    yield Target(
-        f"{called}: loading the 200th adapter over loading the 1st{how}", "at most", 1.1, "x", grown, WHY["varies"]
-    )
+    yield Target(f"{called}: loading the 200th adapter / the 1st{how}", "at most", 1.1, "x", grown, WHY["varies"])
     memory = ratio(row.value("bytes_each.process"), row.value("file_bytes"))
-    yield Target(f"{called}: memory an adapter adds over its file", "at most", 1.1, "x", memory, WHY[f"kept_{method}"])
+    yield Target(
+        f"{called}: memory that an adapter adds / its file", "at most", 1.1, "x", memory, WHY[f"kept_{method}"]
+    )
 
 
 def drift(name: str, device: str) -> Target:
     most = Source("drift", device, method="shira").largest("changed")
-    what = f"{name}: share of bits changed after 100 switches, in any type"
+    what = f"{name}: share of bits changed after 100 switches, in any dtype"
     return Target(what, "at most", 0, "", most, WHY["defect"], digits=12)
 
 
@@ -161,9 +161,9 @@ def bytes_per_entry(model: str) -> Iterator[Target]:
     row = Source("size", model=model, family="rand", density=0.01)
     own, over = row.value("bytes_an_entry"), ratio(row.value("bytes_an_entry"), row.value("bound"))
     yield Target(
-        f"{model}, random masks, 1 %, float16: bytes an entry on disk", "at most", 3.1, "", own, WHY["headers"]
+        f"{model}, random masks, 1 %, float16: bytes per entry on disk", "at most", 3.1, "", own, WHY["headers"]
     )
-    yield Target(f"{model}: the same over the entropy bound", "at most", 1.03, "x", over, WHY["headers"], digits=2)
+    yield Target(f"{model}: the same / the entropy bound", "at most", 1.03, "x", over, WHY["headers"], digits=2)
 
 
 def step(model: str, method: str) -> Source:
@@ -183,10 +183,10 @@ def saved(model: str, method: str = "shira rand") -> Read:
 def training(model: str) -> Iterator[Target]:
     name, less = f"{model}, training step at batch 1", "less peak memory than LoRA"
     recomputed, over = saved(model, "shira rand recompute"), step(model, "shira rand").value("time_over_frozen")
-    yield Target(f"{name}: PEFT's LoRA over SHiRA", "at least", 1.5, "x", faster(model), WHY["launches"])
+    yield Target(f"{name}: PEFT's LoRA / SHiRA", "at least", 1.5, "x", faster(model), WHY["launches"])
     yield Target(f"{name}: {less}", "at least", 15, " %", saved(model), WHY["inputs"], digits=1)
     yield Target(f"{name}: {less}, `--recompute_inputs`", "at least", 15, " %", recomputed, WHY["inputs"], digits=1)
-    yield Target(f"{name}: time over that of the frozen backbone", "at most", 1.3, "x", over, WHY["launches"])
+    yield Target(f"{name}: time / that of the frozen backbone", "at most", 1.3, "x", over, WHY["launches"])
 
 
 def demo() -> Iterator[Target]:
@@ -202,7 +202,7 @@ def demo() -> Iterator[Target]:
 
 
 PLACES = (("CPU", "cpu"), ("H200", "cuda"))
-RECOMPILES = ("recompiles", "recompiles under `torch.compile`")
+RECOMPILES = ("recompiles", "recompilations under `torch.compile`")
 TARGETS: dict[str, tuple[Target, ...]] = {
     "overwrite_vs_fuse": (
         overwriting("overwriting, as the paper measures it", "kernel"),
@@ -219,7 +219,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         *(inference(*place, SD15) for place in PLACES),
         inference("H200", "cuda", SDXL),
         *(compiled(*place, *RECOMPILES) for place in PLACES),
-        compiled("H200", "cuda", "recaptures", "CUDA graphs captured anew"),
+        compiled("H200", "cuda", "recaptures", "CUDA graphs recaptured"),
     ),
     "load_many": tuple(t for method in ("shira", "library") for place in PLACES for t in loading(*place, method)),
     "drift": tuple(drift(*place) for place in PLACES),

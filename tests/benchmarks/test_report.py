@@ -66,9 +66,9 @@ def test_a_target_is_read_from_the_rows(tmp_path: Path, measured: dict[str, Any]
     assert target.met(results) is verdict
     text = target_table([target], results)
     assert {True: "| 2x | yes | 3x |", False: "| 1.8x | **no** | 3x |", None: "| not measured |"}[verdict] in text
-    why = ["Not reached: a over b. It takes 4 ms."]
+    why = ["Missed: a over b. It takes 4 ms."]
     assert list(reasons([target], results)) == (why if verdict is False else [])
-    assert counted([target], results).startswith(f"{int(verdict is True)} of 1 aims are reached")
+    assert counted([target], results).startswith(f"{int(verdict is True)} of 1 targets are met")
 
 
 def test_the_largest_of_all_rows_and_steps(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_cold_start_has_a_row_a_part(tmp_path: Path) -> None:
     text = page(write(tmp_path, "cold_start_cpu", rows))
     for line in ("| Part | M, rand, 1 % |", "| The file | 2 kB |", "| New part, ms | 2.50 |"):
         assert line in text
-    assert "| **Whole: `load_shira`, ms** | 4 (3.60\u20134.40) |" in text
+    assert "| **Total: `load_shira`, ms** | 4 (3.60\u20134.40) |" in text
 
 
 def test_what_was_skipped_is_told(tmp_path: Path) -> None:
