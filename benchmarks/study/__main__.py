@@ -28,7 +28,8 @@ from benchmarks.study.predictors import print_study
 from benchmarks.study.sheets import draw_sheet
 from benchmarks.study.tables import print_tables
 from benchmarks.study.world import World, load_world, save_sprites
-from examples.emoji.judge_mixes import MixJudge, load_mix_judge, mix_pool, proof, save_mix_judge, train_mix_judge
+from examples.emoji.judge import save_judge
+from examples.emoji.judge_mixes import MixJudge, load_mix_judge, mix_pool, proof, train_mix_judge
 
 
 def world_of(args: argparse.Namespace) -> World:
@@ -46,7 +47,7 @@ def judge(args: argparse.Namespace) -> None:
     print(f"judge: {len(pool.pictures)} pictures, {time.monotonic() - began:.0f} s", flush=True)
     made = MixJudge()
     train_mix_judge(made, pool, args.seconds, args.work / "judge.pt", batch=8 if args.toy else 256)
-    save_mix_judge(made, file)
+    save_judge(made, file)
     world.renderer.generator.manual_seed(4242)
     figures = proof(load_mix_judge(file, args.device), world.parts.vae, world.renderer, 4 if args.toy else 256)
     args.results.mkdir(parents=True, exist_ok=True)

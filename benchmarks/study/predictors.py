@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pandas import Series
 
 from benchmarks.study.stats import Array, load, table
 
@@ -19,17 +20,11 @@ def outcomes(file: dict[str, Any], method: str) -> dict[str, float]:
     return dict(zip(answers.mixes, kept[kept.mean(1).argmax()].tolist(), strict=True))
 
 
-def ranks(values: Array) -> Array:
-    """Ranks; equal values share their mean."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[which]
-
-
 def spearman(first: Array, second: Array) -> float:
-    """Rank correlation; 0 where one does not vary."""
+    """Rank correlation, equal values sharing their mean rank; 0 where one does not vary."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
-    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+    return float(np.corrcoef(Series(first).rank(), Series(second).rank())[0, 1])
 
 
 def study(files: Iterable[dict[str, Any]], method: str = "sum") -> dict[str, Any]:

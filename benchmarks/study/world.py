@@ -113,13 +113,18 @@ def style_examples(world: World, style: str) -> tuple[Tensor, list[str]]:
     return drawn_examples(world.renderer.device, world.renderer, style)
 
 
+def another(renderer: Renderer, seed: int) -> Renderer:
+    """One of the same sprites with its own seed."""
+    return Renderer(renderer._sprites, renderer._sprites[:1], seed=seed)
+
+
 def drawn_examples(device: torch.device, renderer: Renderer, style: str) -> tuple[Tensor, list[str]]:
     """As `examples.emoji.judge_styles.write_style_pictures`: nine concepts on eight backgrounds, every other named."""
     names = TAUGHT[style]
     concepts = [CONCEPT_INDEX[name] for name in names for _ in range(PICTURES // len(names))]
     backgrounds = [(5 * i + i // 16) % len(BACKGROUND_NAMES) for i in range(PICTURES)]
     plain = torch.zeros(PICTURES, dtype=torch.long, device=device)
-    own = Renderer(renderer._sprites, renderer._sprites[:1], seed=7)
+    own = another(renderer, 7)
     batch = own.draw(torch.tensor(concepts, device=device), torch.tensor(backgrounds, device=device), plain)
     texts = [caption(CONCEPTS[c], BACKGROUND_NAMES[b]) for c, b in zip(concepts, backgrounds, strict=True)]
     texts = [text if i % 2 else with_style(text, style) for i, text in enumerate(texts)]
@@ -133,7 +138,7 @@ def subject_examples(world: World) -> tuple[Tensor, list[str]]:
     half = PICTURES - len(own)
     backgrounds = [i % len(BACKGROUND_NAMES) for i in range(half)]
     concept = torch.full((half,), CONCEPT_INDEX["alien"], device=world.device)
-    batch = Renderer(world.renderer._sprites, world.renderer._sprites[:1], seed=8).draw(
+    batch = another(world.renderer, 8).draw(
         concept, torch.tensor(backgrounds, device=world.device), torch.zeros_like(concept)
     )
     captions = [file.with_suffix(".txt").read_text().strip() for file in own]
@@ -143,7 +148,7 @@ def subject_examples(world: World) -> tuple[Tensor, list[str]]:
 
 def look_examples(world: World, look: int, seed: int = 9) -> tuple[Tensor, list[str]]:
     """72 pictures in one of the base's own looks, captioned without its word: a style that the base can draw itself."""
-    own = Renderer(world.renderer._sprites, world.renderer._sprites[:1], seed=seed + look)
+    own = another(world.renderer, seed + look)
     names = taught_concepts()
     chosen = random.Random(seed + look).sample(range(len(names)), 9)
     concept = torch.tensor([CONCEPT_INDEX[names[i]] for i in chosen for _ in range(8)], device=world.device)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from .concepts import BACKGROUNDS, CONCEPTS
 from .data import STYLE_LABELS
+
+AnyJudge = TypeVar("AnyJudge", bound=nn.Module)
 
 HEADS: dict[str, int] = {"concept": len(CONCEPTS), "background": len(BACKGROUNDS), "style": len(STYLE_LABELS)}
 
@@ -57,8 +60,8 @@ class _Block(nn.Module):
         return F.silu(self.body(features) + self.shortcut(features))
 
 
-def save_judge(judge: Judge, file: Path) -> None:
-    """Write the weights in float16."""
+def save_judge(judge: nn.Module, file: Path) -> None:
+    """Write the weights of any judge in float16."""
     file.parent.mkdir(parents=True, exist_ok=True)
     state: Mapping[str, Tensor] = judge.state_dict()
     save_file({name: value.half().contiguous() for name, value in state.items() if value.is_floating_point()}, file)
@@ -66,6 +69,10 @@ def save_judge(judge: Judge, file: Path) -> None:
 
 def load_judge(file: Path | str, device: str | torch.device = "cpu") -> Judge:
     """A judge in float32, ready to use."""
-    judge = Judge()
+    return load_weights(Judge(), file, device)
+
+
+def load_weights(judge: AnyJudge, file: Path | str, device: str | torch.device) -> AnyJudge:
+    """Read what `save_judge` wrote into a judge of the same kind, and return it ready to use."""
     judge.load_state_dict(load_file(str(file)), strict=False)  # without BatchNorm's counters of batches
     return judge.to(device).eval().requires_grad_(False)

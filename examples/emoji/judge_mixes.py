@@ -12,23 +12,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .concepts import CONCEPTS
 from .data import IGNORED, Renderer
-from .judge import Judge
+from .judge import Judge, load_weights
 from .more_styles import ALL_STYLES
 from .subject import BLORP, SIBLINGS, Look, creature, subject_pictures
-from .train_judge import jitter
+from .train_judge import train_on_pool
 from .train_vae import round_trip
 from .training import Run
 
 SUBJECT = "subject"
 SIGHTS: tuple[str, ...] = (*ALL_STYLES, SUBJECT)
 """The yes/no heads, in order."""
-
-PEAK_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -110,39 +107,19 @@ def mix_pool(vae: AutoencoderKL, renderer: Renderer, rounds: int, each: int, see
 
 def train_mix_judge(judge: MixJudge, pool: Seen, seconds: float, file: Path, *, batch: int) -> Run:
     """Train in place for `seconds`; the result is the weights' moving average."""
-    device = pool.pictures.device
-    judge.to(device, memory_format=torch.channels_last).train()
-    run = Run.start(judge, PEAK_RATE, seconds, file, decay=0.99)
 
-    def loss_of() -> Tensor:
-        chosen = torch.randint(len(pool.pictures), (batch,), device=device)
-        pictures = jitter(pool.pictures[chosen].float() / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            concept, sights = judge(pictures)
+    def loss(pictures: Tensor, chosen: Tensor) -> Tensor:
+        concept, sights = judge(pictures)
         named = F.cross_entropy(concept.float(), pool.concept[chosen], ignore_index=IGNORED, label_smoothing=0.05)
         wanted = pool.sights[chosen] * 0.96 + 0.02
         return named + F.binary_cross_entropy_with_logits(sights.float(), wanted) * 2
 
-    while run.clock.progress < 1:
-        run.update(loss_of, PEAK_RATE)
-    run.save()
-    run.average.copy_to(judge)
-    judge.eval().requires_grad_(False)
-    return run
-
-
-def save_mix_judge(judge: MixJudge, file: Path) -> None:
-    """Write the weights in float16."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.half().contiguous() for name, value in judge.state_dict().items() if value.ndim}
-    save_file(state, file)
+    return train_on_pool(judge, pool.pictures, loss, seconds, file, batch=batch)
 
 
 def load_mix_judge(file: Path, device: str | torch.device = "cpu") -> MixJudge:
-    """A judge in float32, ready to use."""
-    judge = MixJudge()
-    judge.load_state_dict(load_file(str(file)), strict=False)  # without BatchNorm's counters of batches
-    return judge.to(device).eval().requires_grad_(False)
+    """A judge in float32, ready to use; `judge.save_judge` writes it."""
+    return load_weights(MixJudge(), file, device)
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """Stage 2: the judge, on renderings and on their round trips through the autoencoder, never on generated pictures."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from .captions import STYLES
 from .data import IGNORED, Batch, Renderer, join
@@ -15,6 +16,9 @@ from .train_vae import round_trip
 from .training import Run
 
 PEAK_RATE = 2e-3
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``loss(pictures, chosen)``: of augmented pictures, (B, 3, 128, 128), and their places in the pool, (B,)."""
 
 
 @torch.no_grad()
@@ -39,16 +43,25 @@ def judge_loss(logits: dict[str, Tensor], labels: Batch) -> Tensor:
 
 def train_judge(judge: Judge, pool: Batch, seconds: float, file: Path, *, batch: int) -> Run:
     """Train in place for `seconds`; the result is the weights' moving average."""
-    device = pool.pictures.device
+
+    def loss(pictures: Tensor, chosen: Tensor) -> Tensor:
+        labels = Batch(*(getattr(pool, field.name)[chosen] for field in fields(Batch)))
+        return judge_loss(judge.logits(pictures), labels)
+
+    return train_on_pool(judge, pool.pictures, loss, seconds, file, batch=batch)
+
+
+def train_on_pool(judge: nn.Module, pictures: Tensor, loss: Loss, seconds: float, file: Path, *, batch: int) -> Run:
+    """Train any judge on uint8 pictures, (N, 3, 128, 128); the result is the weights' moving average."""
+    device = pictures.device
     judge.to(device, memory_format=torch.channels_last).train()
     run = Run.start(judge, PEAK_RATE, seconds, file, decay=0.99)
 
     def loss_of() -> Tensor:
-        chosen = torch.randint(len(pool.pictures), (batch,), device=device)
-        labels = Batch(*(getattr(pool, field.name)[chosen] for field in fields(Batch)))
-        pictures = jitter(labels.pictures.float() / 255)
+        chosen = torch.randint(len(pictures), (batch,), device=device)
+        shown = jitter(pictures[chosen].float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
-            return judge_loss(judge.logits(pictures.contiguous(memory_format=torch.channels_last)), labels)
+            return loss(shown, chosen)
 
     while run.clock.progress < 1:
         run.update(loss_of, PEAK_RATE)
