@@ -190,10 +190,12 @@ def test_few_know_diffusers_and_its_pipelines() -> None:
     assert wings_of(importers(r"diffusers(\..*)?", SOURCES)) <= KNOWS_DIFFUSERS
 
 
-def test_one_module_knows_the_keys_on_disk() -> None:
-    key = re.compile(r"\.(values|gaps|shape|base)\b(?!\.)")
-    holders = {module for module, source in SOURCES.items() if any(key.search(text) for text in text_of(source))}
-    assert holders == {"shira_diffusers.formats.shira_file"}
+@pytest.mark.parametrize(
+    ("key", "module"), [(r"\.(values|gaps|shape|base)\b(?!\.)", "format_1"), (r"^gaps$", "format_2")]
+)
+def test_one_module_knows_the_keys_of_each_version(key: str, module: str) -> None:
+    holders = {name for name, source in SOURCES.items() if any(re.search(key, text) for text in text_of(source))}
+    assert holders == {f"shira_diffusers.formats.{module}"}
 
 
 def test_few_write_weights() -> None:

@@ -21,11 +21,12 @@ import torch
 from benchmarks.measure import Run, options, timed
 from benchmarks.models import copies, make_pipe, require_active, require_base, shira_adapter
 from shira_diffusers import AdapterLibrary, ShiraAdapter, save_adapter
+from shira_diffusers.formats.gpu_decoder import DeviceDecoder
+from shira_diffusers.formats.header import header_of
+from shira_diffusers.formats.opened_adapter import opened
 from shira_diffusers.formats.safetensors_bytes import cut
 from shira_diffusers.integrations.pipelines import resident_of
-from shira_diffusers.library.gpu_decoder import DeviceDecoder
-from shira_diffusers.library.hostmemory import HostMemory
-from shira_diffusers.library.packed_adapter import PackedAdapter, packed
+from shira_diffusers.library.packed_adapter import HostMemory, PackedAdapter
 from shira_diffusers.weights.finite import all_finite
 
 DENSITIES = (0.01, 0.02)
@@ -130,8 +131,7 @@ def filled(file: Path, device: torch.device | None = None) -> HostMemory:
 
 
 def pack(memory: HostMemory) -> PackedAdapter:
-    metadata = {"format": "shira", "format_version": "1"}
-    return packed(cut(memory.content), metadata, "the file", memory.content, memory)
+    return PackedAdapter(opened(header_of(cut(memory.content), Path("the file"))), memory, compare=False)
 
 
 def forget(file: Path) -> None:

@@ -9,10 +9,9 @@ import torch
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.merge import fuse
 from shira_diffusers.cli.terminal import note
-from shira_diffusers.errors import AdapterFormatError, ShiraError, counted
-from shira_diffusers.formats.inspect import locate_adapter
-from shira_diffusers.formats.peft import is_peft_folder, is_peft_state_dict, read_peft_folder
-from shira_diffusers.formats.shira_file import WEIGHTS_NAME, decode, file_to_write, reading, save_adapter
+from shira_diffusers.errors import ShiraError, counted
+from shira_diffusers.formats.opened_adapter import open_adapter
+from shira_diffusers.formats.shira_file import WEIGHTS_NAME, file_to_write, save_adapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -56,30 +55,12 @@ def fuse_files(
         raise ShiraError(
             f"expected one weight a file, got {counted(len(weights), 'weight')} for {counted(len(files), 'file')}"
         )
-    adapters = [_read(file) for file in files]
+    adapters = [open_adapter(file).decode() for file in files]
     _compare_bases(adapters, tell)
     fused = fuse(adapters, weights, method).astype(dtype)
     scales = [1.0] * len(files) if weights is None else list(weights)
     mix = dict(zip(_titles(files), scales, strict=True))
     return save_adapter(fused.with_metadata(mix=json.dumps(mix), method=method), output)
-
-
-def _read(path: Path) -> ShiraAdapter:
-    found = locate_adapter(path)
-    if is_peft_folder(found):
-        read_peft_folder(found)  # a LoRA, or a damaged folder, is told as such
-        raise _without_shapes(path)
-    with reading(found) as (tensors, metadata):
-        if is_peft_state_dict(tensors):
-            raise _without_shapes(path)
-        return decode(tensors, metadata, str(found))
-
-
-def _without_shapes(path: Path) -> AdapterFormatError:
-    return AdapterFormatError(
-        f"{path} is a PEFT adapter, which does not store the weights' shapes: load it into its base with "
-        "pipe.load_shira, write it with pipe.save_shira, and fuse that file"
-    )
 
 
 def _compare_bases(adapters: Sequence[ShiraAdapter], tell: Callable[[str], None]) -> None:

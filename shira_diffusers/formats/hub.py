@@ -9,9 +9,8 @@ import huggingface_hub
 import huggingface_hub.constants
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, find_local
 from shira_diffusers.formats.paths import did_you_mean, is_hub_id
-from shira_diffusers.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
-from shira_diffusers.formats.shira_file import WEIGHTS_NAME, find_file
 
 _HUB_ONLY = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # keywords without a local meaning
 _FILE_IN_REPOSITORY = re.compile(r"([^/]+/[^/]+)/(.+)")
@@ -50,7 +49,7 @@ def find_adapter(source: str | os.PathLike[str], options: HubOptions) -> Path:
     weight_name, subfolder = options.get("weight_name"), options.get("subfolder") or ""
     path = Path(os.path.expanduser(source) if re.match(r"~[/\\]", str(source)) else source)
     if str(source) and os.path.exists(path):  # unlike Path.exists, also for names that no file can have
-        return _local(path / subfolder if subfolder else path, weight_name)
+        return find_local(path / subfolder if subfolder else path, weight_name)
     if not _is_on_hub(str(source), options):
         raise FileNotFoundError(_missing(str(source), path))
     try:
@@ -108,14 +107,6 @@ def _unreachable(source: str | os.PathLike[str], error: Exception) -> OSError:
         f"{source!r} is no file or folder here, and could not be read from the Hub: {error}. "
         f"Check the name, your connection, or the token for a private repository{did_you_mean(Path(source))}"
     )
-
-
-def _local(path: Path, weight_name: str | None) -> Path:
-    if weight_name and path.is_dir():
-        path = path / weight_name
-    if is_peft_folder(path) and not (path / WEIGHTS_NAME).is_file():
-        return path
-    return find_file(path)
 
 
 def _download(repo: str, weight_name: str | None, subfolder: str, options: HubOptions) -> Path:

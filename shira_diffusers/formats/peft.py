@@ -5,7 +5,6 @@ On disk: ``adapter_config.json`` with ``peft_type`` SHIRA and ``adapter_model.sa
 Source: https://huggingface.co/docs/peft/package_reference/shira
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -16,25 +15,23 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.delta import SparseDelta
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError, counted, listing, verb
-from shira_diffusers.formats.shira_file import read_safetensors
+from shira_diffusers.formats.adapter_file import AdapterFile
+from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
+from shira_diffusers.formats.header import (
+    INDICES,
+    PREFIX,
+    VALUES,
+    is_peft_state_dict,
+    peft_weight,
+    read_peft_header,
+)
+from shira_diffusers.formats.shira_file import tensor_of
 from shira_diffusers.weights.finder import Locator, unwrap
 from shira_diffusers.weights.targets import weight_shape
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_VALUES, _INDICES = ".shira_weight", ".shira_indices"
+__all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "is_peft_folder", "is_peft_state_dict", "load_peft_adapter"]
+
 _DENOISERS = ("", "unet", "transformer", "prior")  # what most adapters are for; a bare module has no name
-_MASKS = {"random": "rand"}  # PEFT's mask types, by our families; a function of the user's own keeps its name
-
-
-def is_peft_folder(path: Path) -> bool:
-    """Whether a folder was written by PEFT's ``save_pretrained``."""
-    return path.is_dir() and (path / PEFT_CONFIG).is_file()
-
-
-def is_peft_state_dict(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors have the names of PEFT's SHiRA tuner."""
-    return any(key.endswith(_VALUES) for key in tensors)
 
 
 def load_peft_adapter(folder: str | Path, model: nn.Module) -> ShiraAdapter:
@@ -61,33 +58,22 @@ def read_peft_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         AdapterFormatError: another PEFT method, or a damaged or incomplete folder.
     """
-    try:
-        config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{folder / PEFT_CONFIG} is not JSON ({error}); get an intact copy") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "SHIRA":
-        raise AdapterFormatError(
-            f"{folder} is a PEFT adapter of type {kind!r}, expected 'SHIRA'; load a LoRA with load_lora_weights"
-        )
-    if not (folder / PEFT_WEIGHTS).is_file():
-        raise AdapterFormatError(f"{folder} has no {PEFT_WEIGHTS}; save it with safe_serialization=True")
-    tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
-    mask = str(config.get("mask_type", "random"))
-    metadata = {"mask": _MASKS.get(mask, mask), "source": "peft"}
-    base = config.get("base_model_name_or_path")
-    return tensors, {**metadata, **({"base_model": str(base)} if base else {})}
+    file = read_peft_header(folder)
+    return peft_tensors(file), dict(file.metadata)
+
+
+def peft_tensors(file: AdapterFile) -> dict[str, Tensor]:
+    """The tensors of a file of PEFT's, which share its memory."""
+    return {key: tensor_of(raw) for key, raw in file.tensors.items()}
 
 
 def peft_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameter name -> values ``[nnz]``, in PEFT's order: all that is known of its adapters without a model."""
     return {
-        _weight(key.removesuffix(_VALUES)): tensor.flatten() for key, tensor in tensors.items() if key.endswith(_VALUES)
+        peft_weight(key.removesuffix(VALUES)): tensor.flatten()
+        for key, tensor in tensors.items()
+        if key.endswith(VALUES)
     }
-
-
-def _weight(layer: str) -> str:
-    return f"{layer.removeprefix(_PREFIX)}.weight"
 
 
 def decode_peft(
@@ -102,15 +88,15 @@ def decode_peft(
     damaged: list[str] = []
     misfits: list[str] = []
     for key, tensor in tensors.items():
-        path, dot, kind = key.removeprefix(_PREFIX).rpartition(".")
-        if dot + kind == _INDICES and path:
-            if key.removesuffix(_INDICES) + _VALUES not in tensors:
-                damaged.append(f"{path}: its values are missing, expected {path}{_VALUES}")
+        path, dot, kind = key.removeprefix(PREFIX).rpartition(".")
+        if dot + kind == INDICES and path:
+            if key.removesuffix(INDICES) + VALUES not in tensors:
+                damaged.append(f"{path}: its values are missing, expected {path}{VALUES}")
             continue
-        if dot + kind != _VALUES or not path:
+        if dot + kind != VALUES or not path:
             damaged.append(f"{key}: unknown key, expected <layer>.shira_weight and .shira_indices")
             continue
-        indices = tensors.get(key.removesuffix(_VALUES) + _INDICES)
+        indices = tensors.get(key.removesuffix(VALUES) + INDICES)
         try:
             shape = tuple(locator.locate(f"{path}.weight").weight.shape)
             deltas[f"{path}.weight"] = _decode_layer(tensor, indices, shape)
@@ -200,7 +186,9 @@ def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]
 
 def _indices_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether all indices lie inside the weights."""
-    indices = {_weight(key.removesuffix(_INDICES)): tensor for key, tensor in tensors.items() if key.endswith(_INDICES)}
+    indices = {
+        peft_weight(key.removesuffix(INDICES)): tensor for key, tensor in tensors.items() if key.endswith(INDICES)
+    }
     pairs = [(its, shapes.get(name, ())) for name, its in indices.items()]
     return all(its.shape[:1] == (len(shape),) and _below(its, shape) for its, shape in pairs)
 

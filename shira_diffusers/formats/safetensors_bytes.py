@@ -1,20 +1,20 @@
 """Read a safetensors file at once: mapped, or into memory of one's own, and all its tensors as parts of that.
 
-The ``safetensors`` library checks the file. Its ``get_tensor`` costs about 15 microseconds a tensor, which for an
-adapter's thousand small tensors is more than to read them; so they are cut out of the file's bytes here.
+In: a path. Out: the tensors as NumPy arrays, the header's strings, the file's bytes. The ``safetensors`` library checks
+the file. Its ``get_tensor`` costs about 15 microseconds per tensor, so tensors are cut out of the bytes here. Nothing
+in this module, nor in what it imports, needs torch.
 """
 
 import json
 import mmap
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from shira_diffusers.errors import AdapterFormatError
 from shira_diffusers.formats.contents import guess
@@ -23,31 +23,63 @@ from shira_diffusers.formats.paths import SUFFIX
 Bytes = NDArray[np.uint8]
 
 _ARRAYS: dict[str, Any] = {
+    "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
-    "BF16": np.int16,  # NumPy has no such; the bits are the same
-    "U8": np.uint8,
-    "U16": np.uint16,
-    "I32": np.int32,
+    "BF16": np.int16,  # NumPy has no such dtype: the bits
     "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
 }
+_LONG_NAMES = {"B": "bfloat", "F": "float", "I": "int", "U": "uint"}
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the header metadata of a safetensors file, on the CPU; mapped, so that only what is used is read.
+class Raw(NamedTuple):
+    """A tensor: its dtype as safetensors names it, and an array of its shape; of a dtype that NumPy lacks the bits."""
+
+    dtype: str
+    array: NDArray[Any]
+
+
+class Opened(NamedTuple):
+    """An intact safetensors file: tensors by key, which are parts of ``content``, and the header's strings."""
+
+    tensors: dict[str, Raw]
+    metadata: dict[str, str]
+    content: Bytes
+
+
+def dtype_name(dtype: str) -> str:
+    """A dtype as torch names it: ``float16`` for ``F16``."""
+    digits = dtype.lstrip("BFIU")
+    return _LONG_NAMES[dtype[0]] + digits if digits.isdigit() else dtype.lower()
+
+
+def as_array(dtype: str) -> Any:
+    """The NumPy dtype that holds a safetensors dtype; bytes for those unknown here."""
+    return _ARRAYS.get(dtype, np.uint8)
+
+
+def mapped(file: Path) -> Bytes:
+    """A file's bytes, mapped privately: what is written to them never reaches the file."""
+    with open(file, "rb") as raw:
+        return np.frombuffer(mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+
+
+def open_safetensors(file: Path, read: Callable[[Path], Bytes] = mapped) -> Opened:
+    """Read a safetensors file; mapped, so that only what is used is read, unless ``read`` says otherwise.
+
+    A file that is replaced meanwhile is read again: never a part of one and a part of the other.
 
     Raises:
         OSError: the file cannot be opened.
         AdapterFormatError: the file is truncated, is a pickle, or is otherwise no safetensors file.
-    """
-    tensors, metadata, _ = open_safetensors(file, mapped)
-    return tensors, metadata
-
-
-def open_safetensors(file: Path, read: Callable[[Path], Bytes]) -> tuple[dict[str, Tensor], dict[str, str], Bytes]:
-    """As ``read_safetensors``, and the file's bytes as ``read`` gives them, which the tensors are parts of.
-
-    A file that is replaced meanwhile is read again: never a part of one and a part of the other.
     """
     for last in (False, False, True):
         before = _identity(file)
@@ -68,15 +100,11 @@ def _identity(file: Path) -> tuple[int, ...]:
     return told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns
 
 
-def _open(file: Path, read: Callable[[Path], Bytes]) -> tuple[dict[str, Tensor], dict[str, str], Bytes]:
+def _open(file: Path, read: Callable[[Path], Bytes]) -> Opened:
     open(file, "rb").close()  # safetensors calls a file that may not be read a missing one
     try:
-        with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
-            content = read(file)
-            cut_out = cut(content)
-            keys = opened.keys()
-            tensors = {key: cut_out[key] if key in cut_out else opened.get_tensor(key) for key in keys}
-            return tensors, dict(opened.metadata() or {}), content
+        with safetensors.safe_open(os.fspath(file), framework="numpy"):
+            return cut(read(file))
     except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise unreadable(file, str(error)) from error
 
@@ -91,33 +119,39 @@ def unreadable(file: Path, why: str) -> AdapterFormatError:
     )
 
 
-def cut(content: Bytes) -> dict[str, Tensor]:
-    """The tensors in the bytes of an intact file, as parts of them, but for those of dtypes that adapters never have.
-
-    A tensor that is not aligned there is copied.
-    """
-    body = body_at(content)
+def cut(content: Bytes) -> Opened:
+    """The tensors in the bytes of an intact file, as parts of them; one that is not aligned there is copied."""
+    body = len(content) - len(body_of(content))
     header = json.loads(content[8:body].tobytes())
-    header.pop("__metadata__", None)
-    return {key: _tensor(content, body, entry) for key, entry in header.items() if entry["dtype"] in _ARRAYS}
+    metadata = header.pop("__metadata__", None) or {}
+    return Opened({key: _tensor(content, body, entry) for key, entry in header.items()}, metadata, content)
 
 
-def body_at(content: Bytes) -> int:
-    """Where the header of an intact file ends, and the bytes of its tensors begin."""
-    return 8 + int.from_bytes(content[:8].tobytes(), "little")
+def body_of(content: Bytes) -> Bytes:
+    """What comes after the header in the bytes of an intact file: those of its tensors."""
+    return content[8 + int.from_bytes(content[:8].tobytes(), "little") :]
 
 
-def mapped(file: Path) -> Bytes:
-    """A file's bytes, mapped privately: what is written to them never reaches the file."""
-    with open(file, "rb") as raw:
-        return np.frombuffer(mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-
-
-def _tensor(content: Bytes, body: int, entry: dict[str, Any]) -> Tensor:
-    """One tensor, with a storage of its own: what copies or pickles it takes no more than it."""
+def _tensor(content: Bytes, body: int, entry: dict[str, Any]) -> Raw:
     start, end = (body + offset for offset in entry["data_offsets"])
-    part, array = content[start:end], _ARRAYS[entry["dtype"]]
+    part, array = content[start:end], as_array(entry["dtype"])
     if start % np.dtype(array).itemsize:  # the content itself begins with a page
         part = part.copy()
-    tensor = torch.from_numpy(part.view(array).reshape(entry["shape"]))
-    return tensor.view(torch.bfloat16) if entry["dtype"] == "BF16" else tensor
+    return Raw(entry["dtype"], part.view(array).reshape(entry["shape"] if entry["dtype"] in _ARRAYS else -1))
+
+
+def to_bytes(tensors: Mapping[str, Raw], metadata: Mapping[str, str]) -> bytes:
+    """The content of a file: tensors in this order, metadata sorted by key, so that equal input gives equal bytes.
+
+    Args:
+        tensors: from wide dtypes to narrow ones, so that each is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    at = 0
+    for key, (dtype, array) in tensors.items():
+        header[key] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    parts = [np.ascontiguousarray(raw.array).data for raw in tensors.values()]
+    return b"".join((len(text).to_bytes(8, "little"), text, *parts))

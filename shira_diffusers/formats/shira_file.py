@@ -1,75 +1,119 @@
-"""The on-disk format, version 1. No other module knows its keys; docs/format.md describes it for other writers."""
+"""Adapters from files of ours and into them. docs/format.md specifies both versions.
 
-import json
-import math
+In: a path, or a state dict. Out: a ``ShiraAdapter`` on the CPU, or one ``AdapterFormatError``.
+"""
+
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
+import shira_diffusers.formats.format_1 as format_1
+import shira_diffusers.formats.format_2 as format_2
 from shira_diffusers._version import __version__
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.adapters.delta import VALUE_DTYPES, SparseDelta
+from shira_diffusers.adapters.delta import SparseDelta
 from shira_diffusers.atomic_write import write_atomically
-from shira_diffusers.errors import AdapterFormatError, counted, listing
-from shira_diffusers.formats.checksum import Checksum, digest
-from shira_diffusers.formats.decoding import Coded, decode_parts
-from shira_diffusers.formats.gap_codec import encode_gaps
-from shira_diffusers.formats.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, shown_in
-from shira_diffusers.formats.safetensors_bytes import Bytes, body_at, mapped, open_safetensors
-from shira_diffusers.formats.safetensors_bytes import read_safetensors as read_safetensors  # for all who read files
+from shira_diffusers.errors import AdapterFormatError, listing
+from shira_diffusers.formats.adapter_file import AdapterFile, digest
+from shira_diffusers.formats.block import Block
+from shira_diffusers.formats.find import WEIGHTS_NAME, file_to_write, find_file, safetensors_in
+from shira_diffusers.formats.format_1 import Sparse
+from shira_diffusers.formats.gap_codec import Indices, Sums
+from shira_diffusers.formats.header import (
+    CHECKSUM,
+    FORMAT,
+    FORMAT_VERSION,
+    ours,
+    read_header,
+    reader_of,
+)
+from shira_diffusers.formats.paths import OTHER_WEIGHTS
+from shira_diffusers.formats.safetensors_bytes import Opened, Raw, open_safetensors, to_bytes
 
-WEIGHTS_NAME = "pytorch_shira_weights.safetensors"
-FORMAT = "shira"
-FORMAT_VERSION = "1"
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "WEIGHTS_NAME",
+    "decode",
+    "encode",
+    "file_to_write",
+    "find_file",
+    "load_adapter",
+    "read_safetensors",
+    "require_tensors",
+    "safetensors_in",
+    "save_adapter",
+    "serialize",
+]
 
-_CHECKSUM = "sha256"  # over the tensors
-_OF_THE_FILE = ("format", "format_version", _CHECKSUM)  # metadata that is the file's, not the adapter's
-_VALUES, _SHAPE, _GAPS, _BASE = ".values", ".shape", ".gaps", ".base"
-_DIMENSIONS = 64  # what torch computes with; the product of a million sizes would take hours
+_CODES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+def raw_of(tensor: Tensor) -> Raw:
+    """A tensor as files have it; those on the CPU share their memory with it."""
+    held = tensor.detach().cpu().contiguous()
+    code = _CODES.get(held.dtype, str(held.dtype).removeprefix("torch."))
+    bits = {"BF16": torch.int16}.get(code, torch.uint8 if "float8" in code else held.dtype)  # NumPy lacks these dtypes
+    return Raw(code, held.view(bits).numpy())
+
+
+def tensor_of(raw: Raw) -> Tensor:
+    """A file's tensor, which shares its memory."""
+    tensor = torch.from_numpy(raw.array)
+    return tensor.view(torch.bfloat16) if raw.dtype == "BF16" else tensor
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the header's strings of a safetensors file, on the CPU. Raises: as ``open_safetensors``."""
+    opened = open_safetensors(file)
+    return {key: tensor_of(raw) for key, raw in opened.tensors.items()}, opened.metadata
 
 
 def encode(adapter: ShiraAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header metadata that a file holds."""
-    tensors: dict[str, Tensor] = {}
-    for name, delta in adapter.deltas.items():
-        tensors[name + _VALUES] = _own(delta.values)
-        tensors[name + _GAPS] = encode_gaps(delta.indices)
-        tensors[name + _SHAPE] = torch.tensor(delta.shape, dtype=torch.int64, device="cpu")
-    for name, probe in adapter.base_probes.items():
-        tensors[name + _BASE] = _own(probe.to(torch.float16))
-    metadata = {"library_version": __version__, "density": f"{adapter.density:.6g}", **adapter.metadata}
-    return tensors, {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION}
+    """An adapter as a state dict, whose keys tell all: the tensors and the header of a file of format version 1."""
+    tensors = format_1.write(*_parts(adapter))
+    header = _metadata(adapter) | {"format": FORMAT, "format_version": format_1.VERSION}
+    return {key: tensor_of(raw).clone() for key, raw in tensors.items()}, header
 
 
 def serialize(adapter: ShiraAdapter) -> bytes:
-    """The content of a file: the tensors as ``encode`` gives them, a checksum over them, metadata keys sorted.
+    """The content of a file of format version 2. Equal adapters with equal metadata give equal bytes.
 
-    Equal adapters with equal metadata give equal bytes. (safetensors writes metadata in random order.)
+    Values of several dtypes are written in float32, which holds all of them exactly.
     """
-    content = np.frombuffer(safetensors.torch.save(*encode(adapter)), np.uint8)
-    at = body_at(content)
-    header, body = json.loads(content[8:at].tobytes()), content[at:]
-    metadata = header.pop("__metadata__") | {_CHECKSUM: digest(body)}
-    whole = {"__metadata__": dict(sorted(metadata.items())), **header}
-    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors are aligned
-    return b"".join((len(text).to_bytes(8, "little"), text, body.data))
+    dtypes = {delta.values.dtype for delta in adapter.deltas.values()}
+    tensors, tables = format_2.write(*_parts(adapter if len(dtypes) < 2 else adapter.astype(torch.float32)))
+    header = _metadata(adapter) | tables | {"format": FORMAT, "format_version": format_2.VERSION}
+    return to_bytes(tensors, header | {CHECKSUM: digest(*format_2.checked_bytes(tensors))})
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A copy on the CPU: safetensors refuses tensors that share memory."""
-    return tensor.to("cpu", copy=True).contiguous()
+def _parts(adapter: ShiraAdapter) -> tuple[dict[str, Sparse], dict[str, Raw]]:
+    weights = {
+        name: Sparse(delta.indices.cpu().numpy(), raw_of(delta.values), delta.shape)
+        for name, delta in adapter.deltas.items()
+    }
+    return weights, {name: raw_of(probe.to(torch.float16)) for name, probe in adapter.base_probes.items()}
+
+
+def _metadata(adapter: ShiraAdapter) -> dict[str, str]:
+    return {"library_version": __version__, "density": f"{adapter.density:.6g}", **adapter.metadata}
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str) -> ShiraAdapter:
-    """Build an adapter from what a file holds, of which it keeps nothing: what becomes of that changes no adapter.
+    """Build an adapter from a state dict, of which it keeps nothing: what becomes of that changes no adapter.
 
     Args:
         tensors: by key, as ``encode`` gives them.
@@ -79,147 +123,55 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, so
     Raises:
         AdapterFormatError: not this format, another version, or damaged; all offenders at once.
     """
-    parts, problems = parts_of(tensors, metadata, source)
-    deltas: dict[str, SparseDelta] = {}
-    for name, delta in decode_parts(parts, copy=True).items():
-        if isinstance(delta, AdapterFormatError):
-            problems.append(f"{name}: {delta}")
-        else:
-            deltas[name] = delta
-    require_intact(problems, source)
-    return ShiraAdapter(deltas, kept_metadata(metadata), probes_of(tensors))
+    raws = {key: raw_of(tensor) for key, tensor in tensors.items()}
+    reader = reader_of(raws, metadata, source)
+    return to_adapter(
+        ours(reader, Opened(raws, dict(metadata or {}), np.empty(0, np.uint8)), Path(source)), compare=False
+    )
 
 
-def parts_of(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str
-) -> tuple[dict[str, Coded], list[str]]:
-    """The parameters that tensors hold, by name, not decoded yet; and what is wrong with others.
-
-    Args and Raises: as ``decode``; what is wrong with single parameters is returned, not raised.
-    """
-    _require_format(tensors, metadata, source)
-    kinds: dict[str, dict[str, Tensor]] = {}
-    problems: list[str] = []
-    for key, tensor in tensors.items():
-        name, dot, kind = key.rpartition(".")
-        if dot + kind not in (_VALUES, _SHAPE, _GAPS, _BASE) or not name:
-            problems.append(f"{key}: unknown key, expected <parameter>.values, .gaps, .shape or .base")
-        else:
-            kinds.setdefault(name, {})[dot + kind] = tensor
-    parts: dict[str, Coded] = {}
-    for name, kind_tensors in kinds.items():
-        try:
-            parts[name] = _coded(kind_tensors)
-        except AdapterFormatError as error:
-            problems.append(f"{name}: {error}")
-    return parts, problems
-
-
-def require_intact(problems: Sequence[str], source: str) -> None:
-    """Raise AdapterFormatError with all problems, if there are any."""
-    if problems:
-        raise AdapterFormatError(
-            f"{source} is not a valid SHiRA adapter; get an intact copy or write it again with save_adapter:"
-            f"{listing(problems)}"
-        )
-
-
-def probes_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the base's values that tensors hold, by parameter."""
-    return {key.removesuffix(_BASE): tensor.clone() for key, tensor in tensors.items() if key.endswith(_BASE)}
-
-
-def kept_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """A header's strings as an adapter keeps them."""
-    return {key: value for key, value in (metadata or {}).items() if key not in _OF_THE_FILE}
-
-
-def checksum_of(content: Bytes, metadata: Mapping[str, str], source: str) -> Checksum:
-    """Start to compare a file's tensors with the checksum in its header.
+def to_adapter(file: AdapterFile, *, compare: bool = True) -> ShiraAdapter:
+    """Decode a file of ours on the CPU, by as many threads as torch uses; nothing of the file is kept.
 
     Args:
-        content: the whole file, uint8 ``[n]``.
-        metadata: its header. Files of other formats, and those of older versions, have no checksum of ours.
-        source: what to call it in messages.
-    """
-    return Checksum([content[body_at(content) :]], checksum_in(metadata), source)
-
-
-def checksum_in(metadata: Mapping[str, str]) -> str | None:
-    """The checksum that the header of a file of ours holds, unproved; None if there is none."""
-    ours = (metadata.get("format"), metadata.get("format_version")) == (FORMAT, FORMAT_VERSION)
-    return metadata.get(_CHECKSUM) if ours else None
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
-    """Tensors and metadata as ``read_safetensors``, and their checksum compared while the body decodes them.
+        compare: with its checksum; False where that was done before.
 
     Raises:
-        OSError, AdapterFormatError: as ``read_safetensors``; at the end of the body also AdapterFormatError, if the
-            tensors are not those that were written. Nothing that the body made may be used then.
+        AdapterFormatError: damaged; all offenders at once.
     """
-    tensors, metadata, content = open_safetensors(file, mapped)
-    checksum = checksum_of(content, metadata, str(file))
-    yield tensors, metadata
-    checksum.require()
+    matches = file.compare() if compare else lambda: None
+    threads = torch.get_num_threads()
+    found = file.decode_blocks(lambda block: block.decode(threads, running_sum=_running_sum))
+    deltas = {name: delta for block, indices in found for name, delta in _deltas(block, indices).items()}
+    matches()
+    return adapter_of(file, deltas)
 
 
-def _require_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str) -> None:
-    if not tensors:
-        raise AdapterFormatError(f"{source} holds no tensors, expected a SHiRA adapter")
-    if metadata is None:
-        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION} if _looks_like_ours(tensors) else {}
-    found = metadata.get("format")
-    if found != FORMAT:
-        hint = "it looks like a LoRA, load it with load_lora_weights" if _looks_like_lora(tensors) else "check the path"
-        raise AdapterFormatError(
-            f"{source} is not a SHiRA adapter: header format is {found!r}, expected {FORMAT!r}; {hint} "
-            f"(first key: {next(iter(tensors))})"
-        )
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        raise AdapterFormatError(
-            f"{source} has format version {version!r}, expected {FORMAT_VERSION!r}; "
-            "it was written by another version of shira_diffusers: upgrade it to read this file"
-        )
+def adapter_of(file: AdapterFile, deltas: Mapping[str, SparseDelta]) -> ShiraAdapter:
+    """The adapter of a file of ours, with the deltas decoded from it."""
+    assert file.reader is not None
+    probes = {name: tensor_of(probe).clone() for name, probe in file.reader.probes.items()}
+    return ShiraAdapter(deltas, file.metadata, probes)
 
 
-def _looks_like_ours(tensors: Mapping[str, Tensor]) -> bool:
-    return any(key.endswith(_GAPS) for key in tensors)
+def _running_sum(sums: Sums) -> None:
+    tensor = torch.from_numpy(sums)
+    torch.cumsum(tensor, 0, dtype=tensor.dtype, out=tensor)
 
 
-def _looks_like_lora(tensors: Mapping[str, Tensor]) -> bool:
-    return any("lora_A" in key or "lora_down" in key or "lora.down" in key for key in tensors)
-
-
-def _coded(part: Mapping[str, Tensor]) -> Coded:
-    missing = [kind for kind in (_VALUES, _GAPS, _SHAPE) if kind not in part]
-    if missing:
-        raise AdapterFormatError(f"{', '.join(missing)} missing, expected .values, .gaps and .shape")
-    shape = part[_SHAPE]
-    if shape.numel() > _DIMENSIONS:
-        raise AdapterFormatError(f"shape has {counted(shape.numel(), 'dimension')}, expected at most {_DIMENSIONS}")
-    sizes = tuple(shape.tolist()) if shape.ndim == 1 and shape.dtype == torch.int64 else (-1,)
-    if any(size < 0 for size in sizes):
-        raise AdapterFormatError(f"shape is {shape.dtype} {shape.tolist()}, expected int64 sizes")
-    if math.prod(sizes) >= 2**63:
-        raise AdapterFormatError(f"shape {sizes} has more entries than any tensor can hold")
-    probe = part.get(_BASE)
-    if probe is not None and (probe.ndim != 1 or probe.dtype not in VALUE_DTYPES):
-        raise AdapterFormatError(f"base is {probe.dtype} {tuple(probe.shape)}, expected float16 [k]")
-    if probe is not None and probe.numel() > part[_VALUES].numel():
-        raise AdapterFormatError(
-            f"{counted(probe.numel(), 'base value')} for {counted(part[_VALUES].numel(), 'entry')}"
-        )
-    return Coded(part[_GAPS], part[_VALUES], sizes)
+def _deltas(block: Block, indices: list[Indices]) -> dict[str, SparseDelta]:
+    array = block.values.array
+    values = tensor_of(Raw(block.values.dtype, array if array.base is None else array.copy()))
+    parts = zip(block.weights, indices, values.split([weight.nnz for weight in block.weights]), strict=True)
+    return {w.name: SparseDelta.unchecked(torch.from_numpy(at), own, w.shape or ()) for w, at, own in parts}
 
 
 def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
     """Write an adapter to one ``.safetensors`` file, atomically: temporary file, fsync, rename.
 
     Args:
-        adapter: values keep their dtype (``adapter.astype(torch.float16)`` halves float32 ones).
+        adapter: values keep their dtype (``adapter.astype(torch.float16)`` halves float32 ones); those of several
+            dtypes are written in float32.
         path: a file ending in ``.safetensors``, or a folder, made if needed, in which the default name is used.
 
     Returns:
@@ -243,60 +195,32 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def file_to_write(target: Path) -> Path:
-    """The file that a name for an adapter means: itself, or the default one in a folder of that name."""
-    return target if target.suffix.lower() == SUFFIX else target / WEIGHTS_NAME
-
-
-def safetensors_in(folder: Path) -> list[Path]:
-    """The ``.safetensors`` files that a folder shows, sorted; none where there is no such folder.
-
-    Hidden ones are left out, such as the side files ``._NAME.safetensors`` that macOS makes. The suffix counts in any
-    case, but beside ``NAME.safetensors`` another spelling of it does not.
-    """
-    files = [path for path in shown_in(folder) if path.suffix.lower() == SUFFIX and os.path.isfile(path)]
-    usual = {path.stem for path in files if path.suffix == SUFFIX}
-    return [path for path in files if path.suffix == SUFFIX or path.stem not in usual]
-
-
 def load_adapter(path: str | os.PathLike[str]) -> ShiraAdapter:
     """Read an adapter from a file, or from a folder that holds one.
 
     Args:
-        path: a ``.safetensors`` file of this format, or a folder with ``pytorch_shira_weights.safetensors`` or with
-            a single ``.safetensors`` file. (A PEFT SHiRA folder lacks the weights' shapes, which only a model can
-            give: see ``interop.load_peft_adapter`` and ``pipe.load_shira``.)
+        path: a ``.safetensors`` file of format version 1 or 2, or a folder with ``pytorch_shira_weights.safetensors``
+            or with a single ``.safetensors`` file. (A PEFT SHiRA folder lacks the weights' shapes, which only a model
+            can give: see ``formats.peft.load_peft_adapter`` and ``pipe.load_shira``.)
 
     Returns:
         The adapter, on the CPU, indices int32, values as stored.
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterFormatError: anything else than an intact file of format version 1.
+        AdapterFormatError: anything else than an intact file.
     """
-    file = find_file(Path(path))
-    with reading(file) as (tensors, metadata):
-        return decode(tensors, metadata, str(file))
+    file = read_header(find_file(Path(path)))
+    if file.reader is None:
+        raise AdapterFormatError(without_shapes(file.path))
+    return to_adapter(file)
 
 
-def find_file(path: Path) -> Path:
-    """The adapter file that ``path`` means: itself, or the one in a folder."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no adapter at {path}: expected a .safetensors file or a folder that holds one{did_you_mean(path)}"
-        )
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a file nor a folder, expected one of them; name an adapter file")
-    if (path / WEIGHTS_NAME).is_file():
-        return path / WEIGHTS_NAME
-    files = safetensors_in(path)
-    if len(files) == 1:
-        return files[0]
-    names = ", ".join(file.name for file in files) or "none"
-    raise FileNotFoundError(
-        f"folder {path} has no {WEIGHTS_NAME}; expected it or a single .safetensors file, got {names}; name the file"
+def without_shapes(path: Path) -> str:
+    """What to say where one of PEFT's adapters is of no use."""
+    return (
+        f"{path} is a PEFT adapter, which does not store the weights' shapes: load it into its base with "
+        "pipe.load_shira, write it with pipe.save_shira, and use that file"
     )
 
 

@@ -15,6 +15,7 @@ from itertools import combinations, count
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from diffusers import DiffusionPipeline, ModularPipeline, ModularPipelineBlocks
 from torch import Tensor, nn
 
@@ -25,8 +26,9 @@ from shira_diffusers.engine.locks import Held
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError
 from shira_diffusers.formats.hub import HubOptions, find_adapter
-from shira_diffusers.formats.peft import decode_peft_for, is_peft_folder, is_peft_state_dict, read_peft_folder
-from shira_diffusers.formats.shira_file import decode, reading, require_tensors, save_adapter
+from shira_diffusers.formats.opened_adapter import open_adapter
+from shira_diffusers.formats.peft import decode_peft_for, is_peft_state_dict
+from shira_diffusers.formats.shira_file import decode, require_tensors, save_adapter
 from shira_diffusers.integrations.lora_scale import warn_of_ignored_scale
 from shira_diffusers.weights.targets import models_of
 
@@ -59,7 +61,8 @@ def load_shira(
     """Load a SHiRA adapter and make it the active one.
 
     Args:
-        source: a ``.safetensors`` file, a folder, a Hub id, a state dict with a file's keys, or an adapter in memory.
+        source: a ``.safetensors`` file, a folder, a Hub id, an adapter in memory, or a state dict, whose keys are those
+            of format version 1: the tensors of version 2 lack the weights' names, which stand in the file's header.
             What PEFT's SHiRA tuner wrote (folder, file or state dict) goes to the one model that has all its layers.
         adapter_name: not in use; None takes ``default_0``, ``default_1``, ...
         scale: strength when active; 0 is the base, above 1 exaggerates. Also per component, see ``set_shira``.
@@ -334,31 +337,23 @@ def _read(pipe: DiffusionPipeline, source: Source, component: str | None, option
         return _named(source, component, models)
     if isinstance(source, Mapping):
         require_tensors(source, "the state dict")
-        return _decode(models, component, source, None, "the state dict")
+        if is_peft_state_dict(source):  # ``unet.save_lora_adapter`` writes such, without a config
+            return decode_peft_for(models, source, "the state dict", component=component)
+        return _named(decode(source, None, "the state dict"), component, models)
     if not isinstance(source, str | os.PathLike):
         raise AdapterFormatError(
             "expected a file, a folder, a Hub id, a state dict of tensors or a ShiraAdapter, "
             f"got {type(source).__name__}"
         )
-    path = find_adapter(source, options)
-    if is_peft_folder(path):
-        tensors, metadata = read_peft_folder(path)
-        return decode_peft_for(models, tensors, str(path), metadata, component=component)
-    with reading(path) as (tensors, metadata):
-        return _decode(models, component, tensors, metadata, str(path))
+    opened = open_adapter(find_adapter(source, options))
+    adapter = opened.decode(_device_of(models, opened.components), models=models, component=component)
+    return adapter if opened.is_peft else _named(adapter, component, models)
 
 
-def _decode(
-    models: Mapping[str, nn.Module],
-    component: str | None,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None,
-    source: str,
-) -> ShiraAdapter:
-    """Build an adapter of our own keys, or of PEFT's (``unet.save_lora_adapter`` writes them without a config)."""
-    if is_peft_state_dict(tensors):
-        return decode_peft_for(models, tensors, source, component=component)
-    return _named(decode(tensors, metadata, source), component, models)
+def _device_of(models: Mapping[str, nn.Module], components: Sequence[str]) -> torch.device | None:
+    """The CUDA device that all weights of the models are on, to decode there; None is the CPU."""
+    devices = {p.device for name in components if name in models for p in models[name].parameters()}
+    return devices.pop() if len(devices) == 1 and all(device.type == "cuda" for device in devices) else None
 
 
 def _named(adapter: ShiraAdapter, component: str | None, models: Mapping[str, nn.Module]) -> ShiraAdapter:

@@ -19,11 +19,10 @@ from shira_diffusers.engine.locks import Held, Hold
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.engine.state import ShiraState, state_of
 from shira_diffusers.errors import AdapterFormatError, ShiraError
+from shira_diffusers.formats.gpu_decoder import record_stream
 from shira_diffusers.integrations.pipelines import models_of, resident_of
 from shira_diffusers.library.folder import Catalog, Version
-from shira_diffusers.library.gpu_decoder import lend
-from shira_diffusers.library.tiers import TierStats
-from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store
+from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store, TierStats
 from shira_diffusers.weights.finder import unwrap
 
 logger = logging.getLogger(__name__)
@@ -196,7 +195,7 @@ class AdapterLibrary:
                 version, {}, lambda v: self._store.acquire(v, {}, self._is_free, lambda *_: None)
             )
             self._store.release(version)
-        lend(decoded.held)
+        record_stream(decoded.held)
         return decoded.adapter
 
     def clear(self, *, packed: bool = True) -> None:
@@ -279,7 +278,7 @@ class AdapterLibrary:
             version, user.models, lambda v: self._store.acquire(v, user.models, self._may_leave(user), leave)
         )
         pins.callback(self._store.release, version)
-        lend(decoded.held)
+        record_stream(decoded.held)
         if user.holding(version, decoded):
             return version
         with self._store.lock:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shira_diffusers.errors import ShiraError
+from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, is_peft_folder, safetensors_in
 from shira_diffusers.formats.paths import did_you_mean, shown_in
-from shira_diffusers.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
-from shira_diffusers.formats.shira_file import WEIGHTS_NAME, safetensors_in
 
 _SHOWN = 20
 

@@ -1,15 +1,18 @@
 """Adapters of a folder in two tiers: packed bytes in the host's memory, decoded ones on the device of the weights.
 
+A tier holds items by key within a budget of bytes, with LRU eviction.
+
 What it knows of models is only what it is told: which adapters may leave.
 """
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,16 +20,146 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.errors import AdapterFormatError, ShiraError
-from shira_diffusers.formats.peft import decode_peft_for, is_peft_state_dict, read_peft_folder
-from shira_diffusers.formats.safetensors_bytes import Bytes, mapped, open_safetensors
+from shira_diffusers.formats.gpu_decoder import DeviceDecoder
+from shira_diffusers.formats.opened_adapter import OpenedAdapter, open_adapter
+from shira_diffusers.formats.safetensors_bytes import Bytes, mapped
 from shira_diffusers.library.folder import Version
-from shira_diffusers.library.gpu_decoder import DeviceDecoder
-from shira_diffusers.library.hostmemory import HostMemory
-from shira_diffusers.library.packed_adapter import PackedAdapter, pack, packed
-from shira_diffusers.library.tiers import Tier
+from shira_diffusers.library.packed_adapter import HostMemory, PackedAdapter, pack
 from shira_diffusers.weights.targets import named_weights
 
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
 Models = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """What a tier holds and has done.
+
+    Args:
+        adapters: how many it holds.
+        nbytes: bytes that they take, with those reserved for what is being loaded; never more than ``budget``.
+        budget: bytes it may take.
+        hits, misses: how often what was looked for was there, or was not.
+        evictions: how many were put out to make room.
+    """
+
+    adapters: int
+    nbytes: int
+    budget: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+@dataclass(slots=True)
+class _Slot(Generic[Item]):
+    item: Item
+    nbytes: int
+    pins: int = 0
+
+
+class Tier(Generic[Key, Item]):
+    """Room is reserved before an item is made, so that items and those being made never exceed the budget.
+
+    Not safe for several threads by itself: the library's lock is held around each call.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._slots: OrderedDict[Key, _Slot[Item]] = OrderedDict()
+        self._reserved: dict[Key, int] = {}
+        self._used = self._hits = self._misses = self._evictions = 0
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._slots
+
+    def __iter__(self) -> Iterator[tuple[Key, Item]]:
+        """Keys and items, the least recently used first: a snapshot."""
+        return iter([(key, slot.item) for key, slot in self._slots.items()])
+
+    @property
+    def arriving(self) -> list[Key]:
+        """Keys for which room is reserved."""
+        return list(self._reserved)
+
+    def note(self, hit: bool) -> None:
+        """Count a hit or a miss."""
+        self._hits, self._misses = self._hits + hit, self._misses + (not hit)
+
+    def find(self, key: Key) -> Item | None:
+        """The item, which becomes the most recently used; None if it is not there."""
+        slot = self._slots.get(key)
+        if slot is None:
+            return None
+        self._slots.move_to_end(key)
+        return slot.item
+
+    def size(self, key: Key) -> int:
+        """Bytes of an item that is there."""
+        return self._slots[key].nbytes
+
+    def pin(self, key: Key) -> None:
+        """Keep an item that is there from leaving, until it is unpinned as often."""
+        self._slots[key].pins += 1
+
+    def unpin(self, key: Key) -> None:
+        """Take back one ``pin``."""
+        self._slots[key].pins -= 1
+
+    def pinned(self, key: Key) -> bool:
+        """Whether an item that is there is pinned."""
+        return self._slots[key].pins > 0
+
+    def reserve(self, key: Key, nbytes: int, may_leave: Callable[[Key, Item], bool]) -> list[tuple[Key, Item]] | None:
+        """Reserve room for an item, putting out what is needed for it.
+
+        Args:
+            key: not there, nothing reserved for it.
+            nbytes: how much.
+            may_leave: which of the items that are not pinned may be put out.
+
+        Returns:
+            The keys and items that left; None if there is no way to make room, then nothing has changed.
+        """
+        leaving: list[tuple[Key, Item]] = []
+        free = self.budget - self._used
+        for candidate, slot in self._slots.items():
+            if free >= nbytes or nbytes > self.budget:
+                break
+            if not slot.pins and may_leave(candidate, slot.item):
+                leaving.append((candidate, slot.item))
+                free += slot.nbytes
+        if free < nbytes:
+            return None
+        for candidate, _ in leaving:
+            self.drop(candidate)
+        self._evictions += len(leaving)
+        self._reserved[key] = nbytes
+        self._used += nbytes
+        return leaving
+
+    def release(self, key: Key) -> None:
+        """Give back what was reserved for an item, if anything was."""
+        self._used -= self._reserved.pop(key, 0)
+
+    def put(self, key: Key, item: Item, nbytes: int) -> bool:
+        """Put an item into the room reserved for it; whether it fits there."""
+        reserved = self._reserved.get(key, 0)
+        self.release(key)
+        if nbytes > reserved:
+            return False
+        self._slots[key] = _Slot(item, nbytes)
+        self._used += nbytes
+        return True
+
+    def drop(self, key: Key) -> None:
+        """Forget an item that is there."""
+        self._used -= self._slots.pop(key).nbytes
+
+    def stats(self) -> TierStats:
+        """What it holds and has done."""
+        return TierStats(len(self._slots), self._used, self.budget, self._hits, self._misses, self._evictions)
 
 
 class Decoded(NamedTuple):
@@ -208,7 +341,7 @@ class Store:
         self, version: Version, models: Models | None, may_leave: MayLeave, leaving: Leaving | None
     ) -> Decoded | None:
         with self._packed(version, models) as (source, was_there):
-            if source is None or not self._make_room(version, source.unpacked_nbytes, may_leave, leaving):
+            if source is None or not self._make_room(version, source.opened.decoded_nbytes, may_leave, leaving):
                 return None
             if was_there:
                 with self.lock:
@@ -221,7 +354,7 @@ class Store:
                 raise
             with self.lock:
                 self._intact[version.name] = version
-                self.device.put(version, decoded, source.unpacked_nbytes)
+                self.device.put(version, decoded, source.opened.decoded_nbytes)
                 if leaving is not None:
                     self.device.pin(version)
             return decoded if leaving is not None else None
@@ -266,9 +399,7 @@ class Store:
 
     def _read(self, version: Version, models: Models | None) -> PackedAdapter | None:
         """Read a file into the tier of packed adapters, pinned; or map it, where there is no room for its bytes."""
-        if version.path.is_dir():
-            return self._keep(version, _of_peft(models, version, *read_peft_folder(version.path)))
-        has_room = self._reserve_ram(version, version.size)
+        has_room = not version.path.is_dir() and self._reserve_ram(version, version.size)
         try:
             memory: list[HostMemory] = []
 
@@ -276,17 +407,16 @@ class Store:
                 memory[:] = [HostMemory(version.size, self._pin_for)]
                 return memory[0].fill(file)
 
-            source = str(version.path)
-            tensors, metadata, content = open_safetensors(version.path, read if has_room else mapped)
-            if is_peft_state_dict(tensors):
+            opened = open_adapter(version.path, read if has_room else mapped)
+            if opened.is_peft:
                 with self.lock:
                     self.ram.release(version)
                     self._peft[version.name] = version._replace(model=0)
                 if not version.model:
                     return None  # nothing to keep: the version is another for each model
-                return self._keep(version, _of_peft(models, version, tensors))
-            check = self._intact.get(version.name) != version
-            found = packed(tensors, metadata, source, content, memory[0] if memory else None, check=check)
+                return self._keep(version, opened, models)
+            compare = self._intact.get(version.name) != version
+            found = PackedAdapter(opened, memory[0] if memory else None, compare)
         except BaseException:
             with self.lock:
                 self.ram.release(version)
@@ -296,9 +426,12 @@ class Store:
                 self.ram.pin(version)
         return found
 
-    def _keep(self, version: Version, found: PackedAdapter | None) -> PackedAdapter | None:
-        """Keep a packed adapter whose size was not known before, pinned, if there is room."""
-        if found is not None and self._reserve_ram(version, found.nbytes):
+    def _keep(self, version: Version, opened: OpenedAdapter, models: Models | None) -> PackedAdapter | None:
+        """Pack one of PEFT's as one of ours for the models, and keep it, pinned, if there is room."""
+        if models is None:
+            return None
+        found = pack(opened.decode(models=models), opened.path)
+        if self._reserve_ram(version, found.nbytes):
             with self.lock:
                 self.ram.put(version, found, found.nbytes)
                 self.ram.pin(version)
@@ -309,14 +442,6 @@ class Store:
         with self.lock:
             left = self.ram.reserve(version, nbytes, lambda *_: True)
         return left is not None  # not before the lock is free: unpinning memory may wait for the GPU
-
-
-def _of_peft(
-    models: Models | None, version: Version, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> PackedAdapter | None:
-    """What PEFT's SHiRA tuner wrote, packed as one of ours for the models."""
-    source = str(version.path)
-    return None if models is None else pack(decode_peft_for(models, tensors, source, metadata), source)
 
 
 def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool]) -> None:

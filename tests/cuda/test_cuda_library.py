@@ -5,14 +5,16 @@ import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from shira_diffusers import AdapterFormatError, AdapterLibrary, ShiraAdapter, SparseDelta, load_adapter, save_adapter
+from shira_diffusers.formats import opened_adapter as opened_adapter_module
 from shira_diffusers.formats.gap_codec import encode_gaps
-from shira_diffusers.formats.safetensors_bytes import open_safetensors
-from shira_diffusers.library.gpu_decoder import DeviceDecoder
-from shira_diffusers.library.hostmemory import HostMemory
-from shira_diffusers.library.packed_adapter import PackedAdapter, packed
+from shira_diffusers.formats.gpu_decoder import DeviceDecoder
+from shira_diffusers.formats.opened_adapter import open_adapter
+from shira_diffusers.formats.shira_file import encode
+from shira_diffusers.library.packed_adapter import HostMemory, PackedAdapter
 from tests import tiny
 
 pytestmark = [
@@ -27,8 +29,7 @@ def device() -> torch.device:
 
 def pack_file(file: Path) -> PackedAdapter:
     memory = HostMemory(file.stat().st_size, device())
-    tensors, metadata, content = open_safetensors(file, memory.fill)
-    return packed(tensors, metadata, str(file), content, memory)
+    return PackedAdapter(open_adapter(file, memory.fill), memory)
 
 
 def large(seed: int = 0) -> ShiraAdapter:
@@ -40,8 +41,15 @@ def large(seed: int = 0) -> ShiraAdapter:
         at = gaps.long().cumsum(0) + torch.arange(count)
         at = at[at < numel]
         deltas[f"w{number:02}"] = SparseDelta(at, torch.randn(at.numel(), generator=generator).half(), (numel,))
-    assert {encode_gaps(delta.indices).dtype for delta in deltas.values()} == {torch.uint8, torch.uint16}
+    assert {encode_gaps(delta.indices.numpy()).dtype.name for delta in deltas.values()} == {"uint8", "uint16"}
     return ShiraAdapter(deltas)
+
+
+def runs() -> ShiraAdapter:
+    """Aligned runs of 32."""
+    at = torch.randperm(100_000, generator=torch.Generator().manual_seed(0))[:2000].sort().values
+    indices = (at[:, None] * 32 + torch.arange(32)).flatten()
+    return ShiraAdapter({"w": SparseDelta(indices, torch.randn(indices.numel()).half(), (3_200_000,))})
 
 
 def assert_same(found: ShiraAdapter, expected: ShiraAdapter) -> None:
@@ -57,17 +65,40 @@ def assert_same(found: ShiraAdapter, expected: ShiraAdapter) -> None:
 
 
 def test_the_gpu_decodes_the_bits_that_a_cpu_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = pack_file(save_adapter(large(), tmp_path / "a.safetensors"))
-    assert source.memory is not None and source.memory.pinned
-    assert torch.from_numpy(source.content).is_pinned()
-    monkeypatch.setattr(PackedAdapter, "_decode_on_cpu", lambda _: pytest.fail("decoded on the CPU"))
     decoder = DeviceDecoder(device())
-    for group in (2**23, 300_000):
-        monkeypatch.setattr("shira_diffusers.library.gpu_decoder._GROUP", group)
-        adapter, held = source.unpack(decoder)
-        assert_same(adapter, load_adapter(tmp_path))
-        assert sum(tensor.nbytes for tensor in held) == adapter.nbytes == source.unpacked_nbytes
-        assert len({tensor.untyped_storage().data_ptr() for tensor in held}) == 2  # all indices, all values
+    for number, expected in enumerate((large(), runs())):
+        file = save_adapter(expected, tmp_path / f"{number}.safetensors")
+        source = pack_file(file)
+        assert source.memory is not None and source.memory.pinned
+        assert torch.from_numpy(source.memory.content).is_pinned()
+        for piece in (2**23, 300_000):
+            with monkeypatch.context() as patch:
+                patch.setattr(opened_adapter_module, "to_adapter", lambda *_, **__: pytest.fail("decoded on the CPU"))
+                patch.setattr("shira_diffusers.formats.gpu_decoder._PIECE", piece)
+                adapter, held = source.unpack(decoder)
+            assert_same(adapter, load_adapter(file))
+            assert sum(tensor.nbytes for tensor in held) == adapter.nbytes == source.opened.decoded_nbytes
+            assert len({tensor.untyped_storage().data_ptr() for tensor in held}) == 2  # all indices, all values
+
+
+def test_the_gpu_decodes_files_of_version_1(tmp_path: Path) -> None:
+    adapter = large()
+    tensors, header = encode(adapter)
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", header)
+    assert_same(pack_file(tmp_path / "a.safetensors").unpack(DeviceDecoder(device()))[0], adapter)
+
+
+def test_load_shira_decodes_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, other = tiny.pipeline().to("cuda"), tiny.pipeline().to("cuda")
+    adapter = tiny.adapter_for(pipe, dtype=torch.float16)
+    file = save_adapter(adapter, tmp_path / "a.safetensors")
+    base = tiny.snapshot(pipe)
+    monkeypatch.setattr(opened_adapter_module, "to_adapter", lambda *_, **__: pytest.fail("decoded on the CPU"))
+    pipe.load_shira(file, "a")
+    other.load_shira(adapter, "a")
+    tiny.assert_same_bits(pipe, tiny.snapshot(other))
+    pipe.unload_shira()
+    tiny.assert_same_bits(pipe, base)
 
 
 def test_a_decoding_waits_for_the_gpu_once(tmp_path: Path) -> None:

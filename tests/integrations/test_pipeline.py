@@ -190,7 +190,7 @@ def test_sources(pipe: StableDiffusionPipeline, file: Path, tmp_path: Path) -> N
         ((folder / WEIGHTS_NAME,), {}),
         ((tmp_path / "named",), {"subfolder": "inner", "weight_name": "y.safetensors"}),
         ((named,), {"weight_name": "x.safetensors"}),
-        ((load_file(file),), {}),
+        ((encode(load_adapter(file))[0],), {}),
         ((load_adapter(file),), {}),
     ]
     for args, options in sources:
@@ -920,7 +920,7 @@ def test_an_adapter_of_a_bare_module_for_a_component(pipe: StableDiffusionPipeli
     base, bare = tiny.snapshot(pipe), tiny.adapter_for(pipe.unet, 6)
     expected = reference.apply(base, {"a": bare.prefixed("unet")}, {"a": 1.0})
     path = save_adapter(bare, tmp_path / "bare.safetensors")
-    for source in (bare, path, load_file(path), bare.prefixed("unet")):
+    for source in (bare, path, encode(bare)[0], bare.prefixed("unet")):
         pipe.load_shira(source, component="unet")
         tiny.assert_same_bits(pipe, expected)
         pipe.unload_shira()

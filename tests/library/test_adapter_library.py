@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-import shira_diffusers.formats.checksum
+import shira_diffusers.formats.adapter_file
 import shira_diffusers.library.two_tier_cache
 from shira_diffusers import (
     AdapterFormatError,
@@ -30,10 +30,10 @@ from shira_diffusers import (
     load_adapter,
     save_adapter,
 )
+from shira_diffusers.formats.gpu_decoder import DeviceDecoder
+from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.formats.peft import load_peft_adapter
-from shira_diffusers.formats.safetensors_bytes import mapped, open_safetensors
-from shira_diffusers.library.gpu_decoder import DeviceDecoder
-from shira_diffusers.library.packed_adapter import PackedAdapter, packed
+from shira_diffusers.library.packed_adapter import PackedAdapter
 from tests import reference, tiny
 
 NAMES = [f"a{number}" for number in range(6)]
@@ -92,13 +92,13 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> list["weakref.ref[ShiraAdapter]
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that libraries read."""
     seen: list[str] = []
-    real = shira_diffusers.library.two_tier_cache.open_safetensors
+    real = shira_diffusers.library.two_tier_cache.open_adapter
 
     def read(file: Path, *args: object) -> object:
         seen.append(file.stem)
         return real(file, *args)
 
-    monkeypatch.setattr(shira_diffusers.library.two_tier_cache, "open_safetensors", read)
+    monkeypatch.setattr(shira_diffusers.library.two_tier_cache, "open_adapter", read)
     return seen
 
 
@@ -385,7 +385,7 @@ def test_a_client_waits_for_room_that_others_take_for_a_moment(
     begun, go_on = threading.Event(), threading.Event()
 
     def unpack(self: PackedAdapter, decoder: object = None) -> object:
-        if "a0" in self.source:
+        if "a0" in self.opened.path.name:
             begun.set()
             assert go_on.wait(SOON)
         return real(self, decoder)
@@ -665,8 +665,8 @@ def test_a_file_is_compared_with_its_checksum_once(
 ) -> None:
     """However often it is read; a file that has changed is another."""
     hashed: list[int] = []
-    real = shira_diffusers.formats.checksum.digest
-    monkeypatch.setattr(shira_diffusers.formats.checksum, "digest", lambda *p: (hashed.append(len(p)), real(*p))[1])
+    real = shira_diffusers.formats.adapter_file.digest
+    monkeypatch.setattr(shira_diffusers.formats.adapter_file, "digest", lambda *p: (hashed.append(len(p)), real(*p))[1])
     library = open_library(ram=0)
     for _ in range(3):
         for name in ("a0", "a1"):
@@ -689,8 +689,7 @@ def test_any_flipped_bit_is_refused_exactly_where_load_adapter_refuses_it(folder
         file.write_bytes(content)
         for how in (None, decoder):
             try:
-                tensors, metadata, content_ = open_safetensors(file, mapped)
-                found = packed(tensors, metadata, str(file), content_, None).unpack(how)[0]
+                found = PackedAdapter(open_adapter(file)).unpack(how)[0]
             except AdapterFormatError as error:
                 with pytest.raises(AdapterFormatError) as expected:
                     load_adapter(file)
@@ -700,21 +699,6 @@ def test_any_flipped_bit_is_refused_exactly_where_load_adapter_refuses_it(folder
                 tiny.assert_same_adapter(found, load_adapter(file))
                 outcomes.add("taken")
     assert outcomes == {"refused", "taken"}
-
-
-def test_the_decoder_of_accelerators_lays_all_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In several groups of several dtypes; here on a CPU."""
-    monkeypatch.setattr("shira_diffusers.library.gpu_decoder._GROUP", 60)
-    deltas = {}
-    for seed, dtype in enumerate((torch.float32, torch.float16)):
-        adapter = tiny.adapter_for(tiny.linears(), seed, only=("",), dtype=dtype)
-        deltas |= {f"{seed}.{name}": delta for name, delta in adapter.deltas.items()}
-    file = save_adapter(ShiraAdapter(deltas), tmp_path / "a.safetensors")
-    tensors, metadata, content = open_safetensors(file, mapped)
-    found, held = packed(tensors, metadata, "a", content, None).unpack(DeviceDecoder(torch.device("cpu")))
-    tiny.assert_same_adapter(found, load_adapter(file))
-    assert sum(tensor.nbytes for tensor in held) == found.nbytes
-    assert len(held) > 6 and len({tensor.untyped_storage().data_ptr() for tensor in held}) == 3
 
 
 def test_a_file_that_changes_is_read_again(
@@ -749,7 +733,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
     library, base, real = (
         open_library(ram=room),
         tiny.snapshot(model),
-        shira_diffusers.library.two_tier_cache.open_safetensors,
+        shira_diffusers.library.two_tier_cache.open_adapter,
     )
     other = ShiraAdapter({"0.weight": adapters["a3"].deltas["0.weight"]})
 
@@ -758,7 +742,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
         save_adapter(other, file)
         return real(file, *args)
 
-    monkeypatch.setattr(shira_diffusers.library.two_tier_cache, "open_safetensors", read)
+    monkeypatch.setattr(shira_diffusers.library.two_tier_cache, "open_adapter", read)
     library.set(model, {"a0": 1.0})
     tiny.assert_same_bits(model, reference.apply(base, {"a0": other}, {"a0": 1.0}))
     assert library.broken == {}

@@ -21,7 +21,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load as tensors_of
 from torch import Tensor, nn
 
 from shira_diffusers import (
@@ -33,6 +32,7 @@ from shira_diffusers import (
     load_adapter,
     save_adapter,
 )
+from shira_diffusers.formats.shira_file import encode
 from tests import reference, tiny
 
 DTYPES = {
@@ -294,8 +294,7 @@ class Walk:
         self.note(kind)
         if kind == "memory":
             return adapter
-        file = adapter_file(pool().index(adapter), self.folder)
-        return file if kind == "file" else tensors_of(file.read_bytes())
+        return adapter_file(pool().index(adapter), self.folder) if kind == "file" else encode(adapter)[0]
 
     # ---------------------------------------------------------------- operations
 
