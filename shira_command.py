@@ -1,33 +1,56 @@
-"""Entry point of the ``shira`` command: parses first, and loads torch and diffusers only for a command that runs.
+"""Entry point of the ``shira`` command: parses first, and loads torch and diffusers only for a command that needs them.
 
-It stands outside the package because importing anything from ``shira_diffusers`` adds methods to diffusers'
-pipelines, so loads diffusers; nobody's import machinery is touched.
+It stands outside the package because importing ``shira_diffusers`` adds methods to diffusers' pipelines, so loads
+diffusers. What needs neither, the parser and ``inspect``, is imported without running the package's ``__init__``;
+nobody's import machinery is touched.
 """
 
-from collections.abc import Sequence
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
+
+_LOADING = ("shira_diffusers", "shira_diffusers.formats")  # the packages whose ``__init__`` loads torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """As ``shira_diffusers.cli.__main__.main``."""
-    args = _alone("cli/arguments").parser(_alone("_version").__version__).parse_args(argv)
+    with _bare_packages():
+        version = import_module("shira_diffusers._version").__version__
+        args = import_module("shira_diffusers.cli.arguments").parser(version).parse_args(argv)
+        if args.command == "inspect":
+            light: int = import_module("shira_diffusers.cli.run").run(
+                args, import_module("shira_diffusers.cli.inspect").inspect
+            )
+            return light
     from shira_diffusers.cli.__main__ import run
 
     return run(args)
 
 
-def _alone(name: str) -> ModuleType:
-    """A module of the package that needs the standard library only, loaded without the package."""
+@contextmanager
+def _bare_packages() -> Iterator[None]:
+    """While this lasts, modules of the package are imported without its ``__init__``; as if never imported after.
+
+    Where the package is loaded already, it is used as it is.
+    """
+    if "shira_diffusers" in sys.modules:
+        yield
+        return
     package = find_spec("shira_diffusers")
     assert package is not None and package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0], f"{name}.py")
-    spec = spec_from_file_location(f"_shira_{name.strip('_')}", path)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    for name in _LOADING:
+        bare = ModuleType(name)
+        inner = name.split(".")[1:]
+        bare.__path__ = ["/".join((place, *inner)) for place in package.submodule_search_locations]
+        sys.modules[name] = bare
+    try:
+        yield
+    finally:
+        for name in [each for each in sys.modules if each.partition(".")[0] == "shira_diffusers"]:
+            del sys.modules[name]
 
 
 if __name__ == "__main__":

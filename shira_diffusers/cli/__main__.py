@@ -4,17 +4,15 @@ Exit status: 0 when all is well, 1 with one line of error on stderr, 2 for a com
 """
 
 import argparse
-import json
-import os
-import sys
 from collections.abc import Sequence
 
-from shira_diffusers import ShiraError, __version__
+from shira_diffusers import __version__
 from shira_diffusers.cli.arguments import parser
 from shira_diffusers.cli.demo import PROMPTS, find_assets, run_demo
 from shira_diffusers.cli.fuse import DTYPES, fuse_files
-from shira_diffusers.cli.inspect import SHORTENED, as_text
-from shira_diffusers.cli.terminal import note, one_line, printable, say, table
+from shira_diffusers.cli.inspect import inspect
+from shira_diffusers.cli.run import run as run_command
+from shira_diffusers.cli.terminal import note, printable, say, table
 from shira_diffusers.cli.verify import Verdict, verify_adapter
 from shira_diffusers.errors import AdapterMismatchError, counted
 from shira_diffusers.formats.inspect import inspect_adapter
@@ -27,27 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed and return its exit status."""
-    try:
-        _COMMANDS[args.command](args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ShiraError, OSError) as error:
-        note(f"error: {one_line(error)}")
-        return 1
-    except KeyboardInterrupt:
-        note("interrupted")
-        return 130
-    return 0
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    found = inspect_adapter(args.file)
-    if args.json:
-        say(json.dumps(found.as_dict(), indent=2))
-    else:
-        say(as_text(found, None if args.all or not sys.stdout.isatty() else SHORTENED))
+    return run_command(args, _COMMANDS[args.command])
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -85,4 +63,4 @@ def _demo(args: argparse.Namespace) -> None:
     say(f"wrote {args.output.resolve()}")
 
 
-_COMMANDS = {"inspect": _inspect, "verify": _verify, "fuse": _fuse, "demo": _demo}
+_COMMANDS = {"inspect": inspect, "verify": _verify, "fuse": _fuse, "demo": _demo}

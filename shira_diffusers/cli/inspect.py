@@ -1,13 +1,30 @@
-"""``shira inspect``: what an adapter file holds, as a report for people."""
+"""``shira inspect``: what an adapter file holds, as a report or as JSON. Loads neither torch nor diffusers."""
 
-from shira_diffusers.cli.terminal import printable, table
+import argparse
+import json
+import sys
+
+from shira_diffusers.cli.terminal import printable, say, table
 from shira_diffusers.errors import counted
-from shira_diffusers.formats.inspect import Inspection, Parameter
+from shira_diffusers.formats.inspect import Inspection, Parameter, inspect_adapter
 
 SHORTENED = 20
 
 
 _NO_SHAPES = "unknown: PEFT stores no shapes; run 'shira verify' with --base to check it against its base"
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        ShiraError, OSError: see ``inspect_adapter``.
+    """
+    found = inspect_adapter(args.file)
+    if args.json:
+        say(json.dumps(found.as_dict(), indent=2))
+    else:
+        say(as_text(found, None if args.all or not sys.stdout.isatty() else SHORTENED))
 
 
 def as_text(found: Inspection, shown: int | None = None) -> str:

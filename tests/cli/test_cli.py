@@ -28,7 +28,7 @@ from shira_diffusers.adapters.base_probes import probe_base
 from shira_diffusers.cli import arguments, verify
 from shira_diffusers.cli import fuse as fuse_command
 from shira_diffusers.cli.__main__ import main
-from shira_diffusers.formats.shira_file import WEIGHTS_NAME
+from shira_diffusers.formats.shira_file import WEIGHTS_NAME, encode
 from tests import tiny
 
 Run = Callable[..., tuple[int, str, str]]
@@ -83,7 +83,7 @@ def broken_files(folder: Path, good: Path) -> dict[str, Path]:
     torch.save({"x": torch.ones(3)}, paths["pickle"])
     save_file({"unet.x.to_q.lora_A.weight": torch.ones(2, 2)}, paths["lora"], {"format": "pt"})
     paths["empty"].write_bytes(b"")
-    save_file(load_file(good), paths["later"], {"format": "shira", "format_version": "2"})
+    save_file(load_file(good), paths["later"], {"format": "shira", "format_version": "3"})
     return {
         "no adapter at .*expected a .safetensors file or a folder": folder / "missing.safetensors",
         "no adapter at .*nowhere": folder / "nowhere",
@@ -91,14 +91,14 @@ def broken_files(folder: Path, good: Path) -> dict[str, Path]:
         "a pickle, which is never loaded": paths["pickle"],
         "looks like a LoRA, load it with load_lora_weights": paths["lora"],
         "got 0 bytes": paths["empty"],
-        "format version '2', expected '1'.*upgrade": paths["later"],
+        "format version '3', expected '1' or '2'.*upgrade": paths["later"],
     }
 
 
 def sha256_of_tensors(file: Path) -> str:
-    """As docs/format.md defines it: of all that comes after the header."""
-    content = file.read_bytes()
-    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    """As docs/format.md defines it: of values, gaps and base, in this order."""
+    tensors = {key: tensor.view(torch.uint8).numpy().tobytes() for key, tensor in load_file(file).items()}
+    return hashlib.sha256(b"".join(tensors[key] for key in ("values", "gaps", "base"))).hexdigest()
 
 
 def peft_folder(folder: Path) -> Path:
@@ -155,7 +155,7 @@ def test_an_interrupt_is_quiet(run: Run, files: dict[str, Path], monkeypatch: py
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shira_diffusers.cli.__main__.inspect_adapter", interrupt)
+    monkeypatch.setattr("shira_diffusers.cli.inspect.inspect_adapter", interrupt)
     assert run("inspect", files["gold"]) == (130, "", "interrupted\n")
 
 
@@ -179,7 +179,7 @@ def test_inspect(run: Run, files: dict[str, Path]) -> None:
     parts = {part: sum(n.startswith(part) for n in adapter.deltas) for part in ("text_encoder", "unet")}
     head = f"""\
 {files["gold"]}
-  kind        SHiRA adapter, format version 1
+  kind        SHiRA adapter, format version 2
   base model  tiny (a few values are kept, to recognise it)
   mask        rand
   density     {100 * adapter.density:.3f} %
@@ -222,7 +222,7 @@ def test_inspect_for_programs(run: Run, files: dict[str, Path]) -> None:
     assert told == {
         "path": str(files["gold"]),
         "kind": "SHiRA adapter",
-        "format_version": "1",
+        "format_version": "2",
         "base_model": "tiny",
         "mask": "rand",
         "density": adapter.density,
@@ -305,9 +305,8 @@ def test_a_flipped_bit_in_the_values(run: Run, files: dict[str, Path], base: Pat
         status, _, err = run(*argv)
         assert status == 1 and re.search(rf"error: .*{message}", err), err
     assert [path.name for path in tmp_path.iterdir()] == ["styles"]
-    header = {"format": "shira", "format_version": "1"}
     old = tmp_path / "old.safetensors"
-    save_file(load_file(files["gold"]), old, header)
+    save_file(encode(load_adapter(files["gold"]))[0], old, {"format": "shira", "format_version": "1"})
     assert "checksum    none in this file" in run("inspect", old)[1]
     assert json.loads(run("inspect", old, "--json")[1])["sha256"] is None
     status, out, _ = run("verify", old, "--base", base)
@@ -518,6 +517,41 @@ def test_help_and_usage_errors_load_no_torch(argv: list[str], status: int) -> No
     done = subprocess.run([sys.executable, "-c", LIGHT, *argv], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-2:] == [str(status), "[]"]
     assert argv != ["--version"] or done.stdout.startswith(f"shira_diffusers {__version__}\n")
+
+
+@pytest.mark.parametrize("kind", ["version 1", "version 2", "PEFT folder", "PEFT file", "damaged", "missing"])
+def test_inspect_loads_no_torch(kind: str, files: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    """And tells what it tells inside a program that has."""
+    file = tmp_path / "a.safetensors"
+    if kind.startswith("PEFT"):
+        file = peft_folder(tmp_path)
+        file = file / "adapter_model.safetensors" if kind == "PEFT file" else file
+    elif kind == "version 1":
+        tensors, header = encode(load_adapter(files["gold"]))
+        save_file(tensors, file, header)
+    elif kind != "missing":
+        file.write_bytes(files["gold"].read_bytes()[: -50 if kind == "damaged" else None])
+    for flag in ("--json", "--all"):
+        argv = [sys.executable, "-c", LIGHT.replace("    shira", "    status = shira"), "inspect", str(file), flag]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        *told, loaded = done.stdout.splitlines()
+        assert loaded == "['numpy']"
+        _, out, err = run("inspect", file, flag)
+        assert (told, done.stderr) == (out.splitlines(), err)
+
+
+def test_looking_without_torch_leaves_no_trace(files: dict[str, Path]) -> None:
+    """In a program that imports the package after."""
+    program = (
+        "import sys, shira_command\n"
+        "shira_command.main(sys.argv[1:])\n"
+        "assert not [name for name in sys.modules if name.startswith('shira_diffusers')]\n"
+        "import shira_diffusers\n"
+        "assert shira_command.main(sys.argv[1:]) == 0 and shira_diffusers.load_adapter(sys.argv[2]).nnz\n"
+        "assert sys.modules['shira_diffusers'] is shira_diffusers\n"
+    )
+    command = [sys.executable, "-c", program, "inspect", str(files["gold"])]
+    subprocess.run(command, capture_output=True, check=True)
 
 
 def test_the_entry_point_runs_commands(files: dict[str, Path]) -> None:
