@@ -1,6 +1,5 @@
 """Which adapters lie in the pipeline: opened when they are asked for, and the least used put back beyond a limit."""
 
-import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from shira_diffusers import ShiraAdapter
-from shira_diffusers.formats.safetensors_bytes import unreadable
+from shira_diffusers.formats import open_adapter
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.library.folder import weights_file
 
 OPENED_AT_START = 24  # files; what more there is, is opened when it is used or nobody draws
 ROOM = 1_000_000_000  # bytes of files that may be open at once; in memory they take two or three times that
-MAX_HEADER = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +26,14 @@ class Glance:
 
 
 def glance(path: Path) -> Glance:
-    """Look at the head of a safetensors file.
+    """Look at the head of an adapter's file.
 
     Raises:
-        ShiraError: it has none.
+        ShiraError: it is none.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            head = json.loads(file.read(length)) if 0 < length <= MAX_HEADER else None
-        except (ValueError, RecursionError):
-            head = None
-    if not isinstance(head, dict):
-        raise unreadable(path, "it has no header")
-    told = head.pop("__metadata__", None)
-    metadata = {key: value for key, value in told.items() if isinstance(value, str)} if isinstance(told, dict) else {}
-    return Glance(metadata, tuple(sorted({key.partition(".")[0] for key in head})))
+    opened = open_adapter(path)
+    return Glance(opened.metadata, tuple(opened.components))
 
 
 class Shelf:

@@ -38,7 +38,8 @@ class TierStats:
 
     Args:
         adapters: how many it holds.
-        nbytes: bytes that they take, with those reserved for what is being loaded; never more than ``budget``.
+        nbytes: bytes that they take, with those reserved for what is being loaded; never more than ``budget``, unless
+            what is in use may exceed it.
         budget: bytes it may take.
         hits, misses: how often what was looked for was there, or was not.
         evictions: how many were put out to make room.
@@ -111,13 +112,16 @@ class Tier(Generic[Key, Item]):
         """Whether an item that is there is pinned."""
         return self._slots[key].pins > 0
 
-    def reserve(self, key: Key, nbytes: int, may_leave: Callable[[Key, Item], bool]) -> list[tuple[Key, Item]] | None:
+    def reserve(
+        self, key: Key, nbytes: int, may_leave: Callable[[Key, Item], bool], *, exceed: bool = False
+    ) -> list[tuple[Key, Item]] | None:
         """Reserve room for an item, putting out what is needed for it.
 
         Args:
             key: not there, nothing reserved for it.
             nbytes: how much.
             may_leave: which of the items that are not pinned may be put out.
+            exceed: reserve it even beyond the budget, when all that may leave has left.
 
         Returns:
             The keys and items that left; None if there is no way to make room, then nothing has changed.
@@ -125,12 +129,12 @@ class Tier(Generic[Key, Item]):
         leaving: list[tuple[Key, Item]] = []
         free = self.budget - self._used
         for candidate, slot in self._slots.items():
-            if free >= nbytes or nbytes > self.budget:
+            if free >= nbytes or (nbytes > self.budget and not exceed):
                 break
             if not slot.pins and may_leave(candidate, slot.item):
                 leaving.append((candidate, slot.item))
                 free += slot.nbytes
-        if free < nbytes:
+        if free < nbytes and not exceed:
             return None
         for candidate, _ in leaving:
             self.drop(candidate)
@@ -189,9 +193,11 @@ class Store:
         ram_bytes: for packed adapters, each as large as its file.
         device_bytes: for decoded ones.
         device: where these are.
+        exceed: let what is acquired take more than ``device_bytes``, when all that may leave has left.
     """
 
-    def __init__(self, ram_bytes: int, device_bytes: int, device: torch.device) -> None:
+    def __init__(self, ram_bytes: int, device_bytes: int, device: torch.device, *, exceed: bool = False) -> None:
+        self._exceed = exceed
         self.lock = threading.RLock()
         self.ram: Tier[Version, PackedAdapter] = Tier(ram_bytes)
         self.device: Tier[Version, Decoded] = Tier(device_bytes)
@@ -361,7 +367,7 @@ class Store:
 
     def _make_room(self, version: Version, nbytes: int, may_leave: MayLeave, leaving: Leaving | None) -> bool:
         with self.lock:
-            left = self.device.reserve(version, nbytes, may_leave)
+            left = self.device.reserve(version, nbytes, may_leave, exceed=self._exceed and leaving is not None)
             for other in left or ():
                 if leaving is not None:
                     leaving(*other)
