@@ -114,8 +114,9 @@ def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]],
     wide: list[str] = []
     for name in names:
         held = [(adapter.deltas[name], scale(name)) for adapter, scale in adapters if name in adapter.deltas]
-        union = plan_union([delta.indices for delta, _ in held])
-        total = merge(union, [delta.values for delta, _ in held], [scale for _, scale in held])
+        home = held[0][0].indices.device  # adapters from files may be on the GPU beside others on the CPU
+        union = plan_union([delta.indices.to(home) for delta, _ in held])
+        total = merge(union, [delta.values.to(home) for delta, _ in held], [scale for _, scale in held])
         if bool(all_finite(total)):
             deltas[name] = SparseDelta(union.indices, total, held[0][0].shape)
         else:

@@ -138,7 +138,8 @@ class AdapterFile:
         """
         assert self.reader is not None
         found = [(block, how(block)) for block in self.reader.blocks()]
-        require_intact([p for block, own in found if own is None for p in block.problems()], str(self.path))
+        refused = [block.problems() or ["its weights cannot be decoded"] for block, own in found if own is None]
+        require_intact([problem for problems in refused for problem in problems], str(self.path))
         return [(block, own) for block, own in found if own is not None]
 
     def compare(self) -> Callable[[], None]:

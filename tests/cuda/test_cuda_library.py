@@ -146,6 +146,21 @@ def test_weights_are_those_after_load_shira(dtype: torch.dtype, tmp_path: Path) 
         tiny.assert_same_bits(ours, base)
 
 
+def test_adapters_on_the_gpu_and_on_the_cpu_are_mixed_and_fused(tmp_path: Path) -> None:
+    pipe, other = tiny.pipeline().to("cuda"), tiny.pipeline().to("cuda")
+    first, second = (tiny.adapter_for(pipe, seed, dtype=torch.float16) for seed in range(2))
+    pipe.load_shira(save_adapter(first, tmp_path / "a.safetensors"), "a")
+    pipe.load_shira(second, "b")
+    other.load_shira(first, "a")
+    other.load_shira(second, "b")
+    for each in (pipe, other):
+        each.set_shira({"a": 0.5, "b": -1.0})
+    tiny.assert_same_bits(pipe, tiny.snapshot(other))
+    files = [each.save_shira(tmp_path / name) for each, name in ((pipe, "mixed"), (other, "plain"))]
+    assert load_adapter(files[0]).deltas == load_adapter(files[1]).deltas
+    assert pipe.fuse_report(["a", "b"]) == other.fuse_report(["a", "b"])
+
+
 def test_loading_beside_work_on_the_gpu_disturbs_neither(tmp_path: Path) -> None:
     """Adapters come and go in one small budget, on streams of the library's, while the default stream is kept busy."""
     expected = {}
