@@ -134,7 +134,7 @@ def problem_of(weight: Weight, gaps: Gaps, values: Raw, run: int = 1) -> str | N
     if values.dtype not in INFINITIES:
         wrong = f"values are {dtype_name(values.dtype)}, expected float32, float16 or bfloat16"
     elif values.array.shape != (count,):
-        wrong = f"{values.array.shape} values for {(count,)} indices, expected one value an index"
+        wrong = f"{values.array.shape} values for {(count,)} indices, expected one value per index"
     elif bad := int(np.count_nonzero(_magnitude_bits(values) >= INFINITIES[values.dtype])):
         wrong = f"{counted(bad, 'value', of=count)} {verb(bad, 'is', 'are')} NaN or infinite, expected finite values"
     return wrong and f"not a sparse delta of a {weight.shape} weight: {wrong}"
