@@ -64,3 +64,6 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 _COMMANDS = {"inspect": inspect, "verify": _verify, "fuse": _fuse, "demo": _demo}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

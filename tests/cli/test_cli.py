@@ -151,6 +151,12 @@ def test_the_installed_command(files: dict[str, Path], tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "shira_diffusers.cli", "--version"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"shira_diffusers {__version__}\n")
+
+
 def test_an_interrupt_is_quiet(run: Run, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
