@@ -55,7 +55,7 @@ soak: $(VENV)/.dev ## 100,000 random operations, 50,000 mutated files, errors at
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --operations 100000 --files 50000 -o benchmarks/results/soak.json
 
 screenshots: $(VENV)/.dev ## draw the app's pictures in docs/ anew, in a run of the browser tests
-	SCREENSHOTS=$(SHOTS) $(BIN)/python -m pytest tests/app/test_screenshots.py
+	SCREENSHOTS=$(SHOTS) $(BIN)/python -m pytest tests/app/page/test_screenshots.py
 	cp $(SHOTS)/app.png $(SHOTS)/app-dark.png $(SHOTS)/app-phone.png docs/
 
 clean: ## remove the virtual environment and caches

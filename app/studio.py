@@ -9,10 +9,10 @@ from platformdirs import user_data_path
 
 from app.drawing.base_model import Dtype
 from app.drawing.fair_queue import BACKGROUND
-from app.drawing.requests import Desk
+from app.drawing.requests import DrawingRequests
 from app.drawing.session import Session
 from app.drawing.thumbnails import Thumbnails
-from app.history.galleries import Archive
+from app.history.galleries import Galleries
 from app.history.history import MOST
 from app.history.presets import Presets
 from app.insight.interference import Comparer
@@ -38,9 +38,9 @@ class Studio:
         trainings: trains adapters, and ``estimator`` says what that will take.
         comparer: tells how much adapters are in each other's way.
         max_upload_mb: of a file that a visitor sends.
-        archive: the pictures that were drawn, ``presets`` the settings that were saved, in the data folder.
+        galleries: the pictures that were drawn, ``presets`` the settings that were saved, in the data folder.
         thumbnails: of the adapters.
-        desk: draws for visits.
+        requests: draws for visits.
         lora: milliseconds that fusing a LoRA takes here; measured when nobody draws.
     """
 
@@ -49,10 +49,10 @@ class Studio:
     trainings: Trainings
     estimator: Estimator
     comparer: Comparer
-    archive: Archive
+    galleries: Galleries
     presets: Presets
     thumbnails: Thumbnails
-    desk: Desk
+    requests: DrawingRequests
     lora: Future[float]
     max_upload_mb: float = DEFAULT_MAX_MB
 
@@ -95,18 +95,18 @@ class Studio:
         session = Session.open(base, adapters, data, device=device, dtype=dtype, max_upload_mb=max_upload_mb)
         session.look_at_all()
         trainings = Trainings(Base.of(session.pipe), session.library, data)
-        archive = Archive(data / "pictures", most=history, shared=shared)
+        galleries = Galleries(data / "pictures", most=history, shared=shared)
         return cls(
             session=session,
             data=data,
             trainings=trainings,
             estimator=Estimator(session, trainings),
             comparer=Comparer(session),
-            archive=archive,
+            galleries=galleries,
             presets=Presets(data / "presets.json"),
             thumbnails=Thumbnails(session, data / "thumbnails"),
-            desk=Desk(session, archive),
-            lora=session.turns.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.library.loaded)),
+            requests=DrawingRequests(session, galleries),
+            lora=session.queue.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.library.loaded)),
             max_upload_mb=max_upload_mb,
         )
 

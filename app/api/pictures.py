@@ -1,4 +1,4 @@
-"""Endpoints for pictures that belong together, presets and the history."""
+"""Endpoints for pictures: one, several that belong together, presets and the history; and what is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,42 @@ from app.settings.strengths import checked_mix
 from app.studio import Studio
 
 
+def add_api(studio: Studio) -> None:
+    """Add the endpoints to the Blocks that is being built."""
+    session = studio.session
+    paper = gr.Image(format="png", type="pil", visible=False)
+
+    def adapters() -> dict[str, Any]:
+        """What is loaded: the model, its adapters by name with their metadata, and files left out with the reason."""
+        return {
+            "model": session.model,
+            "adapters": {card.name: card.as_dict() for card in session.cards},
+            "refused": dict(session.library.refused),
+        }
+
+    async def generate(
+        request: gr.Request,
+        prompt: str,
+        mix: Any = None,
+        seed: float | None = None,
+        steps: float = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
+        method: str = DEFAULT_METHOD,
+    ) -> tuple[gr.FileData, dict[str, Any]]:
+        """Draw one picture with a mix {adapter: strength}, given as an object or as its JSON text; none is the base.
+
+        A strength is a number from -1 to 2, or {component: number}, or {"unet": {"down" | "mid" | "up": number}}.
+        """
+        with readable():
+            settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method)
+            picture, _ = await studio.requests.draw(visitor_of(request), settings)
+        file = paper.postprocess(picture.signed())
+        return file.model_dump(), dict(picture.report)  # type: ignore[union-attr,return-value]
+
+    api(adapters, api_name="adapters")
+    api(generate, api_name="generate", **DRAWING)
+
+
 def add_pictures_api(studio: Studio) -> None:
     """Add the endpoints to the Blocks that is being built."""
     session = studio.session
@@ -28,7 +64,7 @@ def add_pictures_api(studio: Studio) -> None:
         return gr.FileData(path=cached(paper, file), mime_type="image/png").model_dump()
 
     async def drawn(series: Series, request: gr.Request) -> list[dict[str, Any]]:
-        pictures = studio.desk.draw_series(visitor_of(request), series)
+        pictures = studio.requests.draw_series(visitor_of(request), series)
         return [
             {"label": label, "file": sent(file), "report": dict(picture.report)}
             async for label, picture, file in pictures
@@ -100,12 +136,12 @@ def add_pictures_api(studio: Studio) -> None:
         with readable():
             return [
                 {"name": kept.name, "file": sent(kept.path), "settings": kept.settings}
-                for kept in studio.archive.of(visitor_of(request)).page(whole("page", page, 1, 10**9))
+                for kept in studio.galleries.of(visitor_of(request)).page(whole("page", page, 1, 10**9))
             ]
 
     def delete_picture(request: gr.Request, name: str) -> int:
         """Remove a picture from the history for good; returns how many are left."""
-        history = studio.archive.of(visitor_of(request))
+        history = studio.galleries.of(visitor_of(request))
         with readable():
             history.delete(name)
         return len(history)

@@ -12,7 +12,7 @@ BACKGROUND = "\0background"
 """The visit of work that nobody waits for: it runs when nobody else does."""
 
 
-class Turns:
+class FairQueue:
     """Runs jobs one at a time, in one thread; the next job is one of the visit that has waited longest for a turn.
 
     A visit that asks for a hundred pictures so delays another's by one. Jobs of one visit keep their order.

@@ -4,7 +4,7 @@ SECONDS = 0.55  # to draw; the way to the browser and back takes the rest
 MOST, LEAST = 6, 3  # steps
 
 
-class Pace:
+class PreviewBudget:
     """Follows how fast previews are drawn: fewer steps where the machine is slow or busy."""
 
     def __init__(self) -> None:

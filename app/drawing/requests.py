@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.drawing.session import OnStep, Session, shifted
-from app.history.galleries import Archive, Visitor
+from app.history.galleries import Galleries, Visitor
 from app.settings.picture import Picture
 from app.settings.settings import Settings
 
@@ -21,32 +21,32 @@ class Stopped(Exception):
 
 
 @dataclass(eq=False, slots=True)
-class _Order:
+class _Request:
     """What a visit waits for; once stopped, the next step ends it."""
 
     preview: bool
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
-class Desk:
+class DrawingRequests:
     """Draws pictures for visits without holding a thread while they wait.
 
-    An order that is cancelled, or whose page is closed, ends at its next step and leaves nothing active.
+    A request that is cancelled, or whose page is closed, ends at its next step and leaves nothing active.
     """
 
-    def __init__(self, session: Session, archive: Archive) -> None:
-        self._session, self._archive = session, archive
-        self._orders: dict[str, set[_Order]] = {}
-        self._announced: dict[str, _Order] = {}
+    def __init__(self, session: Session, galleries: Galleries) -> None:
+        self._session, self._galleries = session, galleries
+        self._requests: dict[str, set[_Request]] = {}
+        self._announced: dict[str, _Request] = {}
         self._changing = threading.Lock()
 
     def announce(self, visit: str) -> None:
         """Let ``stop`` end the visit's next drawing before it is asked for.
 
-        A page shows its Stop button at once, but its order comes in a request of its own, later.
+        A page shows its Stop button at once, but the request for the drawing comes later, by itself.
         """
         with self._changing:
-            self._announced[visit] = _Order(preview=False)
+            self._announced[visit] = _Request(preview=False)
 
     async def draw(self, visitor: Visitor, settings: Settings, on_step: OnStep | None = None) -> tuple[Picture, Path]:
         """Draw checked settings and keep the picture; returns it and its file.
@@ -55,9 +55,9 @@ class Desk:
             Stopped: see ``stop``.
             OSError: it cannot be kept.
         """
-        with self._ordered(visitor.visit) as order:
-            picture = await self._drawn(visitor.visit, order, settings, on_step)
-        kept = await asyncio.to_thread(self._archive.add, visitor, picture)
+        with self._requested(visitor.visit) as request:
+            picture = await self._drawn(visitor.visit, request, settings, on_step)
+        kept = await asyncio.to_thread(self._galleries.add, visitor, picture)
         return picture, kept.path
 
     async def draw_series(
@@ -66,10 +66,10 @@ class Desk:
         """Draw several, a turn each; ``on_step`` counts the steps of all together. Raises as ``draw``."""
         total = sum(settings.steps for _, settings in series)
         done = 0
-        with self._ordered(visitor.visit) as order:
+        with self._requested(visitor.visit) as request:
             for label, settings in series:
-                picture = await self._drawn(visitor.visit, order, settings, shifted(on_step, done, total))
-                kept = await asyncio.to_thread(self._archive.add, visitor, picture)
+                picture = await self._drawn(visitor.visit, request, settings, shifted(on_step, done, total))
+                kept = await asyncio.to_thread(self._galleries.add, visitor, picture)
                 done += settings.steps
                 yield label, picture, kept.path
 
@@ -80,8 +80,8 @@ class Desk:
             Stopped: a newer preview took its place, or see ``stop``.
         """
         self._stop(visit, previews_only=True)
-        with self._ordered(visit, preview=True) as order:
-            return await self._drawn(visit, order, settings, None)
+        with self._requested(visit, preview=True) as request:
+            return await self._drawn(visit, request, settings, None)
 
     def stop(self, visit: str) -> None:
         """End all that a visit has asked for or announced, at the next step of each."""
@@ -89,29 +89,29 @@ class Desk:
 
     def _stop(self, visit: str, *, previews_only: bool) -> None:
         with self._changing:
-            orders = {*self._orders.get(visit, ()), *filter(None, [self._announced.get(visit)])}
-        for order in orders:
-            if order.preview or not previews_only:
-                order.stopped.set()
+            requests = {*self._requests.get(visit, ()), *filter(None, [self._announced.get(visit)])}
+        for request in requests:
+            if request.preview or not previews_only:
+                request.stopped.set()
 
     @contextmanager
-    def _ordered(self, visit: str, *, preview: bool = False) -> Iterator[_Order]:
+    def _requested(self, visit: str, *, preview: bool = False) -> Iterator[_Request]:
         with self._changing:
             announced = None if preview else self._announced.pop(visit, None)
-            order = announced or _Order(preview)
-            self._orders.setdefault(visit, set()).add(order)
+            request = announced or _Request(preview)
+            self._requests.setdefault(visit, set()).add(request)
         try:
-            yield order
+            yield request
         finally:
-            order.stopped.set()  # whatever ended the wait ends the drawing
+            request.stopped.set()  # whatever ended the wait ends the drawing
             with self._changing:
-                self._orders[visit].discard(order)
-                if not self._orders[visit]:
-                    del self._orders[visit]
+                self._requests[visit].discard(request)
+                if not self._requests[visit]:
+                    del self._requests[visit]
 
-    async def _drawn(self, visit: str, order: _Order, settings: Settings, on_step: OnStep | None) -> Picture:
+    async def _drawn(self, visit: str, request: _Request, settings: Settings, on_step: OnStep | None) -> Picture:
         def step(done: int, of: int) -> None:
-            if order.stopped.is_set():
+            if request.stopped.is_set():
                 raise Stopped
             if on_step:
                 on_step(done, of)

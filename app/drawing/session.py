@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 
 from app.drawing.base_model import Dtype, load_pipeline
-from app.drawing.fair_queue import BACKGROUND, Turns
+from app.drawing.fair_queue import BACKGROUND, FairQueue
 from app.drawing.suggestions import read_suggestions
 from app.library.cards import Card
 from app.library.library import Library
@@ -49,7 +49,7 @@ class Session:
         self.library = library
         self.suggestions = suggestions
         self._pipe = pipe
-        self.turns = Turns()  # shira() would wait too, but in no order, and waiting would count as switching
+        self.queue = FairQueue()  # shira() would wait too, but in no order, and waiting would count as switching
         self._pipe.set_progress_bar_config(disable=True)
         # a copy: a call changes how the tokenizer pads, also for the picture that is being drawn
         self._tokenizer = copy.deepcopy(getattr(pipe, "tokenizer", None))
@@ -112,7 +112,7 @@ class Session:
 
     def close(self) -> None:
         """Forget the pictures that wait for their turn, as the app ends."""
-        self.turns.close()
+        self.queue.close()
 
     def generate(
         self,
@@ -215,7 +215,7 @@ class Session:
 
         Cancelling the future takes it out of the queue; once it has begun, only ``on_step`` can end it.
         """
-        return self.turns.submit(visit, lambda: self.draw(settings, on_step))
+        return self.queue.submit(visit, lambda: self.draw(settings, on_step))
 
     def draw(self, settings: Settings, on_step: OnStep | None = None) -> Picture:
         """Draw at once; for jobs that have their turn."""
@@ -230,9 +230,9 @@ class Session:
 
         def look() -> None:
             if self.library.open_next():
-                self.turns.submit(BACKGROUND, look)
+                self.queue.submit(BACKGROUND, look)
 
-        self.turns.submit(BACKGROUND, look)
+        self.queue.submit(BACKGROUND, look)
 
     def _draw(self, settings: Settings, mix: dict[str, Strength], on_step: OnStep | None) -> Picture:
         resident = resident_of(self._pipe)

@@ -48,7 +48,7 @@ class Thumbnails:
             return path
         if card.sha256 not in self._asked:
             self._asked.add(card.sha256)
-            self._session.turns.submit(BACKGROUND, lambda: self._make(card, path))
+            self._session.queue.submit(BACKGROUND, lambda: self._make(card, path))
         return None
 
     def _make(self, card: Card, path: Path) -> None:
@@ -60,12 +60,12 @@ class Thumbnails:
             temporary.replace(path)
             self.version += 1
         except _Later:
-            self._session.turns.submit(BACKGROUND, lambda: self._make(card, path))
+            self._session.queue.submit(BACKGROUND, lambda: self._make(card, path))
         except DAMAGED:  # which ShiraError is one of
             logger.warning("no thumbnail of %r", card.name, exc_info=True)
 
     def _give_way(self, done: int, of: int) -> None:
-        if self._session.turns.wanted:
+        if self._session.queue.wanted:
             raise _Later
 
     def _beside(self, card: Card) -> Image.Image | None:

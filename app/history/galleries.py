@@ -26,7 +26,7 @@ class Visitor:
     owner: str = ""
 
 
-class Archive:
+class Galleries:
     """The histories in a folder: everybody's, and one for each owner in a folder of its own.
 
     Args:

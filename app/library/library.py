@@ -14,7 +14,7 @@ from typing import Any
 
 from app.library.cards import Card, Entry, Origin
 from app.library.entries import UNREADABLE, entry_of, glanced, loaded, without_folders
-from app.library.loaded_adapters import OPENED_AT_START, ROOM, Shelf
+from app.library.loaded_adapters import OPENED_AT_START, ROOM, LoadedAdapters
 from app.library.names import free_name, key_of, tidy_name
 from app.library.peft_upload import with_config
 from app.library.uploads import DEFAULT_MAX_MB, UploadError, received
@@ -66,7 +66,7 @@ class Library:
         room: int = ROOM,
     ) -> None:
         self._pipe, self._max_upload, self._at_once = pipe, int(max_upload_mb * 1e6), at_once
-        self._shelf = Shelf(pipe, room)
+        self._loaded = LoadedAdapters(pipe, room)
         self._changing = threading.RLock()
         self._entries: tuple[Entry, ...] = ()
         self.version = 0
@@ -134,7 +134,7 @@ class Library:
     @property
     def loaded(self) -> tuple[str, ...]:
         """Names of the adapters that are in the pipeline now."""
-        return self._shelf.names
+        return self._loaded.names
 
     @contextmanager
     def using(self, names: Iterable[str]) -> Iterator[None]:
@@ -144,7 +144,7 @@ class Library:
             SettingsError: one of them is no longer there, or turns out not to fit.
         """
         wanted = tuple(names)
-        with self._shelf.pinned(wanted):
+        with self._loaded.pinned(wanted):
             for name in wanted:
                 self.adapter(name)
             yield
@@ -159,12 +159,12 @@ class Library:
             if not entry.card:
                 raise SettingsError(f"{name!r} cannot be used: {entry.reason}")
             try:
-                adapter = self._shelf.open(name, entry.path)
+                adapter = self._loaded.open(name, entry.path)
             except UNREADABLE as error:
                 raise SettingsError(
                     f"{name!r} cannot be read any more: {without_folders(error, entry.path)}"
                 ) from error
-            self._shelf.tidy()
+            self._loaded.tidy()
             return adapter
 
     def open_next(self) -> bool:
@@ -174,7 +174,7 @@ class Library:
             if entry is None:
                 return False
             self._opened(entry)
-            self._shelf.close(entry.name)  # nobody has asked for it
+            self._loaded.close(entry.name)  # nobody has asked for it
             left = sum(1 for each in self._entries if each.card and not each.card.opened)
             if left % TOLD_AT_ONCE == 0:
                 self.version += 1
@@ -249,7 +249,7 @@ class Library:
         with self._changing:
             leaving = {entry.name: entry for entry in [self._own(name, "deleted") for name in names]}
             for entry in leaving.values():
-                self._shelf.close(entry.name)
+                self._loaded.close(entry.name)
                 os.replace(entry.path, trash / f"{time.time_ns()}{_BETWEEN}{entry.path.stem}{SUFFIX}")
                 self._publish(each for each in self._entries if each is not entry)
 
@@ -303,7 +303,7 @@ class Library:
     def _load(self, origin: Origin, name: str, path: Path) -> Entry:
         """Load a file; on failure the entry tells the reason."""
         try:
-            adapter = self._shelf.open(name, path)
+            adapter = self._loaded.open(name, path)
         except UNREADABLE as error:
             logger.warning("left out %s: %s", path, error)
             return entry_of(origin, name, path, without_folders(error, path))
@@ -312,7 +312,7 @@ class Library:
     def _reload(self, entry: Entry, name: str, path: Path) -> Entry:
         if not entry.card:
             return self._load("yours", name, path)
-        self._shelf.rename(entry.name, name)
+        self._loaded.rename(entry.name, name)
         return replace(entry, name=name, path=path, card=replace(entry.card, name=name))
 
     def _own(self, name: object, what: str) -> Entry:
@@ -338,7 +338,7 @@ class Library:
     def _publish(self, entries: Iterable[Entry]) -> None:
         order = {"bundled": 0, "yours": 1}
         self._entries = tuple(sorted(entries, key=lambda entry: (order[entry.origin], key_of(entry.name))))
-        self._shelf.tidy()
+        self._loaded.tidy()
         self.version += 1
 
 

@@ -36,7 +36,7 @@ def glance(path: Path) -> Glance:
     return Glance(opened.metadata, tuple(opened.components))
 
 
-class Shelf:
+class LoadedAdapters:
     """The open adapters of a library. Not safe by itself: the library's lock guards all but ``pinned``.
 
     Args:

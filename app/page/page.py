@@ -4,9 +4,8 @@ from typing import Any
 
 import gradio as gr
 
-from app.api.common import add_api
 from app.api.library import add_library_api
-from app.api.pictures import add_pictures_api
+from app.api.pictures import add_api, add_pictures_api
 from app.api.training import add_training_api
 from app.page import theme
 from app.page.tabs.compare import CompareTab

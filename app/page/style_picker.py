@@ -13,18 +13,19 @@ from app.settings.strengths import MAX_STRENGTH, MIN_STRENGTH, Mix
 
 SCRIPT = Path(__file__).parent / "js" / "style_picker.js"
 TEMPLATE = """
-<div class="rack-head"><input type="search" class="rack-filter" placeholder="Filter styles" aria-label="Filter styles">
-<span class="rack-count" role="status"></span><button type="button" class="rack-clear">all off</button></div>
-<ul class="rack-cards" aria-label="Styles"></ul>
-<button type="button" class="rack-more" hidden></button>
-<p class="rack-lost" hidden>No style has this in its name or words.</p>
-<p class="rack-none" hidden>No styles yet: the folder of adapters holds none that fit. Add some in Library or Train.</p>
+<div class="picker-head">
+<input type="search" class="picker-filter" placeholder="Filter styles" aria-label="Filter styles">
+<span class="picker-count" role="status"></span><button type="button" class="picker-clear">all off</button></div>
+<ul class="picker-cards" aria-label="Styles"></ul>
+<button type="button" class="picker-more" hidden></button>
+<p class="picker-lost" hidden>No style has this in its name or words.</p>
+<p class="picker-none" hidden>No styles yet: no file in the adapters folder fits. Add some in Library or Train.</p>
 """
 PAGE = 24  # cards that are shown before somebody asks for more; those that are on always are
 BLOCKED = ("unet",)  # components whose strength can differ by block
 
 
-def make_rack(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
+def make_style_picker(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
     """The component; its value is a mix ``{name: strength}``, its events are ``input`` and ``words``.
 
     ``input`` comes only while the property ``live`` is true.
@@ -35,7 +36,7 @@ def make_rack(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
         html_template=TEMPLATE,
         js_on_load=SCRIPT.read_text(encoding="utf-8"),
         apply_default_css=False,
-        elem_id="rack",
+        elem_id="style-picker",
         cards=list(cards),
         limits=[MIN_STRENGTH, MAX_STRENGTH],
         blocked=list(BLOCKED),

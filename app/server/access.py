@@ -103,7 +103,7 @@ def protection(studio: Studio) -> dict[str, Any]:
         "blocked_paths": [str(studio.data.resolve() / name) for name in ("adapters", "trash", "trainings", "pictures")],
         "enable_monitoring": False,
         "app_kwargs": {
-            "middleware": [Middleware(NothingElsewhere), *([] if studio.archive.shared else [Middleware(Known)])]
+            "middleware": [Middleware(NothingElsewhere), *([] if studio.galleries.shared else [Middleware(Known)])]
         },
     }
 

@@ -64,15 +64,15 @@ async def draw(studio: Studio, pictures: int, every: int, steps: int) -> list[di
 async def draw_one(studio: Studio, number: int, settings: Settings) -> None:
     visitor = Visitor(f"visit {number % 5}")
     if number % 10 == 0:
-        await studio.desk.preview(visitor.visit, settings)
+        await studio.requests.preview(visitor.visit, settings)
         return
 
     def stop(done: int, of: int) -> None:
         if number % 7 == 0 and done == 1:
-            studio.desk.stop(visitor.visit)
+            studio.requests.stop(visitor.visit)
 
     with suppress(Stopped):
-        await studio.desk.draw(visitor, settings, stop)
+        await studio.requests.draw(visitor, settings, stop)
 
 
 def settings_of(studio: Studio, chance: random.Random, steps: int) -> Settings:

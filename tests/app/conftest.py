@@ -1,4 +1,4 @@
-"""A tiny pipeline on disk, a shelf of adapters for it, and the app over them, served on a free port."""
+"""A tiny pipeline on disk, a folder of adapters for it, and the app over them, served on a free port."""
 
 import socket
 from collections.abc import Iterator
@@ -81,13 +81,13 @@ def one_url(one_studio: Studio) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def studio(one_studio: Studio) -> Iterator[Studio]:
     """One for all modules, when it draws nothing by itself; what a module's tests leave in it is taken away."""
-    one_studio.session.turns.submit(BACKGROUND, lambda: None).result(60)
+    one_studio.session.queue.submit(BACKGROUND, lambda: None).result(60)
     yield one_studio
     library = one_studio.session.library
     library.delete(*(entry.name for entry in library.entries if entry.origin == "yours"))
     for training in one_studio.trainings.all:
         one_studio.trainings.discard(training.id)
-    pictures = one_studio.archive.of(Visitor(""))
+    pictures = one_studio.galleries.of(Visitor(""))
     for kept in pictures.page(1, len(pictures)):
         pictures.delete(kept.name)
 
@@ -119,11 +119,11 @@ def connect(url: str, **options: Any) -> Client:
 
 def bits_of(session: Session) -> dict[str, torch.Tensor]:
     """All weights, between two pictures: thumbnails may be drawn at any time."""
-    return session.turns.submit("bits", lambda: tiny.snapshot(session.pipe)).result(60)
+    return session.queue.submit("bits", lambda: tiny.snapshot(session.pipe)).result(60)
 
 
 def assert_bits(session: Session, before: dict[str, torch.Tensor]) -> None:
-    session.turns.submit("bits", lambda: tiny.assert_same_bits(session.pipe, before)).result(60)
+    session.queue.submit("bits", lambda: tiny.assert_same_bits(session.pipe, before)).result(60)
 
 
 def free_port() -> int:

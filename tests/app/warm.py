@@ -1,7 +1,7 @@
 """A trainer that has imported all it needs and forks for each training, which saves its six seconds of imports.
 
 ``python -m tests.app.warm SOCKET`` serves; ``Started`` is to the app what ``subprocess.Popen`` is. What runs is the
-trainer, in a process of its own, on the supervised_run, with the flags and files that the app gave.
+trainer, in a process of its own, under ``supervised_run``, with the flags and files that the app gave.
 """
 
 import json
@@ -31,10 +31,10 @@ class Started:
         self._server = socket.socket(socket.AF_UNIX)
         _until_there(Path(os.environ[ADDRESS]))
         self._server.connect(os.environ[ADDRESS])
-        order = json.dumps({"command": list(command), "cwd": str(cwd), "env": dict(env)}).encode()
-        socket.send_fds(self._server, [len(order).to_bytes(8, "little")], [read, stdout.fileno()])
+        request = json.dumps({"command": list(command), "cwd": str(cwd), "env": dict(env)}).encode()
+        socket.send_fds(self._server, [len(request).to_bytes(8, "little")], [read, stdout.fileno()])
         os.close(read)
-        self._server.sendall(order)
+        self._server.sendall(request)
         self.pid = int.from_bytes(self._server.recv(8), "little")
 
     def wait(self, timeout: float | None = None) -> int:
@@ -102,16 +102,16 @@ def _start(connection: socket.socket) -> None:
     """In a child of the server: start the trainer as a child of its own, wait, and tell how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, (stdin, log), _, _ = socket.recv_fds(connection, 8, 2)
-    order = json.loads(connection.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL))
+    request = json.loads(connection.recv(int.from_bytes(size, "little"), socket.MSG_WAITALL))
     pid = os.fork()
     if pid == 0:
         connection.close()
         for source, target in ((stdin, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         os.environ.clear()
-        os.environ.update(order["env"])
-        os.chdir(order["cwd"])
-        sys.argv = ["leash", *order["command"][3:]]  # python -m app.training.supervised_run ...
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        sys.argv = ["supervised_run", *request["command"][3:]]  # python -m app.training.supervised_run ...
         from app.training import supervised_run
 
         supervised_run.main()

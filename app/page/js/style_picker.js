@@ -1,9 +1,9 @@
 // The list of styles, built in the DOM alone, since names and words come from strangers; of hundreds a few at a time.
 // props.value is the mix {name: strength}; props.cards, .live, .limits and .page come from the server.
-const cards = element.querySelector('.rack-cards')
-const more = element.querySelector('.rack-more')
-const filter = element.querySelector('.rack-filter')
-const count = element.querySelector('.rack-count')
+const cards = element.querySelector('.picker-cards')
+const more = element.querySelector('.picker-more')
+const filter = element.querySelector('.picker-filter')
+const count = element.querySelector('.picker-count')
 const rows = new Map() // by name: {card, on, strength, text}, and what it shows once it was shown: node, show()
 let limit = props.page
 const PARTS = ['down', 'mid', 'up']
@@ -108,7 +108,7 @@ function build(row) {
     ? make('img', { src: card.thumbnail, alt: '', loading: 'lazy', width: 56, height: 56 })
     : make('span', { class: 'no-thumbnail', text: card.name.slice(0, 1).toUpperCase(), 'aria-hidden': 'true' })
   const words = card.trigger && make('button', { type: 'button', class: 'words', title: 'put these words into the prompt', 'aria-label': `use the words “${card.trigger}”`, text: `+ ${card.trigger}`, onclick: () => trigger('words', { words: card.trigger }) })
-  row.node = make('li', { class: 'rack-card' },
+  row.node = make('li', { class: 'picker-card' },
     make('label', { class: 'face', title: card.name }, picture),
     make('div', { class: 'body' },
       make('div', { class: 'top' },
@@ -143,7 +143,7 @@ function arrange() {
   const left = found.length - shown.length
   more.hidden = left === 0
   more.textContent = `Show ${Math.min(left, props.page)} of ${left} more`
-  element.querySelector('.rack-lost').hidden = rows.size === 0 || found.some((row) => row.text.includes(wanted))
+  element.querySelector('.picker-lost').hidden = rows.size === 0 || found.some((row) => row.text.includes(wanted))
 }
 
 function showMix() {
@@ -161,7 +161,7 @@ function showCards() {
   rows.clear()
   for (const card of props.cards) rows.set(card.name, rowOf(card, before.get(card.name)))
   filter.parentElement.classList.toggle('few', rows.size < 7)
-  element.querySelector('.rack-none').hidden = rows.size > 0
+  element.querySelector('.picker-none').hidden = rows.size > 0
   showMix()
   arrange()
 }
@@ -173,7 +173,7 @@ more.addEventListener('click', () => {
   arrange()
   cards.children[place]?.querySelector('input').focus()
 })
-element.querySelector('.rack-clear').addEventListener('click', () => {
+element.querySelector('.picker-clear').addEventListener('click', () => {
   for (const row of rows.values()) { row.on = false; row.show() }
   tell()
 })

@@ -111,7 +111,7 @@ class CompareTab:
                 idle,
             )
             try:
-                async for label, _, path in self._studio.desk.draw_series(visitor_of(request), series, on_step):
+                async for label, _, path in self._studio.requests.draw_series(visitor_of(request), series, on_step):
                     done.append((cached(self.strip, path), _short(label)))
                     names.append(path.name)
                     yield done, names, None, theme.remark(f"{len(done)} of {len(series)} drawn."), idle
@@ -148,19 +148,19 @@ class CompareTab:
     def _choose(self, names: list[str], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any, Any]:
         index = event.index if isinstance(event.index, int) and 0 <= event.index < len(names) else None
         with readable("the picture could not be shown"):
-            kept = self._studio.archive.of(visitor_of(request)).get(names[index] if index is not None else None)
+            kept = self._studio.galleries.of(visitor_of(request)).get(names[index] if index is not None else None)
             return kept.name, theme.settings(read_settings(kept.path)), gr.Button(interactive=True)
 
     def _send(self, name: Any, request: gr.Request) -> list[Any]:
         with readable("the picture could not be read"):
-            return self._mix.fill(self._studio.archive.of(visitor_of(request)).get(name).settings)
+            return self._mix.fill(self._studio.galleries.of(visitor_of(request)).get(name).settings)
 
     def _begin(self, request: gr.Request) -> list[Any]:
-        self._studio.desk.announce(visitor_of(request).visit)
+        self._studio.requests.announce(visitor_of(request).visit)
         return _buttons(busy=True)
 
     def _stop(self, request: gr.Request) -> None:
-        self._studio.desk.stop(visitor_of(request).visit)
+        self._studio.requests.stop(visitor_of(request).visit)
 
     def _offer(self, *chosen: Any) -> list[Any]:
         names = list(self._session.adapter_names)

@@ -22,7 +22,7 @@ class HistoryTab:
     """The components of the tab and what they do."""
 
     def __init__(self, studio: Studio, mix: MixTab) -> None:
-        self._archive = studio.archive
+        self._galleries = studio.galleries
         self._mix = mix
 
     def lay_out(self) -> None:
@@ -79,13 +79,13 @@ class HistoryTab:
         self.delete.click(self._delete, [self.chosen, self.page], [*details, *self._page_outputs], **TELLING)
 
     def _whose(self) -> str:
-        kept = f"The newest {self._archive.most:,} pictures are kept, also when the app starts anew."
-        if self._archive.shared:
+        kept = f"The newest {self._galleries.most:,} pictures are kept, also when the app starts anew."
+        if self._galleries.shared:
             return f"Everybody who can open this app sees these pictures. {kept}"
         return f"Only you see these pictures, by your name where you signed in, or else in this browser. {kept}"
 
     def _of(self, request: gr.Request) -> History:
-        return self._archive.of(visitor_of(request))
+        return self._galleries.of(visitor_of(request))
 
     def _newest(self, request: gr.Request) -> tuple[Any, ...]:
         return self._turn(self._of(request), 1)

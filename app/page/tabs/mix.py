@@ -7,13 +7,13 @@ from typing import Any
 import gradio as gr
 
 from app.drawing import random_settings
-from app.drawing.preview_budget import Pace
+from app.drawing.preview_budget import PreviewBudget
 from app.drawing.requests import Stopped
 from app.drawing.restore import restore
 from app.history.png_metadata import read_settings
 from app.insight.lora_timing import RANK
 from app.page import theme
-from app.page.style_picker import make_rack, shown
+from app.page.style_picker import make_style_picker, shown
 from app.page.tabs.events import PREVIEWING, QUIET, TELLING
 from app.page.tabs.presets import PresetsFold
 from app.server.messages import readable
@@ -49,14 +49,14 @@ class MixTab:
         self._session = studio.session
         self._tabs = tabs
         self._header = header
-        self._pace = Pace()
+        self._budget = PreviewBudget()
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
         with gr.Row(elem_id="mixer"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_out_prompt()
-                self.rack = make_rack(self._cards(), {name: 1.0 for name in self.names_first()[:1]})
+                self.style_picker = make_style_picker(self._cards(), {name: 1.0 for name in self.names_first()[:1]})
                 self._lay_out_details()
                 with gr.Row(elem_id="actions"):
                     self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
@@ -72,7 +72,7 @@ class MixTab:
                 self.method = self.presets.lay_out()
             with gr.Column(scale=6, min_width=320):
                 self._lay_out_results()
-        self.inputs = [self.prompt, self.rack, self.seed, self.steps, self.guidance, self.method]
+        self.inputs = [self.prompt, self.style_picker, self.seed, self.steps, self.guidance, self.method]
         self.targets = [self._tabs, *self.inputs]
         self._connect()
         self._connect_preview()
@@ -175,7 +175,7 @@ class MixTab:
         )
         self.stop.click(self._stop, **QUIET)
         self.dropped.upload(self._restore, self.dropped, [self.dropped, *self.targets], **TELLING)
-        self.rack.words(self._add_words, self.prompt, self.prompt, **QUIET)
+        self.style_picker.words(self._add_words, self.prompt, self.prompt, **QUIET)
 
     async def _generate(
         self,
@@ -195,7 +195,7 @@ class MixTab:
         try:
             with readable():
                 settings = self.settings(prompt, mix, seed, steps, guidance, method)
-                picture, path = await self._studio.desk.draw(visitor_of(request), settings, on_step)
+                picture, path = await self._studio.requests.draw(visitor_of(request), settings, on_step)
         except Stopped:
             return gr.skip(), gr.skip(), gr.skip()
         return self._results(picture, path, gallery)
@@ -212,14 +212,14 @@ class MixTab:
             return [None, *self.fill(read_settings(Path(file or "")))]
 
     def _begin(self, request: gr.Request) -> list[Any]:
-        self._studio.desk.announce(visitor_of(request).visit)
+        self._studio.requests.announce(visitor_of(request).visit)
         return _buttons(busy=True)
 
     def _begin_surprise(self, request: gr.Request) -> list[Any]:
         return [*self._surprised(), *self._begin(request)]
 
     def _stop(self, request: gr.Request) -> None:
-        self._studio.desk.stop(visitor_of(request).visit)
+        self._studio.requests.stop(visitor_of(request).visit)
 
     def _surprised(self) -> list[Any]:
         return self._filled(random_settings.settings(self._session))
@@ -234,10 +234,10 @@ class MixTab:
     # ---------------------------------------------------------------- the preview
 
     def _connect_preview(self) -> None:
-        self.live.change(lambda live: gr.HTML(live=live), self.live, self.rack, **QUIET)
+        self.live.change(lambda live: gr.HTML(live=live), self.live, self.style_picker, **QUIET)
         moved = [
             self.live.input,
-            self.rack.input,
+            self.style_picker.input,
             self.prompt.input,
             self.seed.change,
             self.guidance.input,
@@ -250,13 +250,13 @@ class MixTab:
     ) -> Any:
         if not live:
             return gr.skip(), gr.skip()
-        fewer = self._pace.steps(int(steps)) if isinstance(steps, int | float) else steps
+        fewer = self._budget.steps(int(steps)) if isinstance(steps, int | float) else steps
         try:
             settings = self.settings(prompt, mix, seed, fewer, guidance, method)
-            picture = await self._studio.desk.preview(visitor_of(request).visit, settings)
+            picture = await self._studio.requests.preview(visitor_of(request).visit, settings)
         except (Stopped, SettingsError):  # a newer one is under way, or a prompt is half typed
             return gr.skip(), gr.skip()
-        self._pace.drew(settings.steps, picture.report["generation_s"])
+        self._budget.drew(settings.steps, picture.report["generation_s"])
         return picture.signed(), theme.facts(picture.report, preview=True)
 
     # ---------------------------------------------------------------- what changes by itself
@@ -264,7 +264,7 @@ class MixTab:
     def _connect_watch(self) -> None:
         """New adapters, those that were left out, thumbnails and the LoRA's time come to the page by themselves."""
         seen = gr.State(None)
-        shown = [seen, self._header, self.rack, self.refused, self.lora]
+        shown = [seen, self._header, self.style_picker, self.refused, self.lora]
         gr.Timer(WATCH_SECONDS).tick(self._watch, seen, shown, **QUIET)
 
     def _watch(self, seen: Any) -> Any:

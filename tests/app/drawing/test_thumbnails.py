@@ -33,7 +33,7 @@ def card(session: Session, name: str) -> Card:
 
 
 def idle(session: Session) -> None:
-    session.turns.submit(BACKGROUND, lambda: None).result(60)
+    session.queue.submit(BACKGROUND, lambda: None).result(60)
 
 
 def test_the_picture_beside_the_file(own: Session, tmp_path: Path) -> None:

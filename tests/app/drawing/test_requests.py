@@ -1,4 +1,4 @@
-"""The desk draws for visits that wait, stop and change their mind."""
+"""Requests to draw, of visits that wait, stop and change their mind."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from app.drawing.requests import Desk, Stopped
+from app.drawing.requests import DrawingRequests, Stopped
 from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.history.history import Kept
@@ -29,11 +29,11 @@ def settings(session: Session, steps: int = 2, seed: int = 3) -> Settings:
 
 
 def pictures(studio: Studio) -> int:
-    return len(studio.archive.of(ADA))
+    return len(studio.galleries.of(ADA))
 
 
 def test_a_picture_is_kept_and_is_what_the_session_draws(studio: Studio, session: Session) -> None:
-    picture, path = run(studio.desk.draw(ADA, settings(session)))
+    picture, path = run(studio.requests.draw(ADA, settings(session)))
     alone = session.generate(SUGGESTION, {"bluefire": 1.0}, 3, 2)
     assert picture.image.tobytes() == alone.image.tobytes()
     assert Kept(path.name, path).settings == picture.report
@@ -44,36 +44,36 @@ def test_a_visit_that_stops_ends_its_own_pictures_only(studio: Studio, session: 
 
     def stop(done: int, of: int) -> None:
         if done == 1:
-            studio.desk.stop("ada")
+            studio.requests.stop("ada")
 
     async def both() -> Any:
-        hers = studio.desk.draw(ADA, settings(session, 50), stop)
-        return await asyncio.gather(hers, studio.desk.draw(BOB, settings(session, 3)), return_exceptions=True)
+        hers = studio.requests.draw(ADA, settings(session, 50), stop)
+        return await asyncio.gather(hers, studio.requests.draw(BOB, settings(session, 3)), return_exceptions=True)
 
     stopped, drawn = run(both())
     assert isinstance(stopped, Stopped) and drawn[0].report["steps"] == 3
     assert session.active == {} and pictures(studio) == before + 1
-    assert not studio.desk._orders
+    assert not studio.requests._requests
 
 
 def test_a_stop_that_comes_before_the_order_ends_it_and_none_after(studio: Studio, session: Session) -> None:
-    studio.desk.announce("ada")
-    studio.desk.stop("ada")
+    studio.requests.announce("ada")
+    studio.requests.stop("ada")
     with pytest.raises(Stopped):
-        run(studio.desk.draw(ADA, settings(session)))
-    run(studio.desk.draw(ADA, settings(session)))
-    studio.desk.stop("ada")  # nothing is under way
-    run(studio.desk.draw(ADA, settings(session)))
+        run(studio.requests.draw(ADA, settings(session)))
+    run(studio.requests.draw(ADA, settings(session)))
+    studio.requests.stop("ada")  # nothing is under way
+    run(studio.requests.draw(ADA, settings(session)))
 
 
 def test_a_newer_preview_takes_the_place_of_the_one_before(studio: Studio, session: Session) -> None:
     before = pictures(studio)
 
     async def moved() -> Any:
-        first = asyncio.create_task(studio.desk.preview("ada", settings(session, 50)))
+        first = asyncio.create_task(studio.requests.preview("ada", settings(session, 50)))
         await asyncio.sleep(0.05)
-        kept = asyncio.create_task(studio.desk.draw(ADA, settings(session)))  # no preview: it stays
-        second = asyncio.create_task(studio.desk.preview("ada", settings(session, seed=4)))
+        kept = asyncio.create_task(studio.requests.draw(ADA, settings(session)))  # no preview: it stays
+        second = asyncio.create_task(studio.requests.preview("ada", settings(session, seed=4)))
         return await asyncio.gather(first, second, kept, return_exceptions=True)
 
     first, second, kept = run(moved())
@@ -86,7 +86,7 @@ def test_a_page_that_is_closed_draws_no_further(studio: Studio, session: Session
 
     async def leave() -> None:
         drawing = asyncio.create_task(
-            studio.desk.draw(ADA, settings(session, 100), lambda done, of: steps.append(done))
+            studio.requests.draw(ADA, settings(session, 100), lambda done, of: steps.append(done))
         )
         while not steps:
             await asyncio.sleep(0.01)
@@ -105,12 +105,12 @@ def test_a_series_counts_all_steps_and_stops_as_one(studio: Studio, session: Ses
     def step(done: int, of: int) -> None:
         seen.append((done, of))
         if done == 5:
-            studio.desk.stop("ada")
+            studio.requests.stop("ada")
 
     async def draw() -> list[str]:
         drawn = []
         with pytest.raises(Stopped):
-            async for label, _, _ in studio.desk.draw_series(ADA, series, step):
+            async for label, _, _ in studio.requests.draw_series(ADA, series, step):
                 drawn.append(label)
         return drawn
 
@@ -123,5 +123,5 @@ def test_what_goes_wrong_amid_is_told_to_who_waits(studio: Studio, session: Sess
         raise MemoryError("full")
 
     with pytest.raises(MemoryError, match="full"):
-        run(Desk(session, studio.archive).draw(ADA, settings(session), fail))
+        run(DrawingRequests(session, studio.galleries).draw(ADA, settings(session), fail))
     assert session.active == {}

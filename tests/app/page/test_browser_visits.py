@@ -26,7 +26,7 @@ pytestmark = MARKS
 FOCUS = """() => {
   const e = document.activeElement
   const style = getComputedStyle(e)
-  const around = getComputedStyle(e.closest('.rack-card, label, .wrap, .container') ?? e)
+  const around = getComputedStyle(e.closest('.picker-card, label, .wrap, .container') ?? e)
   const outlined = (s) => s.outlineStyle !== 'none' && s.outlineWidth !== '0px'
   const seen = outlined(style) || outlined(around) || style.boxShadow !== 'none'
   const name = e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText || e.id || e.tagName
@@ -155,27 +155,27 @@ def crowded(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Itera
     yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
     blocks.close(verbose=False)
     studio.close()
-    assert len(studio.archive.of(Visitor(""))) == 0
+    assert len(studio.galleries.of(Visitor(""))) == 0
 
 
 def test_of_many_styles_a_page_is_shown_and_those_that_are_on(couple: tuple[Any, Any], crowded: str) -> None:
     with visitor(couple[0], crowded) as page:
-        cards = page.locator(".rack-card")
+        cards = page.locator(".picker-card")
         expect(cards).to_have_count(24)
-        expect(page.locator(".rack-count")).to_have_text("1 of 40 on")
+        expect(page.locator(".picker-count")).to_have_text("1 of 40 on")
         page.get_by_label("Filter styles").fill("style 3")
         expect(cards).to_have_count(11)  # 30 to 39, and the one that is on
         page.get_by_role("checkbox", name="style 35").check()
         page.get_by_label("Filter styles").fill("nothing like it")
-        expect(page.locator(".rack-card .name")).to_have_text(["style 00", "style 35"])
+        expect(page.locator(".picker-card .name")).to_have_text(["style 00", "style 35"])
         expect(page.get_by_text("No style has this in its name or words.")).to_be_visible()
         page.get_by_label("Filter styles").fill("")
-        expect(page.locator(".rack-card .name").nth(1)).to_have_text("style 35")
+        expect(page.locator(".picker-card .name").nth(1)).to_have_text("style 35")
         page.get_by_role("button", name="Show 16 of 16 more").click()
         expect(cards).to_have_count(40)
         expect(page.get_by_role("checkbox", name="style 23")).to_be_focused()  # the first of those that came
         page.get_by_role("checkbox", name="style 00").uncheck()
-        expect(page.locator(".rack-count")).to_have_text("1 of 40 on")
+        expect(page.locator(".picker-count")).to_have_text("1 of 40 on")
 
 
 def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any, Any], crowded: str) -> None:

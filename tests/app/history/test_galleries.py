@@ -8,7 +8,7 @@ import pytest
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from app.history.galleries import CHECKED_EVERY, Archive, Visitor
+from app.history.galleries import CHECKED_EVERY, Galleries, Visitor
 from app.history.history import History
 from app.page.page import build, launch
 from app.server.access import BROWSER, protection
@@ -36,22 +36,22 @@ def test_the_oldest_pictures_go(tmp_path: Path) -> None:
 def test_all_pictures_together_have_a_size(tmp_path: Path) -> None:
     size = History(tmp_path / "one").add(PICTURE).path.stat().st_size
     folder = tmp_path / "pictures"
-    archive = Archive(folder, max_bytes=5 * size, shared=False)
+    galleries = Galleries(folder, max_bytes=5 * size, shared=False)
     (folder / "of").mkdir(parents=True)
     (folder / "0.png").write_bytes(b"not of the history" * size)
     (folder / "20200101-000000-000000000.png").symlink_to(folder / "deleted meanwhile")
-    kept = [archive.add((ADA, BOB)[k % 2], PICTURE).name for k in range(CHECKED_EVERY)]
-    assert sorted([*names(archive.of(ADA)), *names(archive.of(BOB))]) == kept[-5:]
+    kept = [galleries.add((ADA, BOB)[k % 2], PICTURE).name for k in range(CHECKED_EVERY)]
+    assert sorted([*names(galleries.of(ADA)), *names(galleries.of(BOB))]) == kept[-5:]
     assert (folder / "0.png").exists()
 
 
 def test_visitors_share_a_gallery_or_have_their_own(tmp_path: Path) -> None:
-    shared, own = Archive(tmp_path, shared=True), Archive(tmp_path, shared=False)
+    shared, own = Galleries(tmp_path, shared=True), Galleries(tmp_path, shared=False)
     everybodys = shared.add(ADA, PICTURE).name
     assert names(shared.of(BOB)) == [everybodys]
     (hers,) = [own.add(ADA, PICTURE).name]
     assert names(own.of(ADA)) == [hers] and names(own.of(BOB)) == []
-    assert names(Archive(tmp_path, shared=False).of(Visitor("3", "user ada"))) == [hers]  # after a restart
+    assert names(Galleries(tmp_path, shared=False).of(Visitor("3", "user ada"))) == [hers]  # after a restart
     assert names(shared.of(ADA)) == [everybodys]
     assert not [path for path in tmp_path.rglob("*") if "ada" in path.name]
 

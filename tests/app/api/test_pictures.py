@@ -106,7 +106,7 @@ def test_the_history_holds_what_was_drawn(client: Client, studio: Studio) -> Non
     newest = client.predict(api_name="/history")[0]
     assert newest["settings"] == report
     assert pixels(newest) == Image.open(file).tobytes()
-    left = len(studio.archive.of(Visitor(""))) - 1
+    left = len(studio.galleries.of(Visitor(""))) - 1
     assert client.predict(newest["name"], api_name="/delete_picture") == left
     assert client.predict(api_name="/history")[0]["name"] != newest["name"]
     for name in (newest["name"], "../presets.json", "/etc/passwd", ""):

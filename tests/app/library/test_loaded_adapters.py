@@ -18,7 +18,7 @@ COUNT = 6
 
 
 @pytest.fixture
-def shelf(pipe: StableDiffusionPipeline, tmp_path: Path) -> Path:
+def folder(pipe: StableDiffusionPipeline, tmp_path: Path) -> Path:
     """Adapters a to f that fit; g, whose head claims what its body does not hold; h, of another model; i, no file."""
     folder = tmp_path / "adapters"
     for number, name in enumerate("abcdef"):
@@ -35,8 +35,10 @@ def names(library: Library) -> str:
     return "".join(card.name for card in library.cards)
 
 
-def test_at_the_start_heads_are_read_and_the_rest_when_nobody_draws(pipe: StableDiffusionPipeline, shelf: Path) -> None:
-    library = Library(pipe, shelf, at_once=2)
+def test_at_the_start_heads_are_read_and_the_rest_when_nobody_draws(
+    pipe: StableDiffusionPipeline, folder: Path
+) -> None:
+    library = Library(pipe, folder, at_once=2)
     assert library.loaded == tuple(pipe.list_shira()) == ("a", "b")
     assert names(library) == "abcdefh" and [name for name, _ in library.refused] == ["g", "i"]
     told = {card.name: card for card in library.cards}["c"]
@@ -53,22 +55,22 @@ def test_at_the_start_heads_are_read_and_the_rest_when_nobody_draws(pipe: Stable
 
 
 def test_few_stay_loaded_and_pictures_are_the_same(
-    pipe: StableDiffusionPipeline, shelf: Path, folders: Folders, tmp_path: Path
+    pipe: StableDiffusionPipeline, folder: Path, folders: Folders, tmp_path: Path
 ) -> None:
-    size = (shelf / "a.safetensors").stat().st_size
+    size = (folder / "a.safetensors").stat().st_size
     mixes = [{"a": 1.0}, {"e": 0.5, "f": 1.0}, {"b": 1.0, "c": 1.0, "d": -0.5}, {"a": 1.0}]
-    lavish = Session(pipe, "tiny", Library(pipe, shelf), (SUGGESTION,))
+    lavish = Session(pipe, "tiny", Library(pipe, folder), (SUGGESTION,))
     expected = [lavish.generate(SUGGESTION, mix, 3, 1).image.tobytes() for mix in mixes]
 
     frugal_pipe = StableDiffusionPipeline.from_pretrained(folders.base)
-    library = Library(frugal_pipe, shelf, at_once=1, room=2 * size + 1000)
+    library = Library(frugal_pipe, folder, at_once=1, room=2 * size + 1000)
     session = Session(frugal_pipe, "tiny", library, (SUGGESTION,))
     bits = tiny.snapshot(frugal_pipe)
     for mix, picture in zip(mixes, expected, strict=True):
         drawn = session.generate(SUGGESTION, mix, 3, 1)
         assert drawn.image.tobytes() == picture
         assert {name: told["sha256"] for name, told in drawn.report["adapters"].items()} == {
-            name: sha256_of(shelf / f"{name}.safetensors") for name in mix
+            name: sha256_of(folder / f"{name}.safetensors") for name in mix
         }
         assert set(mix) <= set(library.loaded) and len(library.loaded) <= max(2, len(mix))
     tiny.assert_same_bits(frugal_pipe, bits)
@@ -77,9 +79,9 @@ def test_few_stay_loaded_and_pictures_are_the_same(
 
 @pytest.mark.parametrize("name", ["h"])
 def test_what_turns_out_not_to_fit_is_a_sentence_and_left_out(
-    pipe: StableDiffusionPipeline, shelf: Path, name: str
+    pipe: StableDiffusionPipeline, folder: Path, name: str
 ) -> None:
-    session = Session(pipe, "tiny", Library(pipe, shelf, at_once=1), (SUGGESTION,))
+    session = Session(pipe, "tiny", Library(pipe, folder, at_once=1), (SUGGESTION,))
     before = session.library.version
     with pytest.raises(SettingsError, match=f"'{name}' cannot be used: "):
         session.generate(SUGGESTION, {"a": 1.0, name: 1.0}, 3, 1)
@@ -89,19 +91,19 @@ def test_what_turns_out_not_to_fit_is_a_sentence_and_left_out(
         session.generate(SUGGESTION, {name: 1.0}, 3, 1)
 
 
-def test_a_file_that_is_gone_is_a_sentence(pipe: StableDiffusionPipeline, shelf: Path) -> None:
-    library = Library(pipe, shelf, at_once=1, room=0)
+def test_a_file_that_is_gone_is_a_sentence(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    library = Library(pipe, folder, at_once=1, room=0)
     with library.using(["b"]):
         assert "b" in library.loaded
     with library.using(["c"]):
         assert library.loaded == ("c",)
-    (shelf / "b.safetensors").unlink()
+    (folder / "b.safetensors").unlink()
     with pytest.raises(SettingsError, match="'b' cannot be read any more: "), library.using(["b"]):
         pass
 
 
-def test_an_adapter_in_use_stays_whatever_is_opened_beside(pipe: StableDiffusionPipeline, shelf: Path) -> None:
-    library = Library(pipe, shelf, at_once=1, room=0)
+def test_an_adapter_in_use_stays_whatever_is_opened_beside(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    library = Library(pipe, folder, at_once=1, room=0)
     with library.using(["a", "b"]):
         library.adapter("c")
         assert {"a", "b"} <= set(library.loaded)
@@ -110,13 +112,13 @@ def test_an_adapter_in_use_stays_whatever_is_opened_beside(pipe: StableDiffusion
 
 
 def test_renaming_and_deleting_those_that_are_not_loaded(
-    pipe: StableDiffusionPipeline, shelf: Path, tmp_path: Path
+    pipe: StableDiffusionPipeline, folder: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     first = Library(pipe, tmp_path / "adapters", data)
-    first.add(shelf / "a.safetensors", "mine")
+    first.add(folder / "a.safetensors", "mine")
     pipe.delete_shira(list(pipe.list_shira()))
-    library = Library(pipe, shelf, data, at_once=1)
+    library = Library(pipe, folder, data, at_once=1)
     assert not library.entry("mine").card.opened  # type: ignore[union-attr]
     assert library.rename("mine", "ours").name == "ours"
     library.delete("ours")
