@@ -1,13 +1,11 @@
 """Settings of a picture, preset or link brought back to a session that may have other adapters by now."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from app.drawing.session import Session
-from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, Settings
-
-SETTINGS = ("prompt", "mix", "seed", "steps", "guidance", "method")
+from app.settings.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +27,20 @@ def restore(given: Mapping[str, Any], session: Session) -> Restored:
     Raises:
         SettingsError: a setting out of its range.
     """
-    settings = Settings.checked(
-        given.get("prompt"),
-        given.get("mix", {}),
-        given.get("seed"),
-        given.get("steps", DEFAULT_STEPS),
-        given.get("guidance", DEFAULT_GUIDANCE),
-        given.get("method", DEFAULT_METHOD),
-    )
+    settings = Settings.checked(**{each.name: given[each.name] for each in fields(Settings) if each.name in given})
     hashes = session.hashes
     then = _hashes_of(given)
     named = _names_now(settings.mix, then, hashes)
     mix = {now: settings.mix[name] for name, now in named.items()}
-    kept = session.checked(settings.prompt, mix, settings.seed, settings.steps, settings.guidance, settings.method)
+    kept = session.drawable(replace(settings, mix=mix))
     notes = (note for name in settings.mix if (note := _note(name, named.get(name), then.get(name, ""), hashes)))
     return Restored(kept, (*notes, *_model(given, session)))
 
 
-def as_dict(settings: Settings) -> dict[str, Any]:
-    """Settings as plain data for JSON, which ``restore`` takes back."""
-    return {name: getattr(settings, name) for name in SETTINGS} | {"mix": dict(settings.mix)}
-
-
 def to_keep(settings: Settings, session: Session) -> dict[str, Any]:
-    """As ``as_dict``, with the adapters' hashes, so that they are found when they have other names."""
+    """Settings for JSON with the adapters' hashes, by which ``restore`` finds those that were renamed."""
     hashes = session.hashes
-    return as_dict(settings) | {"adapters": {name: {"sha256": hashes.get(name, "")} for name in settings.mix}}
+    return settings.as_dict() | {"adapters": {name: {"sha256": hashes.get(name, "")} for name in settings.mix}}
 
 
 def _hashes_of(given: Mapping[str, Any]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import copy
 import reprlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from app.library.cards import Card
 from app.library.library import Library
 from app.library.uploads import DEFAULT_MAX_MB
 from app.settings.picture import Picture
-from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, Settings, SettingsError
+from app.settings.settings import Settings, SettingsError
 from app.settings.strengths import Mix, Strength, is_on, require_components
 from shira_diffusers import ShiraError, __version__
 from shira_diffusers.formats.paths import did_you_mean
@@ -96,6 +96,11 @@ class Session:
         return tuple(card.name for card in self.cards)
 
     @property
+    def names_first(self) -> tuple[str, ...]:
+        """Names of the adapters, styles before subjects: they show on any prompt and are mixed more often."""
+        return tuple(card.name for card in sorted(self.cards, key=lambda card: "style" not in card.trigger))
+
+    @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the loaded adapters' files, by name; empty while only the head of a file was read."""
         return {card.name: card.sha256 for card in self.cards}
@@ -114,77 +119,33 @@ class Session:
         """Forget the pictures that wait for their turn, as the app ends."""
         self.queue.close()
 
-    def generate(
-        self,
-        prompt: str,
-        mix: Mix,
-        seed: int | None = None,
-        steps: int = DEFAULT_STEPS,
-        guidance: float = DEFAULT_GUIDANCE,
-        on_step: OnStep | None = None,
-        *,
-        method: str = DEFAULT_METHOD,
-        visit: str = "",
-    ) -> Picture:
-        """Draw one picture.
+    def generate(self, *given: Any, on_step: OnStep | None = None, visit: str = "", **named: Any) -> Picture:
+        """Draw one picture when the visit's turn has come. On any error no adapter stays active.
 
         Args:
-            mix: ``{adapter: strength}``, empty for the base; strengths -1 to 2, also by component, see ``Strength``.
-            seed: 0 to 2^32 - 1; None draws one, which the report tells.
-            steps, guidance: 1 to 100, and 0 to 30.
-            on_step: told of each step; may raise to end the generation.
-            method: how several adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``.
+            given, named: the settings, as ``Settings.checked`` takes them.
+            on_step: called after each step; may raise to end the generation.
             visit: who asks; visits take turns.
 
         Raises:
-            SettingsError: a setting out of its range, an unknown adapter, or a prompt longer than the model reads.
-
-        On any error no adapter stays active.
+            SettingsError: as ``checked``.
         """
-        return self.submit(self.checked(prompt, mix, seed, steps, guidance, method), on_step, visit).result()
+        return self.submit(self.checked(*given, **named), on_step, visit).result()
 
-    def compare(
-        self,
-        prompt: str,
-        mix: Mix,
-        seed: int | None = None,
-        steps: int = DEFAULT_STEPS,
-        guidance: float = DEFAULT_GUIDANCE,
-        on_step: OnStep | None = None,
-        *,
-        method: str = DEFAULT_METHOD,
-        visit: str = "",
-    ) -> Iterator[tuple[str, Picture]]:
-        """Draw the base, each style of the mix alone and the mix, at one seed; yields each with its label.
-
-        Args and Raises: as ``generate``; also SettingsError for an empty mix. All is checked before the first picture.
-        ``on_step`` counts the steps of all pictures together.
-        """
-        series = series_of(self.checked(prompt, mix, seed, steps, guidance, method))
-        return self._draw_series(series, on_step, visit)
-
-    def _draw_series(
-        self, series: tuple[tuple[str, Settings], ...], on_step: OnStep | None, visit: str
-    ) -> Iterator[tuple[str, Picture]]:
-        for drawn, (label, each) in enumerate(series):
-            counted = shifted(on_step, drawn * each.steps, len(series) * each.steps)
-            yield label, self.submit(each, counted, visit).result()
-
-    def checked(
-        self,
-        prompt: Any,
-        mix: Any,
-        seed: Any = None,
-        steps: Any = DEFAULT_STEPS,
-        guidance: Any = DEFAULT_GUIDANCE,
-        method: Any = DEFAULT_METHOD,
-    ) -> Settings:
-        """Settings that this session can draw, from untrusted values; see ``generate``.
+    def checked(self, *given: Any, **named: Any) -> Settings:
+        """Settings that this session can draw, from untrusted values as ``Settings.checked`` takes them.
 
         Raises:
-            SettingsError: as ``generate``.
+            SettingsError: as ``Settings.checked`` and ``drawable``.
         """
-        settings = Settings.checked(prompt, mix, seed, steps, guidance, method)
+        return self.drawable(Settings.checked(*given, **named))
+
+    def drawable(self, settings: Settings) -> Settings:
+        """The settings, if this session can draw them.
+
+        Raises:
+            SettingsError: an unknown adapter or component, or a prompt longer than the model reads.
+        """
         self.require_known(settings.mix)
         require_components(settings.mix, models_of(self._pipe))
         tokenizer = self._tokenizer
@@ -247,12 +208,7 @@ class Session:
             image,
             {
                 "model": self.model,
-                "prompt": settings.prompt,
-                "mix": dict(settings.mix),
-                "seed": settings.seed,
-                "steps": settings.steps,
-                "guidance": settings.guidance,
-                "method": settings.method,
+                **settings.as_dict(),
                 "adapters": {name: {"strength": mix[name], "sha256": hashes.get(name, "")} for name in mix},
                 "version": __version__,
                 "switch_ms": round(1000 * (switched - start), 3),
@@ -285,11 +241,7 @@ class Session:
 
 
 def series_of(settings: Settings) -> tuple[tuple[str, Settings], ...]:
-    """What ``compare`` draws, with labels.
-
-    Raises:
-        SettingsError: no adapter is on.
-    """
+    """What ``compare`` draws, with labels. Raises SettingsError: no adapter is on."""
     if not any(map(is_on, settings.mix.values())):
         raise SettingsError("nothing to compare with the base: switch a style on, at a strength other than 0")
     return tuple((label, replace(settings, mix=mix)) for label, mix in strip_of(settings.mix))

@@ -55,11 +55,7 @@ class Galleries:
             return history
 
     def add(self, visitor: Visitor, picture: Picture) -> Kept:
-        """Keep a picture where its visitor finds it.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Keep a picture where its visitor finds it. Raises OSError: it cannot be written."""
         kept = self.of(visitor).add(picture)
         with self._changing:
             self._added += 1

@@ -64,11 +64,7 @@ class History:
         return len(self._names())
 
     def add(self, picture: Picture) -> Kept:
-        """Keep a picture; its file appears whole or not at all.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Keep a picture; its file appears whole or not at all. Raises OSError: it cannot be written."""
         with self._adding:
             self._last = max(time.time_ns(), self._last + 1)
             stamp = self._last
@@ -97,21 +93,13 @@ class History:
         return max(1, -(-len(self) // size))
 
     def get(self, name: object) -> Kept:
-        """The picture of a name.
-
-        Raises:
-            SettingsError: there is none.
-        """
+        """The picture of a name. Raises SettingsError: there is none."""
         if not isinstance(name, str) or name not in self._names():
             raise SettingsError(f"no picture named {str(name)[:80]!r} in the history")
         return Kept(name, self.folder / name)
 
     def delete(self, name: object) -> None:
-        """Remove a picture for good.
-
-        Raises:
-            SettingsError: there is none.
-        """
+        """Remove a picture for good. Raises SettingsError: there is none."""
         self.get(name).path.unlink(missing_ok=True)
 
     def _names(self) -> list[str]:

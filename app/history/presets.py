@@ -36,11 +36,7 @@ class Presets:
         return tuple(sorted(self._presets, key=str.casefold))
 
     def get(self, name: object) -> dict[str, Any]:
-        """The settings of a preset.
-
-        Raises:
-            SettingsError: there is none of that name.
-        """
+        """The settings of a preset. Raises SettingsError: there is none of that name."""
         found = self._presets.get(name) if isinstance(name, str) else None
         if found is None:
             raise SettingsError(f"no preset named {str(name)[:80]!r}; there are {', '.join(self.names) or 'none'}")

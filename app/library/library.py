@@ -104,11 +104,7 @@ class Library:
         return self._folder is not None
 
     def entry(self, name: object) -> Entry:
-        """The file of a name.
-
-        Raises:
-            SettingsError: there is none.
-        """
+        """The file of a name. Raises SettingsError: there is none."""
         if name is None:
             raise SettingsError("no adapter is chosen; add or train one first, if there is none")
         found = next((entry for entry in self._entries if entry.name == name), None)

@@ -2,7 +2,8 @@
 
 import random
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, Self
 
 from app.settings.checks import SettingsError, number, whole
@@ -30,7 +31,15 @@ class Settings:
     method: str = DEFAULT_METHOD
 
     @classmethod
-    def checked(cls, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any, method: Any = DEFAULT_METHOD) -> Self:
+    def checked(
+        cls,
+        prompt: Any = None,
+        mix: Any = MappingProxyType({}),
+        seed: Any = None,
+        steps: Any = DEFAULT_STEPS,
+        guidance: Any = DEFAULT_GUIDANCE,
+        method: Any = DEFAULT_METHOD,
+    ) -> Self:
         """Settings from untrusted values; of whole numbers, floats like 20.0 count as whole.
 
         Args:
@@ -52,6 +61,10 @@ class Settings:
             number("guidance", guidance, 0, MAX_GUIDANCE),
             _method(method),
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON; ``checked`` takes them back."""
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"mix": dict(self.mix)}
 
 
 def _prompt(prompt: object) -> str:

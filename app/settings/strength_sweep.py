@@ -21,11 +21,7 @@ class Axis:
 
     @classmethod
     def checked(cls, adapter: Any, strengths: Any) -> Self:
-        """An axis from untrusted values.
-
-        Raises:
-            SettingsError: no adapter, or no list of strengths from -1 to 2.
-        """
+        """An axis from untrusted values. Raises SettingsError: no adapter, or no list of strengths from -1 to 2."""
         if not isinstance(adapter, str) or not adapter:
             raise SettingsError(f"a sweep needs the name of a style, got {reprlib.repr(adapter)}")
         if not isinstance(strengths, Sequence) or isinstance(strengths, str) or not strengths:

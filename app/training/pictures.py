@@ -78,11 +78,7 @@ def captions_of(sent: Sent) -> list[str]:
 
 
 def tidy_caption(text: str) -> str:
-    """A caption on one line.
-
-    Raises:
-        SettingsError: it is too long.
-    """
+    """A caption on one line. Raises SettingsError: it is too long."""
     caption = " ".join(text.split())
     if len(caption) > MAX_CAPTION:
         raise SettingsError(f"a caption is too long: {MAX_CAPTION} characters at most, got {len(caption)}")

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -78,6 +78,63 @@ def _sizes(model: nn.Module, preset: str) -> tuple[int, ...]:
     return tuple(weight.numel() for weight in select(model, preset).values())
 
 
+def _words(setting: str) -> str:
+    """A setting as the page calls it, which whoever knows its name recognises."""
+    return "pictures a step (batch)" if setting == "batch" else setting.replace("_", " ")
+
+
+def _text(what: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise SettingsError(f"{what} must be text, got {reprlib.repr(value)}")
+    return tidy_caption("".join(c if c.isprintable() else " " for c in value))
+
+
+def _name(what: str, value: object) -> str:
+    if not _text(what, value):
+        raise SettingsError("the adapter needs a name")
+    return tidy_name(value)
+
+
+def _number(low: float, high: float) -> Any:
+    return lambda what, value: number(what, value, low, high)
+
+
+def _whole(low: int, high: int, step: int = 1) -> Any:
+    def check(what: str, value: object) -> int:
+        given = whole(what, value, low, high)
+        if given % step:
+            raise SettingsError(f"{what} must be a multiple of {step}, got {given}")
+        return given
+
+    return check
+
+
+def _one_of(*choices: str) -> Any:
+    def check(what: str, value: object) -> str:
+        if value not in choices:
+            raise SettingsError(f"{what} must be one of {', '.join(choices)}, got {reprlib.repr(value)}")
+        return str(value)
+
+    return check
+
+
+def _truth(what: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SettingsError(f"{what} must be true or false, got {reprlib.repr(value)}")
+    return value
+
+
+def _names(what: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise SettingsError(f"{what} must be a list of adapters, got {reprlib.repr(value)}")
+    return tuple(dict.fromkeys(value))
+
+
+def _setting(default: Any, check: Callable[[str, object], Any]) -> Any:
+    """A field with the check of what a stranger gives for it."""
+    return field(default=default, metadata={"check": check})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """The settings of a training; make one with ``checked``.
@@ -96,22 +153,22 @@ class Recipe:
         sample_prompt: of the pictures that show what was learned so far; empty makes none.
     """
 
-    name: str = "my style"
-    prompt: str = ""
-    mask: str = "grad"
-    density: float = 0.02
-    targets: str = "all"
-    steps: int = 200
-    learning_rate: float = 2e-3
-    batch: int = 4
-    seed: int = 0
-    resolution: int = 512
-    flip: bool = True
-    caption_dropout: float = 0.2
-    avoid: tuple[str, ...] = field(default=())
-    class_prompt: str = ""
-    class_pictures: int = 32
-    sample_prompt: str = ""
+    name: str = _setting("my style", _name)
+    prompt: str = _setting("", _text)
+    mask: str = _setting("grad", _one_of(*FAMILIES))
+    density: float = _setting(0.02, _number(0.0001, 0.2))
+    targets: str = _setting("all", _one_of(*PRESETS))
+    steps: int = _setting(200, _whole(1, 20_000))
+    learning_rate: float = _setting(2e-3, _number(1e-7, 0.1))
+    batch: int = _setting(4, _whole(1, 64))
+    seed: int = _setting(0, _whole(0, MAX_SEED))
+    resolution: int = _setting(512, _whole(16, 2048, 8))
+    flip: bool = _setting(True, _truth)
+    caption_dropout: float = _setting(0.2, _number(0, 0.9))
+    avoid: tuple[str, ...] = _setting((), _names)
+    class_prompt: str = _setting("", _text)
+    class_pictures: int = _setting(32, _whole(1, 500))
+    sample_prompt: str = _setting("", _text)
 
     @classmethod
     def for_base(cls, base: Base) -> Self:
@@ -133,13 +190,11 @@ class Recipe:
         Raises:
             SettingsError: an unknown setting, or the first that is wrong, what was expected and what came.
         """
-        unknown = values.keys() - {each.name for each in fields(self)}
+        checks = {each.name: each.metadata["check"] for each in fields(self)}
+        unknown = ", ".join(map(reprlib.repr, sorted(map(str, values.keys() - checks.keys()))[:5]))
         if unknown:
-            raise SettingsError(
-                f"no setting named {', '.join(map(reprlib.repr, sorted(map(str, unknown))[:5]))}; "
-                f"there are {', '.join(each.name for each in fields(self))}"
-            )
-        new = replace(self, **{name: _CHECKS[name](_words(name), value) for name, value in values.items()})
+            raise SettingsError(f"no setting named {unknown}; there are {', '.join(checks)}")
+        new = replace(self, **{name: checks[name](_words(name), value) for name, value in values.items()})
         strangers = [name for name in new.avoid if name not in known]
         if strangers:
             raise SettingsError(f"no adapter named {strangers[0][:60]!r} to keep off; there are {', '.join(known)}")
@@ -210,75 +265,3 @@ class Recipe:
             **(sampled if self.sample_prompt else {}),  # type: ignore[arg-type]
         )
         return [word for flag in command_line(config) for word in flag]
-
-
-def _words(setting: str) -> str:
-    """A setting as the page calls it, which whoever knows its name recognises."""
-    return "pictures a step (batch)" if setting == "batch" else setting.replace("_", " ")
-
-
-def _text(what: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise SettingsError(f"{what} must be text, got {reprlib.repr(value)}")
-    return tidy_caption("".join(c if c.isprintable() else " " for c in value))
-
-
-def _name(what: str, value: object) -> str:
-    if not _text(what, value):
-        raise SettingsError("the adapter needs a name")
-    return tidy_name(value)
-
-
-def _number(low: float, high: float) -> Any:
-    return lambda what, value: number(what, value, low, high)
-
-
-def _whole(low: int, high: int, step: int = 1) -> Any:
-    def check(what: str, value: object) -> int:
-        given = whole(what, value, low, high)
-        if given % step:
-            raise SettingsError(f"{what} must be a multiple of {step}, got {given}")
-        return given
-
-    return check
-
-
-def _one_of(*choices: str) -> Any:
-    def check(what: str, value: object) -> str:
-        if value not in choices:
-            raise SettingsError(f"{what} must be one of {', '.join(choices)}, got {reprlib.repr(value)}")
-        return str(value)
-
-    return check
-
-
-def _truth(what: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise SettingsError(f"{what} must be true or false, got {reprlib.repr(value)}")
-    return value
-
-
-def _names(what: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-        raise SettingsError(f"{what} must be a list of adapters, got {reprlib.repr(value)}")
-    return tuple(dict.fromkeys(value))
-
-
-_CHECKS: Mapping[str, Any] = {
-    "name": _name,
-    "prompt": _text,
-    "mask": _one_of(*FAMILIES),
-    "density": _number(0.0001, 0.2),
-    "targets": _one_of(*PRESETS),
-    "steps": _whole(1, 20_000),
-    "learning_rate": _number(1e-7, 0.1),
-    "batch": _whole(1, 64),
-    "seed": _whole(0, MAX_SEED),
-    "resolution": _whole(16, 2048, 8),
-    "flip": _truth,
-    "caption_dropout": _number(0, 0.9),
-    "avoid": _names,
-    "class_prompt": _text,
-    "class_pictures": _whole(1, 500),
-    "sample_prompt": _text,
-}

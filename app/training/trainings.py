@@ -137,22 +137,14 @@ class Trainings:
         return next((training for training in list(self._trainings.values()) if training.state == "running"), None)
 
     def training(self, id: object) -> Training:
-        """The training of an id; of None the newest.
-
-        Raises:
-            SettingsError: there is none.
-        """
+        """The training of an id; of None the newest. Raises SettingsError: there is none."""
         found = self._trainings.get(str(id)) if id else next(iter(self.all), None)
         if found is None:
             raise SettingsError(f"there is no training {str(id)[:40]!r}" if id else "nothing was trained here yet")
         return found
 
     def progress(self, id: object = None) -> Progress:
-        """How far a training is; of None the newest.
-
-        Raises:
-            SettingsError: there is none.
-        """
+        """How far a training is; of None the newest. Raises SettingsError: there is none."""
         training = self.training(id)
         output = self._folder / training.id / "output"
         steps = read_steps(output)
@@ -227,11 +219,7 @@ class Trainings:
             return self._trainings[training.id]
 
     def cancel(self) -> Training:
-        """End the training that is under way; its last checkpoint is kept.
-
-        Raises:
-            SettingsError: none is under way.
-        """
+        """End the training that is under way; its last checkpoint is kept. Raises SettingsError: none is under way."""
         training = self.running
         if training is None:
             raise SettingsError("no training is under way")

@@ -17,7 +17,7 @@ MARKS = [
 WIDE, PHONE = (1280, 900), (390, 844)
 PATIENCE = 60_000  # milliseconds
 Open = Callable[..., Any]
-"""``open_page(size, tab="Mix")``"""
+"""``open_page(size=WIDE, tab="Mix")``"""
 
 
 @contextmanager
@@ -50,10 +50,13 @@ def _shared_context(browser: Any, size: tuple[int, int]) -> Any:
 
 @contextmanager
 def pages(browser: Any, url: str) -> Iterator[Open]:
-    """Opens tabs of the app; at the end, no error was on the console and nothing was asked of other servers."""
+    """Opens tabs of the app, with few steps in Mix.
+
+    At the end, no error was on the console and nothing was asked of other servers.
+    """
     opened, requests, faults = [], [], []
 
-    def open_at(size: tuple[int, int], tab: str = "Mix") -> Any:
+    def open_at(size: tuple[int, int] = WIDE, tab: str = "Mix") -> Any:
         page = _shared_context(browser, size).new_page()
         opened.append(page)
         page.set_default_timeout(PATIENCE)
@@ -61,9 +64,9 @@ def pages(browser: Any, url: str) -> Iterator[Open]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.goto(url)
-        if tab == "Mix":  # the first one
-            page.get_by_role("button", name="Generate").wait_for()
-        else:
+        page.get_by_role("button", name="Generate").wait_for()
+        page.get_by_label("number input for Steps").fill("2")
+        if tab != "Mix":  # the first one
             page.get_by_role("tab", name=tab, exact=True).click()
         return page
 

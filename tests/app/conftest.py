@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,8 @@ def one_studio(folders: Folders, tmp_path_factory: pytest.TempPathFactory, warm_
 
 @pytest.fixture(scope="session")
 def one_url(one_studio: Studio) -> Iterator[str]:
-    blocks = build(one_studio)
-    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(one_studio))
-    blocks.close(verbose=False)
+    with served(one_studio) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,15 @@ def browser() -> Iterator[Any]:
 
     with chromium() as browser:
         yield browser
+
+
+@contextmanager
+def served(studio: Studio, **options: Any) -> Iterator[str]:
+    """The address of the app over a studio, for as long as the body runs."""
+    blocks = build(studio)
+    options |= {"prevent_thread_lock": True, "quiet": True, **protection(studio)}
+    yield launch(blocks, "127.0.0.1", free_port(), **options)
+    blocks.close(verbose=False)
 
 
 def connect(url: str, **options: Any) -> Client:

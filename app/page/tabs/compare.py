@@ -7,13 +7,12 @@ import gradio as gr
 
 from app.drawing.requests import Series, Stopped
 from app.drawing.session import series_of
-from app.history.png_metadata import read_settings
 from app.page import theme
-from app.page.tabs.events import QUIET, TELLING
+from app.page.tabs.events import QUIET, TELLING, DrawButtons, Values, picked
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
-from app.server.visitors import DRAWING, visitor_of
+from app.server.visitors import visitor_of
 from app.settings.checks import SettingsError, whole
 from app.settings.strength_sweep import Axis, sweep_of
 from app.studio import Studio
@@ -43,7 +42,7 @@ class CompareTab:
             with gr.Column(scale=4, min_width=300):
                 gr.HTML(theme.remark("Prompt, styles, seed, steps and guidance are those of Mix."), padding=False)
                 self.kind = gr.Radio(list(KINDS), value=next(iter(KINDS)), label="What to draw", elem_id="kind")
-                names = self._mix.names_first()
+                names = self._session.names_first
                 self.across = _Range("Style, from left to right", names, 0)
                 self.down = _Range("Other style, from top to bottom", names, 1)
                 with gr.Row():
@@ -71,25 +70,20 @@ class CompareTab:
     def _connect(self) -> None:
         folds = [self.across.fold, self.down.fold]
         self.kind.input(_show, self.kind, folds, **QUIET)
-        buttons = [self.draw, self.stop]
-        pressed = self.draw.click(self._begin, outputs=buttons, **QUIET)
-        drawn = pressed.then(
+        buttons = DrawButtons(self._studio.requests, [self.draw], self.stop)
+        buttons.draw_after(
+            self.draw.click(buttons.begin, outputs=buttons.all, **QUIET),
             self._draw,
             {self.kind, *self.across.components, *self.down.components, *self._mix.inputs},
             [self.strip, self.names, self.chosen, self.told, self.send],
-            api_visibility="private",
-            show_progress_on=self.strip,
-            **DRAWING,
+            self.strip,
         )
-        for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
-            ended(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
-        self.stop.click(self._stop, **QUIET)
         self.strip.select(self._choose, self.names, [self.chosen, self.told, self.send], **TELLING)
-        self.send.click(self._send, self.chosen, self._mix.targets, **TELLING)
+        self.send.click(self._mix.fill_from_history, self.chosen, self._mix.targets, **TELLING)
 
     async def _draw(
         self,
-        values: dict[Any, Any],
+        values: Values,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> AsyncIterator[Any]:
@@ -121,10 +115,10 @@ class CompareTab:
                 return
         yield gr.skip(), gr.skip(), None, theme.remark(self._legend(values)), idle
 
-    def _series(self, values: dict[Any, Any]) -> tuple[Series, int]:
+    def _series(self, values: Values) -> tuple[Series, int]:
         """What to draw, and how many a row."""
         kind = KINDS.get(values[self.kind])
-        settings = self._mix.settings(*(values[each] for each in self._mix.inputs))
+        settings = self._mix.settings(values)
         if kind == "parts":
             series = series_of(settings)
             return series, min(4, len(series))
@@ -132,13 +126,13 @@ class CompareTab:
         down = self._axis(self.down, values) if kind == "grid" else None
         return sweep_of(settings, across, down), len(across.strengths)
 
-    def _legend(self, values: dict[Any, Any]) -> str:
+    def _legend(self, values: Values) -> str:
         grid = KINDS.get(values[self.kind]) == "grid"
         across, down = values[self.across.adapter], values[self.down.adapter]
         axes = f"Strengths of {across} from left to right, of {down} from top to bottom. " if grid else ""
         return f"{axes}{CHOOSE}"
 
-    def _axis(self, span: "_Range", values: dict[Any, Any]) -> Axis:
+    def _axis(self, span: "_Range", values: Values) -> Axis:
         whole("the number of pictures", values[span.count], 2, MOST)
         axis = Axis.between(*(values[each] for each in span.components))
         if axis.adapter not in self._session.adapter_names:
@@ -146,21 +140,9 @@ class CompareTab:
         return axis
 
     def _choose(self, names: list[str], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any, Any]:
-        index = event.index if isinstance(event.index, int) and 0 <= event.index < len(names) else None
         with readable("the picture could not be shown"):
-            kept = self._studio.galleries.of(visitor_of(request)).get(names[index] if index is not None else None)
-            return kept.name, theme.settings(read_settings(kept.path)), gr.Button(interactive=True)
-
-    def _send(self, name: Any, request: gr.Request) -> list[Any]:
-        with readable("the picture could not be read"):
-            return self._mix.fill(self._studio.galleries.of(visitor_of(request)).get(name).settings)
-
-    def _begin(self, request: gr.Request) -> list[Any]:
-        self._studio.requests.announce(visitor_of(request).visit)
-        return _buttons(busy=True)
-
-    def _stop(self, request: gr.Request) -> None:
-        self._studio.requests.stop(visitor_of(request).visit)
+            kept = self._studio.galleries.of(visitor_of(request)).get(picked(names, event))
+            return kept.name, theme.settings(kept.settings), gr.Button(interactive=True)
 
     def _offer(self, *chosen: Any) -> list[Any]:
         names = list(self._session.adapter_names)
@@ -193,7 +175,3 @@ def _short(label: str) -> str:
 def _show(kind: str) -> list[Any]:
     chosen = KINDS.get(kind)
     return [gr.Group(visible=chosen in ("strip", "grid")), gr.Group(visible=chosen == "grid")]
-
-
-def _buttons(*, busy: bool) -> list[Any]:
-    return [gr.Button(visible=not busy), gr.Button(visible=busy)]

@@ -1,7 +1,52 @@
-"""How the tabs' events are told to Gradio: what the arguments of ``click`` and the like have in common."""
+"""What the events of the tabs have in common: arguments of ``click`` and the like, and how drawings start and stop."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gradio as gr
+
+from app.drawing.requests import DrawingRequests
+from app.server.visitors import DRAWING, visitor_of
+
+Values = Mapping[Any, Any]
+"""Of components, as Gradio gives them where inputs are a set."""
 TELLING: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUIET = {**TELLING, "queue": False}  # at once, but errors and messages reach the page through the queue alone
 PREVIEWING = {**TELLING, "trigger_mode": "multiple", "concurrency_limit": None}
+
+
+def picked(names: Sequence[str], event: gr.SelectData) -> str | None:
+    """The name of the picture that was chosen in a gallery."""
+    return names[event.index] if isinstance(event.index, int) and 0 <= event.index < len(names) else None
+
+
+class DrawButtons:
+    """Buttons that start a drawing, and Stop, which takes their place while it lasts.
+
+    Args:
+        requests: where drawings are announced and stopped.
+        starts: the buttons that start one.
+        stop: ends all that the visit has asked for.
+    """
+
+    def __init__(self, requests: DrawingRequests, starts: Sequence[gr.Button], stop: gr.Button) -> None:
+        self._requests = requests
+        self.all = [*starts, stop]
+        stop.click(self._stop, **QUIET)
+
+    def begin(self, request: gr.Request) -> list[Any]:
+        """Announce a drawing; updates of ``all``."""
+        self._requests.announce(visitor_of(request).visit)
+        return self._shown(busy=True)
+
+    def draw_after(self, pressed: Any, draw: Any, inputs: Any, outputs: Sequence[Any], progress_on: Any) -> None:
+        """Draw after the event that announced it; the buttons come back when it has ended, however it ended."""
+        drawn = pressed.then(draw, inputs, outputs, api_visibility="private", show_progress_on=progress_on, **DRAWING)
+        for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
+            ended(lambda: self._shown(busy=False), outputs=self.all, **QUIET)
+
+    def _stop(self, request: gr.Request) -> None:
+        self._requests.stop(visitor_of(request).visit)
+
+    def _shown(self, *, busy: bool) -> list[Any]:
+        return [*(gr.Button(visible=not busy) for _ in self.all[:-1]), gr.Button(visible=busy)]

@@ -7,7 +7,7 @@ import gradio as gr
 
 from app.history.history import History, Kept
 from app.page import theme
-from app.page.tabs.events import QUIET, TELLING
+from app.page.tabs.events import QUIET, TELLING, picked
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
@@ -75,7 +75,7 @@ class HistoryTab:
             button.click(self._step(step), self.page, self._page_outputs, **QUIET)
         chosen = self.gallery.select(self._choose, self.names, details, **TELLING)
         chosen.success(None, None, None, js=theme.scroll_to("#kept-picture"), **QUIET)
-        self.send.click(self._send, self.chosen, self._mix.targets, **TELLING)
+        self.send.click(self._mix.fill_from_history, self.chosen, self._mix.targets, **TELLING)
         self.delete.click(self._delete, [self.chosen, self.page], [*details, *self._page_outputs], **TELLING)
 
     def _whose(self) -> str:
@@ -113,16 +113,11 @@ class HistoryTab:
         )
 
     def _choose(self, names: list[str], event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
-        index = event.index if isinstance(event.index, int) and 0 <= event.index < len(names) else None
         with readable("the picture could not be shown"):
-            kept = self._of(request).get(names[index] if index is not None else None)
+            kept = self._of(request).get(picked(names, event))
             settings = kept.settings
         ready = gr.Button(interactive=True)
         return kept.name, cached(self.picture, kept.path), theme.settings(settings), ready, ready
-
-    def _send(self, name: Any, request: gr.Request) -> list[Any]:
-        with readable("the picture could not be read"):
-            return self._mix.fill(self._of(request).get(name).settings)
 
     def _delete(self, name: Any, page: int, request: gr.Request) -> tuple[Any, ...]:
         with readable("the picture could not be deleted"):

@@ -18,7 +18,7 @@ class InterferenceTab:
     """The components of the tab and what they do."""
 
     def __init__(self, studio: Studio) -> None:
-        self._library, self._comparer = studio.session.library, studio.comparer
+        self._session, self._comparer = studio.session, studio.comparer
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
@@ -31,7 +31,7 @@ class InterferenceTab:
             names = self._names()
             self.chosen = gr.Dropdown(
                 names,
-                value=self._first(),
+                value=list(self._session.names_first[:FIRST]),
                 multiselect=True,
                 max_choices=MAX_ADAPTERS,
                 label="Adapters",
@@ -60,8 +60,7 @@ class InterferenceTab:
     def _compare(self, names: list[str], measure: str) -> Any:
         with readable("the adapters could not be compared"):
             pairs = self._comparer.compare(names)
-        told = (interference_html.summary(pairs), gr.Radio(visible=True), interference_html.heat_map(pairs, measure))
-        return told
+        return interference_html.summary(pairs), gr.Radio(visible=True), interference_html.heat_map(pairs, measure)
 
     def _recolor(self, names: list[str], measure: str) -> str:
         with readable("the adapters could not be compared"):
@@ -70,12 +69,7 @@ class InterferenceTab:
     def _offered(self, chosen: list[str]) -> Any:
         names = self._names()
         kept = [name for name in chosen or [] if name in names]
-        return gr.Dropdown(names, value=kept or self._first())
-
-    def _first(self) -> list[str]:
-        """Styles before subjects: they are mixed more often."""
-        cards = sorted(self._library.cards, key=lambda card: "style" not in card.trigger)
-        return [card.name for card in cards[:FIRST]]
+        return gr.Dropdown(names, value=kept or list(self._session.names_first[:FIRST]))
 
     def _names(self) -> list[str]:
-        return [card.name for card in self._library.cards]
+        return list(self._session.adapter_names)

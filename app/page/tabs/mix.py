@@ -14,11 +14,11 @@ from app.history.png_metadata import read_settings
 from app.insight.lora_timing import RANK
 from app.page import theme
 from app.page.style_picker import make_style_picker, shown
-from app.page.tabs.events import PREVIEWING, QUIET, TELLING
+from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values
 from app.page.tabs.presets import PresetsFold
 from app.server.messages import readable
 from app.server.served_files import cached
-from app.server.visitors import DRAWING, visitor_of
+from app.server.visitors import visitor_of
 from app.settings.picture import Picture
 from app.settings.settings import (
     DEFAULT_GUIDANCE,
@@ -56,7 +56,9 @@ class MixTab:
         with gr.Row(elem_id="mixer"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_out_prompt()
-                self.style_picker = make_style_picker(self._cards(), {name: 1.0 for name in self.names_first()[:1]})
+                self.style_picker = make_style_picker(
+                    self._cards(), {name: 1.0 for name in self._session.names_first[:1]}
+                )
                 self._lay_out_details()
                 with gr.Row(elem_id="actions"):
                     self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
@@ -129,9 +131,10 @@ class MixTab:
 
     # ---------------------------------------------------------------- what other tabs use
 
-    def settings(self, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any, method: Any) -> Settings:
+    def settings(self, values: Values) -> Settings:
         """Checked settings from the values of ``inputs``; raises SettingsError."""
-        return self._session.checked(prompt, mix or {}, seed, steps, guidance, method)
+        prompt, mix, *rest = (values[each] for each in self.inputs)
+        return self._session.checked(prompt, mix or {}, *rest)
 
     def fill(self, given: Mapping[str, Any]) -> list[Any]:
         """Updates of ``targets``, in their order, that show settings as in a picture's metadata, in front.
@@ -144,8 +147,12 @@ class MixTab:
         restored = restore(given, self._session)
         for note in restored.notes:
             gr.Warning(theme.plain(note))
-        settings = restored.settings
-        return [gr.Tabs(selected="mix"), *self._filled(settings)]
+        return [gr.Tabs(selected="mix"), *self._filled(restored.settings)]
+
+    def fill_from_history(self, name: Any, request: gr.Request) -> list[Any]:
+        """As ``fill``, with the settings of a picture in the visitor's history; the sentence of what goes wrong."""
+        with readable("the picture could not be read"):
+            return self.fill(self._studio.galleries.of(visitor_of(request)).get(name).settings)
 
     def _filled(self, settings: Settings) -> list[Any]:
         mix = gr.HTML(value=dict(settings.mix))
@@ -154,38 +161,22 @@ class MixTab:
     # ---------------------------------------------------------------- what the buttons do
 
     def _connect(self) -> None:
-        buttons = [self.generate, self.surprise, self.stop]
-        drawing: dict[str, Any] = {"api_visibility": "private", "show_progress_on": self.picture, **DRAWING}
+        buttons = DrawButtons(self._studio.requests, [self.generate, self.surprise], self.stop)
         results = [self.picture, self.facts, self.gallery]
 
-        def draw_after(pressed: Any) -> None:
-            drawn = pressed.then(self._generate, [*self.inputs, self.gallery], results, **drawing)
-            for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
-                ended(lambda: _buttons(busy=False), outputs=buttons, **QUIET)
+        def begin_surprise(request: gr.Request) -> list[Any]:
+            return [*self._filled(random_settings.settings(self._session)), *buttons.begin(request)]
 
         starts = [self.generate.click, self.prompt.submit]
-        draw_after(gr.on(starts, self._begin, outputs=buttons, js=SHOW_PICTURE, **QUIET))
-        draw_after(
-            self.surprise.click(
-                self._begin_surprise,
-                outputs=[*self.inputs, *buttons],
-                js=SHOW_PICTURE,
-                **QUIET,
-            )
-        )
-        self.stop.click(self._stop, **QUIET)
+        surprised = self.surprise.click(begin_surprise, outputs=[*self.inputs, *buttons.all], js=SHOW_PICTURE, **QUIET)
+        for pressed in (gr.on(starts, buttons.begin, outputs=buttons.all, js=SHOW_PICTURE, **QUIET), surprised):
+            buttons.draw_after(pressed, self._generate, {*self.inputs, self.gallery}, results, self.picture)
         self.dropped.upload(self._restore, self.dropped, [self.dropped, *self.targets], **TELLING)
         self.style_picker.words(self._add_words, self.prompt, self.prompt, **QUIET)
 
     async def _generate(
         self,
-        prompt: Any,
-        mix: Any,
-        seed: Any,
-        steps: Any,
-        guidance: Any,
-        method: Any,
-        gallery: Any,
+        values: Values,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Any:
@@ -194,11 +185,11 @@ class MixTab:
 
         try:
             with readable():
-                settings = self.settings(prompt, mix, seed, steps, guidance, method)
+                settings = self.settings(values)
                 picture, path = await self._studio.requests.draw(visitor_of(request), settings, on_step)
         except Stopped:
             return gr.skip(), gr.skip(), gr.skip()
-        return self._results(picture, path, gallery)
+        return self._results(picture, path, values[self.gallery])
 
     def _results(self, picture: Picture, path: Path, gallery: Any) -> tuple[Any, Any, Any]:
         """Picture, facts and gallery after a new picture, the newest first."""
@@ -211,19 +202,6 @@ class MixTab:
         with readable("the picture could not be read"):
             return [None, *self.fill(read_settings(Path(file or "")))]
 
-    def _begin(self, request: gr.Request) -> list[Any]:
-        self._studio.requests.announce(visitor_of(request).visit)
-        return _buttons(busy=True)
-
-    def _begin_surprise(self, request: gr.Request) -> list[Any]:
-        return [*self._surprised(), *self._begin(request)]
-
-    def _stop(self, request: gr.Request) -> None:
-        self._studio.requests.stop(visitor_of(request).visit)
-
-    def _surprised(self) -> list[Any]:
-        return self._filled(random_settings.settings(self._session))
-
     def _add_words(self, prompt: str, event: gr.EventData) -> Any:
         words = getattr(event, "words", "")
         known = isinstance(words, str) and words in {card.trigger for card in self._session.cards}
@@ -235,24 +213,17 @@ class MixTab:
 
     def _connect_preview(self) -> None:
         self.live.change(lambda live: gr.HTML(live=live), self.live, self.style_picker, **QUIET)
-        moved = [
-            self.live.input,
-            self.style_picker.input,
-            self.prompt.input,
-            self.seed.change,
-            self.guidance.input,
-            self.method.input,
-        ]
-        gr.on(moved, self._preview, [self.live, *self.inputs], [self.picture, self.facts], **PREVIEWING)
+        changes: list[Any] = [self.live, self.style_picker, self.prompt, self.guidance, self.method]
+        moved = [*(each.input for each in changes), self.seed.change]
+        gr.on(moved, self._preview, {self.live, *self.inputs}, [self.picture, self.facts], **PREVIEWING)
 
-    async def _preview(
-        self, live: bool, prompt: Any, mix: Any, seed: Any, steps: Any, guidance: Any, method: Any, request: gr.Request
-    ) -> Any:
-        if not live:
+    async def _preview(self, values: Values, request: gr.Request) -> Any:
+        if not values[self.live]:
             return gr.skip(), gr.skip()
+        steps = values[self.steps]
         fewer = self._budget.steps(int(steps)) if isinstance(steps, int | float) else steps
         try:
-            settings = self.settings(prompt, mix, seed, fewer, guidance, method)
+            settings = self.settings({**values, self.steps: fewer})
             picture = await self._studio.requests.preview(visitor_of(request).visit, settings)
         except (Stopped, SettingsError):  # a newer one is under way, or a prompt is half typed
             return gr.skip(), gr.skip()
@@ -284,12 +255,3 @@ class MixTab:
 
     def _cards(self) -> list[dict[str, Any]]:
         return [shown(card, self._studio.thumbnails) for card in self._session.cards]
-
-    def names_first(self) -> tuple[str, ...]:
-        """The adapters, those that show best on the first prompt before others: styles before subjects."""
-        cards = sorted(self._session.cards, key=lambda card: "style" not in card.trigger)
-        return tuple(card.name for card in cards)
-
-
-def _buttons(*, busy: bool) -> list[Any]:
-    return [gr.Button(visible=not busy), gr.Button(visible=not busy), gr.Button(visible=busy)]

@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from app.drawing.restore import as_dict, to_keep
+from app.drawing.restore import to_keep
 from app.history.png_metadata import parse_settings
 from app.page import theme
-from app.page.tabs.events import TELLING
+from app.page.tabs.events import TELLING, Values
 from app.server.messages import readable
 from app.settings.settings import DEFAULT_METHOD, Settings
 from app.studio import Studio
@@ -50,7 +50,7 @@ class PresetsFold:
     def connect(
         self,
         inputs: Sequence[Any],
-        settings: Callable[..., Settings],
+        settings: Callable[[Values], Settings],
         targets: Sequence[Any],
         fill: Callable[[Mapping[str, Any]], list[Any]],
     ) -> None:
@@ -61,9 +61,9 @@ class PresetsFold:
         self.chosen.select(self._choose, None, list(targets), **TELLING)
         self.delete.click(self._delete, self.chosen, self.chosen, **TELLING)
         gr.on(
-            [self.save.click, self.name.submit], self._save, [self.name, *inputs], [self.chosen, self.name], **TELLING
+            [self.save.click, self.name.submit], self._save, {self.name, *inputs}, [self.chosen, self.name], **TELLING
         )
-        shown = self.share.click(self._share, list(inputs), [self.link, self.text], **TELLING)
+        shown = self.share.click(self._share, set(inputs), [self.link, self.text], **TELLING)
         shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **TELLING)
         self.apply.click(self._apply, self.text, list(targets), **TELLING)
         address = gr.Textbox(visible=False)
@@ -81,15 +81,15 @@ class PresetsFold:
             self._presets.delete(name)
         return gr.Dropdown(choices=self._names(), value=None)
 
-    def _save(self, name: Any, *values: Any) -> tuple[Any, Any]:
+    def _save(self, values: Values) -> tuple[Any, Any]:
         with readable("the preset could not be saved"):
-            saved = self._presets.save(name, to_keep(self._settings(*values), self._session))
+            saved = self._presets.save(values[self.name], to_keep(self._settings(values), self._session))
         gr.Info(theme.plain(f"Saved as “{saved}”."))
         return gr.Dropdown(choices=self._names(), value=saved), ""
 
-    def _share(self, *values: Any) -> tuple[Any, str]:
+    def _share(self, values: Values) -> tuple[Any, str]:
         with readable("the settings could not be shared"):
-            settings = as_dict(self._settings(*values))
+            settings = self._settings(values).as_dict()
         return gr.Textbox(visible=True), json.dumps(settings, indent=1, ensure_ascii=False)
 
     def _apply(self, text: Any) -> list[Any]:

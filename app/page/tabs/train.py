@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app.page import theme, training_html
-from app.page.tabs.events import TELLING
+from app.page.tabs.events import TELLING, Values
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
@@ -34,8 +34,6 @@ HOW = (
     "One training at a time. It runs beside the app at a low priority: pictures can be drawn meanwhile, and both are "
     "slower. It ends with the app, and can be resumed."
 )
-
-Values = dict[Any, Any]  # component -> its value
 
 
 class TrainTab:

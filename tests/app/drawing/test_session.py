@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from app.drawing.session import Session, strip_of
+from app.drawing.session import Session, series_of, strip_of
 from app.settings.picture import METADATA_KEY, Picture
 from app.settings.settings import SettingsError
 from shira_diffusers import ShiraError, load_adapter
@@ -175,27 +175,21 @@ def test_waiting_for_a_turn_is_not_counted_as_switching(session: Session) -> Non
 # ---------------------------------------------------------------- the strip
 
 
+def draw_strip(session: Session, seed: int | None = 3) -> dict[str, Picture]:
+    return {
+        label: session.submit(each).result() for label, each in series_of(session.checked(SUGGESTION, MIX, seed, 2))
+    }
+
+
 def test_a_strip_shows_the_base_each_style_and_the_mix(session: Session) -> None:
-    seen: list[tuple[int, int]] = []
-    strip = dict(session.compare(SUGGESTION, MIX, 3, 2, on_step=lambda done, of: seen.append((done, of))))
+    strip = draw_strip(session)
     assert list(strip) == ["base", "bluefire", "paintings", "mix"]
     for label, mix in {"base": {}, "bluefire": {"bluefire": 1.0}, "paintings": {"paintings": 0.5}, "mix": MIX}.items():
         assert bytes_of(strip[label]) == bytes_of(draw(session, mix))
-    assert seen[0] == (0, 8) and seen[-1] == (8, 8)
-    assert sorted(seen) == seen
 
 
 def test_a_strip_shares_one_seed_even_if_that_is_drawn(session: Session) -> None:
-    assert len({picture.report["seed"] for _, picture in session.compare(SUGGESTION, MIX, None, 1)}) == 1
-
-
-def test_a_strip_left_early_leaves_nothing_active(session: Session, bits: dict[str, torch.Tensor]) -> None:
-    strip = iter(session.compare(SUGGESTION, MIX, 3, 1))
-    next(strip)
-    next(strip)
-    strip.close()  # type: ignore[attr-defined]
-    assert session.active == {}
-    assert_bits(session, bits)
+    assert len({picture.report["seed"] for picture in draw_strip(session, None).values()}) == 1
 
 
 @pytest.mark.parametrize(
@@ -223,9 +217,8 @@ def test_labels_of_a_strip(mix: dict[str, float], labels: list[str]) -> None:
         (lambda s: s.generate("a cat", {"stranger": 1.0}), "no style named 'stranger'"),
         (lambda s: s.generate("abcdefghijklmno", {}), "prompt is too long: the model reads 16 tokens, got 17"),
         (lambda s: s.generate("a cat", {}, -1), "seed must be a whole number"),
-        (lambda s: s.compare("a cat", {}), "nothing to compare"),
-        (lambda s: s.compare("a cat", {"bluefire": 0.0}), "nothing to compare"),
-        (lambda s: s.compare("a cat", {"gold": 1.0}), "no style named"),  # at once, not at the first picture
+        (lambda s: series_of(s.checked("a cat", {})), "nothing to compare"),
+        (lambda s: series_of(s.checked("a cat", {"bluefire": 0.0})), "nothing to compare"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_drawn(

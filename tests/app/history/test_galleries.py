@@ -10,12 +10,11 @@ from PIL import Image
 
 from app.history.galleries import CHECKED_EVERY, Galleries, Visitor
 from app.history.history import History
-from app.page.page import build, launch
-from app.server.access import BROWSER, protection
+from app.server.access import BROWSER
 from app.server.visitors import visitor_of
 from app.settings.picture import Picture
 from app.studio import Studio
-from tests.app.conftest import SUGGESTION, Folders, connect, free_port
+from tests.app.conftest import SUGGESTION, Folders, connect, served
 
 PICTURE = Picture(Image.new("RGB", (8, 8)), {"prompt": SUGGESTION, "mix": {}})
 ADA, BOB = Visitor("1", "user ada"), Visitor("2", "user bob")
@@ -64,34 +63,30 @@ def private(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_who_signs_in_sees_the_pictures_of_that_name(private: Studio) -> None:
-    blocks = build(private)
     users = [("ada", "engine"), ("bob", "builder")]
-    url = launch(
-        blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, auth=users, **protection(private)
-    )
-    ada, bob = (connect(url, auth=user) for user in users)
-    ada.predict(SUGGESTION, {}, 3, 1, api_name="/generate")
-    (hers,) = ada.predict(api_name="/history")
-    assert bob.predict(api_name="/history") == []
-    with pytest.raises(AppError, match="No picture named"):
-        bob.predict(hers["name"], api_name="/delete_picture")
-    bob.predict(SUGGESTION, {}, 4, 1, api_name="/generate")
-    assert [picture["settings"]["seed"] for picture in bob.predict(api_name="/history")] == [4]
-    assert [picture["name"] for picture in connect(url, auth=users[0]).predict(api_name="/history")] == [hers["name"]]
-    assert ada.predict(hers["name"], api_name="/delete_picture") == 0
-    blocks.close(verbose=False)
+    with served(private, auth=users) as url:
+        ada, bob = (connect(url, auth=user) for user in users)
+        ada.predict(SUGGESTION, {}, 3, 1, api_name="/generate")
+        (hers,) = ada.predict(api_name="/history")
+        assert bob.predict(api_name="/history") == []
+        with pytest.raises(AppError, match="No picture named"):
+            bob.predict(hers["name"], api_name="/delete_picture")
+        bob.predict(SUGGESTION, {}, 4, 1, api_name="/generate")
+        assert [picture["settings"]["seed"] for picture in bob.predict(api_name="/history")] == [4]
+        assert [picture["name"] for picture in connect(url, auth=users[0]).predict(api_name="/history")] == [
+            hers["name"]
+        ]
+        assert ada.predict(hers["name"], api_name="/delete_picture") == 0
 
 
 def test_a_browser_is_known_by_a_cookie_where_histories_are_not_shared(private: Studio, url: str) -> None:
     assert BROWSER not in httpx.get(url).cookies
-    blocks = build(private)
-    own = launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(private))
-    first, second = httpx.get(own), httpx.get(own)
-    assert first.cookies[BROWSER] != second.cookies[BROWSER] and len(first.cookies[BROWSER]) >= 32
-    assert "HttpOnly; SameSite=Lax" in first.headers["set-cookie"]
-    assert "set-cookie" not in httpx.get(own, cookies={BROWSER: first.cookies[BROWSER]}).headers
-    assert "Only you see these pictures" in first.text and "Everybody" not in first.text
-    blocks.close(verbose=False)
+    with served(private) as own:
+        first, second = httpx.get(own), httpx.get(own)
+        assert first.cookies[BROWSER] != second.cookies[BROWSER] and len(first.cookies[BROWSER]) >= 32
+        assert "HttpOnly; SameSite=Lax" in first.headers["set-cookie"]
+        assert "set-cookie" not in httpx.get(own, cookies={BROWSER: first.cookies[BROWSER]}).headers
+        assert "Only you see these pictures" in first.text and "Everybody" not in first.text
 
 
 def test_whose_a_picture_is() -> None:

@@ -1,29 +1,13 @@
 """The page in a real browser: the main path, what goes wrong, and a phone's width."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
 from app.drawing.session import Session
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect, pages
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
 from tests.app.conftest import SUGGESTION
 
 pytestmark = MARKS
-
-
-@pytest.fixture
-def open_page(browser: Any, url: str) -> Iterator[Open]:
-    """Opens Mix, with few steps."""
-    with pages(browser, url) as open_at:
-
-        def open_mix(size: tuple[int, int]) -> Any:
-            page = open_at(size)
-            page.get_by_label("number input for Steps").fill("2")
-            return page
-
-        yield open_mix
 
 
 def generate(page: Any) -> None:

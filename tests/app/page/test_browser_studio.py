@@ -11,15 +11,9 @@ from app.library.cards import sha256_of
 from app.studio import Studio
 from shira_diffusers import save_adapter
 from tests import tiny
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect, pages
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
 
 pytestmark = MARKS
-
-
-@pytest.fixture
-def open_page(browser: Any, url: str) -> Iterator[Open]:
-    with pages(browser, url) as open_at:
-        yield open_at
 
 
 @pytest.fixture

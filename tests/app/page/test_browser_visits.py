@@ -16,11 +16,9 @@ from PIL import Image
 from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.history.png_metadata import write_png
-from app.page.page import build, launch
-from app.server.access import protection
 from app.studio import Studio
-from tests.app.browsing import MARKS, PATIENCE, WIDE, Open, expect, new_context, pages
-from tests.app.conftest import SUGGESTION, Folders, free_port
+from tests.app.browsing import MARKS, PATIENCE, WIDE, Open, expect, new_context
+from tests.app.conftest import SUGGESTION, Folders, served
 
 pytestmark = MARKS
 FOCUS = """() => {
@@ -32,21 +30,6 @@ FOCUS = """() => {
   const name = e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText || e.id || e.tagName
   return [name.trim().split('\\n')[0], seen]
 }"""
-
-
-@pytest.fixture
-def open_page(browser: Any, url: str) -> Iterator[Open]:
-    """Opens Mix, with few steps."""
-    with pages(browser, url) as open_at:
-
-        def open_mix(tab: str = "Mix") -> Any:
-            page = open_at(WIDE)
-            page.get_by_label("number input for Steps").fill("2")
-            if tab != "Mix":
-                page.get_by_role("tab", name=tab, exact=True).click()
-            return page
-
-        yield open_mix
 
 
 def wait_for_picture(page: Any, count: int = 1) -> bytes:
@@ -151,9 +134,8 @@ def crowded(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Itera
     for number in range(40):
         shutil.copy(folders.adapters / "bluefire.safetensors", root / f"style {number:02}.safetensors")
     studio = Studio.open(str(folders.base), root, root / "data", shared=False)
-    blocks = build(studio)
-    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
-    blocks.close(verbose=False)
+    with served(studio) as url:
+        yield url
     studio.close()
     assert len(studio.galleries.of(Visitor(""))) == 0
 
@@ -274,7 +256,7 @@ def test_the_preview_follows_a_slider(open_page: Open, session: Session) -> None
 
 
 def test_a_sweep_shows_progress_can_be_stopped_and_goes_back_to_mix(open_page: Open, session: Session) -> None:
-    page = open_page("Compare")
+    page = open_page(tab="Compare")
     page.get_by_label("One style at several strengths").check()
     page.get_by_role("button", name="Draw").click()
     captions = ["bluefire 0", "bluefire 0.25", "bluefire 0.5", "bluefire 0.75", "bluefire 1"]
@@ -307,7 +289,7 @@ def test_a_picture_dropped_anywhere_restores_its_settings(open_page: Open, sessi
     write_png(picture, tmp_path / "dog.png")
     content = base64.b64encode((tmp_path / "dog.png").read_bytes()).decode()
     for tab, target in (("Mix", "#facts"), ("History", "#kept")):
-        page = open_page(tab)
+        page = open_page(tab=tab)
         page.locator(target).evaluate(
             """(target, content) => {
               const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0))

@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.page.page import build, launch
 from app.serve import ASSETS
-from app.server.access import protection
 from app.studio import Studio
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, expect, new_context
-from tests.app.conftest import free_port
+from tests.app.conftest import served
 
 FOLDER = os.environ.get("SCREENSHOTS", "")
 pytestmark = [*MARKS, pytest.mark.skipif(not FOLDER, reason="SCREENSHOTS names no folder to write to")]
@@ -33,9 +31,8 @@ PROMPTS = tuple(f"a picture of a {what}" for what in (
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The app as it is started without options, with a few pictures in its history."""
     studio = Studio.open(str(ASSETS / "emoji-diffusion"), ASSETS / "adapters", tmp_path_factory.mktemp("demo"))
-    blocks = build(studio)
-    yield launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **protection(studio))
-    blocks.close(verbose=False)
+    with served(studio) as url:
+        yield url
     studio.close()
 
 

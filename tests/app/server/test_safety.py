@@ -11,13 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from app.page.page import build, launch
 from app.serve import main, parse
-from app.server.access import AccessError, is_local, protection, read_credentials, warn_if_open
+from app.server.access import AccessError, is_local, read_credentials, warn_if_open
 from app.studio import Studio
 from shira_diffusers import save_adapter
 from tests import tiny
-from tests.app.conftest import Folders, free_port
+from tests.app.conftest import Folders, served
 
 LIMIT = 1_000_000  # bytes of an upload
 META = {"_type": "gradio.FileData"}
@@ -34,12 +33,8 @@ def studio(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def client(studio: Studio) -> Iterator[httpx.Client]:
-    blocks = build(studio)
-    options = protection(studio)
-    url = launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **options)
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with served(studio) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client
-    blocks.close(verbose=False)
 
 
 @pytest.fixture(scope="module")
@@ -282,10 +277,7 @@ def test_what_nobody_has_thought_of_is_a_sentence_and_the_log_has_the_rest(
 
 
 def test_signing_in(studio: Studio) -> None:
-    blocks = build(studio)
-    options = {"auth": [("ada", "engine")], **protection(studio)}
-    url = launch(blocks, "127.0.0.1", free_port(), prevent_thread_lock=True, quiet=True, **options)
-    with httpx.Client(base_url=url) as client:
+    with served(studio, auth=[("ada", "engine")]) as url, httpx.Client(base_url=url) as client:
         assert client.get("/config").status_code == 401
         assert client.get("/gradio_api/info").status_code == 401
         assert upload(client, "x.txt", b"x").status_code == 401
@@ -293,7 +285,6 @@ def test_signing_in(studio: Studio) -> None:
         assert client.post("/login", data={"username": "ada", "password": "difference"}).status_code == 400
         assert client.post("/login", data={"username": "ada", "password": "engine"}).status_code == 200
         assert call(client, "library", [])[0] == "complete"
-    blocks.close(verbose=False)
 
 
 def test_credentials(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
