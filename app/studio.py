@@ -106,7 +106,7 @@ class Studio:
             presets=Presets(data / "presets.json"),
             thumbnails=Thumbnails(session, data / "thumbnails"),
             requests=DrawingRequests(session, galleries),
-            lora=session.queue.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.library.loaded)),
+            lora=session.queue.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.library.adapted)),
             max_upload_mb=max_upload_mb,
         )
 

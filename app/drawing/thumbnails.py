@@ -69,7 +69,7 @@ class Thumbnails:
             raise _Later
 
     def _beside(self, card: Card) -> Image.Image | None:
-        found = picture_beside(self._session.library.entry(card.name).path)
+        found = picture_beside(card.path)
         return read_picture(found) if found else None
 
     def _settings(self, card: Card) -> Settings:

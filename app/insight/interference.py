@@ -71,9 +71,8 @@ class Comparer:
     def _pair(self, first: Card, second: Card) -> Pair:
         key = (first.name, first.sha256, second.name, second.sha256)
         if key not in self._known:
-            library = self._session.library
-            with library.using((first.name, second.name)):
-                whole, layers = interference_in_all(library.adapter(first.name), library.adapter(second.name))
+            adapters = (self._session.library.adapter(card.name) for card in (first, second))
+            whole, layers = interference_in_all(*adapters)
             ordered = dict(sorted(layers.items(), key=lambda item: _place(item[0])))
             self._known[key] = Pair(first.name, second.name, whole, ordered)
         while len(self._known) > REMEMBERED:

@@ -8,24 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira_diffusers.integrations.pipelines import models_of, resident_of
+from shira_diffusers.integrations.pipelines import models_of
 
 RANK = 64
 ROUNDS = 3
 
 
-def fuse_ms(pipe: Any, names: Iterable[str], rank: int = RANK) -> float:
+def fuse_ms(pipe: Any, weights: Iterable[str], rank: int = RANK) -> float:
     """Milliseconds to fuse a LoRA: ``W + B A`` of all weights that adapters change; the median of a few rounds.
 
     The sums go to memory of their own, a weight at a time, so resident weights are only read.
 
     Args:
         pipe: the resident pipeline.
-        names: of the adapters whose weights count.
+        weights: full names of the weights that adapters change.
         rank: of the LoRA.
     """
-    resident = resident_of(pipe)
-    adapted = sorted({weight for name in names for weight in resident.adapter(name).deltas})
+    adapted = sorted(weights)
     models = models_of(pipe)
     rounds = []
     for _ in range(ROUNDS):

@@ -1,12 +1,15 @@
-"""What the app shows of an adapter: plain data."""
+"""What the app knows of a file of the library, and how it comes to know it."""
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from shira_diffusers import ShiraAdapter, ShiraError
+from shira_diffusers.adapters.base_probes import BaseMatch
 from shira_diffusers.cli.terminal import printable
+from shira_diffusers.formats.safetensors_bytes import mapped, open_safetensors
 from shira_diffusers.library.folder import weights_file
 
 Origin = Literal["bundled", "yours"]
@@ -14,73 +17,129 @@ Origin = Literal["bundled", "yours"]
 
 SHOWN_VALUE = 2000  # characters of a metadata value
 SHOWN_PAIRS = 100
+NO_CONFIG = (
+    "Its adapter_config.json did not come with it, so its base and mask are not known; upload both files together to "
+    "tell. Strength 1 is what it was trained for either way."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What is known about a loaded adapter.
+    """A file of the library and what is known about it.
 
     Args:
+        path: the file, or the folder that PEFT saved it in.
+        origin: whether it came with the app or was added in it.
+        megabytes: of the file that holds the values.
+        sha256: of that file, in hexadecimal; empty while only its header was read.
+        reason: why it is left out, in one sentence; empty if it fits.
         density: fraction of the adapted weights' entries that it holds, 0 to 1.
         entries: how many those are.
-        megabytes: of its file.
-        trigger: the words that it was trained with, if its file tells.
-        mask: the mask family, if its file tells.
         note: what the user should know before use, such as that it was trained on another model; mostly empty.
-        metadata: all that its file tells, control characters escaped, long values cut.
-        sha256: of its file, in hexadecimal.
-        origin: whether it came with the app or was added in it.
+        metadata: all of its file's metadata, control characters escaped, long values cut.
         components: the models that it changes, such as "unet".
         opened: whether all of its file was read and fits the model; before, entries and note are not known, and the
-            rest is what its file claims.
+            rest is what its header claims.
     """
-
-    name: str
-    density: float
-    entries: int
-    megabytes: float
-    trigger: str
-    mask: str
-    note: str
-    metadata: Mapping[str, str]
-    sha256: str = ""
-    origin: Origin = "bundled"
-    components: tuple[str, ...] = ()
-    opened: bool = True
-
-    @property
-    def base(self) -> str:
-        """The model that it was trained on, if its file tells."""
-        return self.metadata.get("base_model", "")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON."""
-        return {**asdict(self), "components": list(self.components)}
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file of the library: loaded, with its card, or left out, with the reason in one sentence."""
 
     name: str
     path: Path
     origin: Origin
-    megabytes: float
-    sha256: str
-    card: Card | None = None
+    megabytes: float = 0.0
+    sha256: str = ""
     reason: str = ""
+    density: float = 0.0
+    entries: int = 0
+    note: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    components: tuple[str, ...] = ()
+    opened: bool = True
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be mixed, as far as is known."""
+        return not self.reason
 
     @property
     def file(self) -> Path:
         """The file that holds the values: ``path``, or in a folder that PEFT saved."""
         return weights_file(self.path)
 
+    @property
+    def base(self) -> str:
+        """The model that it was trained on, if its file tells."""
+        return self.metadata.get("base_model", "")
+
+    @property
+    def trigger(self) -> str:
+        """The words that it was trained with, if its file tells."""
+        return self.metadata.get("instance_prompt", "")
+
+    @property
+    def mask(self) -> str:
+        """The mask family, if its file tells."""
+        return self.metadata.get("mask", "")
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; no path, which visitors need not know."""
-        shared = {"name": self.name, "origin": self.origin, "megabytes": self.megabytes, "sha256": self.sha256}
-        return {**shared, "fits": self.card is not None, "reason": self.reason} | (
-            self.card.as_dict() if self.card else {}
-        )
+        known = asdict(self) | {"components": list(self.components), "trigger": self.trigger, "mask": self.mask}
+        del known["path"]
+        shown = known if self.fits else {name: known[name] for name in ("name", "origin", "megabytes", "sha256")}
+        return {**shown, "fits": self.fits, "reason": self.reason}
+
+
+def measured(card: Card) -> Card:
+    """The card with the size and the hash of its file; with a reason, if that cannot be read."""
+    try:
+        return replace(card, megabytes=card.file.stat().st_size / 1e6, sha256=sha256_of(card.file))
+    except OSError as error:
+        return replace(card, reason=card.reason or without_folders(error, card.path))
+
+
+def glanced(card: Card) -> Card:
+    """The card by the header of its file alone, which is cheap to read and may lie."""
+    try:
+        metadata, components = read_header(card.file)
+        megabytes = card.file.stat().st_size / 1e6
+    except (ShiraError, OSError) as error:
+        return measured(replace(card, reason=without_folders(error, card.path)))
+    density = _fraction(metadata.get("density", ""))
+    return replace(card, megabytes=megabytes, density=density, metadata=metadata, components=components, opened=False)
+
+
+def read_header(file: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Metadata fit to be shown, and the components, by the header of a file; its tensors are mapped and not read.
+
+    Raises:
+        ShiraError: it is no safetensors file, or shorter than its header says.
+        OSError: it cannot be read.
+    """
+    tensors, metadata, _ = open_safetensors(file, mapped)
+    return shown_metadata(metadata), tuple(sorted({key.partition(".")[0] for key in tensors}))
+
+
+def described(card: Card, adapter: ShiraAdapter, match: BaseMatch | None) -> Card:
+    """The card of an adapter that fits.
+
+    Args:
+        match: whether this is the base that it was trained on, as ``Resident.check`` says.
+    """
+    metadata = shown_metadata(adapter.metadata)
+    notes = []
+    if match == "other":
+        base = f" ({metadata['base_model']})" if metadata.get("base_model") else ""
+        notes.append(f"It fits by shape but was trained on another model{base}: expect poor pictures")
+    if metadata.get("source") == "peft" and "mask" not in metadata:
+        notes.append(NO_CONFIG)
+    return replace(
+        card,
+        density=adapter.density,
+        entries=adapter.nnz,
+        note=". ".join(notes),
+        metadata=metadata,
+        components=tuple(sorted({name.partition(".")[0] for name in adapter.deltas})),
+        opened=True,
+    )
 
 
 def shown_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -99,3 +158,16 @@ def sha256_of(path: Path) -> str:
 def one_sentence(error: Exception) -> str:
     """An error's first line, without the listing that may follow."""
     return (str(error).partition("\n")[0] or type(error).__name__).rstrip(" :")
+
+
+def without_folders(error: Exception, path: Path) -> str:
+    """An error in one sentence that names the file, but no folder: visitors need none."""
+    return one_sentence(error).replace(str(path), path.name)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if 0 <= value <= 1 else 0.0

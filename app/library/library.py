@@ -6,42 +6,45 @@ import reprlib
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.library.cards import Card, Entry, Origin
-from app.library.entries import UNREADABLE, entry_of, glanced, loaded, without_folders
-from app.library.loaded_adapters import OPENED_AT_START, ROOM, LoadedAdapters
+from app.library.cards import Card, Origin, described, glanced, measured, without_folders
 from app.library.names import free_name, key_of, tidy_name
 from app.library.peft_upload import with_config
 from app.library.uploads import DEFAULT_MAX_MB, UploadError, received
 from app.settings.settings import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
+from shira_diffusers.engine.locks import Held
 from shira_diffusers.formats.inspect import Inspection, inspect_adapter
 from shira_diffusers.formats.paths import SUFFIX
 from shira_diffusers.formats.shira_file import safetensors_in
 from shira_diffusers.integrations.pipelines import resident_of
+from shira_diffusers.library import AdapterLibrary
 from shira_diffusers.library.folder import adapters_in
 
 logger = logging.getLogger(__name__)
 
+OPENED_AT_START = 24  # files; the others are opened when they are used or nobody draws
+ROOM = 2 * 2**30  # bytes of decoded adapters; a mix may exceed it
 MAX_YOURS = 1000  # adapters that visitors may add
 KEEP_DELETED = 30 * 24 * 60 * 60  # seconds that a deleted adapter can be brought back
 TOLD_AT_ONCE = 25  # files that were looked at meanwhile, so that open pages need not show each by itself
+UNREADABLE = (ShiraError, OSError, RuntimeError, MemoryError, OverflowError)
+"""What reading a file of a stranger may raise."""
 _BETWEEN = "~"  # in the trash: time deleted, then the name, in which it never is
 
 
 class Library:
     """The adapters of a folder that is only read, and of a folder of the app's own; none active.
 
-    Of many files, the first are loaded at once; of the others the heads are read, and the rest when they are used
-    (``using``, ``adapter``) or nobody draws (``open_next``).
+    Of many files, the first are read in full at the start; of the others the headers, and the rest when they are used
+    (``using``, ``adapter``) or nobody draws (``open_next``). An ``AdapterLibrary`` decodes and evicts adapters.
 
-    Safe to use from several threads and beside drawing: what changes the pipeline's adapters waits until the picture in
-    progress is done. On disk each change is one rename, so a crash leaves it done or not done.
+    Safe to use from several threads and beside drawing. On disk each change is one rename, so a crash leaves it done or
+    not done.
 
     Args:
         pipe: the resident pipeline.
@@ -49,10 +52,10 @@ class Library:
         data: the app's folder; uploads and trained adapters go to ``adapters`` in it, deleted ones to ``trash``. None
             keeps the library as it is.
         max_upload_mb: of an uploaded file.
-        at_once: how many files are loaded at the start.
-        room: bytes of files that may be loaded at once.
+        at_once: how many files are read in full at the start.
+        room: bytes that decoded adapters may take, besides those of the mix that is drawn.
 
-    What is damaged, does not fit or bears a name that is taken is in ``refused`` with the reason; the rest goes on.
+    What is damaged, does not fit or has a name that is taken is in ``refused`` with the reason; the rest goes on.
     """
 
     def __init__(
@@ -66,50 +69,56 @@ class Library:
         room: int = ROOM,
     ) -> None:
         self._pipe, self._max_upload, self._at_once = pipe, int(max_upload_mb * 1e6), at_once
-        self._loaded = LoadedAdapters(pipe, room)
+        self._paths: dict[str, Path] = {}
+        # no copies of files in RAM: the system's page cache has them
+        self._adapters = AdapterLibrary(
+            lambda: self._paths.items(), ram_bytes=0, device_bytes=room, exceed=True, device=pipe.device
+        )
         self._changing = threading.RLock()
-        self._entries: tuple[Entry, ...] = ()
+        self._cards: tuple[Card, ...] = ()
         self.version = 0
+        self.adapted: frozenset[str] = frozenset()
+        """Names of the weights that adapters change, of those that were read so far."""
         self._folder = data / "adapters" if data else None
-        entries = self._load_all("bundled", adapters_in(bundled), ())
+        cards = self._read_all("bundled", adapters_in(bundled), ())
         if self._folder:
             trash = self._folder.with_name("trash")
             for folder in (self._folder, trash):
                 folder.mkdir(parents=True, exist_ok=True)
             _sweep(self._folder, trash)
             found = [(path.stem, path) for path in safetensors_in(self._folder)]  # uploads are files, never folders
-            entries += self._load_all("yours", found, entries)
-        self._publish(entries)
+            cards += self._read_all("yours", found, cards)
+        self._publish(cards)
 
     # ---------------------------------------------------------------- what is there
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[Card, ...]:
         """All files, by name in each of the two folders: a snapshot."""
-        return self._entries
+        return self._cards
 
     @property
     def cards(self) -> tuple[Card, ...]:
-        """The loaded adapters: a snapshot."""
-        return tuple(entry.card for entry in self._entries if entry.card)
+        """The adapters that fit: a snapshot."""
+        return tuple(card for card in self._cards if card.fits)
 
     @property
     def refused(self) -> tuple[tuple[str, str], ...]:
         """Files that were left out, each with the reason."""
-        return tuple((entry.name, entry.reason) for entry in self._entries if not entry.card)
+        return tuple((card.name, card.reason) for card in self._cards if not card.fits)
 
     @property
     def writable(self) -> bool:
         """Whether adapters can be added."""
         return self._folder is not None
 
-    def entry(self, name: object) -> Entry:
+    def entry(self, name: object) -> Card:
         """The file of a name. Raises SettingsError: there is none."""
         if name is None:
             raise SettingsError("no adapter is chosen; add or train one first, if there is none")
-        found = next((entry for entry in self._entries if entry.name == name), None)
+        found = next((card for card in self._cards if card.name == name), None)
         if found is None:
-            known = ", ".join(repr(entry.name) for entry in self._entries) or "none"
+            known = ", ".join(repr(card.name) for card in self._cards) or "none"
             raise SettingsError(f"no adapter named {str(name)[:80]!r} in the library; there are {known}")
         return found
 
@@ -119,71 +128,64 @@ class Library:
         Raises:
             ShiraError: there is none, or it cannot be read.
         """
-        entry = self.entry(name)
+        path = self.entry(name).path
         try:
-            return inspect_adapter(entry.path)
+            return inspect_adapter(path)
         except (ShiraError, OSError) as error:
-            raise ShiraError(without_folders(error, entry.path)) from error
+            raise ShiraError(without_folders(error, path)) from error
 
-    # ---------------------------------------------------------------- what is loaded
+    # ---------------------------------------------------------------- use
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """Names of the adapters that are in the pipeline now."""
-        return self._loaded.names
+        """Names of the adapters that are on the pipeline now; none of them is active."""
+        return tuple(resident_of(self._pipe).names)
 
-    @contextmanager
-    def using(self, names: Iterable[str]) -> Iterator[None]:
-        """Load adapters, if they are not, and keep them for as long as the body runs.
+    def using(self, names: Iterable[str]) -> Held[Any]:
+        """Adapters on the pipeline for the body of a ``with``, which draws: nobody else does meanwhile.
 
         Raises:
             SettingsError: one of them is no longer there, or turns out not to fit.
         """
         wanted = tuple(names)
-        with self._loaded.pinned(wanted):
-            for name in wanted:
-                self.adapter(name)
-            yield
+        for name in wanted:
+            self.adapter(name)
+        return self._adapters.keep(self._pipe, wanted)
 
     def adapter(self, name: str) -> ShiraAdapter:
-        """The adapter of a name, loaded if it is not. Raises as ``using``."""
+        """The adapter of a name, decoded. Raises as ``using``."""
         with self._changing:
-            entry = self.entry(name)
-            if entry.card and not entry.card.opened:
-                entry = self._opened(entry)
+            card = self.entry(name)
+            if not card.opened:
+                card = self._opened(card)
                 self.version += 1
-            if not entry.card:
-                raise SettingsError(f"{name!r} cannot be used: {entry.reason}")
+            if not card.fits:
+                raise SettingsError(f"{name!r} cannot be used: {card.reason}")
             try:
-                adapter = self._loaded.open(name, entry.path)
+                return self._adapters.get(name, self._pipe)
             except UNREADABLE as error:
-                raise SettingsError(
-                    f"{name!r} cannot be read any more: {without_folders(error, entry.path)}"
-                ) from error
-            self._loaded.tidy()
-            return adapter
+                raise SettingsError(f"{name!r} cannot be read any more: {without_folders(error, card.path)}") from error
 
     def open_next(self) -> bool:
-        """Look at a file of which only the head was read so far, in full; whether there may be more."""
+        """Read a file in full of which only the header was read so far; whether there may be more."""
         with self._changing:
-            entry = next((each for each in self._entries if each.card and not each.card.opened), None)
-            if entry is None:
+            card = next((each for each in self._cards if not each.opened), None)
+            if card is None:
                 return False
-            self._opened(entry)
-            self._loaded.close(entry.name)  # nobody has asked for it
-            left = sum(1 for each in self._entries if each.card and not each.card.opened)
+            self._opened(card)
+            left = sum(not each.opened for each in self._cards)
             if left % TOLD_AT_ONCE == 0:
                 self.version += 1
             return left > 0
 
-    def _opened(self, entry: Entry) -> Entry:
-        known = self._load(entry.origin, entry.name, entry.path)
-        self._entries = tuple(known if each is entry else each for each in self._entries)
+    def _opened(self, card: Card) -> Card:
+        known = self._read(card)
+        self._cards = tuple(known if each is card else each for each in self._cards)
         return known
 
     # ---------------------------------------------------------------- changes
 
-    def add(self, file: Path, name: object = None, config: Path | None = None) -> Entry:
+    def add(self, file: Path, name: object = None, config: Path | None = None) -> Card:
         """Take in a copy of a file, and load it if it fits.
 
         Args:
@@ -192,7 +194,7 @@ class Library:
             name: as the user calls it, a file's name or anything; it is tidied, and numbered if it is taken.
 
         Returns:
-            Its entry; with the reason in it, if it is intact but does not fit the model.
+            Its card; with the reason in it, if it is intact but does not fit the model.
 
         Raises:
             UploadError: not an adapter, too large, or the library is full; nothing has changed.
@@ -200,7 +202,7 @@ class Library:
         folder = self._require_writable()
         wanted = tidy_name(name or file.name)
         with self._changing, received(file, folder, f"“{wanted}”", self._max_upload) as copy:
-            if sum(entry.origin == "yours" for entry in self._entries) >= MAX_YOURS:
+            if sum(card.origin == "yours" for card in self._cards) >= MAX_YOURS:
                 raise UploadError(f"the library is full: {MAX_YOURS} adapters at most; delete some first")
             name = free_name(wanted, self._keys())
             path = folder / f"{name}.safetensors"
@@ -209,30 +211,32 @@ class Library:
                 save_adapter(adapter, copy)
             copy.chmod(0o644)
             os.replace(copy, path)
-            entry = self._load("yours", name, path)
-            self._publish((*self._entries, entry))
-            return entry
+            card = self._read(Card(name, path, "yours"))
+            self._publish((*self._cards, card))
+            return card
 
-    def rename(self, old: object, new: object) -> Entry:
+    def rename(self, old: object, new: object) -> Card:
         """Give an adapter of the app's own another name, tidied.
 
         Raises:
             SettingsError: there is none, it is one that is only read, the name is blank or taken; nothing has changed.
         """
         with self._changing:
-            entry = self._own(old, "renamed")
+            card = self._own(old, "renamed")
             if not isinstance(new, str) or not new.strip():
                 got = "none" if new is None or isinstance(new, str) else reprlib.repr(new)
-                raise SettingsError(f"{entry.name!r} needs a name to be renamed to, got {got}")
+                raise SettingsError(f"{card.name!r} needs a name to be renamed to, got {got}")
             name = tidy_name(new)
-            if name == entry.name:
-                return entry
-            if key_of(name) in self._keys() - {key_of(entry.name)}:
+            if name == card.name:
+                return card
+            if key_of(name) in self._keys() - {key_of(card.name)}:
                 raise SettingsError(f"the name {name!r} is taken; choose another")
-            path = entry.path.with_name(f"{name}.safetensors")
-            os.rename(entry.path, path)
-            renamed = self._reload(entry, name, path)
-            self._publish(renamed if each is entry else each for each in self._entries)
+            path = card.path.with_name(f"{name}.safetensors")
+            os.rename(card.path, path)
+            self._forget(card)
+            self._paths = {**self._paths, name: path}
+            renamed = replace(card, name=name, path=path) if card.fits else self._read(Card(name, path, "yours"))
+            self._publish(renamed if each is card else each for each in self._cards)
             return renamed
 
     def delete(self, *names: object) -> None:
@@ -243,18 +247,18 @@ class Library:
         """
         trash = self._require_writable().with_name("trash")
         with self._changing:
-            leaving = {entry.name: entry for entry in [self._own(name, "deleted") for name in names]}
-            for entry in leaving.values():
-                self._loaded.close(entry.name)
-                os.replace(entry.path, trash / f"{time.time_ns()}{_BETWEEN}{entry.path.stem}{SUFFIX}")
-                self._publish(each for each in self._entries if each is not entry)
+            leaving = {card.name: card for card in [self._own(name, "deleted") for name in names]}
+            for card in leaving.values():
+                self._forget(card)
+                os.replace(card.path, trash / f"{time.time_ns()}{_BETWEEN}{card.path.stem}{SUFFIX}")
+                self._publish(each for each in self._cards if each is not card)
 
     @property
     def deleted(self) -> tuple[str, ...]:
         """Names of the adapters that ``undo`` can bring back, the newest first."""
         return tuple(path.stem.partition(_BETWEEN)[2] for path in self._in_trash())
 
-    def undo(self, name: str | None = None) -> Entry:
+    def undo(self, name: str | None = None) -> Card:
         """Bring back the adapter that was deleted last, or the last of a name; numbered, if its name is taken by now.
 
         Raises:
@@ -264,58 +268,58 @@ class Library:
         with self._changing:
             found = [path for path in self._in_trash() if name in (None, path.stem.partition(_BETWEEN)[2])]
             if not found:
-                told = (
-                    "there is nothing to bring back"
-                    if name is None
-                    else f"no adapter named {reprlib.repr(name)} was deleted"
-                )
-                raise SettingsError(told)
+                one = f"no adapter named {reprlib.repr(name)} was deleted"
+                raise SettingsError("there is nothing to bring back" if name is None else one)
             name = free_name(tidy_name(found[0].stem.partition(_BETWEEN)[2]), self._keys())
             path = folder / f"{name}.safetensors"
             os.rename(found[0], path)
-            entry = self._load("yours", name, path)
-            self._publish((*self._entries, entry))
-            return entry
+            card = self._read(Card(name, path, "yours"))
+            self._publish((*self._cards, card))
+            return card
 
     # ---------------------------------------------------------------- how
 
-    def _load_all(
-        self, origin: Origin, files: Iterable[tuple[str, Path]], beside: tuple[Entry, ...]
-    ) -> tuple[Entry, ...]:
-        entries = beside
+    def _read_all(
+        self, origin: Origin, files: Iterable[tuple[str, Path]], beside: tuple[Card, ...]
+    ) -> tuple[Card, ...]:
+        cards = beside
         for stem, path in sorted(files, key=lambda file: tidy_name(file[0]) != file[0]):  # what is tidy keeps its name
-            taken = {key_of(entry.name) for entry in entries}
+            taken = {key_of(card.name) for card in cards}
             name = tidy_name(stem)
             if key_of(name) in taken:
                 reason = f"the name {name!r} is in use by another file; rename one of the two"
-                free = free_name(name, taken)
-                entries += (entry_of(origin, free, path, reason),)
-            elif len(entries) < self._at_once:
-                entries += (self._load(origin, name, path),)
+                cards += (measured(Card(free_name(name, taken), path, origin, reason=reason)),)
             else:
-                entries += (glanced(origin, name, path),)
-        return entries[len(beside) :]
+                self._paths = {**self._paths, name: path}
+                read = self._read if len(cards) < self._at_once else glanced
+                cards += (read(Card(name, path, origin)),)
+        return cards[len(beside) :]
 
-    def _load(self, origin: Origin, name: str, path: Path) -> Entry:
-        """Load a file; on failure the entry tells the reason."""
+    def _read(self, card: Card) -> Card:
+        """Read a file in full; on failure the card has the reason."""
+        self._paths = {**self._paths, card.name: card.path}
         try:
-            adapter = self._loaded.open(name, path)
+            adapter = self._adapters.get(card.name, self._pipe)
+            match = resident_of(self._pipe).check(adapter)
         except UNREADABLE as error:
-            logger.warning("left out %s: %s", path, error)
-            return entry_of(origin, name, path, without_folders(error, path))
-        return loaded(entry_of(origin, name, path), adapter, resident_of(self._pipe))
+            logger.warning("left out %s: %s", card.path, error)
+            return measured(replace(card, reason=without_folders(error, card.path), opened=True))
+        finally:
+            self._adapters.clear()  # nobody has asked for it
+        self.adapted |= adapter.deltas.keys()
+        return described(measured(card), adapter, match)
 
-    def _reload(self, entry: Entry, name: str, path: Path) -> Entry:
-        if not entry.card:
-            return self._load("yours", name, path)
-        self._loaded.rename(entry.name, name)
-        return replace(entry, name=name, path=path, card=replace(entry.card, name=name))
+    def _forget(self, card: Card) -> None:
+        """Take an adapter off the pipeline."""
+        self._paths = {name: path for name, path in self._paths.items() if name != card.name}
+        if card.name in self.loaded:
+            resident_of(self._pipe).remove(card.name)
 
-    def _own(self, name: object, what: str) -> Entry:
-        entry = self.entry(name)
-        if entry.origin != "yours":
-            raise SettingsError(f"{entry.name!r} came with the app and cannot be {what}; only what was added here can")
-        return entry
+    def _own(self, name: object, what: str) -> Card:
+        card = self.entry(name)
+        if card.origin != "yours":
+            raise SettingsError(f"{card.name!r} came with the app and cannot be {what}; only what was added here can")
+        return card
 
     def _require_writable(self) -> Path:
         if self._folder is None:
@@ -329,12 +333,11 @@ class Library:
         return sorted(deleted, key=_deleted_at, reverse=True)
 
     def _keys(self) -> set[str]:
-        return {key_of(entry.name) for entry in self._entries}
+        return {key_of(card.name) for card in self._cards}
 
-    def _publish(self, entries: Iterable[Entry]) -> None:
+    def _publish(self, cards: Iterable[Card]) -> None:
         order = {"bundled": 0, "yours": 1}
-        self._entries = tuple(sorted(entries, key=lambda entry: (order[entry.origin], key_of(entry.name))))
-        self._loaded.tidy()
+        self._cards = tuple(sorted(cards, key=lambda card: (order[card.origin], key_of(card.name))))
         self.version += 1
 
 

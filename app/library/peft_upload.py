@@ -11,10 +11,6 @@ from shira_diffusers.formats.peft import PEFT_CONFIG, PEFT_WEIGHTS, decode_peft_
 from shira_diffusers.integrations.pipelines import models_of
 
 MAX_CONFIG = 1_000_000  # bytes
-NO_CONFIG = (
-    "Its adapter_config.json did not come with it, so its base and mask are not known; upload both files together to "
-    "tell. Strength 1 is what it was trained for either way."
-)
 
 
 def with_config(pipe: Any, weights: Path, config: Path, shown: str) -> ShiraAdapter | None:

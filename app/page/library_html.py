@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from app.library.cards import Entry, shown_metadata
+from app.library.cards import Card, shown_metadata
 from shira_diffusers.cli.inspect import percent
 from shira_diffusers.cli.terminal import printable
 from shira_diffusers.formats.inspect import Inspection, Parameter
@@ -11,31 +11,30 @@ from shira_diffusers.formats.inspect import Inspection, Parameter
 LAYERS_SHOWN = 400
 
 
-def table(entries: Sequence[Entry]) -> str:
+def table(cards: Sequence[Card]) -> str:
     """All adapters, a row each; those that were left out with the reason."""
-    if not entries:
+    if not cards:
         return "<p>No adapters yet: upload one here, or train one.</p>"
     head = "".join(
         f'<th scope="col">{title}</th>' for title in ("Name", "Mask", "Density", "Size", "Base", "Trained on", "Origin")
     )
-    rows = "".join(map(_row, entries))
+    rows = "".join(map(_row, cards))
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _row(entry: Entry) -> str:
-    card = entry.card
-    name = f'<th scope="row">{escape(entry.name)}</th>'
-    size, origin = _cell("Size", f"{entry.megabytes:.2f} MB"), _cell("Origin", entry.origin)
-    if card is None:
-        reason = f'<td colspan="2" class="reason">Left out: {escape(entry.reason)}</td>'
+def _row(card: Card) -> str:
+    name = f'<th scope="row">{escape(card.name)}</th>'
+    size, origin = _cell("Size", f"{card.megabytes:.2f} MB"), _cell("Origin", card.origin)
+    if not card.fits:
+        reason = f'<td colspan="2" class="reason">Left out: {escape(card.reason)}</td>'
         return f'<tr class="refused">{name}<td colspan="2"></td>{size}{reason}{origin}</tr>'
     note = f'<span class="note">{escape(card.note)}</span>' if card.note else ""
     cells = [
-        _cell("Mask", card.mask or "not told"),
+        _cell("Mask", card.mask or "unknown"),
         _cell("Density", f"{100 * card.density:.2g} %"),
         size,
-        f'<td data-label="Base">{escape(_short(card.base) or "not told")}{note}</td>',
-        _cell("Trained on", f"“{card.trigger}”" if card.trigger else "not told"),
+        f'<td data-label="Base">{escape(_short(card.base) or "unknown")}{note}</td>',
+        _cell("Trained on", f"“{card.trigger}”" if card.trigger else "unknown"),
         origin,
     ]
     return f"<tr>{name}{''.join(cells)}</tr>"
@@ -49,21 +48,21 @@ def _short(base: str) -> str:
     return base.rstrip("/").rpartition("/")[2] if base.startswith("/") else base
 
 
-def inspection(entry: Entry, found: Inspection) -> str:
+def inspection(card: Card, found: Inspection) -> str:
     """What ``shira inspect`` tells: the whole, the metadata, and each parameter's density as a bar."""
     told = [
         ("Kind", found.kind + (f", format version {found.format_version}" if found.format_version else "")),
         ("Entries", f"{found.nnz:,}" + (f" of {found.numel:,}" if found.numel else "")),
-        ("Density", percent(found.density) if found.numel else "not told by the file"),
+        ("Density", percent(found.density) if found.numel else "unknown: not in the file"),
         ("Values", ", ".join(found.dtypes)),
-        ("Size", f"{found.size:,} bytes, {found.bytes_per_entry or 0:.2f} an entry"),
+        ("Size", f"{found.size:,} bytes, {found.bytes_per_entry or 0:.2f} per entry"),
         ("Knows its base", "yes, by a few of its values" if found.tells_base else "no"),
-        ("SHA-256", entry.sha256),
+        ("SHA-256", card.sha256),
     ]
     metadata = sorted(shown_metadata(found.metadata).items())
     return (
-        f'<div class="inspection"><h3>{escape(entry.name)}</h3>{_list(told)}'
-        f"<h4>What its file tells</h4>{_list(metadata) if metadata else '<p>Nothing.</p>'}"
+        f'<div class="inspection"><h3>{escape(card.name)}</h3>{_list(told)}'
+        f"<h4>Metadata</h4>{_list(metadata) if metadata else '<p>None.</p>'}"
         f"<h4>Density by layer</h4>{_layers(found.parameters)}</div>"
     )
 

@@ -276,7 +276,7 @@ class Trainings:
         return training
 
     def _flags(self, recipe: Recipe, folder: Path, *, resume: bool) -> list[str]:
-        files = {card.name: self._library.entry(card.name).path.resolve() for card in self._library.cards}
+        files = {card.name: card.path.resolve() for card in self._library.cards}
         gone = [name for name in recipe.avoid if name not in files]
         if gone:
             raise SettingsError(f"the adapter {gone[0]!r}, which was to be kept off, is not in the library any more")

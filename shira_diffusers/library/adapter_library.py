@@ -21,7 +21,7 @@ from shira_diffusers.engine.state import ShiraState, state_of
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.formats.gpu_decoder import record_stream
 from shira_diffusers.integrations.pipelines import models_of, resident_of
-from shira_diffusers.library.folder import Catalog, Version
+from shira_diffusers.library.folder import Catalog, Listing, Version
 from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store, TierStats
 from shira_diffusers.weights.finder import unwrap
 
@@ -47,7 +47,7 @@ class LibraryStats:
 
 
 class AdapterLibrary:
-    """The adapters of a folder, loaded when they are used.
+    """The adapters of a folder, or of several, loaded when they are used.
 
     In the host's memory they are kept as in their files, byte for byte, within ``ram_bytes``; decoded, on the device,
     within ``device_bytes``. The least recently used leave. All methods are safe to call from several threads: an
@@ -56,9 +56,12 @@ class AdapterLibrary:
 
     Args:
         folder: files ``NAME.safetensors``, and sub-folders ``NAME`` with ``pytorch_shira_weights.safetensors`` or with
-            what PEFT's SHiRA tuner wrote.
+            what PEFT's SHiRA tuner wrote. Several folders, in which each name may be once; or a function that gives
+            names and paths of such files and sub-folders, called again when a name is not where it was.
         ram_bytes: for packed adapters. 0 keeps none: files are mapped each time they are decoded.
         device_bytes: for decoded adapters: at least those that are active at a time.
+        exceed: let adapters in use take more than ``device_bytes``, after all others were evicted; else that is an
+            error.
         device: where decoded ones are, best that of the models' weights; None is the current CUDA device, or the CPU
             where there is none. On CUDA the host's memory is pinned and adapters are decoded by the GPU.
         threads: that prefetch.
@@ -70,18 +73,20 @@ class AdapterLibrary:
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Listing,
         *,
         ram_bytes: int = RAM_BYTES,
         device_bytes: int = DEVICE_BYTES,
+        exceed: bool = False,
         device: str | torch.device | None = None,
         threads: int = 2,
     ) -> None:
         if ram_bytes < 0 or device_bytes < 0:
             raise ShiraError(f"budgets must be 0 bytes or more, got ram_bytes={ram_bytes}, device_bytes={device_bytes}")
         self.device = _device(device)
-        self._catalog = Catalog(Path(folder))
-        self._store = Store(ram_bytes, device_bytes, self.device)
+        folders = [folder] if isinstance(folder, str | os.PathLike) else folder
+        self._catalog = Catalog(folders if callable(folders) else map(Path, folders))
+        self._store = Store(ram_bytes, device_bytes, self.device, exceed=exceed)
         self._served: WeakSet[nn.Module] = WeakSet()
         self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._pool = ThreadPoolExecutor(threads, "shira-library")
@@ -181,18 +186,36 @@ class AdapterLibrary:
             user.resident.set(mix, method)
             undo.pop_all()
 
-    def get(self, name: str) -> ShiraAdapter:
-        """An adapter by itself, on the library's device; not for PEFT's, which need a model.
+    def keep(self, target: Any, names: Iterable[str]) -> Held[Any]:
+        """``with library.keep(pipe, ["bluefire"]) as pipe: ...``: adapters on a model for a while, none made active.
+
+        What the body does with them, such as ``pipe.shira``, reads no files. Args, Raises: as ``use``.
+        """
+        user, wanted = _User(target), list(names)
+
+        @contextmanager
+        def inside(_: Hold, versions: list[Version]) -> Iterator[Any]:
+            with self._registered(user, versions):
+                yield target
+
+        return Held(user.modules, write=True, inside=inside, before=lambda: self._loaded(user, wanted))
+
+    def get(self, name: str, target: Any = None) -> ShiraAdapter:
+        """An adapter by itself, on the library's device.
+
+        Args:
+            target: the model that it is for, as of ``use``; PEFT's need one. Nothing on it changes.
 
         What the caller keeps of it is not counted once it has left the library.
 
         Raises:
             As ``use``.
         """
-        version = self._find(name)
+        models = {} if target is None else _User(target).models
+        version = self._store.fitted(self._find(name), models)
         with self._store.wanting([version]):
             version, decoded = self._newest(
-                version, {}, lambda v: self._store.acquire(v, {}, self._is_free, lambda *_: None)
+                version, models, lambda v: self._store.acquire(v, models, self._is_free, lambda *_: None)
             )
             self._store.release(version)
         record_stream(decoded.held)
@@ -218,7 +241,7 @@ class AdapterLibrary:
 
     def _find(self, name: str) -> Version:
         if self._closed:
-            raise ShiraError(f"the library of {self._catalog.folder} is closed: make a new one")
+            raise ShiraError(f"the library of {self._catalog.where} is closed: make a new one")
         return self._catalog.find(name)
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 import stat
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME
 from shira_diffusers.formats.paths import did_you_mean, shown_in
 
 _SHOWN = 20
+
+Listing = Callable[[], Iterable[tuple[str, Path]]]
+"""Gives names and paths as ``adapters_in`` does; called again whenever a name is not where it was."""
 
 
 class Version(NamedTuple):
@@ -56,28 +60,37 @@ def weights_file(path: Path) -> Path:
 
 
 class Catalog:
-    """The adapters of a folder by name, as ``adapters_in`` finds them. Safe to use from several threads.
+    """The adapters of folders by name, as ``adapters_in`` finds them. Safe to use from several threads.
+
+    Args:
+        source: the folders, or what lists the adapters in their place.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder at {folder}: expected one of adapters{did_you_mean(folder)}")
-        self.folder = folder
+    def __init__(self, source: Iterable[Path] | Listing) -> None:
+        self._folders = [] if callable(source) else list(source)
+        for folder in self._folders:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"no folder at {folder}: expected one of adapters{did_you_mean(folder)}")
+        self.where = " and ".join(map(str, self._folders)) or "the list of adapters"
+        self._list: Listing = source if callable(source) else self._in_folders
         self._lock = threading.Lock()
         self._paths: dict[str, list[Path]] = {}
         self.scan()
 
     def scan(self) -> dict[str, list[Path]]:
-        """Look at the folder again: the path of each name, or several where they clash."""
+        """Look at the disk again: the path of each name, or several where they clash."""
         found: dict[str, list[Path]] = {}
-        for name, path in adapters_in(self.folder):
+        for name, path in self._list():
             found.setdefault(name, []).append(path)
         with self._lock:
             self._paths = found
             return self._paths
+
+    def _in_folders(self) -> Iterable[tuple[str, Path]]:
+        return (found for folder in self._folders for found in adapters_in(folder))
 
     def find(self, name: str) -> Version:
         """The version of a name that is on disk now.
@@ -91,6 +104,8 @@ class Catalog:
         if version is None:  # new, gone, or moved: look again
             paths = self.scan().get(name, [])
             version = _version(name, paths[0]) if len(paths) == 1 else None
+        if version is None and len(paths) == 1:
+            raise ShiraError(f"the file of adapter {name!r} is gone: {paths[0]}")
         if version is None:
             raise ShiraError(self._clash(name, paths) if paths else self._unknown(name))
         return version
@@ -101,14 +116,15 @@ class Catalog:
             return {name: self._clash(name, paths) for name, paths in self._paths.items() if len(paths) > 1}
 
     def _clash(self, name: str, paths: list[Path]) -> str:
-        each = " and ".join(str(path.relative_to(self.folder)) for path in paths)
-        return f"the name {name!r} is that of two adapters in {self.folder}: {each}; rename one of them"
+        shown = (path.relative_to(self._folders[0]) if len(self._folders) == 1 else path for path in paths)
+        each = " and ".join(map(str, shown))
+        return f"the name {name!r} is that of two adapters in {self.where}: {each}; rename one of them"
 
     def _unknown(self, name: str) -> str:
         names = list(self._paths)
         known = ", ".join(map(repr, names[:_SHOWN])) or "none"
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        return f"no adapter named {name!r} in {self.folder}; there are {known}{more}"
+        return f"no adapter named {name!r} in {self.where}; there are {known}{more}"
 
 
 def _version(name: str, path: Path) -> Version | None:

@@ -63,9 +63,9 @@ def open_library(folder: Path) -> Iterator[Callable[..., AdapterLibrary]]:
     made: list[AdapterLibrary] = []
     packed, decoded = (folder / "a0.safetensors").stat().st_size, load_adapter(folder / "a0.safetensors").nbytes
 
-    def make(ram: float = 100, device: float = 100) -> AdapterLibrary:
+    def make(ram: float = 100, device: float = 100, *, exceed: bool = False) -> AdapterLibrary:
         budgets = {"ram_bytes": int(ram * packed), "device_bytes": int(device * decoded)}
-        made.append(AdapterLibrary(folder, **budgets, device="cpu", threads=1))
+        made.append(AdapterLibrary(folder, **budgets, exceed=exceed, device="cpu", threads=1))
         return made[-1]
 
     yield make
@@ -158,6 +158,8 @@ def test_a_peft_folder_and_a_peft_file(pipe: StableDiffusionPipeline, tmp_path: 
     with AdapterLibrary(tmp_path, device="cpu", threads=1) as library:
         fetch(library, "peft", "lone")
         assert library.stats().device.adapters == 0  # without a model nothing is known of them
+        assert library.get("lone", pipe).nnz == library.get("peft", pipe).nnz > 0
+        assert pipe.list_shira() == {}
         for name in ("peft", "lone"):
             library.set(pipe, {name: 1.0})
             tiny.assert_same_bits(pipe, tiny.snapshot(other))
@@ -376,6 +378,66 @@ def test_a_mix_that_never_fits(open_library: Callable[..., AdapterLibrary], mode
 
 
 # -------------------------------------------------------------------- what is in use stays
+
+
+def test_a_budget_that_what_is_used_may_exceed(
+    open_library: Callable[..., AdapterLibrary], model: nn.Sequential, adapters: dict[str, ShiraAdapter]
+) -> None:
+    library = open_library(device=1, exceed=True)
+    with library.use(model, {"a0": 1.0, "a1": 1.0}):
+        assert Resident(model).active == {"a0": 1.0, "a1": 1.0}
+        assert torch.equal(library.get("a2").deltas["0.weight"].values, adapters["a2"].deltas["0.weight"].values)
+    library.set(model, {"a3": 1.0})
+    assert decoded_names(library) == ["a3"]  # all others are evicted
+    library.prefetch("a4")
+    library.close()
+    assert library.stats().device.nbytes == adapters["a3"].nbytes
+
+
+def test_adapters_are_kept_on_a_model_without_being_active(
+    open_library: Callable[..., AdapterLibrary], model: nn.Sequential, reads: list[str]
+) -> None:
+    bits, library = tiny.snapshot(model), open_library(device=2)
+    with library.keep(model, ["a0", "a1"]) as kept:
+        assert kept is model and Resident(model).names == ["a0", "a1"] and Resident(model).active == {}
+        tiny.assert_same_bits(model, bits)
+        with pytest.raises(ShiraError, match="no room"):
+            library.get("a2")
+        reads.clear()
+        with Resident(model).using({"a0": 1.0}):
+            assert Resident(model).active == {"a0": 1.0}
+        assert reads == []
+    tiny.assert_same_bits(model, bits)
+    library.get("a2")
+    with pytest.raises(ShiraError, match="no adapter named 'nobody'"), library.keep(model, ["nobody"]):
+        pass
+
+
+def test_several_folders_and_a_list_of_files(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, ShiraAdapter]
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    save_adapter(adapters["a5"], other / "b.safetensors")
+    with AdapterLibrary([folder, str(other)], device="cpu") as library:
+        assert library.names == [*NAMES, "b"]
+        tiny.assert_same_adapter(library.get("b"), library.get("a5"))
+        save_adapter(adapters["a0"], other / "a1.safetensors")
+        clash = rf"two adapters in .* and .*: {folder}/a1\.safetensors and {other}/a1\.safetensors; rename one"
+        assert re.search(clash, library.broken["a1"])
+    with pytest.raises(FileNotFoundError, match="expected one of adapters"):
+        AdapterLibrary([folder, other / "nowhere"])
+
+    files = {"mine": other / "b.safetensors"}
+    with AdapterLibrary(lambda: files.items(), device="cpu") as library:
+        assert library.names == ["mine"]
+        tiny.assert_same_adapter(library.get("mine"), adapters["a5"])
+        files["other"] = files.pop("mine").rename(other / "c.safetensors")
+        tiny.assert_same_adapter(library.get("other"), adapters["a5"])
+        with pytest.raises(ShiraError, match="no adapter named 'mine' in the list of adapters; there are 'other'"):
+            library.get("mine")
+        files["other"].unlink()
+        with pytest.raises(ShiraError, match=r"the file of adapter 'other' is gone: .*c\.safetensors"):
+            library.get("other")
 
 
 def test_a_client_waits_for_room_that_others_take_for_a_moment(

@@ -106,7 +106,7 @@ class LibraryTab:
         for problem in problems:
             gr.Warning(problem)
         told = [
-            f"Added {_bold(entry.name)}{'' if entry.card else ', which does not fit this model'}." for entry in added
+            f"Added {_bold(entry.name)}{'' if entry.fits else ', which does not fit this model'}." for entry in added
         ]
         chosen = added[-1].name if added else None
         return None, *self._shown(chosen), " ".join(told), ""

@@ -97,7 +97,7 @@ def test_a_picture_beside_that_is_none_is_passed_over(own: Session, tmp_path: Pa
 def test_fusing_a_lora_is_timed_and_changes_nothing(own: Session) -> None:
     before = tiny.snapshot(own.pipe)
     state = torch.get_rng_state()
-    assert 0 < fuse_ms(own.pipe, own.adapter_names) < 60_000
+    assert 0 < fuse_ms(own.pipe, own.library.adapted) < 60_000
     assert fuse_ms(own.pipe, ()) == 0  # nothing to compare with
     tiny.assert_same_bits(own.pipe, before)
     assert torch.equal(torch.get_rng_state(), state) and resident_of(own.pipe).active == {}

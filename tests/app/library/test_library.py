@@ -50,8 +50,7 @@ def files(library: Library) -> list[str]:
 def test_what_fits_is_loaded_and_described(pipe: StableDiffusionPipeline, folders: Folders) -> None:
     before = tiny.snapshot(pipe)
     library = Library(pipe, folders.adapters)
-    assert names(library) == ["bluefire", "paintings"] == sorted(pipe.list_shira())
-    assert pipe.get_active_shira() == {}
+    assert names(library) == ["bluefire", "paintings"] and library.loaded == ()  # nothing is, until it is used
     tiny.assert_same_bits(pipe, before)
 
     bluefire = library.cards[0]
@@ -95,7 +94,7 @@ def test_side_files_take_no_names(pipe: StableDiffusionPipeline, tmp_path: Path)
         f"{origin} {name}" for origin in ("bundled", "adapters") for name in ("fern", "FIRE", "moss")
     ]
     assert [name for name, _ in library.refused] == ["bundled fern-2", "adapters fern-2"]
-    assert {entry.path.name for entry in library.entries if not entry.card} == {
+    assert {entry.path.name for entry in library.entries if not entry.fits} == {
         "-bundled fern.safetensors",
         "-adapters fern.safetensors",
     }
@@ -108,8 +107,8 @@ def test_a_suffix_in_capitals_survives_deleting_and_renaming(
     library = Library(tiny.pipeline(), folders.adapters, tmp_path / "data")
     library.delete("MOSS")
     assert library.deleted == ("MOSS",)
-    assert library.undo().card
-    assert library.rename("MOSS", "fern").card
+    assert library.undo().fits
+    assert library.rename("MOSS", "fern").fits
     assert files(library) == ["fern.safetensors"]
 
 
@@ -120,7 +119,7 @@ def test_a_folder_of_peft_among_the_bundled_ones(pipe: StableDiffusionPipeline, 
     for at_once in (24, 0):
         library = Library(tiny.pipeline(), tmp_path / "bundled", at_once=at_once)
         (entry,) = library.entries
-        assert entry.card and (entry.name, entry.card.opened) == ("strokes", at_once > 0)
+        assert entry.fits and (entry.name, entry.opened) == ("strokes", at_once > 0)
         assert (entry.file, entry.megabytes) == (weights, weights.stat().st_size / 1e6)
         assert library.inspect("strokes").kind == "PEFT SHiRA adapter"
         assert library.adapter("strokes").nnz > 0
@@ -165,8 +164,8 @@ def test_an_upload_is_copied_loaded_and_there_after_a_restart(
 ) -> None:
     before, bits = library.version, tiny.snapshot(pipe)
     entry = library.add(upload)
-    assert entry.card and library.version > before
-    assert (entry.card.name, entry.card.origin, entry.card.trigger) == ("moss", "yours", "sks moss")
+    assert entry.fits and library.version > before
+    assert (entry.name, entry.origin, entry.trigger) == ("moss", "yours", "sks moss")
     assert names(library) == ["bluefire", "paintings", "moss"]
     assert entry.sha256 == sha256_of(upload) == sha256_of(library.entry("moss").path)
     tiny.assert_same_bits(pipe, bits)
@@ -184,7 +183,7 @@ def test_an_adapter_of_another_model_is_kept_with_the_reason_and_can_be_deleted(
     library: Library, folders: Folders
 ) -> None:
     entry = library.add(folders.adapters / "stranger.safetensors")
-    assert entry.card is None and "does not fit" in entry.reason and str(folders.adapters) not in entry.reason
+    assert not entry.fits and "does not fit" in entry.reason and str(folders.adapters) not in entry.reason
     assert entry.as_dict()["fits"] is False
     assert ("stranger-2", entry.reason) in library.refused
     library.delete("stranger-2")
@@ -205,23 +204,22 @@ def peft(tmp_path: Path) -> Path:
 
 def test_what_peft_wrote_is_taken_in(library: Library, peft: Path) -> None:
     entry = library.add(peft / "adapter_model.safetensors")
-    assert entry.card and entry.card.components == ("unet",) and entry.card.metadata == {"source": "peft"}
-    assert "adapter_config.json did not come with it" in entry.card.note
+    assert entry.fits and entry.components == ("unet",) and entry.metadata["source"] == "peft"
+    assert "adapter_config.json did not come with it" in entry.note
     assert library.inspect("adapter_model").kind == "PEFT SHiRA adapter"
 
 
 def test_what_peft_wrote_becomes_ours_with_its_config(library: Library, peft: Path, folders: Folders) -> None:
     bare = library.add(peft / "adapter_model.safetensors", "bare")
-    entry = library.add(peft / "adapter_model.safetensors", "whole", peft / "adapter_config.json")
-    card = entry.card
-    assert card and (card.base, card.mask, card.note, card.components) == ("tiny", "rand", "", ("unet",))
-    assert library.inspect("whole").kind == "SHiRA adapter" and entry.sha256 == sha256_of(entry.path)
+    card = library.add(peft / "adapter_model.safetensors", "whole", peft / "adapter_config.json")
+    assert card.fits and (card.base, card.mask, card.note, card.components) == ("tiny", "rand", "", ("unet",))
+    assert library.inspect("whole").kind == "SHiRA adapter" and card.sha256 == sha256_of(card.path)
     tiny.assert_same_adapter(library.adapter("whole"), library.adapter("bare"))
     again = Library(StableDiffusionPipeline.from_pretrained(folders.base), folders.adapters, peft.parent / "data")
     assert {each.name: each.base for each in again.cards} | {"bare": "", "whole": "tiny"} == {
         each.name: each.base for each in again.cards
     }
-    library.delete(bare.name, entry.name)
+    library.delete(bare.name, card.name)
     assert files(library) == []
 
 
@@ -255,7 +253,7 @@ def test_peft_layers_of_another_model_are_listed_with_the_reason(library: Librar
     strange = {key.replace("down_blocks.1", "down_blocks.7"): tensor for key, tensor in weights.items()}
     (peft / "adapter_model.safetensors").write_bytes(save(strange))
     entry = library.add(peft / "adapter_model.safetensors", "x", peft / "adapter_config.json")
-    assert entry.card is None and "does not fit" in entry.reason
+    assert not entry.fits and "does not fit" in entry.reason
 
 
 def zipped() -> bytes:
@@ -342,9 +340,13 @@ def test_what_a_crash_left_is_swept_at_the_start(
 
 def test_renaming_keeps_the_adapter(library: Library, upload: Path, pipe: StableDiffusionPipeline) -> None:
     library.add(upload)
-    card = library.rename("moss", "Wet moss.safetensors").card
-    assert card and (card.name, card.sha256) == ("Wet moss", sha256_of(upload))
-    assert "moss" not in pipe.list_shira() and "Wet moss" in pipe.list_shira()
+    with library.using(["moss"]):
+        assert library.loaded == ("moss",)
+    card = library.rename("moss", "Wet moss.safetensors")
+    assert (card.name, card.sha256) == ("Wet moss", sha256_of(upload))
+    assert library.loaded == ()
+    with library.using(["Wet moss"]):
+        assert library.loaded == ("Wet moss",)
     assert files(library) == ["Wet moss.safetensors"]
     assert library.rename("Wet moss", "wet MOSS").name == "wet MOSS"
     assert library.rename("wet MOSS", "wet MOSS").name == "wet MOSS"
@@ -380,8 +382,10 @@ def test_what_came_with_the_app_stays(library: Library, folders: Folders) -> Non
 def test_deleting_can_be_undone(library: Library, upload: Path, pipe: StableDiffusionPipeline) -> None:
     library.add(upload)
     library.add(upload, "fern")
+    with library.using(["moss", "bluefire"]):
+        pass
     library.delete("moss", "fern")
-    assert names(library) == ["bluefire", "paintings"] == sorted(pipe.list_shira())
+    assert names(library) == ["bluefire", "paintings"] and library.loaded == ("bluefire",)
     assert library.deleted == ("fern", "moss")
     assert library.undo().name == "fern"
     library.add(upload, "moss")
