@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--auth", metavar="USER:PASSWORD", help="ask visitors to sign in; the list of processes shows it"
     )
     parser.add_argument(
-        "--auth-file", type=Path, metavar="FILE", help="the same from a file: a line USER:PASSWORD for each user"
+        "--auth-file", type=Path, metavar="FILE", help="the same from a file: a line USER:PASSWORD per user"
     )
     return parser.parse_args(arguments)
 

@@ -24,7 +24,7 @@ from app.training.trainings import Trainings
 
 
 def default_data() -> Path:
-    """Where the app keeps what it writes, if nobody names another folder."""
+    """Where the app keeps what it writes, by default."""
     return user_data_path("shira-studio", appauthor=False)
 
 
@@ -36,7 +36,7 @@ class Studio:
         session: draws pictures.
         data: the folder for all that the app writes.
         trainings: trains adapters, and ``estimator`` says what that will take.
-        comparer: tells how much adapters are in each other's way.
+        comparer: how much adapters interfere.
         max_upload_mb: of a file that a visitor sends.
         galleries: the pictures that were drawn, ``presets`` the settings that were saved, in the data folder.
         thumbnails: of the adapters.

@@ -32,7 +32,7 @@ def add_library_api(studio: Studio) -> None:
             return library.add(_required(file), name or None).as_dict()
 
     def upload_peft_adapter(file: str, config: str, name: str) -> dict[str, Any]:
-        """Add PEFT's SHiRA adapter_model.safetensors with its adapter_config.json, which tells base and mask.
+        """Add PEFT's SHiRA adapter_model.safetensors with its adapter_config.json, which has base and mask.
 
         The two become one file of this project. Otherwise as /upload_adapter.
         """
@@ -42,9 +42,9 @@ def add_library_api(studio: Studio) -> None:
     def inspect_adapter(name: str) -> dict[str, Any]:
         """What an adapter's file holds: metadata, and shape, entries and density of each layer."""
         with readable("the adapter could not be read"):
-            told = library.inspect(name).as_dict()
-        path = Path(told.pop("path"))  # clients take whatever has a path for a file to fetch
-        return {"name": path.stem, **told, "metadata": shown_metadata(told["metadata"])}
+            found = library.inspect(name).as_dict()
+        path = Path(found.pop("path"))  # clients take whatever has a path for a file to fetch
+        return {"name": path.stem, **found, "metadata": shown_metadata(found["metadata"])}
 
     def rename_adapter(name: str, new_name: str) -> dict[str, Any]:
         """Give an adapter that was added in the app another name; returns its entry."""
@@ -68,9 +68,9 @@ def add_library_api(studio: Studio) -> None:
             return cached(out, library.entry(name).file)
 
     def interference(adapters: list[str]) -> list[dict[str, Any]]:
-        """How much loaded adapters, two to six of them, are in each other's way, for each pair.
+        """How much loaded adapters, two to six of them, interfere, per pair.
 
-        In words and figures, over all and by layer: overlap (shared entries, as a fraction of the smaller one's),
+        In words and figures, over all and per layer: overlap (shared entries, as a fraction of the smaller one's),
         sign_conflict (of those, the fraction that pull in opposite directions), awom and awor (norm and empty share of
         the product of the two changes), l2 (distance).
         """

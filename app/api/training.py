@@ -25,7 +25,7 @@ def add_training_api(studio: Studio) -> None:
             raise SettingsError(f'the settings must be an object like {{"steps": 200}}, got {str(settings)[:40]!r}')
         return usual.changed(settings or {}, tuple(card.name for card in studio.session.cards))
 
-    def told(id: str | None) -> dict[str, Any]:
+    def status(id: str | None) -> dict[str, Any]:
         progress = trainings.progress(id or None)
         samples = [
             {"step": step, "picture": paper.postprocess(Image.open(path)).model_dump()}  # type: ignore[union-attr]
@@ -46,8 +46,8 @@ def add_training_api(studio: Studio) -> None:
             sent = sort_out([(Path(file).name, Path(file)) for file in pictures or []])
             lines = captions or captions_of(sent)
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-                raise SettingsError("captions must be a list of texts, one a picture")
-            return {**told(trainings.start(recipe(settings), sent, lines).id), "left": list(sent.left)}
+                raise SettingsError("captions must be a list of texts, one per picture")
+            return {**status(trainings.start(recipe(settings), sent, lines).id), "left": list(sent.left)}
 
     def estimate_training(settings: Any = None) -> dict[str, Any]:
         """All settings of a training, with defaults where none are given, and what it would take.
@@ -64,21 +64,21 @@ def add_training_api(studio: Studio) -> None:
         app's end, or "failed", with the problem), step of steps, losses, seconds left, samples, and the adapter's name.
         """
         with readable("the training could not be read"):
-            return told(id)
+            return status(id)
 
     def listed() -> list[dict[str, Any]]:
         """All trainings that are kept, the newest first."""
         return [training.as_dict() for training in trainings.all]
 
     def cancel_training() -> dict[str, Any]:
-        """End the training that is under way; its last checkpoint is kept, for /resume_training and /keep_training."""
+        """End the training that is running; its last checkpoint is kept, for /resume_training and /keep_training."""
         with readable("the training could not be cancelled"):
-            return told(trainings.cancel().id)
+            return status(trainings.cancel().id)
 
     def resume_training(id: str = "") -> dict[str, Any]:
         """Go on with a training that was cancelled, interrupted or failed, by default the newest."""
         with readable("the training could not be resumed"):
-            return told(trainings.resume(id or None).id)
+            return status(trainings.resume(id or None).id)
 
     def keep_training(id: str = "") -> str:
         """Put what a training that has ended had learned at its last checkpoint into the library; returns the name."""
@@ -101,5 +101,5 @@ def add_training_api(studio: Studio) -> None:
     # pictures go through a component, which takes those that the client has uploaded, and no other path
     pictures = gr.File(label="pictures", file_count="multiple", type="filepath", visible=False)
     settings, captions = gr.JSON(label="settings", visible=False), gr.JSON(label="captions", visible=False)
-    status = gr.JSON(label="status", visible=False)
-    gr.Button(visible=False).click(train, [pictures, settings, captions], status, api_name="train", **STARTING)
+    started = gr.JSON(label="status", visible=False)
+    gr.Button(visible=False).click(train, [pictures, settings, captions], started, api_name="train", **STARTING)

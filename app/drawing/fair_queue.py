@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 BACKGROUND = "\0background"
-"""The visit of work that nobody waits for: it runs when nobody else does."""
+"""The visit of background work, which runs when no other visit waits."""
 
 
 class FairQueue:
@@ -38,7 +38,7 @@ class FairQueue:
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits: work of the background does better to end soon and come again."""
+        """Whether a visit waits: background work should end soon and be submitted again."""
         return any(visit != BACKGROUND for visit in tuple(self._waiting))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings that nobody asked for."""
+"""Random settings, for “Surprise me”."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Settings of a picture, preset or link brought back to a session that may have other adapters by now."""
+"""Settings of a picture, preset or link brought back to a session that may have other adapters now."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,8 +17,8 @@ class Restored:
 
 
 def restore(given: Mapping[str, Any], session: Session) -> Restored:
-    """Check settings from outside; adapters that have another name by now are found by their hash, and told; those that
-    are missing are left out of the mix and told.
+    """Check settings from outside; renamed adapters are found by their hash, missing ones left out of the mix,
+    each with a note.
 
     Args:
         given: prompt, mix, seed, steps, guidance, method; and, in a picture's metadata, model and adapters with
@@ -44,15 +44,15 @@ def to_keep(settings: Settings, session: Session) -> dict[str, Any]:
 
 
 def _hashes_of(given: Mapping[str, Any]) -> dict[str, str]:
-    """The hashes that settings tell, by name; they may be a stranger's."""
-    told = given.get("adapters")
-    pairs = told.items() if isinstance(told, Mapping) else ()
+    """The hashes in untrusted settings, by name."""
+    adapters = given.get("adapters")
+    pairs = adapters.items() if isinstance(adapters, Mapping) else ()
     hashes = {name: value.get("sha256") for name, value in pairs if isinstance(value, Mapping)}
     return {name: sha256 for name, sha256 in hashes.items() if isinstance(sha256, str) and sha256}
 
 
 def _names_now(mix: Mapping[str, Any], then: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
-    """What the adapters of a mix are called by now, without those that are missing."""
+    """What the adapters of a mix are called now, without those that are missing."""
     by_hash = {sha256: name for name, sha256 in reversed(list(hashes.items())) if sha256}
     named: dict[str, str] = {}
     for name in sorted(mix, key=lambda each: each not in hashes):
@@ -69,7 +69,7 @@ def _note(name: str, now: str | None, then: str, hashes: Mapping[str, str]) -> s
     if now != name:
         return f"“{name[:80]}” is called “{now}” here."
     if then and hashes[now] and then != hashes[now]:  # unknown while only the head of a file was read
-        return f"“{name}” is another file by now than it was then, so it may look different."
+        return f"“{name}” is a different file now, so it may look different."
     return ""
 
 

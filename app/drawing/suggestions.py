@@ -13,7 +13,7 @@ FALLBACK_SUGGESTIONS = (
 
 
 def read_suggestions(*folders: Path) -> tuple[str, ...]:
-    """The prompts in the first ``suggestions.txt`` of the folders, one a line; a few of our own where there is none."""
+    """The prompts in the first ``suggestions.txt`` of the folders, one per line; defaults where there is none."""
     for folder in folders:
         file = folder / "suggestions.txt"
         if file.is_file():

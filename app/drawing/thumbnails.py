@@ -1,4 +1,4 @@
-"""A small picture of each adapter: one that lies beside its file, or one drawn by the app when nobody waits."""
+"""A small picture of each adapter: one that lies beside its file, or one drawn when the queue is empty."""
 
 import logging
 from pathlib import Path

@@ -30,9 +30,9 @@ class Galleries:
     """The histories in a folder: everybody's, and one for each owner in a folder of its own.
 
     Args:
-        folder: of everybody's pictures; those of owners lie in ``of`` in it, under names that do not tell who they are.
+        folder: of everybody's pictures; those of owners lie in ``of`` in it, under names that do not reveal them.
         most: pictures of each history; beyond that its oldest goes.
-        max_bytes: of all histories together; beyond that the oldest picture goes, whoever has drawn it.
+        max_bytes: of all histories together; beyond that the oldest picture goes, whoever drew it.
         shared: whether owners count for nothing and everybody sees all.
     """
 

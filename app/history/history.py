@@ -23,7 +23,7 @@ class Kept:
     """A picture of the history.
 
     Args:
-        name: of its file, which tells when it was drawn; names sort by time.
+        name: of its file, which has the time of drawing; names sort by time.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Kept:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that is needed to draw it again, as its metadata tells.
+        """All that is needed to draw it again, from its metadata.
 
         Raises:
             SettingsError: its file was replaced by another or removed.

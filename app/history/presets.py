@@ -80,5 +80,5 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except ValueError:
         presets = None
     if not isinstance(presets, dict) or not all(isinstance(settings, dict) for settings in presets.values()):
-        raise ShiraError(f"{path} holds no presets; move it away to start anew")
+        raise ShiraError(f"{path} holds no presets; move it away to start with none")
     return presets

@@ -1,4 +1,4 @@
-"""How much adapters of the library are in each other's way, and what to expect of their mix in words. No Gradio."""
+"""How much adapters of the library interfere, and what to expect of their mix in words. No Gradio."""
 
 import re
 import threading
@@ -111,18 +111,18 @@ def _shared(pair: Pair) -> str:
 def _expectation(whole: Interference) -> str:
     conflict, overlap = whole.sign_conflict, whole.overlap
     if overlap < 0.005:
-        told = "Expect both to show at full strength, each as it does alone; the mix changes twice as many entries."
+        text = "Expect both to show at full strength, each as it does alone; the mix changes twice as many entries."
     elif overlap < 0.1:
-        told = "Expect both to show, hardly weaker than alone."
+        text = "Expect both to show, hardly weaker than alone."
     elif conflict > 0.4:
-        told = "Expect them to weaken each other where they meet: what shows is a compromise, and one may win."
+        text = "Expect them to weaken each other where they meet: what shows is a compromise, and one may win."
     elif conflict > 0.15:
-        told = "Expect both to show, in part blended; adjust strengths by eye."
+        text = "Expect both to show, in part blended; adjust strengths by eye."
     else:
-        told = "Expect them to add up: they pull the same way, so a mix at full strength may be overdone; try 0.6 each."
+        text = "Expect them to add up: they pull the same way, so a mix at full strength may be overdone; try 0.6 each."
     if overlap >= 0.1 and conflict > 0.15:
-        told += " One trained to keep off the entries of the other would mix better."
-    return f"{told} Their products are {_percent(whole.awor)} empty (AWOR; 100 % is orthogonal)."
+        text += " Training one with the entries of the other avoided would mix better."
+    return f"{text} Their products are {_percent(whole.awor)} empty (AWOR; 100 % is orthogonal)."
 
 
 def _percent(share: float) -> str:

@@ -18,8 +18,8 @@ Origin = Literal["bundled", "yours"]
 SHOWN_VALUE = 2000  # characters of a metadata value
 SHOWN_PAIRS = 100
 NO_CONFIG = (
-    "Its adapter_config.json did not come with it, so its base and mask are not known; upload both files together to "
-    "tell. Strength 1 is what it was trained for either way."
+    "Its adapter_config.json did not come with it, so its base and mask are unknown; upload both files "
+    "together. Strength 1 is what it was trained for either way."
 )
 
 
@@ -67,17 +67,17 @@ class Card:
 
     @property
     def base(self) -> str:
-        """The model that it was trained on, if its file tells."""
+        """The model that it was trained on, if known."""
         return self.metadata.get("base_model", "")
 
     @property
     def trigger(self) -> str:
-        """The words that it was trained with, if its file tells."""
+        """The words that it was trained with, if known."""
         return self.metadata.get("instance_prompt", "")
 
     @property
     def mask(self) -> str:
-        """The mask family, if its file tells."""
+        """The mask family, if known."""
         return self.metadata.get("mask", "")
 
     def as_dict(self) -> dict[str, Any]:

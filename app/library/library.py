@@ -31,7 +31,7 @@ OPENED_AT_START = 24  # files; the others are opened when they are used or nobod
 ROOM = 2 * 2**30  # bytes of decoded adapters; a mix may exceed it
 MAX_YOURS = 1000  # adapters that visitors may add
 KEEP_DELETED = 30 * 24 * 60 * 60  # seconds that a deleted adapter can be brought back
-TOLD_AT_ONCE = 25  # files that were looked at meanwhile, so that open pages need not show each by itself
+SHOWN_AT_ONCE = 25  # files that were looked at meanwhile, so that open pages need not show each by itself
 UNREADABLE = (ShiraError, OSError, RuntimeError, MemoryError, OverflowError)
 """What reading a file of a stranger may raise."""
 _BETWEEN = "~"  # in the trash: time deleted, then the name, in which it never is
@@ -123,7 +123,7 @@ class Library:
         return found
 
     def inspect(self, name: object) -> Inspection:
-        """What the file of a name holds, as ``shira inspect`` tells it.
+        """What the file of a name holds, as ``shira inspect`` prints it.
 
         Raises:
             ShiraError: there is none, or it cannot be read.
@@ -174,7 +174,7 @@ class Library:
                 return False
             self._opened(card)
             left = sum(not each.opened for each in self._cards)
-            if left % TOLD_AT_ONCE == 0:
+            if left % SHOWN_AT_ONCE == 0:
                 self.version += 1
             return left > 0
 
@@ -259,7 +259,7 @@ class Library:
         return tuple(path.stem.partition(_BETWEEN)[2] for path in self._in_trash())
 
     def undo(self, name: str | None = None) -> Card:
-        """Bring back the adapter that was deleted last, or the last of a name; numbered, if its name is taken by now.
+        """Bring back the adapter that was deleted last, or the last of a name; numbered, if its name is taken.
 
         Raises:
             SettingsError: there is none.

@@ -1,4 +1,4 @@
-"""Adapters of PEFT's SHiRA tuner, which come as two files: made into one of ours, with what the config tells."""
+"""Adapters of PEFT's SHiRA tuner, which come as two files: merged into one of ours with what the config says."""
 
 import shutil
 import tempfile

@@ -1,4 +1,4 @@
-"""Interference as HTML: figures of each pair, and a heat map, a row for each pair and a cell for each layer."""
+"""Interference as HTML: figures of each pair, and a heat map, a row per pair and a cell per layer."""
 
 from collections.abc import Sequence
 from html import escape
@@ -22,23 +22,22 @@ def summary(pairs: Sequence[Pair]) -> str:
 
 def _pair(pair: Pair) -> str:
     figures = "".join(
-        f'<div title="{escape(told)}"><dt>{label}</dt><dd>{_figure(pair.whole, key)}</dd></div>'
-        for label, (key, told) in MEASURES.items()
+        f'<div title="{escape(meaning)}"><dt>{label}</dt><dd>{_figure(pair.whole, key)}</dd></div>'
+        for label, (key, meaning) in MEASURES.items()
     )
     title = f"{escape(pair.first)} + {escape(pair.second)}"
     return f'<section class="pair"><h3>{title}</h3><p>{escape(pair.words)}</p><dl>{figures}</dl></section>'
 
 
 def heat_map(pairs: Sequence[Pair], measure: str) -> str:
-    """A row for each pair, a cell for each layer that both adapt, darker where they are more in each other's way."""
-    key, told = MEASURES[measure]
+    """A row per pair, a cell per layer that both adapt, darker where they interfere more."""
+    key, meaning = MEASURES[measure]
     top = max((_heat(each, key) for pair in pairs for each in pair.layers.values()), default=0.0) or 1.0
     top = top if key == "awom" else 1.0
     rows = "".join(_row(pair, key, top) for pair in pairs)
     scale = '<span class="scale" aria-hidden="true"></span>'
-    legend = (
-        f'<p class="legend">none {scale} {"most" if key == "awom" else "all"} · {escape(measure)}: {escape(told)}</p>'
-    )
+    most = "most" if key == "awom" else "all"
+    legend = f'<p class="legend">none {scale} {most} · {escape(measure)}: {escape(meaning)}</p>'
     return f'<div class="heat">{legend}{rows}</div>{_as_table(pairs)}'
 
 

@@ -12,7 +12,7 @@ LAYERS_SHOWN = 400
 
 
 def table(cards: Sequence[Card]) -> str:
-    """All adapters, a row each; those that were left out with the reason."""
+    """All adapters, one per row; those that were left out with the reason."""
     if not cards:
         return "<p>No adapters yet: upload one here, or train one.</p>"
     head = "".join(
@@ -49,8 +49,8 @@ def _short(base: str) -> str:
 
 
 def inspection(card: Card, found: Inspection) -> str:
-    """What ``shira inspect`` tells: the whole, the metadata, and each parameter's density as a bar."""
-    told = [
+    """What ``shira inspect`` prints: the whole, the metadata, and each parameter's density as a bar."""
+    facts = [
         ("Kind", found.kind + (f", format version {found.format_version}" if found.format_version else "")),
         ("Entries", f"{found.nnz:,}" + (f" of {found.numel:,}" if found.numel else "")),
         ("Density", percent(found.density) if found.numel else "unknown: not in the file"),
@@ -61,7 +61,7 @@ def inspection(card: Card, found: Inspection) -> str:
     ]
     metadata = sorted(shown_metadata(found.metadata).items())
     return (
-        f'<div class="inspection"><h3>{escape(card.name)}</h3>{_list(told)}'
+        f'<div class="inspection"><h3>{escape(card.name)}</h3>{_list(facts)}'
         f"<h4>Metadata</h4>{_list(metadata) if metadata else '<p>None.</p>'}"
         f"<h4>Density by layer</h4>{_layers(found.parameters)}</div>"
     )
@@ -82,7 +82,7 @@ def _layers(parameters: Sequence[Parameter]) -> str:
 
 def _layer(parameter: Parameter, top: float) -> str:
     share = 100 * (parameter.density or 0) / top
-    told = "?" if parameter.density is None else percent(parameter.density)
+    density = "?" if parameter.density is None else percent(parameter.density)
     bar = f'<span class="bar" style="width:{share:.1f}%"></span>'
     name = escape(printable(parameter.name))
-    return f'<tr><th scope="row">{name}</th><td>{bar}<span>{told}</span></td><td>{parameter.nnz:,}</td></tr>'
+    return f'<tr><th scope="row">{name}</th><td>{bar}<span>{density}</span></td><td>{parameter.nnz:,}</td></tr>'

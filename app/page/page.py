@@ -17,7 +17,7 @@ from app.page.tabs.train import TrainTab
 from app.server.messages import Page
 from app.studio import Studio
 
-CACHE_SECONDS = 24 * 60 * 60  # pictures that nobody fetched for a day leave the disk
+CACHE_SECONDS = 24 * 60 * 60  # pictures not fetched for a day are deleted from the disk
 
 
 def build(studio: Studio) -> gr.Blocks:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.settings.strengths import Strength, told
+from app.settings.strengths import Strength, strength_text
 
 REFUSALS_SHOWN = 3
 CSS = Path(__file__).with_name("style.css")
@@ -116,7 +116,7 @@ def plain(text: str) -> str:
 
 
 def _styled(name: str, strength: Strength) -> str:
-    return f"{name} {told(strength)}".rstrip()
+    return f"{name} {strength_text(strength)}".rstrip()
 
 
 def scroll_to(selector: str) -> str:

@@ -11,46 +11,46 @@ POINTS = 400  # drawn at most
 SMOOTH = 0.9  # of the moving mean that the eye follows
 
 
-def estimate(told: Estimate) -> str:
+def estimate(expected: Estimate) -> str:
     """What a training will take, in a line of figures."""
-    how = "measured in the last training like it" if told.measured else "estimated from how fast pictures are drawn"
+    how = "measured in the last training like it" if expected.measured else "estimated from how fast pictures are drawn"
     figures = [
-        (f"{told.entries:,}", "entries"),
-        (f"{told.megabytes:.2g} MB", "file"),
-        (f"about {duration(told.seconds)}", "time"),
-        (f"{told.memory_gib:.1f} GiB", "memory beside the app's"),
+        (f"{expected.entries:,}", "entries"),
+        (f"{expected.megabytes:.2g} MB", "file"),
+        (f"about {duration(expected.seconds)}", "time"),
+        (f"{expected.memory_gib:.1f} GiB", "memory beside the app's"),
     ]
     cells = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in figures)
     return f'<div class="figures">{cells}</div><p class="remark">Time and memory are {how}.</p>'
 
 
-def progress(told: Progress) -> str:
+def progress(state: Progress) -> str:
     """Headline, bar and curve of a training."""
-    training, recipe, done = told.training, told.training.recipe, told.steps.done
+    training, recipe, done = state.training, state.training.recipe, state.steps.done
     share = 100 * done / recipe.steps
     bar = (
         f'<div class="bar" role="progressbar" aria-label="steps done" aria-valuemin="0" aria-valuemax="{recipe.steps}" '
         f'aria-valuenow="{done}"><span style="width:{share:.1f}%"></span></div>'
     )
     facts = f"step {done} of {recipe.steps}"
-    if told.steps.losses:
-        facts += f" · loss {smoothed(told.steps.losses)[done]:.3f} · {told.steps.speed:.1f} pictures a second"
-    if told.seconds_left is not None:
-        facts += f" · about {duration(told.seconds_left)} left"
+    if state.steps.losses:
+        facts += f" · loss {smoothed(state.steps.losses)[done]:.3f} · {state.steps.speed:.1f} pictures per second"
+    if state.seconds_left is not None:
+        facts += f" · about {duration(state.seconds_left)} left"
     headline = f'<h3>{escape(recipe.name)} <span class="state {training.state}">{training.state}</span></h3>'
-    return f"{headline}<p>{escape(_sentence(told))}</p>{bar}<p class='remark'>{facts}</p>{curve(told.steps.losses)}"
+    return f"{headline}<p>{escape(_sentence(state))}</p>{bar}<p class='remark'>{facts}</p>{curve(state.steps.losses)}"
 
 
-def _sentence(told: Progress) -> str:
-    training = told.training
-    at = f"from step {told.checkpoint}" if told.checkpoint else "from the beginning"
+def _sentence(state: Progress) -> str:
+    training = state.training
+    at = f"from step {state.checkpoint}" if state.checkpoint else "from the beginning"
     if training.state == "finished":
         return f"The adapter is in the library as “{training.adapter}” and can be mixed."
     if training.state == "failed":
         return f"{training.problem[:1].upper()}{training.problem[1:]}. It can be resumed {at}."
     if training.state == "running":
         return (
-            "Learning." if told.steps.done else "Getting ready: the trainer loads the model and looks at the pictures."
+            "Learning." if state.steps.done else "Getting ready: the trainer loads the model and looks at the pictures."
         )
     kept = f" What it had learned is in the library as “{training.adapter}”." if training.adapter else ""
     why = "It was cancelled" if training.state == "cancelled" else "The app was closed while it trained"

@@ -1,4 +1,4 @@
-"""Who may reach the app, and what the server refuses whoever asks."""
+"""Who may reach the app, and what the server refuses to everybody."""
 
 import ipaddress
 import json
@@ -41,10 +41,10 @@ def read_credentials(auth: str | None, file: Path | None) -> list[tuple[str, str
 
     Args:
         auth: ``USER:PASSWORD``, which the list of processes shows.
-        file: holds one of these a line; blank lines and those that begin with # count for nothing.
+        file: holds one of these per line; blank lines and those that begin with # are ignored.
 
     Raises:
-        AccessError: both are given, no such file, or a line that is none; no password is told.
+        AccessError: both are given, no such file, or a malformed line; the message holds no password.
     """
     if auth is not None and file is not None:
         raise AccessError("--auth and --auth-file are both given: expected one of them")
@@ -88,7 +88,7 @@ def warn_if_open(host: str, *, share: bool, guarded: bool) -> None:
     """Put a warning on the log if others than this machine's users can reach the app without signing in."""
     if guarded or (is_local(host) and not share):
         return
-    who = "whoever has its public link" if share else f"whoever reaches this machine at {host}"
+    who = "everybody with the public link" if share else f"everybody who reaches this machine at {host}"
     logger.warning(
         "%s can use this app without signing in, add and delete adapters and start trainings; "
         "ask for a password with --auth-file FILE (lines USER:PASSWORD)",
@@ -132,7 +132,7 @@ class NothingElsewhere:
 
 
 class Known:
-    """ASGI middleware that gives each browser a name nobody can guess, with the page."""
+    """ASGI middleware that gives each browser an unguessable name, with the page."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
@@ -153,8 +153,8 @@ class Known:
 
 
 def _has_cookie(scope: Scope) -> bool:
-    told = b";".join(value for name, value in scope["headers"] if name == b"cookie")
-    return f"{BROWSER}=".encode() in told
+    cookies = b";".join(value for name, value in scope["headers"] if name == b"cookie")
+    return f"{BROWSER}=".encode() in cookies
 
 
 async def _read(receive: Receive) -> bytes | None:

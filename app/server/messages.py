@@ -27,7 +27,7 @@ def readable(failed: str = "the picture could not be drawn") -> Iterator[None]:
     """
     try:
         yield
-    except gr.Error:  # a ValueError, and a sentence by now
+    except gr.Error:  # a ValueError, and already a sentence
         raise
     except ShiraError as error:
         raise gr.Error(_shown(one_sentence(error)), print_exception=False) from error
@@ -36,7 +36,7 @@ def readable(failed: str = "the picture could not be drawn") -> Iterator[None]:
 
 
 class Page(gr.Blocks):
-    """Blocks that tell in a sentence also what Gradio itself refuses, and what nobody has thought of."""
+    """Blocks that also put into a sentence what Gradio itself refuses, and unexpected errors."""
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Every event and every call comes through here."""
@@ -55,8 +55,8 @@ class Page(gr.Blocks):
 def _fault(failed: str, error: Exception) -> gr.Error:
     """What is not the user's doing: all of it goes to the log, and a sentence without folders to the user."""
     logger.error(failed, exc_info=error)
-    told = (error.strerror if isinstance(error, OSError) else "") or one_sentence(error)
-    return gr.Error(_shown(f"{failed}: {told}; the log of the app tells more"), print_exception=False)
+    reason = (error.strerror if isinstance(error, OSError) else "") or one_sentence(error)
+    return gr.Error(_shown(f"{failed}: {reason}; see the log of the app for details"), print_exception=False)
 
 
 def _shown(sentence: str) -> str:

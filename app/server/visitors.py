@@ -10,7 +10,7 @@ from app.server.access import BROWSER
 from app.settings.settings import SettingsError
 
 DRAWING: dict[str, Any] = {"concurrency_limit": None}
-"""Of all events that draw: they wait without a thread, and the session lets visits take turns, a picture each."""
+"""Of all events that draw: they wait without a thread, in the fair queue of the session."""
 
 
 def visitor_of(request: gr.Request) -> Visitor:

@@ -73,7 +73,7 @@ def _prompt(prompt: object) -> str:
     if len(prompt) > MAX_PROMPT:
         raise SettingsError(f"the prompt is too long: {MAX_PROMPT} characters at most, got {len(prompt)}; shorten it")
     if any(0xD800 <= ord(character) < 0xE000 for character in prompt):  # tokenizers take none
-        raise SettingsError(f"the prompt holds half a character, got {reprlib.repr(prompt)}; write it anew")
+        raise SettingsError(f"the prompt holds half a character, got {reprlib.repr(prompt)}; type it again")
     return prompt.strip()
 
 

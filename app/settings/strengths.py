@@ -49,14 +49,14 @@ def is_on(strength: Strength) -> bool:
     return isinstance(strength, Mapping) or strength != 0
 
 
-def told(strength: Strength) -> str:
+def strength_text(strength: Strength) -> str:
     """A strength in a few letters: nothing for 1, the number, or each component's."""
     if not isinstance(strength, Mapping):
         return "" if strength == 1 else f"{strength:g}"
-    return ", ".join(f"{part} {_told_part(value)}" for part, value in strength.items())
+    return ", ".join(f"{part} {_part_text(value)}" for part, value in strength.items())
 
 
-def _told_part(value: Any) -> str:
+def _part_text(value: Any) -> str:
     return "/".join(f"{each:g}" for each in value.values()) if isinstance(value, Mapping) else f"{value:g}"
 
 

@@ -1,16 +1,16 @@
-"""What a training will take, told before it starts."""
+"""What a training will take, estimated before it starts."""
 
 import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from app.drawing.session import Session
-from app.training.recipe import BYTES_AN_ENTRY, Recipe
+from app.training.recipe import BYTES_PER_ENTRY, Recipe
 from app.training.trainings import Trainings
 
 CALIBRATION_STEPS = 4
 FORWARDS = 3.0  # a training step of a picture takes about three times what a forward takes
-BYTES_OF_STATE = 40  # an entry: delta, gradient, two moments, place, and their copies
+BYTES_OF_STATE = 40  # per entry: delta, gradient, two moments, place, and their copies
 PROCESS_GIB = 0.7  # Python, torch and activations of a small model
 _GIB = 2**30
 
@@ -51,22 +51,22 @@ class Estimator:
         base = self._trainings.base
         past = self._trainings.past(recipe)
         share = (recipe.resolution / base.resolution) ** 2
-        forward = self._seconds_of_a_forward() * share
-        a_picture = 1 / past.speed if past and past.speed else FORWARDS * forward
+        forward = self._seconds_per_forward() * share
+        per_picture = 1 / past.speed if past and past.speed else FORWARDS * forward
         entries = recipe.entries(base)
-        steps = recipe.steps * Trainings.pictures_a_step(recipe) * a_picture
+        steps = recipe.steps * Trainings.pictures_per_step(recipe) * per_picture
         drawn = (recipe.class_pictures if recipe.class_prompt else 0) + (10 if recipe.sample_prompt else 0)
         weights = base.parameters * (4 if base.precision == "no" else 2) / _GIB
         memory = past.peak_gib if past else PROCESS_GIB + weights * 1.2 + entries * BYTES_OF_STATE / _GIB
         return Estimate(
             entries=entries,
-            megabytes=entries * BYTES_AN_ENTRY / 1e6,
-            seconds=10 + steps + drawn * 25 * 2 * forward,  # 25 steps a picture, each with and without the prompt
+            megabytes=entries * BYTES_PER_ENTRY / 1e6,
+            seconds=10 + steps + drawn * 25 * 2 * forward,  # 25 steps per picture, each with and without the prompt
             memory_gib=memory,
             measured=bool(past),
         )
 
-    def _seconds_of_a_forward(self) -> float:
+    def _seconds_per_forward(self) -> float:
         with self._measuring:
             if not self._forward:
                 one, more = self._seconds_to_draw(1), self._seconds_to_draw(1 + CALIBRATION_STEPS)

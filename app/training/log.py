@@ -1,4 +1,4 @@
-"""What a training has told so far, read from the files that the trainer writes while it goes on."""
+"""The progress of a training, read from the files that the trainer writes while it goes on."""
 
 import json
 import math
@@ -23,7 +23,7 @@ class Steps:
 
     Args:
         losses: by step, in order.
-        speed: pictures a second, of the last steps; 0 before the first.
+        speed: pictures per second, of the last steps; 0 before the first.
         peak_gib: memory that the trainer took at most.
     """
 
@@ -87,5 +87,5 @@ def last_line(log: Path) -> str:
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
     errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-    told = " ".join(lines[errors[-1] :][:2]) if errors else lines[-1] if lines else ""
-    return printable(told.removeprefix("error: ").replace(f"{log.parent}{os.sep}", ""))[:500]
+    message = " ".join(lines[errors[-1] :][:2]) if errors else lines[-1] if lines else ""
+    return printable(message.removeprefix("error: ").replace(f"{log.parent}{os.sep}", ""))[:500]

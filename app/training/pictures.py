@@ -1,4 +1,4 @@
-"""Pictures that visitors train on: checked, and written anew, so that nothing of the file that came is kept."""
+"""Pictures that visitors train on: checked, and encoded again, so that nothing else of the uploaded file is kept."""
 
 import logging
 import os
@@ -50,7 +50,7 @@ def sort_out(files: Sequence[tuple[str, Path]]) -> Sent:
     files = [(name, path) for name, path in files if not _is_left_behind(name)]
     wrong = [name for name, path in files if path.stat().st_size > MAX_BYTES]
     if wrong:
-        raise SettingsError(f"{named(wrong)}: larger than {MAX_BYTES // 2**20} MiB a file")
+        raise SettingsError(f"{named(wrong)}: larger than {MAX_BYTES // 2**20} MiB per file")
     pictures = tuple((name, path) for name, path in files if not is_caption(os.path.basename(name)))
     if len(pictures) > MAX_PICTURES:
         raise SettingsError(f"expected at most {MAX_PICTURES} pictures, got {len(pictures)}")
@@ -109,9 +109,9 @@ def write_pictures(sent: Sent, captions: Sequence[str], folder: Path) -> None:
     require_pictures(sent)
     folder.mkdir(parents=True)
     for number, (name, path) in enumerate(sent.pictures):
-        told: list[str] = []
-        image = read_picture(path, told.append, FORMATS)
-        for note in told:
+        notes: list[str] = []
+        image = read_picture(path, notes.append, FORMATS)
+        for note in notes:
             logger.warning("%s: %s", printable(_short(name)), note)
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         target = folder / f"{number:04d}.png"

@@ -1,4 +1,4 @@
-"""What a training is told, checked, and as the trainer's command line; with defaults that suit the base."""
+"""The settings of a training, checked, and as the trainer's command line; with defaults that suit the base."""
 
 import math
 import reprlib
@@ -22,7 +22,7 @@ from shira_diffusers.weights.targets import PRESETS, select
 SMALL = 100_000_000  # parameters of a denoiser that learns at high rates on a CPU
 CHECKPOINTS, SAMPLES = 10, 5  # of a whole training, about
 SAMPLE_PICTURES = 2
-BYTES_AN_ENTRY = 3.1  # of a file, see docs/format.md
+BYTES_PER_ENTRY = 3.1  # of a file, see docs/format.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ def _sizes(model: nn.Module, preset: str) -> tuple[int, ...]:
 
 
 def _words(setting: str) -> str:
-    """A setting as the page calls it, which whoever knows its name recognises."""
-    return "pictures a step (batch)" if setting == "batch" else setting.replace("_", " ")
+    """A setting as the page calls it."""
+    return "pictures per step (batch)" if setting == "batch" else setting.replace("_", " ")
 
 
 def _text(what: str, value: object) -> str:
@@ -144,10 +144,10 @@ class Recipe:
         prompt: of pictures without a caption.
         mask, density, targets: which entries are trained.
         steps, learning_rate, batch, seed: of the optimizer; ``batch`` counts pictures.
-        resolution: pixels a side.
+        resolution: pixels per side.
         flip: mirror pictures at random.
         caption_dropout: how often a prompt is left empty, 0 to 0.9.
-        avoid: adapters of the library whose entries are kept off.
+        avoid: adapters of the library whose entries are avoided.
         class_prompt: of pictures of the class, so that it stays what it was; empty trains without.
         class_pictures: how many of those.
         sample_prompt: of the pictures that show what was learned so far; empty makes none.
@@ -197,7 +197,7 @@ class Recipe:
         new = replace(self, **{name: checks[name](_words(name), value) for name, value in values.items()})
         strangers = [name for name in new.avoid if name not in known]
         if strangers:
-            raise SettingsError(f"no adapter named {strangers[0][:60]!r} to keep off; there are {', '.join(known)}")
+            raise SettingsError(f"no adapter named {strangers[0][:60]!r} to avoid; there are {', '.join(known)}")
         return new
 
     def as_dict(self) -> dict[str, Any]:
@@ -213,8 +213,8 @@ class Recipe:
 
         Args:
             folder: of the training; pictures are in ``pictures`` in it, ``output`` receives the results.
-            avoid: files of the adapters to keep off.
-            root: where the trainer is run; a base inside it is named from there, as adapters tell its name.
+            avoid: files of the adapters to avoid.
+            root: where the trainer is run; a base inside it is named from there, as adapters name it.
 
         Raises:
             SettingsError: no prompt.

@@ -44,7 +44,7 @@ class Training:
         id: its folder's name.
         base: the model that it trains.
         created: when it was started first, in seconds since 1970.
-        pid: of the trainer's process, and ``begun``, when that began; they tell it from another process of that number.
+        pid: of the trainer's process, and ``begun``, when that began: a later process may get the same number.
         adapter: what it is called in the library, once it is there.
         problem: why it failed, in one sentence.
     """
@@ -133,7 +133,7 @@ class Trainings:
 
     @property
     def running(self) -> Training | None:
-        """The one that is under way."""
+        """The one that is running."""
         return next((training for training in list(self._trainings.values()) if training.state == "running"), None)
 
     def training(self, id: object) -> Training:
@@ -151,11 +151,11 @@ class Trainings:
         checkpoint = last_checkpoint(output)
         left = None
         if training.state == "running" and steps.speed:
-            left = (training.recipe.steps - steps.done) * self.pictures_a_step(training.recipe) / steps.speed
+            left = (training.recipe.steps - steps.done) * self.pictures_per_step(training.recipe) / steps.speed
         return Progress(training, steps, left, tuple(samples(output)), checkpoint[0] if checkpoint else 0)
 
     def past(self, recipe: Recipe) -> Steps | None:
-        """The steps of the last training like this one, which tell how long it takes."""
+        """The steps of the last training like this one, which predict how long it takes."""
         for training in self.all:
             its = training.recipe
             alike = (training.base, its.resolution, its.batch) == (self.base.path, recipe.resolution, recipe.batch)
@@ -165,8 +165,8 @@ class Trainings:
         return None
 
     @staticmethod
-    def pictures_a_step(recipe: Recipe) -> int:
-        """How many pictures a step takes, those of the class too."""
+    def pictures_per_step(recipe: Recipe) -> int:
+        """How many pictures per step, those of the class included."""
         return recipe.batch * (2 if recipe.class_prompt else 1)
 
     # ---------------------------------------------------------------- starting and ending
@@ -179,7 +179,7 @@ class Trainings:
             captions: of the pictures, in their order; those that are empty or lacking get the recipe's prompt.
 
         Raises:
-            SettingsError: another training is under way, the base cannot be trained, or pictures cannot be used.
+            SettingsError: another training is running, the base cannot be trained, or pictures cannot be used.
             ShiraError: settings that the trainer refuses. Nothing is left behind.
         """
         with self._changing:
@@ -203,7 +203,7 @@ class Trainings:
         """Go on with a training from its last checkpoint, or from the beginning where there is none.
 
         Raises:
-            SettingsError: there is none of that id, it is finished, or another is under way.
+            SettingsError: there is none of that id, it is finished, or another is running.
         """
         with self._changing:
             training = self.training(id)
@@ -219,10 +219,10 @@ class Trainings:
             return self._trainings[training.id]
 
     def cancel(self) -> Training:
-        """End the training that is under way; its last checkpoint is kept. Raises SettingsError: none is under way."""
+        """End the training that is running; its last checkpoint is kept. Raises SettingsError: none is running."""
         training = self.running
         if training is None:
-            raise SettingsError("no training is under way")
+            raise SettingsError("no training is running")
         self._end("cancelled")
         return self._trainings[training.id]
 
@@ -230,7 +230,7 @@ class Trainings:
         """Put the last checkpoint's adapter of a training that has ended into the library; returns its name there.
 
         Raises:
-            SettingsError: there is none of that id, it is under way, or it has no checkpoint.
+            SettingsError: there is none of that id, it is running, or it has no checkpoint.
         """
         with self._changing:
             training = self._ended(id)
@@ -245,7 +245,7 @@ class Trainings:
         """Remove a training that has ended, its pictures and checkpoints; the adapter in the library stays.
 
         Raises:
-            SettingsError: no id, there is none of it, or it is under way.
+            SettingsError: no id, there is none of it, or it is running.
         """
         if not id:
             raise SettingsError("no training is chosen; say which one to discard")
@@ -255,7 +255,7 @@ class Trainings:
             shutil.rmtree(self._folder / training.id, ignore_errors=True)
 
     def close(self) -> None:
-        """End the training that is under way, as the app ends; it can be resumed."""
+        """End the training that is running, as the app ends; it can be resumed."""
         self._end("interrupted")
 
     # ---------------------------------------------------------------- how
@@ -272,14 +272,14 @@ class Trainings:
     def _ended(self, id: object) -> Training:
         training = self.training(id)
         if training.state == "running":
-            raise SettingsError(f"the training of {training.recipe.name!r} is under way; cancel it first")
+            raise SettingsError(f"the training of {training.recipe.name!r} is running; cancel it first")
         return training
 
     def _flags(self, recipe: Recipe, folder: Path, *, resume: bool) -> list[str]:
         files = {card.name: card.path.resolve() for card in self._library.cards}
         gone = [name for name in recipe.avoid if name not in files]
         if gone:
-            raise SettingsError(f"the adapter {gone[0]!r}, which was to be kept off, is not in the library any more")
+            raise SettingsError(f"the adapter {gone[0]!r}, whose entries it avoids, is no longer in the library")
         return recipe.flags(self.base, folder.resolve(), files, ROOT, resume=resume)
 
     def _launch(self, training: Training, *, resume: bool) -> None:
@@ -319,9 +319,9 @@ class Trainings:
             elif self._ending != "failed":
                 self._keep(replace(training, state=self._ending))
             else:
-                told = last_line(folder / "log.txt") or "it said nothing"
-                logger.error("the training %s ended with code %d: %s", id, code, told)
-                problem = f"the training ended in an error: {told}"
+                message = last_line(folder / "log.txt") or "it said nothing"
+                logger.error("the training %s ended with code %d: %s", id, code, message)
+                problem = f"the training ended in an error: {message}"
                 if code < 0:
                     problem = f"the training was ended by signal {-code}, which often means that memory ran out"
                 self._keep(replace(training, state="failed", problem=problem))
@@ -351,8 +351,8 @@ class Trainings:
         watcher.join(PATIENCE)
 
     def _keep(self, training: Training) -> None:
-        told = {**training.as_dict(), "base": training.base, "pid": training.pid, "begun": training.begun}
-        write_atomically(self._folder / training.id / "training.json", json.dumps(told, indent=1).encode())
+        fields = {**training.as_dict(), "base": training.base, "pid": training.pid, "begun": training.begun}
+        write_atomically(self._folder / training.id / "training.json", json.dumps(fields, indent=1).encode())
         self._trainings[training.id] = training
 
     def _forget_old(self) -> None:
@@ -361,11 +361,11 @@ class Trainings:
 
 
 def _read(file: Path) -> Training | None:
-    """A training from its folder; None if a crash or somebody else left it so that it cannot be read."""
+    """A training from its folder; None if it cannot be read."""
     try:
-        told: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        recipe = Recipe(**{**told["recipe"], "avoid": tuple(told["recipe"]["avoid"])})
-        return Training(**{**told, "recipe": recipe, "id": file.parent.name})
+        fields: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        recipe = Recipe(**{**fields["recipe"], "avoid": tuple(fields["recipe"]["avoid"])})
+        return Training(**{**fields, "recipe": recipe, "id": file.parent.name})
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("passed over %s: %s", file, error)
         return None

@@ -38,9 +38,9 @@ function dial(label, set, small) {
 }
 
 let waiting = null
-let told = null // the mix that was made here
-function tell() {
-  told = props.value = Object.fromEntries([...rows].filter(([, row]) => row.on).map(([name, row]) => [name, row.strength]))
+let sent = null // the mix that was made here
+function send() {
+  sent = props.value = Object.fromEntries([...rows].filter(([, row]) => row.on).map(([name, row]) => [name, row.strength]))
   recount()
   if (!props.live) return
   waiting ??= setTimeout(() => { waiting = null; trigger('input') }, 120)
@@ -93,14 +93,14 @@ function rowOf(card, before) {
     row.on = true // whoever moves a style wants to see it
     row.strength = strength
     row.show()
-    tell()
+    send()
   }
   return row
 }
 
 function build(row) {
   const card = row.card
-  const box = make('input', { type: 'checkbox', id: `on-${card.name}`, 'aria-label': card.name, onchange: () => { row.on = box.checked; row.show(); tell() } })
+  const box = make('input', { type: 'checkbox', id: `on-${card.name}`, 'aria-label': card.name, onchange: () => { row.on = box.checked; row.show(); send() } })
   const main = dial(`strength of ${card.name}`, (value) => row.set(value))
   const fold = make('details', { class: 'parts' }, make('summary', { text: 'by part', 'aria-label': `strength of ${card.name} by part of the model` }))
   fold.addEventListener('toggle', () => { if (fold.open && fold.children.length === 1) fold.append(...advanced(card, row)) })
@@ -129,7 +129,7 @@ function build(row) {
   return row.node
 }
 
-// those that are on come first where there are many, and stay where they are until the list is asked for anew
+// those that are on come first where there are many, and stay where they are until the list is arranged again
 function arrange() {
   const wanted = filter.value.trim().toLowerCase()
   const all = [...rows.values()]
@@ -175,12 +175,12 @@ more.addEventListener('click', () => {
 })
 element.querySelector('.picker-clear').addEventListener('click', () => {
   for (const row of rows.values()) { row.on = false; row.show() }
-  tell()
+  send()
 })
 watch('cards', showCards)
 watch('value', () => {
   showMix()
-  if (rows.size > props.page && JSON.stringify(props.value) !== JSON.stringify(told)) arrange()
+  if (rows.size > props.page && JSON.stringify(props.value) !== JSON.stringify(sent)) arrange()
 })
 showCards()
 

@@ -57,7 +57,7 @@ class CompareTab:
                     elem_id="strip",
                     buttons=[],
                 )
-                self.told = gr.HTML(theme.remark(CHOOSE), elem_id="strip-told")
+                self.description = gr.HTML(theme.remark(CHOOSE), elem_id="strip-told")
                 self.send = gr.Button("Send to Mix", interactive=False)
         self._connect()
 
@@ -75,10 +75,10 @@ class CompareTab:
             self.draw.click(buttons.begin, outputs=buttons.all, **QUIET),
             self._draw,
             {self.kind, *self.across.components, *self.down.components, *self._mix.inputs},
-            [self.strip, self.names, self.chosen, self.told, self.send],
+            [self.strip, self.names, self.chosen, self.description, self.send],
             self.strip,
         )
-        self.strip.select(self._choose, self.names, [self.chosen, self.told, self.send], **TELLING)
+        self.strip.select(self._choose, self.names, [self.chosen, self.description, self.send], **TELLING)
         self.send.click(self._mix.fill_from_history, self.chosen, self._mix.targets, **TELLING)
 
     async def _draw(
@@ -110,13 +110,13 @@ class CompareTab:
                     names.append(path.name)
                     yield done, names, None, theme.remark(f"{len(done)} of {len(series)} drawn."), idle
             except Stopped:
-                told = f"Stopped, {len(done)} of {len(series)} drawn." + (f" {CHOOSE}" if done else "")
-                yield gr.skip(), gr.skip(), None, theme.remark(told), idle
+                stopped = f"Stopped, {len(done)} of {len(series)} drawn." + (f" {CHOOSE}" if done else "")
+                yield gr.skip(), gr.skip(), None, theme.remark(stopped), idle
                 return
         yield gr.skip(), gr.skip(), None, theme.remark(self._legend(values)), idle
 
     def _series(self, values: Values) -> tuple[Series, int]:
-        """What to draw, and how many a row."""
+        """What to draw, and how many per row."""
         kind = KINDS.get(values[self.kind])
         settings = self._mix.settings(values)
         if kind == "parts":
@@ -159,7 +159,7 @@ class _Range:
                 list(names), value=next(iter(names[place:]), None), label=label, interactive=True
             )
             with gr.Row():
-                # Gradio's own limits are told without the name of the field
+                # Gradio's messages about its own limits lack the name of the field
                 self.first = gr.Number(0.0, label="from", step=0.1, min_width=60)
                 self.last = gr.Number(1.0, label="to", step=0.1, min_width=60)
                 self.count = gr.Number(COUNT if not place else 3, label="pictures", precision=0, min_width=60)

@@ -56,7 +56,7 @@ class HistoryTab:
                     buttons=["download", "fullscreen"],
                     elem_id="kept-picture",
                 )
-                self.told = gr.HTML(theme.remark("Choose a picture to see how it was made."), elem_id="told")
+                self.description = gr.HTML(theme.remark("Choose a picture to see how it was made."), elem_id="told")
                 with gr.Row():
                     self.send = gr.Button("Send to Mix", variant="primary", min_width=110, interactive=False)
                     self.delete = gr.Button(
@@ -70,7 +70,7 @@ class HistoryTab:
 
     def _connect(self) -> None:
         self._page_outputs = [self.page, self.names, self.gallery, self.where, self.newer, self.older]
-        details = [self.chosen, self.picture, self.told, self.send, self.delete]
+        details = [self.chosen, self.picture, self.description, self.send, self.delete]
         for button, step in ((self.newer, -1), (self.older, 1)):
             button.click(self._step(step), self.page, self._page_outputs, **QUIET)
         chosen = self.gallery.select(self._choose, self.names, details, **TELLING)
@@ -79,7 +79,7 @@ class HistoryTab:
         self.delete.click(self._delete, [self.chosen, self.page], [*details, *self._page_outputs], **TELLING)
 
     def _whose(self) -> str:
-        kept = f"The newest {self._galleries.most:,} pictures are kept, also when the app starts anew."
+        kept = f"The newest {self._galleries.most:,} pictures are kept, also across restarts."
         if self._galleries.shared:
             return f"Everybody who can open this app sees these pictures. {kept}"
         return f"Only you see these pictures, by your name where you signed in, or else in this browser. {kept}"

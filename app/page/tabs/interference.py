@@ -1,4 +1,4 @@
-"""Interference: how much the chosen adapters are in each other's way, layer by layer, and in words."""
+"""Interference: how much the chosen adapters interfere, per layer and in words."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class InterferenceTab:
         """Add the tab to the Blocks that is being built."""
         gr.Markdown(
             "Adapters mix well where they change different entries, or pull shared ones the same way. "
-            f"Choose 2 to {MAX_ADAPTERS} and see where they meet before you mix them.",
+            f"Choose 2 to {MAX_ADAPTERS} and see where they interfere before you mix them.",
             elem_classes="remark",
         )
         with gr.Row(elem_id="interference-choice"):

@@ -44,7 +44,7 @@ class LibraryTab:
         )
         gr.Markdown(
             "SHiRA adapters of this project, or PEFT's `adapter_model.safetensors` together with its "
-            f"`{PEFT_CONFIG}`, which tells base and mask; up to {self._limit:g} MB each. They are copied into the "
+            f"`{PEFT_CONFIG}`, which has base and mask; up to {self._limit:g} MB each. They are copied into the "
             "app's own folder.",
             elem_classes="remark",
         )
@@ -105,11 +105,11 @@ class LibraryTab:
                 problems.append(str(error.message))
         for problem in problems:
             gr.Warning(problem)
-        told = [
+        added_names = [
             f"Added {_bold(entry.name)}{'' if entry.fits else ', which does not fit this model'}." for entry in added
         ]
         chosen = added[-1].name if added else None
-        return None, *self._shown(chosen), " ".join(told), ""
+        return None, *self._shown(chosen), " ".join(added_names), ""
 
     def _inspect(self, name: str | None) -> str:
         with readable("the adapter could not be read"):

@@ -139,7 +139,7 @@ class MixTab:
     def fill(self, given: Mapping[str, Any]) -> list[Any]:
         """Updates of ``targets``, in their order, that show settings as in a picture's metadata, in front.
 
-        What is different from then, such as a missing adapter, is told in a message each.
+        What is different from then, such as a missing adapter, is shown in a message each.
 
         Raises:
             SettingsError: they hold something that is no setting.
@@ -225,7 +225,7 @@ class MixTab:
         try:
             settings = self.settings({**values, self.steps: fewer})
             picture = await self._studio.requests.preview(visitor_of(request).visit, settings)
-        except (Stopped, SettingsError):  # a newer one is under way, or a prompt is half typed
+        except (Stopped, SettingsError):  # a newer one was requested, or a prompt is half typed
             return gr.skip(), gr.skip()
         self._budget.drew(settings.steps, picture.report["generation_s"])
         return picture.signed(), theme.facts(picture.report, preview=True)

@@ -19,7 +19,7 @@ from app.training.trainings import Training
 from shira_diffusers.dreambooth.picture_folder import CAPTIONS
 from shira_diffusers.weights.targets import PRESETS
 
-EVERY = 2.0  # seconds between two looks at a training that goes on
+EVERY = 2.0  # seconds between two updates of a running training
 MASKS = (
     ("grad: what matters most for these pictures", "grad"),
     ("wm: the largest weights", "wm"),
@@ -74,7 +74,7 @@ class TrainTab:
             elem_id="train-files",
         )
         self.gallery = gr.Gallery(
-            label="Pictures that came", show_label=False, visible=False, columns=6, height="auto", interactive=False,
+            label="Uploaded pictures", show_label=False, visible=False, columns=6, height="auto", interactive=False,
             elem_id="train-pictures", allow_preview=False, buttons=[],
         )  # fmt: skip
         gr.Markdown(
@@ -92,12 +92,14 @@ class TrainTab:
             )
         self.captions = gr.Textbox(
             label="Captions",
-            info="One line a picture, in their order. Empty lines take what all pictures show.",
+            info="One line per picture, in order. For empty lines, “What the pictures show” is used.",
             lines=3,
             max_lines=8,
         )
         self.sample_prompt = gr.Textbox(
-            self._suggestion, label="Samples show", info="A prompt that is drawn now and then, to see what was learned."
+            self._suggestion,
+            label="Samples show",
+            info="A prompt that is drawn from time to time, to show what was learned.",
         )
 
     def _lay_out_details(self) -> None:
@@ -111,7 +113,7 @@ class TrainTab:
             self.steps = gr.Slider(1, 5000, usual.steps, step=1, label="Training steps", min_width=150, buttons=[])
         with gr.Row():
             self.learning_rate = gr.Number(usual.learning_rate, label="Learning rate", min_width=100)
-            self.batch = gr.Number(usual.batch, label="Pictures a step", precision=0, min_width=100)
+            self.batch = gr.Number(usual.batch, label="Pictures per step", precision=0, min_width=100)
             self.resolution = gr.Number(usual.resolution, label="Resolution", precision=0, min_width=100)
             self.seed = gr.Number(usual.seed, label="Training seed", precision=0, min_width=80)
         with gr.Row():
@@ -120,7 +122,11 @@ class TrainTab:
                 0, 0.9, usual.caption_dropout, step=0.05, label="Caption dropout", min_width=150, buttons=[]
             )
         self.avoid = gr.Dropdown(
-            self._names(), value=[], multiselect=True, label="Keep off the entries of", info="So that they mix freely."
+            self._names(),
+            value=[],
+            multiselect=True,
+            label="Avoid the entries of",
+            info="So that the two do not interfere.",
         )
         with gr.Row():
             self.class_prompt = gr.Textbox(
@@ -135,7 +141,7 @@ class TrainTab:
         self.past = gr.Dropdown(
             self._choices(), value=self._newest(), label="Training", visible=bool(self._choices()), elem_id="past"
         )
-        self.progress = gr.HTML(self._told(None), elem_id="progress", padding=False)
+        self.progress = gr.HTML(self._progress_html(None), elem_id="progress", padding=False)
         with gr.Row(elem_id="train-actions"):
             self.mix = gr.Button("Mix it", variant="primary", visible=False, min_width=90)
             self.cancel = gr.Button("Cancel", variant="stop", visible=False, min_width=90)
@@ -207,9 +213,9 @@ class TrainTab:
             require_pictures(sent)
             captions = captions_of(sent)
         if sent.left:
-            gr.Warning(f"No picture takes these for its caption: {escape(named(sent.left))}")
-        told = "\n".join(captions) if any(captions) else ""
-        return gr.Gallery([str(path) for _, path in sent.pictures], visible=True), told
+            gr.Warning(f"No picture has the name of these captions: {escape(named(sent.left))}")
+        lines = "\n".join(captions) if any(captions) else ""
+        return gr.Gallery([str(path) for _, path in sent.pictures], visible=True), lines
 
     def _recipe(self, values: Values) -> Recipe:
         given = {name: values[self._component(name)] for name in self._usual.as_dict()}
@@ -276,24 +282,22 @@ class TrainTab:
         known = {training.id: training for training in self._trainings.all}
         if id not in known:
             hidden = [gr.Button(visible=False)] * 5
-            return self._told(None), *hidden, gr.Gallery(visible=False), "", gr.Timer(active=False)
-        told = self._trainings.progress(id)
-        running, ended = told.training.state == "running", told.training.state not in ("running", "finished")
-        mixable = told.training.adapter in self._names()
-        buttons = [mixable, running, ended, ended and told.checkpoint > 0, not running]
-        key = f"{id} {len(told.samples)}"
+            return self._progress_html(None), *hidden, gr.Gallery(visible=False), "", gr.Timer(active=False)
+        progress = self._trainings.progress(id)
+        running, ended = progress.training.state == "running", progress.training.state not in ("running", "finished")
+        mixable = progress.training.adapter in self._names()
+        buttons = [mixable, running, ended, ended and progress.checkpoint > 0, not running]
+        key = f"{id} {len(progress.samples)}"
         gallery: Any = gr.skip()
         if key != shown:
-            pictures = [(cached(self.samples, path), f"step {step}") for step, path in told.samples]
+            pictures = [(cached(self.samples, path), f"step {step}") for step, path in progress.samples]
             gallery = gr.Gallery(pictures, visible=bool(pictures))
         visible = [gr.Button(visible=each) for each in buttons]
-        return training_html.progress(told), *visible, gallery, key, gr.Timer(active=running)
+        return training_html.progress(progress), *visible, gallery, key, gr.Timer(active=running)
 
-    def _told(self, id: str | None) -> str:
+    def _progress_html(self, id: str | None) -> str:
         if not self._trainings.all:
-            return (
-                '<p class="remark">Nothing was trained here yet. What a training learns shows here while it runs.</p>'
-            )
+            return '<p class="remark">No trainings yet. Progress is shown here while one runs.</p>'
         return training_html.progress(self._trainings.progress(id))
 
     def _choices(self) -> list[tuple[str, str]]:

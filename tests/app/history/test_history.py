@@ -97,7 +97,7 @@ def test_what_is_different_from_then_is_told(session: Session) -> None:
     restored = restore(given, session)
     assert restored.settings.mix == {"bluefire": 1.0}
     assert [note.split(",")[0].split(" than")[0] for note in restored.notes] == [
-        "“bluefire” is another file by now",
+        "“bluefire” is a different file now",
         "“gone” is not among the styles here",
         "It was drawn with another model",
     ]

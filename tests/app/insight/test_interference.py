@@ -42,8 +42,8 @@ def test_layers_are_in_the_order_of_the_model(pair: Pair) -> None:
     [
         (0.0, 0.0, ["a and b share no entries", "full strength"]),
         (0.03, 0.5, ["share 3 % of their entries, half of them in opposite directions", "hardly weaker than alone"]),
-        (0.4, 0.51, ["share 40 % of their entries, half of them", "weaken each other", "keep off"]),
-        (0.4, 0.3, ["30 % of them in opposite directions", "in part blended", "keep off"]),
+        (0.4, 0.51, ["share 40 % of their entries, half of them", "weaken each other", "avoided"]),
+        (0.4, 0.3, ["30 % of them in opposite directions", "in part blended", "avoided"]),
         (1.0, 0.0, ["share 100 % of their entries, none of them", "add up", "try 0.6 each"]),
         (0.0004, 1.0, ["less than 0.1 %", "all of them"]),
     ],

@@ -95,7 +95,7 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     (pictures / "red.txt").write_text("a red cat")
     page = open_page(WIDE, "Train")
     expect(page.locator("#estimate")).to_contain_text("entries", timeout=PATIENCE)
-    expect(page.locator("#progress")).to_contain_text("Nothing was trained here yet")
+    expect(page.locator("#progress")).to_contain_text("No trainings yet")
     page.get_by_role("button", name="Start training").click()
     toast(page, "The prompt is empty")
 
@@ -138,7 +138,7 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     expect(state).to_have_text("finished")
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Discard").click()
-    expect(page.locator("#progress")).to_contain_text("Nothing was trained here yet", timeout=PATIENCE)
+    expect(page.locator("#progress")).to_contain_text("No trainings yet", timeout=PATIENCE)
     assert studio.trainings.all == ()
 
 

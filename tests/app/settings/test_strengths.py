@@ -6,7 +6,7 @@ import pytest
 
 from app.drawing.session import Session
 from app.settings.settings import SettingsError
-from app.settings.strengths import checked_mix, told
+from app.settings.strengths import checked_mix, strength_text
 from tests.app.conftest import SUGGESTION
 
 
@@ -45,7 +45,7 @@ def test_components_have_strengths_of_their_own(session: Session) -> None:
 
 
 def test_strengths_in_a_few_letters() -> None:
-    assert [told(each) for each in (1.0, 0.5, {"unet": 0.5, "text_encoder": {"down": 1.0, "up": 0.0}})] == [
+    assert [strength_text(each) for each in (1.0, 0.5, {"unet": 0.5, "text_encoder": {"down": 1.0, "up": 0.0}})] == [
         "",
         "0.5",
         "unet 0.5, text_encoder 1/0",

@@ -77,7 +77,7 @@ def test_a_training_ends_in_the_library(trainings: Trainings, session: Session, 
     assert training.state == "running"
     with pytest.raises(SettingsError, match="one training at a time: 'moss' is at step 0 of 6"):
         trainings.start(recipe, sent_in(tmp_path / "sent"))
-    with pytest.raises(SettingsError, match="is under way; cancel it first"):
+    with pytest.raises(SettingsError, match="is running; cancel it first"):
         trainings.discard(training.id)
     drawn = session.generate("a red cat", {"bluefire": 1.0}, 1, 2).image.tobytes()
     wait(lambda: trainings.running is None)
@@ -128,7 +128,7 @@ def test_cancelling_keeps_the_last_checkpoint_and_it_can_be_resumed(
     wait(lambda: trainings.running is None)
     assert trainings.progress().training.state == "finished" and trainings.progress().steps.done == 40
     assert [card.name for card in session.cards if card.origin == "yours"] == ["moss", "moss-2"]
-    with pytest.raises(SettingsError, match="no training is under way"):
+    with pytest.raises(SettingsError, match="no training is running"):
         trainings.cancel()
     with pytest.raises(SettingsError, match="is finished"):
         trainings.resume(None)
@@ -212,7 +212,7 @@ def test_nothing_is_left_of_a_training_that_cannot_begin(
         trainings.start(recipe, Sent((), {}))
     with pytest.raises(SettingsError, match="got 3 for 2"):
         trainings.start(recipe, sent, ["a", "b", "c"])
-    with pytest.raises(SettingsError, match="'gone', which was to be kept off, is not in the library"):
+    with pytest.raises(SettingsError, match="'gone', whose entries it avoids, is no longer in the library"):
         trainings.start(recipe.changed({"avoid": ["gone"]}, ("gone",)), sent)
     monkeypatch.setattr(trainings_module.subprocess, "Popen", None)
     with pytest.raises(TypeError):
@@ -235,7 +235,7 @@ def test_nothing_is_left_of_a_training_that_cannot_begin(
         ({"steps": "7"}, "steps must be a whole number"),
         ({"density": float("nan")}, "density must be a number from 0.0001 to 0.2"),
         ({"learning_rate": True}, "learning rate must be a number"),
-        ({"batch": 0}, r"pictures a step \(batch\) must be a whole number"),
+        ({"batch": 0}, r"pictures per step \(batch\) must be a whole number"),
         ({"mask": "best"}, "mask must be one of"),
         ({"targets": "--output_dir"}, "targets must be one of"),
         ({"resolution": 17}, "a multiple of 8"),
