@@ -10,7 +10,7 @@ from app.library.cards import shown_metadata
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import COMPARING
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from app.studio import Studio
 
 
@@ -79,10 +79,8 @@ def add_library_api(studio: Studio) -> None:
 
     api(listed, api_name="library")
     api(interference, api_name="interference", **COMPARING)
-    api(inspect_adapter, api_name="inspect_adapter")
-    api(rename_adapter, api_name="rename_adapter")
-    api(delete_adapter, api_name="delete_adapter")
-    api(undo_delete, api_name="undo_delete")
+    for endpoint in (inspect_adapter, rename_adapter, delete_adapter, undo_delete):
+        api(endpoint, api_name=endpoint.__name__)
     # files go through components, which take those that the client has uploaded, and no other path
     file = gr.File(label="file", type="filepath", visible=False)
     config = gr.File(label="config", type="filepath", visible=False)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from app.server.messages import readable
 from app.server.visitors import STARTING
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from app.studio import Studio
 from app.training.pictures import captions_of, sort_out
 from app.training.recipe import Recipe
@@ -91,13 +91,10 @@ def add_training_api(studio: Studio) -> None:
             trainings.discard(id)
         return listed()
 
-    api(estimate_training, api_name="estimate_training")
-    api(training_status, api_name="training_status")
     api(listed, api_name="trainings")
-    api(cancel_training, api_name="cancel_training")
-    api(resume_training, api_name="resume_training")
-    api(keep_training, api_name="keep_training")
-    api(discard_training, api_name="discard_training")
+    for endpoint in (estimate_training, training_status, cancel_training, resume_training, keep_training,
+                     discard_training):  # fmt: skip
+        api(endpoint, api_name=endpoint.__name__)
     # pictures go through a component, which takes those that the client has uploaded, and no other path
     pictures = gr.File(label="pictures", file_count="multiple", type="filepath", visible=False)
     settings, captions = gr.JSON(label="settings", visible=False), gr.JSON(label="captions", visible=False)

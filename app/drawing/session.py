@@ -19,8 +19,9 @@ from app.drawing.suggestions import read_suggestions
 from app.library.cards import Card
 from app.library.library import Library
 from app.library.uploads import DEFAULT_MAX_MB
+from app.settings.checks import SettingsError
 from app.settings.picture import Picture
-from app.settings.settings import Settings, SettingsError
+from app.settings.settings import Settings
 from app.settings.strengths import Mix, Strength, is_on, require_components
 from shira_diffusers import ShiraError, __version__
 from shira_diffusers.formats.paths import did_you_mean

@@ -8,7 +8,8 @@ from PIL import Image, ImageOps
 from app.drawing.fair_queue import BACKGROUND
 from app.drawing.session import Session
 from app.library.cards import Card
-from app.settings.settings import DEFAULT_GUIDANCE, Settings, SettingsError
+from app.settings.checks import SettingsError
+from app.settings.settings import DEFAULT_GUIDANCE, Settings
 from shira_diffusers.dreambooth.picture_folder import name_key
 from shira_diffusers.dreambooth.pictures import DAMAGED, read_picture
 from shira_diffusers.formats.paths import is_hidden

@@ -10,7 +10,7 @@ from typing import Any
 
 from app.drawing.session import Session
 from app.library.cards import Card
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from shira_diffusers.adapters.interference import Interference, interference_in_all
 
 MAX_ADAPTERS = 6  # 15 pairs

@@ -15,7 +15,7 @@ from app.library.cards import Card, Origin, described, glanced, measured, withou
 from app.library.names import free_name, key_of, tidy_name
 from app.library.peft_upload import with_config
 from app.library.uploads import DEFAULT_MAX_MB, UploadError, received
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
 from shira_diffusers.engine.locks import Held
 from shira_diffusers.formats.inspect import Inspection, inspect_adapter

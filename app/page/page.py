@@ -23,9 +23,7 @@ CACHE_SECONDS = 24 * 60 * 60  # pictures not fetched for a day are deleted from 
 def build(studio: Studio) -> gr.Blocks:
     """The app over a studio, to be served with ``launch``."""
     with Page(
-        title="SHiRA style studio",
-        analytics_enabled=False,
-        delete_cache=(CACHE_SECONDS, CACHE_SECONDS),
+        title="SHiRA style studio", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as blocks:
         session = studio.session
         header = gr.HTML(theme.header(session.model, len(session.cards)), elem_id="header", padding=False)

@@ -18,13 +18,7 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 def theme() -> gr.themes.Base:
     """Calm greys, one accent, and the fonts that the visitor's system has."""
-    return gr.themes.Base(
-        primary_hue="indigo",
-        neutral_hue="zinc",
-        radius_size="lg",
-        font=SANS,
-        font_mono=MONO,
-    ).set(
+    return gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", radius_size="lg", font=SANS, font_mono=MONO).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
         body_text_color_subdued="*neutral_600",

@@ -7,7 +7,7 @@ import gradio as gr
 
 from app.history.galleries import Visitor
 from app.server.access import BROWSER
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 
 DRAWING: dict[str, Any] = {"concurrency_limit": None}
 """Of all events that draw: they wait without a thread, in the fair queue of the session."""

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from app.settings.checks import SettingsError, number, whole
-from app.settings.strengths import MAX_STRENGTH, MIN_STRENGTH, Mix, checked_mix
+from app.settings.strengths import Mix, checked_mix
 from shira_diffusers.adapters.merge import MERGE_METHODS
 
 MAX_STEPS = 100
@@ -81,18 +81,3 @@ def _method(method: object) -> str:
     if not isinstance(method, str) or method not in MERGE_METHODS:
         raise SettingsError(f"the merge method must be one of {', '.join(MERGE_METHODS)}, got {reprlib.repr(method)}")
     return method
-
-
-__all__ = [
-    "DEFAULT_GUIDANCE",
-    "DEFAULT_METHOD",
-    "DEFAULT_STEPS",
-    "MAX_GUIDANCE",
-    "MAX_PROMPT",
-    "MAX_SEED",
-    "MAX_STEPS",
-    "MAX_STRENGTH",
-    "MIN_STRENGTH",
-    "Settings",
-    "SettingsError",
-]

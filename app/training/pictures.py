@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from shira_diffusers.cli.terminal import printable
 from shira_diffusers.dreambooth.picture_folder import is_caption, pair_captions
 from shira_diffusers.dreambooth.pictures import DAMAGED, read_picture

@@ -10,8 +10,8 @@ from typing import Any, Self
 from torch import nn
 
 from app.library.names import tidy_name
-from app.settings.checks import number, whole
-from app.settings.settings import MAX_SEED, SettingsError
+from app.settings.checks import SettingsError, number, whole
+from app.settings.settings import MAX_SEED
 from app.training.pictures import tidy_caption
 from shira_diffusers.dreambooth.command_line import command_line
 from shira_diffusers.dreambooth.config import TrainingConfig

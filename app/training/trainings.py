@@ -18,7 +18,7 @@ import psutil
 
 from app.library.cards import one_sentence
 from app.library.library import Library
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from app.training.log import Steps, last_checkpoint, last_line, read_steps, samples
 from app.training.pictures import Sent, write_pictures
 from app.training.recipe import Base, Recipe

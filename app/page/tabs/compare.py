@@ -8,7 +8,7 @@ import gradio as gr
 from app.drawing.requests import Series, Stopped
 from app.drawing.session import series_of
 from app.page import theme
-from app.page.tabs.events import QUIET, TELLING, DrawButtons, Values, picked
+from app.page.tabs.events import QUIET, TELLING, DrawButtons, Values, gallery, picked
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
@@ -49,14 +49,7 @@ class CompareTab:
                     self.draw = gr.Button("Draw", variant="primary", size="lg", min_width=120)
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
             with gr.Column(scale=8, min_width=320):
-                self.strip = gr.Gallery(
-                    label="Pictures",
-                    type="filepath",
-                    allow_preview=False,
-                    interactive=False,
-                    elem_id="strip",
-                    buttons=[],
-                )
+                self.strip = gallery("strip")
                 self.description = gr.HTML(theme.remark(CHOOSE), elem_id="strip-told")
                 self.send = gr.Button("Send to Mix", interactive=False)
         self._connect()

@@ -15,6 +15,19 @@ QUIET = {**TELLING, "queue": False}  # at once, but errors and messages reach th
 PREVIEWING = {**TELLING, "trigger_mode": "multiple", "concurrency_limit": None}
 
 
+def gallery(elem_id: str, label: str = "Pictures", **options: Any) -> gr.Gallery:
+    """Pictures to choose from, none of which opens larger."""
+    fixed: dict[str, Any] = {"allow_preview": False, "interactive": False, "buttons": []}
+    return gr.Gallery(label=label, type="filepath", elem_id=elem_id, **fixed, **options)
+
+
+def picture(elem_id: str, label: str, **options: Any) -> gr.Image:
+    """One picture, to be looked at and downloaded."""
+    buttons: Any = ["download", "fullscreen"]
+    fixed: dict[str, Any] = {"show_label": False, "format": "png", "interactive": False, "buttons": buttons}
+    return gr.Image(label=label, elem_id=elem_id, **fixed, **options)
+
+
 def picked(names: Sequence[str], event: gr.SelectData) -> str | None:
     """The name of the picture that was chosen in a gallery."""
     return names[event.index] if isinstance(event.index, int) and 0 <= event.index < len(names) else None

@@ -7,12 +7,12 @@ import gradio as gr
 
 from app.history.history import History, Kept
 from app.page import theme
-from app.page.tabs.events import QUIET, TELLING, picked
+from app.page.tabs.events import QUIET, TELLING, gallery, picked, picture
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import visitor_of
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from app.studio import Studio
 
 NOTHING = "Nothing yet: what you draw in Mix and Compare is kept here."
@@ -33,29 +33,13 @@ class HistoryTab:
         gr.HTML(theme.remark(self._whose()), elem_id="whose", padding=False)
         with gr.Row(elem_id="history"):
             with gr.Column(scale=6, min_width=320):
-                self.gallery = gr.Gallery(
-                    label="Pictures",
-                    type="filepath",
-                    columns=6,
-                    allow_preview=False,
-                    interactive=False,
-                    elem_id="kept",
-                    buttons=[],
-                )
+                self.gallery = gallery("kept", columns=6)
                 with gr.Row(elem_id="pages"):
                     self.newer = gr.Button("← Newer", min_width=90)
                     self.where = gr.HTML(elem_classes="where", padding=False)
                     self.older = gr.Button("Older →", min_width=90)
             with gr.Column(scale=4, min_width=320):
-                self.picture = gr.Image(
-                    label="Chosen picture",
-                    show_label=False,
-                    format="png",
-                    type="filepath",
-                    interactive=False,
-                    buttons=["download", "fullscreen"],
-                    elem_id="kept-picture",
-                )
+                self.picture = picture("kept-picture", "Chosen picture", type="filepath")
                 self.description = gr.HTML(theme.remark("Choose a picture to see how it was made."), elem_id="told")
                 with gr.Row():
                     self.send = gr.Button("Send to Mix", variant="primary", min_width=110, interactive=False)

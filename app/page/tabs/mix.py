@@ -14,20 +14,14 @@ from app.history.png_metadata import read_settings
 from app.insight.lora_timing import RANK
 from app.page import theme
 from app.page.style_picker import make_style_picker, shown
-from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values
+from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values, picture
 from app.page.tabs.presets import PresetsFold
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import visitor_of
+from app.settings.checks import SettingsError
 from app.settings.picture import Picture
-from app.settings.settings import (
-    DEFAULT_GUIDANCE,
-    DEFAULT_STEPS,
-    MAX_GUIDANCE,
-    MAX_STEPS,
-    Settings,
-    SettingsError,
-)
+from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, Settings
 from app.studio import Studio
 
 SUGGESTIONS_SHOWN = 4
@@ -108,14 +102,7 @@ class MixTab:
         dice.click(None, None, self.seed, js=ROLL_DICE, **QUIET)
 
     def _lay_out_results(self) -> None:
-        self.picture = gr.Image(
-            label="Picture",
-            show_label=False,
-            format="png",
-            interactive=False,
-            buttons=["download", "fullscreen"],
-            elem_id="picture",
-        )
+        self.picture = picture("picture", "Picture")
         self.facts = gr.HTML(theme.facts(None), elem_id="facts", padding=False)
         self.lora = gr.HTML(self._lora(), elem_id="lora", padding=False)
         self.gallery = gr.Gallery(
@@ -186,17 +173,16 @@ class MixTab:
         try:
             with readable():
                 settings = self.settings(values)
-                picture, path = await self._studio.requests.draw(visitor_of(request), settings, on_step)
+                drawn, path = await self._studio.requests.draw(visitor_of(request), settings, on_step)
         except Stopped:
             return gr.skip(), gr.skip(), gr.skip()
-        return self._results(picture, path, values[self.gallery])
+        return self._results(drawn, path, values[self.gallery])
 
-    def _results(self, picture: Picture, path: Path, gallery: Any) -> tuple[Any, Any, Any]:
+    def _results(self, drawn: Picture, path: Path, gallery: Any) -> tuple[Any, Any, Any]:
         """Picture, facts and gallery after a new picture, the newest first."""
         file = cached(self.gallery, path)
-        newest_first = [(file, theme.caption(picture.report)), *(gallery or [])][:GALLERY_HOLDS]
-        facts = theme.facts(picture.report)
-        return file, facts, gr.Gallery(newest_first, visible=True)
+        newest_first = [(file, theme.caption(drawn.report)), *(gallery or [])][:GALLERY_HOLDS]
+        return file, theme.facts(drawn.report), gr.Gallery(newest_first, visible=True)
 
     def _restore(self, file: str | None) -> list[Any]:
         with readable("the picture could not be read"):
@@ -224,11 +210,11 @@ class MixTab:
         fewer = self._budget.steps(int(steps)) if isinstance(steps, int | float) else steps
         try:
             settings = self.settings({**values, self.steps: fewer})
-            picture = await self._studio.requests.preview(visitor_of(request).visit, settings)
+            drawn = await self._studio.requests.preview(visitor_of(request).visit, settings)
         except (Stopped, SettingsError):  # a newer one was requested, or a prompt is half typed
             return gr.skip(), gr.skip()
-        self._budget.drew(settings.steps, picture.report["generation_s"])
-        return picture.signed(), theme.facts(picture.report, preview=True)
+        self._budget.drew(settings.steps, drawn.report["generation_s"])
+        return drawn.signed(), theme.facts(drawn.report, preview=True)
 
     # ---------------------------------------------------------------- what changes by itself
 

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app.page import theme, training_html
-from app.page.tabs.events import TELLING, Values
+from app.page.tabs.events import TELLING, Values, gallery
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
@@ -73,10 +73,9 @@ class TrainTab:
             height=160,
             elem_id="train-files",
         )
-        self.gallery = gr.Gallery(
-            label="Uploaded pictures", show_label=False, visible=False, columns=6, height="auto", interactive=False,
-            elem_id="train-pictures", allow_preview=False, buttons=[],
-        )  # fmt: skip
+        self.gallery = gallery(
+            "train-pictures", "Uploaded pictures", show_label=False, visible=False, columns=6, height="auto"
+        )
         gr.Markdown(
             f"5 of a subject, or 20 to 70 of a style; at most {MAX_PICTURES}, of {', '.join(FORMATS)}. "
             "A .txt or .caption of a picture's name is its caption. They are kept in the app's folder, without "
@@ -158,7 +157,7 @@ class TrainTab:
 
     def _connect(self) -> None:
         view = [self.past, *self._view()]
-        settings = {self._component(name) for name in self._usual.as_dict()}
+        settings = {getattr(self, name) for name in self._usual.as_dict()}
         self.files.change(
             self._look, self.files, [self.gallery, self.captions], show_progress_on=self.files, api_visibility="private"
         )
@@ -187,7 +186,7 @@ class TrainTab:
 
     def refresh_on(self, shown: gr.Tab) -> None:
         """Show trainings as they are when the tab is opened."""
-        settings = {self._component(name) for name in self._usual.as_dict()}
+        settings = {getattr(self, name) for name in self._usual.as_dict()}
         shown.select(lambda: self._all(None), None, [self.past, *self._view()], **TELLING)
         shown.select(lambda chosen: self._offered(chosen), self.avoid, self.avoid, **TELLING)
         shown.select(self._estimate, settings, self.estimate, **TELLING)
@@ -195,9 +194,6 @@ class TrainTab:
     def _view(self) -> list[Any]:
         buttons = [self.mix, self.cancel, self.resume, self.keep, self.discard]
         return [self.progress, *buttons, self.samples, self.shown, self.timer]
-
-    def _component(self, setting: str) -> Any:
-        return getattr(self, setting)
 
     # ---------------------------------------------------------------- before
 
@@ -218,7 +214,7 @@ class TrainTab:
         return gr.Gallery([str(path) for _, path in sent.pictures], visible=True), lines
 
     def _recipe(self, values: Values) -> Recipe:
-        given = {name: values[self._component(name)] for name in self._usual.as_dict()}
+        given = {name: values[getattr(self, name)] for name in self._usual.as_dict()}
         given = {name: "" if value is None and _is_text(name) else value for name, value in given.items()}
         given |= {"density": (given["density"] or 0) / 100, "avoid": given["avoid"] or []}
         return self._usual.changed(given, tuple(self._names()))
@@ -288,12 +284,12 @@ class TrainTab:
         mixable = progress.training.adapter in self._names()
         buttons = [mixable, running, ended, ended and progress.checkpoint > 0, not running]
         key = f"{id} {len(progress.samples)}"
-        gallery: Any = gr.skip()
+        samples: Any = gr.skip()
         if key != shown:
             pictures = [(cached(self.samples, path), f"step {step}") for step, path in progress.samples]
-            gallery = gr.Gallery(pictures, visible=bool(pictures))
+            samples = gr.Gallery(pictures, visible=bool(pictures))
         visible = [gr.Button(visible=each) for each in buttons]
-        return training_html.progress(progress), *visible, gallery, key, gr.Timer(active=running)
+        return training_html.progress(progress), *visible, samples, key, gr.Timer(active=running)
 
     def _progress_html(self, id: str | None) -> str:
         if not self._trainings.all:

@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from app.drawing.session import Session, series_of, strip_of
+from app.settings.checks import SettingsError
 from app.settings.picture import METADATA_KEY, Picture
-from app.settings.settings import SettingsError
 from shira_diffusers import ShiraError, load_adapter
 from tests import tiny
 from tests.app.conftest import SUGGESTION, SUGGESTIONS, Folders, assert_bits, bits_of

@@ -14,8 +14,8 @@ from app.drawing.session import Session
 from app.history.history import History
 from app.history.png_metadata import MAX_TEXT, read_settings
 from app.history.presets import Presets
+from app.settings.checks import SettingsError
 from app.settings.picture import METADATA_KEY
-from app.settings.settings import SettingsError
 from shira_diffusers import ShiraError, __version__
 from tests.app.conftest import SUGGESTION
 

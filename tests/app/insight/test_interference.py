@@ -8,7 +8,7 @@ import torch
 from app.drawing.session import Session
 from app.insight.interference import Comparer, Pair, stage_of
 from app.page import interference_html
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from shira_diffusers.adapters.interference import Interference, interference_in_all
 from tests import tiny
 

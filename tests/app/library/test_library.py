@@ -20,7 +20,7 @@ from app.library import library as library_module
 from app.library.cards import one_sentence, sha256_of
 from app.library.library import Library
 from app.library.uploads import UploadError
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
 from shira_diffusers.adapters.base_probes import probe_base
 from tests import tiny

@@ -9,7 +9,7 @@ from app.drawing.session import Session
 from app.insight.interference import Comparer
 from app.library.cards import sha256_of
 from app.library.library import Library
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from shira_diffusers import load_adapter, save_adapter
 from tests import tiny
 from tests.app.conftest import SUGGESTION, Folders

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from app.settings.settings import MAX_PROMPT, MAX_SEED, Settings, SettingsError
+from app.settings.checks import SettingsError
+from app.settings.settings import MAX_PROMPT, MAX_SEED, Settings
 
 
 def checked(**changed: Any) -> Settings:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from app.drawing.session import Session
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from app.settings.strengths import checked_mix, strength_text
 from tests.app.conftest import SUGGESTION
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from app.drawing.session import Session
-from app.settings.settings import SettingsError
+from app.settings.checks import SettingsError
 from app.training import trainings as trainings_module
 from app.training.estimate import Estimator
 from app.training.log import last_line, read_steps
