@@ -16,7 +16,7 @@ from shira_diffusers.formats.paths import is_hidden
 
 logger = logging.getLogger(__name__)
 
-SIDE = 128  # pixels
+SIDE = 128  # pixels: the page shows 56, phones have two or three per pixel of the page
 SEED, STEPS = 7, 20
 BESIDE = (".webp", ".png", ".jpg", ".jpeg")
 

@@ -9,8 +9,8 @@ from app.history.history import MOST, History, Kept, is_kept
 from app.settings.picture import Picture
 
 MAX_BYTES = 2_000_000_000  # of all pictures of all visitors
-CHECKED_EVERY = 20  # pictures
-REMEMBERED = 500  # histories
+CHECKED_EVERY = 20  # pictures: looking at all files takes longer than writing one
+REMEMBERED = 500  # histories; one that is not is made anew from its folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from app.settings.checks import SettingsError
 from app.settings.picture import METADATA_KEY, Picture
 
-MAX_BYTES = 64_000_000  # of a file
+MAX_BYTES = 64_000_000  # of a file; the largest picture of SDXL takes 3 MB
 MAX_TEXT = 100_000  # characters of the settings
 
 

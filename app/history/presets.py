@@ -12,7 +12,7 @@ from shira_diffusers.atomic_write import write_atomically
 
 MAX_PRESETS = 500
 MAX_NAME = 60
-MAX_FILE = 10_000_000
+MAX_FILE = 10_000_000  # bytes: beyond what 500 presets take, so not one of ours
 
 
 class Presets:

@@ -11,7 +11,7 @@ from torch import Tensor
 from shira_diffusers.integrations.pipelines import models_of
 
 RANK = 64
-ROUNDS = 3
+ROUNDS = 3  # the first one warms up, and the median leaves it out
 
 
 def fuse_ms(pipe: Any, weights: Iterable[str], rank: int = RANK) -> float:

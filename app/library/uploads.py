@@ -13,7 +13,7 @@ from shira_diffusers.formats.inspect import inspect_adapter
 
 DEFAULT_MAX_MB = 512
 MAX_HEADER = 32 * 2**20  # bytes; SDXL's, the longest of ours, takes 1 MB
-SPARE_DISK = 256 * 2**20  # bytes that an upload leaves free
+SPARE_DISK = 256 * 2**20  # bytes that an upload leaves free, so that pictures and checkpoints can still be written
 _CHUNK = 2**20
 
 

@@ -7,8 +7,8 @@ from app.training.estimate import Estimate
 from app.training.trainings import Progress
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 190, 44, 24  # of the curve, in SVG units
-POINTS = 400  # drawn at most
-SMOOTH = 0.9  # of the moving mean that the eye follows
+POINTS = 400  # drawn at most: more than the curve has pixels to show, and the page gets it every two seconds
+SMOOTH = 0.9  # of the moving mean: losses of single steps depend on the noise level drawn, so they scatter widely
 
 
 def estimate(expected: Estimate) -> str:

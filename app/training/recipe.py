@@ -20,7 +20,7 @@ from shira_diffusers.masks.families import FAMILIES
 from shira_diffusers.weights.targets import PRESETS, select
 
 SMALL = 100_000_000  # parameters of a denoiser that learns at high rates on a CPU
-CHECKPOINTS, SAMPLES = 10, 5  # of a whole training, about
+CHECKPOINTS, SAMPLES = 10, 5  # of a whole training, about: a cancelled one loses at most a tenth
 SAMPLE_PICTURES = 2
 BYTES_PER_ENTRY = 3.1  # of a file, see docs/format.md
 

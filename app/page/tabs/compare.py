@@ -22,7 +22,7 @@ KINDS = {
     "One style at several strengths": "strip",
     "Two styles, a grid": "grid",
 }
-COUNT, MOST = 5, 7
+COUNT, MOST = 5, 7  # pictures per axis; a grid has 49 at most, as many as still can be told apart on a screen
 CHOOSE = "Choose a picture to send it to Mix."
 
 

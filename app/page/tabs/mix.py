@@ -24,9 +24,9 @@ from app.settings.picture import Picture
 from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, Settings
 from app.studio import Studio
 
-SUGGESTIONS_SHOWN = 4
-GALLERY_HOLDS = 24
-WATCH_SECONDS = 2.0
+SUGGESTIONS_SHOWN = 4  # one row of chips
+GALLERY_HOLDS = 24  # pictures of this visit; History has the others
+WATCH_SECONDS = 2.0  # between two looks at what is new: quick enough for an upload in another tab, one compare if idle
 ROLL_DICE = "() => Math.floor(Math.random() * 1000000)"
 SHOW_PICTURE = theme.scroll_to("#picture")
 
