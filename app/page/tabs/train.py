@@ -91,7 +91,7 @@ class TrainTab:
             )
         self.captions = gr.Textbox(
             label="Captions",
-            info="One line per picture, in order. For empty lines, “What the pictures show” is used.",
+            info="One line per picture, in order. An empty line stands for the text above.",
             lines=3,
             max_lines=8,
         )

@@ -158,7 +158,7 @@ def test_a_fault_inside_is_told_in_one_sentence(studio: Studio, monkeypatch: pyt
     endpoints = {fn.api_name: fn.fn for fn in build(studio).fns.values()}
     with pytest.raises(gr.Error) as caught:
         asyncio.run(endpoints["generate"](gr.Request(session_hash="a"), SUGGESTION))
-    assert caught.value.message == "The picture could not be drawn: out of memory; the log of the app tells more"
+    assert caught.value.message == "The picture could not be drawn: out of memory; see the log of the app for details"
 
 
 def test_a_full_disk_is_told_without_the_apps_folders() -> None:
