@@ -9,7 +9,7 @@ from typing import Any, Literal
 from shira_diffusers import ShiraAdapter, ShiraError
 from shira_diffusers.adapters.base_probes import BaseMatch
 from shira_diffusers.cli.terminal import printable
-from shira_diffusers.formats.safetensors_bytes import mapped, open_safetensors
+from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.library.folder import weights_file
 
 Origin = Literal["bundled", "yours"]
@@ -38,8 +38,8 @@ class Card:
         note: what the user should know before use, such as that it was trained on another model; mostly empty.
         metadata: all of its file's metadata, control characters escaped, long values cut.
         components: the models that it changes, such as "unet".
-        opened: whether all of its file was read and fits the model; before, entries and note are not known, and the
-            rest is what its header claims.
+        opened: whether all of its file was read and fits the model; before, its note is unknown, and the rest is what
+            its header claims.
     """
 
     name: str
@@ -99,23 +99,18 @@ def measured(card: Card) -> Card:
 def glanced(card: Card) -> Card:
     """The card by the header of its file alone, which is cheap to read and may lie."""
     try:
-        metadata, components = read_header(card.file)
-        megabytes = card.file.stat().st_size / 1e6
+        opened = open_adapter(card.path)
     except (ShiraError, OSError) as error:
         return measured(replace(card, reason=without_folders(error, card.path)))
-    density = _fraction(metadata.get("density", ""))
-    return replace(card, megabytes=megabytes, density=density, metadata=metadata, components=components, opened=False)
-
-
-def read_header(file: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Metadata fit to be shown, and the components, by the header of a file; its tensors are mapped and not read.
-
-    Raises:
-        ShiraError: it is no safetensors file, or shorter than its header says.
-        OSError: it cannot be read.
-    """
-    tensors, metadata, _ = open_safetensors(file, mapped)
-    return shown_metadata(metadata), tuple(sorted({key.partition(".")[0] for key in tensors}))
+    return replace(
+        card,
+        megabytes=opened.size / 1e6,
+        density=opened.density or 0.0,
+        entries=opened.nnz,
+        metadata=shown_metadata(opened.metadata),
+        components=tuple(opened.components),
+        opened=False,
+    )
 
 
 def described(card: Card, adapter: ShiraAdapter, match: BaseMatch | None) -> Card:
@@ -163,11 +158,3 @@ def one_sentence(error: Exception) -> str:
 def without_folders(error: Exception, path: Path) -> str:
     """An error in one sentence that names the file, but no folder: visitors need none."""
     return one_sentence(error).replace(str(path), path.name)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        return 0.0
-    return value if 0 <= value <= 1 else 0.0
