@@ -18,7 +18,7 @@ from benchmarks.measure import DTYPES, Run, copy_figures, memory_limit, options,
 from benchmarks.models import RANK, rand, same
 from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
 from shira_diffusers.weights.scatter import gather
-from shira_diffusers.weights.sites import find, sites_of
+from shira_diffusers.weights.sweep_triton import access
 
 DENSITY = 0.01
 
@@ -78,12 +78,11 @@ def switched(base: Tensor, repeats: int) -> dict[str, float]:
 def written(base: Tensor, repeats: int) -> dict[str, float]:
     """The write alone, of values that are ready."""
     weight, delta = base.clone(), delta_of(base, 0)
-    sizes = [delta.nnz]
-    sites = sites_of([weight], sizes, delta.indices, find([weight], sizes, delta.indices))
+    _, write = access([weight], [delta.nnz], delta.indices)
     before, values = gather(base, delta.indices), torch.randn(delta.nnz, device=base.device).to(base.dtype)
-    seconds = timed(lambda: sites.write(values), repeats)
+    seconds = timed(lambda: write(values), repeats)
     assert torch.equal(gather(weight, delta.indices), values)
-    sites.write(before)
+    write(before)
     assert torch.equal(weight, base)
     return seconds
 

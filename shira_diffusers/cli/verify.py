@@ -16,7 +16,7 @@ from shira_diffusers.errors import AdapterMismatchError, counted, listing, verb
 from shira_diffusers.formats.inspect import Inspection, inspect_adapter
 from shira_diffusers.formats.shira_file import load_adapter
 from shira_diffusers.integrations.pipelines import models_of, resident_of
-from shira_diffusers.weights.finder import Locator
+from shira_diffusers.weights.finder import WeightMap
 
 NAME = "adapter"
 _MATCHES = {
@@ -93,15 +93,15 @@ def _read(found: Inspection, pipe: Any, path: Path) -> ShiraAdapter:
 
 def _misfits(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
     """Parameters that the base does not have, and those that have another shape there."""
-    locators = {part: Locator(model) for part, model in models.items()}
+    maps = {part: WeightMap(model) for part, model in models.items()}
     strangers, misshapen = [], []
     for full_name, delta in adapter.deltas.items():
         part, _, name = full_name.partition(".")
-        if part not in locators:
+        if part not in maps:
             strangers.append(f"{full_name}: no component {part!r}, there are {', '.join(models)}")
             continue
         try:
-            shape = tuple(locators[part].locate(name).weight.shape)
+            shape = tuple(maps[part][name].shape)
         except AdapterMismatchError as error:
             strangers.append(f"{part}.{error}")
             continue

@@ -36,13 +36,22 @@ class Caller(NamedTuple):
 
 def current_caller() -> Caller:
     """Who is calling now."""
-    stack = list(_foreign_frames())
-    frames = tuple(frame for frame in stack if frame.f_code.co_flags & _SUSPENDABLE)
-    first = stack[0] if stack else None
+    frames: list[FrameType] = []
+    first: FrameType | None = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:  # one plain loop, at each hold over the whole stack
+        if frame.f_code.co_flags & _SUSPENDABLE or first is None:
+            # this package's own frames and those of ``with`` helpers do not count
+            if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in (_PACKAGE, "contextlib"):
+                first = first or frame
+                if frame.f_code.co_flags & _SUSPENDABLE:
+                    frames.append(frame)
+        frame = frame.f_back
     where = f"{first.f_code.co_filename}:{first.f_lineno}" if first else "an unknown place"
     loop = asyncio._get_running_loop()
     task = _host_task() if loop is None else asyncio.current_task(loop)
-    return Caller(threading.current_thread(), loop, task, frames, first if first in frames[:1] else None, where)
+    entered = first if first in frames[:1] else None
+    return Caller(threading.current_thread(), loop, task, tuple(frames), entered, where)
 
 
 def stack_frames() -> Iterator[FrameType]:
@@ -51,14 +60,6 @@ def stack_frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def _foreign_frames() -> Iterator[FrameType]:
-    """The stack without this package's own frames and those of ``with`` helpers, innermost first."""
-    for frame in stack_frames():
-        module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if module not in (_PACKAGE, "contextlib"):
-            yield frame
 
 
 def _host_task() -> "asyncio.Task[Any] | None":

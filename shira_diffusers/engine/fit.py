@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_probes import BaseMatch, match_base
 from shira_diffusers.engine.sharing import Claim, claims, conflicts
-from shira_diffusers.engine.state import Entry, ShiraState, owners, state_of
+from shira_diffusers.engine.state import Part, ShiraState, owners, state_of
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
-from shira_diffusers.weights.finder import Located, Locator, locator_beside, unwrap
+from shira_diffusers.weights.finder import WeightMap, unwrap, weights_beside
 from shira_diffusers.weights.scatter import gather, is_byte_dtype
 
 
@@ -72,23 +72,23 @@ def fit(
     unusable: list[str] = []
     own: list[Claim] = []
     for part, its_own in _split(adapter, models).items():
-        locator = Locator(models[part])
+        weights = WeightMap(models[part])
         renamed: dict[str, str] = {}
         for name, delta in its_own.deltas.items():
             try:
-                located = locator.locate(name)
+                holders = weights.holders(name)
             except AdapterMismatchError as error:
                 wrong.append(join_name(part, str(error)))
             except ResidentStateError as error:
                 unusable.append(join_name(part, str(error)))
             else:
-                shape = tuple(located.weight.shape)
+                shape, own_name = tuple(holders[0][0].shape), weights.own_name(name)
                 if shape != delta.shape:
                     wrong.append(f"{join_name(part, name)}: expected {shape}, got {delta.shape}")
-                if located.name in renamed.values():
+                if own_name in renamed.values():
                     wrong.append(f"{join_name(part, name)}: means the same parameter as another name in the adapter")
-                own += claims({join_name(part, located.name): located}, _owner(models[part]))
-                renamed[name] = located.name
+                own += claims({join_name(part, own_name): holders}, _owner(models[part]))
+                renamed[name] = own_name
         fitted[part] = its_own.renamed(renamed)
     wrong += [f"{b.name}: {_relation(a, b)} with {a.name}, which has deltas for it too" for a, b in conflicts(own)]
     if wrong:
@@ -145,19 +145,19 @@ def _claims_of(
             changed |= dict.fromkeys(held.deltas, adapter)
     if changed:
         place = f" of another model, {type(module).__name__}," if part is None else ""
-        for name, located in _located(module, changed).items():
+        for name, holders in _holders(module, changed).items():
             full = join_name(part or "", name)
-            yield from claims({f"{full}{place} is changed by adapter {changed[name]!r}": located}, state)
+            yield from claims({f"{full}{place} is changed by adapter {changed[name]!r}": holders}, state)
 
 
-def _located(module: nn.Module, names: Iterable[str]) -> dict[str, Located]:
-    """The weights of a module that can be written now; those that cannot be are in nobody's way."""
-    found: dict[str, Located] = {}
+def _holders(module: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[Tensor, int]]]:
+    """What holds the weights of a module that can be written now; those that cannot be interfere with nobody."""
+    found: dict[str, list[tuple[Tensor, int]]] = {}
     with suppress(ShiraError):
-        locator = locator_beside(module)
+        weights = weights_beside(module)
         for name in names:
             with suppress(ShiraError):
-                found[name] = locator.locate(name)
+                found[name] = weights.holders(name)
     return found
 
 
@@ -170,23 +170,33 @@ def compare_base(parts: Mapping[str, ShiraAdapter], models: Mapping[str, nn.Modu
     """
     pairs = []
     for part, its_own in parts.items():
-        locator, state = Locator(models[part]), state_of(unwrap(models[part]))
+        weights, state = WeightMap(models[part]), state_of(unwrap(models[part]))
         for name, probe in its_own.base_probes.items():
             indices = its_own.deltas[name].indices[: probe.numel()]
-            entry = state.entries.get(name) if state else None
-            pairs.append((probe, base_values(locator.locate(name).weight, indices, entry)))
+            saved = state.entries.get(name) if state else None
+            pairs.append((probe, base_values(weights[name], indices, saved)))
     return match_base(pairs) if pairs else None
 
 
-def base_values(weight: Tensor, indices: Tensor, entry: Entry | None) -> Tensor:
-    """The unadapted values at sorted ``indices``, whatever is active."""
+def base_values(weight: Tensor, indices: Tensor, saved: Part | None) -> Tensor:
+    """The unadapted values at sorted ``indices``, whatever is active.
+
+    Args:
+        weight: the live weight.
+        indices: int32 or int64 ``[n]``, flat row-major.
+        saved: what is overwritten in the weight.
+
+    Returns:
+        ``[n]``, of the weight's dtype; float32 for 8-bit floats.
+    """
     values = gather(weight, indices)
-    if entry is None or not entry.indices.numel():
+    if saved is None or not saved[1].numel():
         return values
-    wanted = indices.to(entry.indices.device, entry.indices.dtype)
-    place = torch.searchsorted(entry.indices, wanted).clamp_(max=entry.indices.numel() - 1)
-    saved = entry.base[place].to(weight.device, weight.dtype)
-    is_saved = (entry.indices[place] == wanted).to(weight.device)
+    _, held, base, _ = saved
+    wanted = indices.to(held.device, held.dtype)
+    place = torch.searchsorted(held, wanted).clamp_(max=held.numel() - 1)
+    found = base[place].to(weight.device, weight.dtype)
+    is_saved = (held[place] == wanted).to(weight.device)
     if is_byte_dtype(weight.dtype):
-        return torch.where(is_saved, saved.float(), values.float())
-    return torch.where(is_saved, saved, values)
+        return torch.where(is_saved, found.float(), values.float())
+    return torch.where(is_saved, found, values)

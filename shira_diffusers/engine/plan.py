@@ -1,69 +1,104 @@
-"""Lay out the deltas of a mix end to end, so that a switch computes on a few long tensors, not on many short ones."""
+"""Plan the entries of a mix: its deltas end to end, so that a switch computes on a few long tensors, not many short ones.
 
-from collections.abc import Iterable, Mapping, Sequence
+In: adapters and the weights that they are for. Out: one ``EntryPlan`` per device and dtype; nothing is written here.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.merge import plan_union
-from shira_diffusers.engine.state import Layout
+from shira_diffusers.adapters.scales import Scale
 from shira_diffusers.errors import AdapterMismatchError
-from shira_diffusers.weights.finder import Located
+from shira_diffusers.weights.finder import identity
+from shira_diffusers.weights.scatter import cast
+from shira_diffusers.weights.steps import EntryPlan, Kind, SavedEntries
 from shira_diffusers.weights.tiles import in_runs
 
-_Kind = tuple[torch.device, torch.dtype]
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Which adapters are active, how strongly, and how they are merged."""
+
+    scales: dict[str, Scale] = field(default_factory=dict)
+    method: str = "sum"
+
+    def without(self, names: Collection[str]) -> "Mix":
+        """The same mix less some adapters."""
+        return replace(self, scales={n: s for n, s in self.scales.items() if n not in names})
 
 
-def lay_out(
-    adapters: Sequence[ShiraAdapter], located: Mapping[str, Located], known: Iterable[tuple[Layout, ...]]
-) -> tuple[Layout, ...]:
-    """One layout for each device and dtype among the adapted weights; nearly always one in all.
+def known_plans(
+    adapters: Sequence[ShiraAdapter], known: Iterable[tuple[EntryPlan, ...]]
+) -> tuple[EntryPlan, ...] | None:
+    """The plans among those made earlier that are of the same adapters, in the same order; for no adapters none."""
+    for plans in known if adapters else ():
+        if plans and len(adapters) == len(plans[0].sources):
+            if all([mine is theirs for mine, theirs in zip(adapters, plans[0].sources, strict=True)]):
+                return plans
+    return None
+
+
+def plan_entries(adapters: Sequence[ShiraAdapter], live: Mapping[str, Tensor]) -> tuple[EntryPlan, ...]:
+    """Plan the entries of a mix: one plan per device and dtype among the adapted weights; nearly always one in all.
 
     Args:
         adapters: in the order in which they are added.
-        located: all of their weights.
-        known: layouts made earlier, returned again where they are of the same adapters, so that a new strength, or
-            coming back to a mix, plans nothing.
+        live: all of their weights.
 
     Raises:
         AdapterMismatchError: an adapter with different deltas for one tied weight.
     """
-    for layouts in known:
-        if layouts and _same_adapters(adapters, layouts[0]) and _are_one_a_kind(layouts, located):
-            return layouts
-    members = [_untied(adapter, located) for adapter in adapters]
-    kinds: dict[_Kind, dict[str, None]] = {}
+    members = [_untied(adapter, live) for adapter in adapters]
+    kinds: dict[Kind, dict[str, None]] = {}
     for name in sorted({name for own in members for name in own.values()}):
-        kinds.setdefault(_kind_of(located[name].weight), {})[name] = None
-    return tuple(_one_layout(adapters, members, located, kind, list(names)) for kind, names in kinds.items())
+        kinds.setdefault((live[name].device, live[name].dtype), {})[name] = None
+    return tuple(_plan_kind(adapters, members, live, kind[0], list(names)) for kind, names in kinds.items())
 
 
-def _same_adapters(adapters: Sequence[ShiraAdapter], layout: Layout) -> bool:
-    return len(adapters) == len(layout.adapters) and all(
-        mine is theirs for mine, theirs in zip(adapters, layout.adapters, strict=True)
-    )
+def fits_now(plans: Sequence[EntryPlan], live: Mapping[str, Tensor], version: int) -> bool:
+    """Whether the weights of each plan still are of one kind, and no other plan's are: they may have been cast."""
+    kinds = [kind for plan in plans for kind in plan.kinds(live, version)]
+    devices = [plan.indices.device for plan in plans]
+    return len(set(kinds)) == len(kinds) == len(plans) and devices == [device for device, _ in kinds]
 
 
-def _are_one_a_kind(layouts: Sequence[Layout], located: Mapping[str, Located]) -> bool:
-    """Whether the weights of each layout still are of one kind, and no other layout's are: they may have been cast."""
-    kinds = [{_kind_of(located[name].weight) for name in layout.names} for layout in layouts]
-    one_each = sum(map(len, kinds)) == len(set().union(*kinds)) == len(layouts)
-    devices = [layout.indices.device for layout in layouts]
-    return one_each and devices == [device for own in kinds for device, _ in own]
+def as_now(saved: SavedEntries, live: Mapping[str, Tensor], version: int) -> list[SavedEntries]:
+    """Saved entries as their weights are now: they may have been cast or moved since, and not all in the same way."""
+    plan = saved.plan
+    kinds = plan.kinds(live, version)
+    if len(kinds) > 1:
+        return [
+            _part(saved, {n for n in plan.names if (live[n].device, live[n].dtype) == kind}, kind) for kind in kinds
+        ]
+    weight = live[plan.names[0]]
+    if plan.indices.device != weight.device:  # offloading moves weights, but not what we keep
+        plan = plan.moved(weight.device)
+    elif saved.base.dtype == weight.dtype:
+        return [saved]
+    return [SavedEntries(plan, cast(saved.base, weight), cast(saved.written, weight))]
 
 
-def _kind_of(weight: Tensor) -> _Kind:
-    return weight.device, weight.dtype
+def _part(saved: SavedEntries, names: Collection[str], kind: Kind) -> SavedEntries:
+    """The entries of some of the weights, as these are now."""
+    held = [(part, numel) for part, numel in zip(saved.parts(), saved.plan.numels, strict=True) if part[0] in names]
+    kept, indices, base, written = zip(*[part for part, _ in held], strict=True)
+    bounds = tuple(accumulate(map(len, indices), initial=0))
+    plan = EntryPlan(kept, tuple(numel for _, numel in held), bounds, torch.cat(indices).to(kind[0]))
+    return SavedEntries(plan, torch.cat(base).to(*kind), torch.cat(written).to(*kind))
 
 
-def _untied(adapter: ShiraAdapter, located: Mapping[str, Located]) -> dict[str, str]:
+def _untied(adapter: ShiraAdapter, live: Mapping[str, Tensor]) -> dict[str, str]:
     """The adapter's names -> the one name by which each weight is written; other names of a tied weight are dropped."""
-    by_weight = {located[name].key: name for name in sorted(located, reverse=True)}  # the first name wins
+    by_weight = {identity(live[name]): name for name in sorted(live, reverse=True)}  # the first name wins
     chosen: dict[str, str] = {}
     first: dict[str, str] = {}
     for name, delta in adapter.deltas.items():
-        weight = by_weight[located[name].key]
+        weight = by_weight[identity(live[name])]
         twin = first.setdefault(weight, name)
         if twin == name:
             chosen[name] = weight
@@ -75,25 +110,26 @@ def _untied(adapter: ShiraAdapter, located: Mapping[str, Located]) -> dict[str, 
     return chosen
 
 
-def _one_layout(
+def _plan_kind(
     adapters: Sequence[ShiraAdapter],
     members: Sequence[Mapping[str, str]],
-    located: Mapping[str, Located],
-    kind: _Kind,
+    live: Mapping[str, Tensor],
+    device: torch.device,
     names: list[str],
-) -> Layout:
-    device = kind[0]
+) -> EntryPlan:
+    """The plan of the weights ``names`` of one device and dtype; ``members`` are what ``_untied`` gave."""
     own = [{weight: name for name, weight in chosen.items()} for chosen in members]
     held = [[its[name] for name in names if name in its] for its in own]
     values = [_values(adapter, its).to(device) for adapter, its in zip(adapters, held, strict=True)]
-    numels = [located[name].weight.numel() for name in names]
+    numels = tuple(live[name].numel() for name in names)
     if len(adapters) == 1:
         deltas = [adapters[0].deltas[name] for name in held[0]]
-        bounds = _cumulative([delta.nnz for delta in deltas])
+        bounds = tuple(accumulate((delta.nnz for delta in deltas), initial=0))
         indices = end_to_end([delta.indices for delta in deltas]).to(device)
         runs = in_runs(indices, bounds, numels)
-        return Layout(tuple(names), bounds, indices, tuple(adapters), (tuple(held[0]),), (values[0],), (None,), runs)
-    starts = _cumulative(numels)
+        own_names = (tuple(held[0]),)
+        return EntryPlan(tuple(names), numels, bounds, indices, tuple(adapters), own_names, (values[0],), (None,), runs)
+    starts = list(accumulate(numels, initial=0))
     start_of = dict(zip(names, starts[:-1], strict=True))
     keys = [
         torch.cat([adapter.deltas[name].indices.to(device).long() + start_of[chosen[name]] for name in its])
@@ -111,8 +147,10 @@ def _one_layout(
     indices = local.to(torch.int32 if widest == 4 else torch.int64)
     bounds = tuple(cuts.tolist())
     runs = in_runs(indices, bounds, numels)
-    members_held = tuple(map(tuple, held))
-    return Layout(tuple(names), bounds, indices, tuple(adapters), members_held, tuple(values), union.places, runs)
+    held_names = tuple(map(tuple, held))
+    return EntryPlan(
+        tuple(names), numels, bounds, indices, tuple(adapters), held_names, tuple(values), union.places, runs
+    )
 
 
 def _values(adapter: ShiraAdapter, names: Sequence[str]) -> Tensor:
@@ -133,10 +171,3 @@ def end_to_end(parts: Sequence[Tensor]) -> Tensor:
             return torch.cat(held)
         following += part.nbytes
     return first.as_strided((sum(map(len, held)),), (1,))
-
-
-def _cumulative(sizes: Sequence[int]) -> tuple[int, ...]:
-    ends = [0]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    return tuple(ends)

@@ -16,11 +16,11 @@ from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scal
 from shira_diffusers.engine.fit import compare_base, fit, trained_on
 from shira_diffusers.engine.locks import Held, Hold, hold, leave
 from shira_diffusers.engine.offloading import is_offloaded_anew
-from shira_diffusers.engine.state import Mix, ShiraState, ensure_state, state_of
-from shira_diffusers.engine.steps import Weights
+from shira_diffusers.engine.plan import Mix
+from shira_diffusers.engine.state import ShiraState, ensure_state, state_of
 from shira_diffusers.engine.switch import plan_switch, require_written, run
 from shira_diffusers.errors import ShiraError, counted, listing
-from shira_diffusers.weights.finder import Locator, unwrap
+from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.sweep_triton import engine_for
 from shira_diffusers.weights.targets import models_of
 
@@ -407,9 +407,8 @@ class Resident:
         """
         with self.reading():
             for part, state in self._states().items():
-                locator = Locator(self._models[part])
-                names = [name for group in state.overwritten for name in group.layout.names]
-                require_written(part, state.overwritten, Weights({name: locator.locate(name) for name in names}))
+                names = [name for saved in state.overwritten for name in saved.plan.names]
+                require_written(part, state.overwritten, WeightMap(self._models[part]).live(names))
 
     def _modules(self) -> list[nn.Module]:
         return [unwrap(model) for model in self._models.values()]

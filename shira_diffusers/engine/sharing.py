@@ -4,14 +4,14 @@ Two owners of one entry would each save the other's value as the base. Weights t
 model are no conflict: they have one owner, which writes them once.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shira_diffusers.weights.finder import Holder, Located
-from shira_diffusers.weights.scatter import physical
+from shira_diffusers.weights.finder import identity
+from shira_diffusers.weights.scatter import storage_indices
 
 
 class Claim(NamedTuple):
@@ -19,7 +19,7 @@ class Claim(NamedTuple):
 
     Args:
         device, start, end: the bytes.
-        holder: the tensor there; of a fused copy a part.
+        tensor, offset: the tensor there, and where the weight begins in it: a fused copy holds others too.
         weight: equal for names that may share, since they are one weight of one owner.
         name: what to call it in a message.
     """
@@ -27,7 +27,8 @@ class Claim(NamedTuple):
     device: str
     start: int
     end: int
-    holder: Holder
+    tensor: Tensor
+    offset: int
     numel: int
     weight: tuple[Any, ...]
     name: str
@@ -35,31 +36,30 @@ class Claim(NamedTuple):
     @property
     def is_block(self) -> bool:
         """Whether all bytes belong to the weight, as nearly always."""
-        return self.end - self.start == self.numel * self.holder.tensor.dtype.itemsize
+        return self.end - self.start == self.numel * self.tensor.dtype.itemsize
 
     def addresses(self) -> Tensor:
         """The address of each entry, int64 ``[numel]``."""
-        tensor, offset = self.holder
-        places = physical(torch.arange(offset, offset + self.numel, device="cpu"), tensor).cpu()
-        return places * tensor.dtype.itemsize + tensor.data_ptr()
+        entries = torch.arange(self.offset, self.offset + self.numel, device="cpu")
+        return storage_indices(entries, self.tensor).cpu() * self.tensor.dtype.itemsize + self.tensor.data_ptr()
 
 
-def claims(located: Mapping[str, Located], owner: object = None) -> Iterator[Claim]:
+def claims(held: Mapping[str, Sequence[tuple[Tensor, int]]], owner: object = None) -> Iterator[Claim]:
     """The memory of weights, each with its fused and offloaded copies.
 
     Args:
-        located: by what to call them.
+        held: by what to call them, the tensors that hold them, as ``WeightMap.holders`` gives them.
         owner: whose they are; its tied weights may share.
     """
-    for name, weight in located.items():
-        numel = weight.weight.numel()
-        for holder in weight.holders if numel else ():
-            tensor, offset = holder
+    for name, holders in held.items():
+        weight = holders[0][0]
+        numel = weight.numel()
+        for tensor, offset in holders if numel else ():
             start = tensor.data_ptr() + offset * tensor.dtype.itemsize
             end = start + numel * tensor.dtype.itemsize
             if not tensor.is_contiguous():
                 end = start + (1 + _last(tensor)) * tensor.dtype.itemsize
-            yield Claim(str(tensor.device), start, end, holder, numel, (id(owner), *weight.key), name)
+            yield Claim(str(tensor.device), start, end, tensor, offset, numel, (id(owner), *identity(weight)), name)
 
 
 def _last(tensor: Tensor) -> int:

@@ -1,114 +1,30 @@
 """What a module remembers about its adapters: carried by the module, so by copies of it too."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.adapters.scales import Scale
 from shira_diffusers.engine.offloading import offload_under_way
+from shira_diffusers.engine.plan import Mix
 from shira_diffusers.errors import ResidentStateError, counted, listing, verb
-from shira_diffusers.weights.finder import Located, Locator
+from shira_diffusers.weights.finder import WeightMap
 from shira_diffusers.weights.scatter import bits_of, cast, gather, overwrite
-from shira_diffusers.weights.spares import Spares
+from shira_diffusers.weights.steps import EntryPlan, SavedEntries
+from shira_diffusers.weights.sweep_cpu import BufferPool
 from shira_diffusers.weights.targets import canonical_name
 
 ATTRIBUTE = "_shira"
 _REMEMBERED_BYTES = 2**26  # of layouts beyond the last two
 
 
-class Entry(NamedTuple):
-    """The overwritten entries of one weight.
-
-    Args:
-        indices: int32 or int64 ``[n]``, sorted flat positions.
-        base: the bits that were there, ``[n]``, of the weight's dtype.
-        written: the bits that are there now, ``[n]``; another value in the weight means somebody else wrote it.
-    """
-
-    indices: Tensor
-    base: Tensor
-    written: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the deltas of some adapters lie: their unions, weight by weight, end to end.
-
-    Args:
-        names: the weights.
-        bounds: ``names[k]`` has the entries ``bounds[k]`` to ``bounds[k + 1]``.
-        indices: int32 or int64 ``[n]``, sorted flat positions in each weight.
-        adapters: those whose deltas these are, in the order in which they are added.
-        members: for each adapter the weights it has, in the order of its values.
-        values: of each adapter ``[its nnz]``, in its own dtype.
-        places: for each adapter int64 ``[its nnz]``, where its values go in ``[n]``; None when they are all of it.
-        runs: whether all entries come in aligned runs of ``tiles.RUN``.
-        found: what was computed from the indices once and is used again; see ``weights``.
-    """
-
-    names: tuple[str, ...]
-    bounds: tuple[int, ...]
-    indices: Tensor
-    adapters: tuple[ShiraAdapter, ...]
-    members: tuple[tuple[str, ...], ...]
-    values: tuple[Tensor, ...]
-    places: tuple[Tensor | None, ...]
-    runs: bool = False
-    found: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many entries each weight has."""
-        return [end - start for start, end in pairwise(self.bounds)]
-
-    def moved(self, indices: Tensor) -> "Layout":
-        """The same with ``indices`` on another device, and all that belongs to them."""
-        device = indices.device
-        values = tuple(value.to(device) for value in self.values)
-        places = tuple(None if place is None else place.to(device) for place in self.places)
-        return replace(self, indices=indices, values=values, places=places, found={})
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        places = (place for place in self.places if place is not None)
-        held = {id(tensor): tensor for tensor in (self.indices, *self.values, *places, *self.found.values())}
-        return sum(tensor.nbytes for tensor in held.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Overwritten:
-    """The entries overwritten in the weights of one layout: saved bits and written bits, both ``[n]``."""
-
-    layout: Layout
-    base: Tensor
-    written: Tensor
-
-    def entries(self) -> Iterator[tuple[str, Entry]]:
-        """The entries of each weight, as views."""
-        sizes = self.layout.sizes
-        parts = zip(*(t.split(sizes) for t in (self.layout.indices, self.base, self.written)), strict=True)
-        for name, part in zip(self.layout.names, parts, strict=True):
-            yield name, Entry(*part)
-
-
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """Which adapters are active, how strongly, and how they are merged."""
-
-    scales: dict[str, Scale] = field(default_factory=dict)
-    method: str = "sum"
-
-    def without(self, names: Collection[str]) -> "Mix":
-        """The same mix less some adapters."""
-        return replace(self, scales={n: s for n, s in self.scales.items() if n not in names})
+Part = tuple[str, Tensor, Tensor, Tensor]
+"""Overwritten entries of one weight, as ``SavedEntries.parts`` gives them: name, indices, base and written bits."""
 
 
 class ShiraState(nn.Module):
@@ -124,42 +40,42 @@ class ShiraState(nn.Module):
         self.adapters: dict[str, ShiraAdapter] = {}
         self.mix = Mix()
         self.disabled: Mix | None = None
-        self.overwritten: tuple[Overwritten, ...] = ()
-        self.remembered: list[tuple[Layout, ...]] = []
-        self.spares = Spares()
+        self.overwritten: tuple[SavedEntries, ...] = ()
+        self.remembered: list[tuple[EntryPlan, ...]] = []
+        self.pool = BufferPool()
 
-    def set_overwritten(self, fresh: Sequence[Overwritten]) -> None:
+    def set_overwritten(self, fresh: Sequence[SavedEntries]) -> None:
         """Note what is overwritten now, and keep the memory of what was."""
-        left = [tensor for group in self.overwritten for tensor in (group.base, group.written)]
+        left = [tensor for saved in self.overwritten for tensor in (saved.base, saved.written)]
         self.overwritten = tuple(fresh)
-        self.spares.keep(left, [tensor for group in fresh for tensor in (group.base, group.written)])
+        self.pool.keep(left, [tensor for saved in fresh for tensor in (saved.base, saved.written)])
 
-    def remember(self, layouts: tuple[Layout, ...]) -> None:
-        """Keep the layouts of the last two mixes, whatever their size, and of older ones what has room.
+    def remember(self, plans: tuple[EntryPlan, ...]) -> None:
+        """Keep the plans of the last two mixes, whatever their size, and of older ones what has room.
 
         So going back and forth between two plans nothing, with adapters of any size.
         """
-        kept = [layouts, *(old for old in self.remembered if old[0] is not layouts[0])] if layouts else self.remembered
-        used = accumulate(sum(layout.nbytes for layout in mix) for mix in kept[2:])
+        kept = [plans, *[old for old in self.remembered if old[0] is not plans[0]]] if plans else self.remembered
+        used = accumulate([sum([plan.nbytes for plan in mix]) for mix in kept[2:]])
         older = [mix for mix, total in zip(kept[2:], used, strict=True) if total <= _REMEMBERED_BYTES]
         self.remembered = kept[:2] + older
 
     def forget(self, names: Collection[str]) -> None:
         """Drop adapters, and what is remembered of mixes with them."""
         gone = [self.adapters.pop(name) for name in names if name in self.adapters]
-        self.remembered = [m for m in self.remembered if not any(a is g for a in m[0].adapters for g in gone)]
+        self.remembered = [m for m in self.remembered if not any(a is g for a in m[0].sources for g in gone)]
         if not self.adapters:
-            self.spares.clear()
+            self.pool.clear()
 
     @property
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, Part]:
         """The overwritten entries by weight."""
-        return {name: entry for group in self.overwritten for name, entry in group.entries()}
+        return {part[0]: part for saved in self.overwritten for part in saved.parts()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ShiraState":
         self.remembered = []
-        self.spares.clear()
-        self.overwritten = tuple(_applied(group, fn) for group in self.overwritten)
+        self.pool.clear()
+        self.overwritten = tuple(_applied(saved, fn) for saved in self.overwritten)
         return self
 
     def forward(self, value: Any) -> Any:
@@ -171,10 +87,10 @@ class ShiraState(nn.Module):
         return ", ".join(self.adapters)
 
 
-def _applied(group: Overwritten, fn: Callable[[Tensor], Tensor]) -> Overwritten:
-    """A cast or a move of the module; of the indices the move alone."""
-    base, written = fn(group.base), fn(group.written)
-    return Overwritten(group.layout.moved(group.layout.indices.to(base.device)), base, written)
+def _applied(saved: SavedEntries, fn: Callable[[Tensor], Tensor]) -> SavedEntries:
+    """A cast or a move of the module; of the plan the move alone."""
+    base, written = fn(saved.base), fn(saved.written)
+    return SavedEntries(saved.plan.moved(base.device), base, written)
 
 
 _owners: WeakSet[nn.Module] = WeakSet()
@@ -237,19 +153,19 @@ def _save_the_base(
     if offload == "memory" or _holds_parameters(state_dict, prefix, entries):
         return
     restored: dict[int, Tensor] = {}
-    locator = Locator(module)
-    located = {name: locator.locate(name) for name in entries}
-    keys = _keys_by_address(state_dict, prefix, located)
-    if foreign := written_since(entries.items(), located):
+    weights = WeightMap(module)
+    live = weights.live(entries)
+    keys = _keys_by_address(state_dict, prefix, live)
+    if foreign := written_since(entries.values(), live):
         raise written_by_others(foreign, f"what to save as the base of {type(module).__name__} is not known")
-    for name, entry in entries.items():
-        for holder in located[name].holders:
-            address = holder.tensor.data_ptr()
+    for name, indices, base, _ in entries.values():
+        for tensor, offset in weights.holders(name):
+            address = tensor.data_ptr()
             if address in keys and address not in restored:
-                restored[address] = holder.tensor.detach().clone(memory_format=torch.preserve_format)
+                restored[address] = tensor.detach().clone(memory_format=torch.preserve_format)
             if address in restored:
                 copy = restored[address]
-                overwrite(copy, entry.indices, entry.base.to(copy.device, copy.dtype), holder.offset)
+                overwrite(copy, indices, base.to(copy.device, copy.dtype), offset)
     for address, copy in restored.items():
         for key in keys[address]:
             state_dict[key] = copy
@@ -263,15 +179,13 @@ def _holds_parameters(state_dict: Mapping[str, object], prefix: str, names: Coll
     )
 
 
-def _keys_by_address(
-    state_dict: Mapping[str, object], prefix: str, located: Mapping[str, Located]
-) -> dict[int, list[str]]:
+def _keys_by_address(state_dict: Mapping[str, object], prefix: str, live: Mapping[str, Tensor]) -> dict[int, list[str]]:
     """The keys of a module in a state dict by the memory that they name; offloaded ones by where that is kept."""
     keys: dict[int, list[str]] = {}
     for key, value in state_dict.items():
         if key.startswith(prefix) and isinstance(value, Tensor):
-            stored = located.get(canonical_name(key.removeprefix(prefix))) if value.is_meta else None
-            keys.setdefault(value.data_ptr() if stored is None else stored.weight.data_ptr(), []).append(key)
+            stored = live.get(canonical_name(key.removeprefix(prefix))) if value.is_meta else None
+            keys.setdefault(value.data_ptr() if stored is None else stored.data_ptr(), []).append(key)
     return keys
 
 
@@ -284,16 +198,12 @@ def _no_way_to_disk(module: nn.Module, state: ShiraState) -> ResidentStateError:
     )
 
 
-def written_since(
-    entries: Iterable[tuple[str, Entry]], located: Mapping[str, Located], *, base_too: bool = True
-) -> list[str]:
-    """The weights that somebody else has written: they hold neither what was written nor, if that counts, the base."""
+def written_since(parts: Iterable[Part], live: Mapping[str, Tensor], *, base_too: bool = True) -> list[str]:
+    """The weights modified outside shira_diffusers: they hold neither what was written nor, if that counts, the base."""
     return [
         name
-        for name, entry in entries
-        if not _holds_any(
-            located[name].weight, entry.indices, (entry.written, entry.base) if base_too else (entry.written,)
-        )
+        for name, indices, base, written in parts
+        if not _holds_any(live[name], indices, (written, base) if base_too else (written,))
     ]
 
 

@@ -1,57 +1,68 @@
 """Carry out a switch, all of it or nothing.
 
-Everything is planned and checked first; then the entries are overwritten. Nothing is ever subtracted: the bits that
-were overwritten are saved and written back.
+In: mixes of the components of a model. Out: their weights overwritten in place, and the bits that were there. Everything
+is planned and checked first; nothing is ever subtracted: the bits that were overwritten are saved and written back.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.adapters.merge import MergeMethod, Union, merge_method, sum_deltas
+from shira_diffusers.adapters.merge import Union, merge_method, sum_deltas
 from shira_diffusers.adapters.scales import Scale, scale_of
 from shira_diffusers.engine.fit import join_name
 from shira_diffusers.engine.offloading import note_offload
-from shira_diffusers.engine.plan import lay_out
+from shira_diffusers.engine.plan import Mix, as_now, fits_now, known_plans, plan_entries
 from shira_diffusers.engine.sharing import claims, conflicts
-from shira_diffusers.engine.state import (
-    Entry,
-    Layout,
-    Mix,
-    Overwritten,
-    ShiraState,
-    ensure_state,
-    written_by_others,
-    written_since,
-)
-from shira_diffusers.engine.steps import Change, Kind, Weights
+from shira_diffusers.engine.state import ShiraState, ensure_state, written_by_others, written_since
 from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
-from shira_diffusers.weights.finder import Located, locator_of, unwrap
-from shira_diffusers.weights.sweep_cpu import Step
-from shira_diffusers.weights.sweep_triton import sweeps_of
+from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
+from shira_diffusers.weights.scatter import cast, overwrite
+from shira_diffusers.weights.steps import EntryPlan, Kind, SavedEntries, SwitchStep
+from shira_diffusers.weights.sweep_cpu import TorchSweep
+from shira_diffusers.weights.sweep_triton import TritonSweep, sweeps_of
 
 
 @dataclass(slots=True)
-class Plan:
-    """One module's part of a switch; ``fresh`` is what will be overwritten after it."""
+class Transaction:
+    """One component's part of a switch; ``run`` carries out those of all components, or none.
+
+    Args:
+        component: its name, empty for a bare module.
+        module: it, unwrapped.
+        state: its own.
+        mix, disabled: what the state has after it.
+        weights, live: where the weights are, and they themselves.
+        outgoing: what is restored, as the weights are now.
+        plans: of what is overwritten next.
+        incoming: what is overwritten after it, filled on the way.
+    """
 
     component: str
     module: nn.Module
     state: ShiraState
     mix: Mix
     disabled: Mix | None
-    weights: Weights
-    current: list[Overwritten]
-    layouts: tuple[Layout, ...]
-    merge: MergeMethod
-    fresh: list[Overwritten] = field(default_factory=list)
+    weights: WeightMap
+    live: dict[str, Tensor]
+    outgoing: list[SavedEntries]
+    plans: tuple[EntryPlan, ...]
+    incoming: list[SavedEntries] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Note that it has been carried out."""
+        self.state.mix, self.state.disabled = self.mix, self.disabled
+        self.state.set_overwritten(self.incoming)
+        note_offload(self.module)
+        if self.live:
+            _reset_step_cache(self.module)
 
 
-def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None = None) -> Plan:
+def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None = None) -> Transaction:
     """Find everything that a switch of one component needs, and check it. Nothing is written.
 
     Args:
@@ -67,28 +78,36 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     module = unwrap(model)
     state = ensure_state(module)
     adapters = [state.adapters[name] for name in sorted(mix.scales)]
-    names = {name for adapter in adapters for name in adapter.deltas}
-    names |= {name for group in state.overwritten for name in group.layout.names}
-    locator = locator_of(model)
+    weights = weights_of(model)
+    saved_plans = tuple([saved.plan for saved in state.overwritten])
+    plans = known_plans(adapters, [saved_plans, *state.remembered])
+    # weights of the known plans first: as a rule these are all, in two tuples of the same names
+    names = dict.fromkeys(chain(*[plan.names for plan in (*saved_plans, *(plans or ()))]))
+    if plans is None and adapters:
+        names |= dict.fromkeys(sorted({name for adapter in adapters for name in adapter.deltas}))
     if names:
-        locator.require_not_frozen()
-    located = {name: locator.locate(name) for name in sorted(names)}
-    weights = Weights(located, state.spares)
-    current = [part for group in state.overwritten for part in weights.as_now(group)]
-    if adapters and any(len(weight.holders) > 1 for weight in located.values()):
-        _require_apart(component, located)  # ``add`` has seen to all that was not fused since
-    layouts = lay_out(adapters, located, [tuple(group.layout for group in current), *state.remembered])
-    state.remember(layouts)
-    return Plan(component, module, state, mix, disabled, weights, current, layouts, merge_method(mix.method))
+        weights.require_not_frozen()
+    live = weights.live(names)
+    if plans is not None and not fits_now(plans, live, weights.version):
+        plans = None
+        live |= weights.live(sorted({name for adapter in adapters for name in adapter.deltas}))
+    outgoing = [part for saved in state.overwritten for part in as_now(saved, live, weights.version)]
+    if adapters and weights.copied(live):
+        _require_apart(component, weights, live)  # ``add`` has seen to all that was not fused since
+    if plans is None:
+        plans = plan_entries(adapters, live)
+    state.remember(plans)
+    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans)
 
 
-def _require_apart(component: str, located: Mapping[str, Located]) -> None:
+def _require_apart(component: str, weights: WeightMap, names: Iterable[str]) -> None:
     """Require that no two weights share memory, as an original and its copy do that was fused since they were added.
 
     Raises:
         ResidentStateError: names the weights.
     """
-    shared = [f"{join_name(component, b.name)} and {a.name}" for a, b in conflicts(claims(located))]
+    held = {name: weights.holders(name) for name in names}
+    shared = [f"{join_name(component, b.name)} and {a.name}" for a, b in conflicts(claims(held))]
     if shared:
         raise ResidentStateError(
             f"{counted(len(shared), 'pair')} of adapted weights {verb(len(shared), 'shares', 'share')} memory, "
@@ -97,32 +116,28 @@ def _require_apart(component: str, located: Mapping[str, Located]) -> None:
         )
 
 
-def run(plans: Sequence[Plan]) -> None:
-    """Carry out the plans of all components, or none: on any exception what was written is taken back.
+def run(transactions: Sequence[Transaction]) -> None:
+    """Carry out a switch of all components, or none: on any exception what was written is taken back.
 
     Only masked entries change; no tensor is replaced, so addresses stay. The caller holds the models' write locks.
 
     Raises:
-        ResidentStateError: somebody else has written the weights that leave.
+        ResidentStateError: the weights that leave were modified outside shira_diffusers.
         ShiraError: sums that are too large for the weights' dtype.
     """
     with ExitStack() as undo:
-        if not _carry_out(plans, undo):
+        if not _carry_out(transactions, undo):
             undo.close()
-            for plan in plans:
-                plan.current = read_current(plan.component, plan.current, plan.weights)
-            if not _carry_out(plans, undo):
+            for one in transactions:
+                one.outgoing = read_current(one.component, one.outgoing, one.live)
+            if not _carry_out(transactions, undo):
                 raise ResidentStateError("adapted weights are being written by somebody else while they are switched")
         undo.pop_all()
-    for plan in plans:
-        plan.state.mix, plan.state.disabled = plan.mix, plan.disabled
-        plan.state.set_overwritten(plan.fresh)
-        note_offload(plan.module)
-        if plan.weights.located:
-            _reset_step_cache(plan.module)
+    for one in transactions:
+        one.commit()
 
 
-def _carry_out(plans: Sequence[Plan], undo: ExitStack) -> bool:
+def _carry_out(transactions: Sequence[Transaction], undo: ExitStack) -> bool:
     """Restore what leaves, save what is overwritten next, overwrite it.
 
     Returns:
@@ -131,39 +146,43 @@ def _carry_out(plans: Sequence[Plan], undo: ExitStack) -> bool:
     Raises:
         ShiraError: sums that are too large for the weights' dtype; ``undo`` is due.
     """
-    for plan in plans:
-        plan.fresh = []
     finite = True
-    for steps in zip_longest(*(_steps(plan) for plan in plans)):
-        taken = [step for own in steps if own for step in own]
-        for sweep in sweeps_of([step for step, _, _, _ in taken]):
+    for own in zip_longest(*[_steps(one) for one in transactions], fillvalue=[]):
+        steps = list(chain(*own))
+        for sweep in _sweeps(steps):
             undo.callback(sweep.undo)
             if not sweep.run():
                 return False
             finite &= sweep.finite
-        for _, weights, old, new in taken:
-            undo.callback(_undo_copies, weights, old, new)
-            _write_copies(weights, old, new)
+        for step in steps:
+            undo.callback(_undo_copies, step)
+            _write_copies(step)
     if not finite:
-        _require_in_range(plans)
+        _require_in_range(transactions)
     return True
 
 
-def _require_in_range(plans: Sequence[Plan]) -> None:
+@torch.inference_mode(False)
+@torch.no_grad()
+def _sweeps(steps: Sequence[SwitchStep]) -> list[TorchSweep | TritonSweep]:
+    return sweeps_of(steps)
+
+
+def _require_in_range(transactions: Sequence[Transaction]) -> None:
     """Require that no finite value of the base has become infinite or NaN.
 
     Raises:
         ShiraError: names the weights, with counts.
     """
     wide = [
-        f"{join_name(plan.component, name)}: {counted(count, 'entry', of=entry.base.numel())} in {_name_of(entry)}"
-        for plan in plans
-        for group in plan.fresh
-        for name, entry in group.entries()
-        if (count := int((_finite(entry.base) & ~_finite(entry.written)).sum()))
+        f"{join_name(one.component, name)}: {counted(count, 'entry', of=base.numel())} in {_name_of(base)}"
+        for one in transactions
+        for saved in one.incoming
+        for name, _, base, written in saved.parts()
+        if (count := int((_finite(base) & ~_finite(written)).sum()))
     ]
     if wide:
-        mix = ", ".join(f"{name}={scale}" for name, scale in sorted(_all_scales(plans).items()))
+        mix = ", ".join(f"{name}={scale}" for name, scale in sorted(_all_scales(transactions).items()))
         raise ShiraError(
             f"{counted(len(wide), 'weight')} would become infinite or NaN with {mix}, expected sums in the range of "
             "their dtype; nothing has changed. Use smaller scales, or load the model in a wider dtype:"
@@ -171,111 +190,121 @@ def _require_in_range(plans: Sequence[Plan]) -> None:
         )
 
 
-def _all_scales(plans: Iterable[Plan]) -> dict[str, Scale]:
-    return {name: scale for plan in plans for name, scale in plan.mix.scales.items()}
+def _all_scales(transactions: Iterable[Transaction]) -> dict[str, Scale]:
+    return {name: scale for one in transactions for name, scale in one.mix.scales.items()}
 
 
-def _name_of(entry: Entry) -> str:
-    return str(entry.base.dtype).removeprefix("torch.")
+def _name_of(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
 
 
 def _finite(values: Tensor) -> Tensor:
     return torch.isfinite(values.float() if values.dtype != torch.float64 else values)
 
 
-_Taken = tuple[Step, Weights, Overwritten | None, Overwritten | None]
-
-
-def _steps(plan: Plan) -> Iterator[list[_Taken]]:
+@torch.inference_mode(False)  # what is saved is read and written in any mode
+@torch.no_grad()
+def _steps(one: Transaction) -> list[list[SwitchStep]]:
     """The steps of one component: those of a list touch different weights, each list comes after the one before.
 
     Nearly always one step in all: weights of one dtype on one device, one mix that leaves and one that arrives.
     """
-    kind_of = plan.weights.kind
-    arriving = {kind_of(layout.names[0]): layout for layout in plan.layouts}
-    leaving: dict[Kind, list[Overwritten]] = {}
-    for group in plan.current:
-        leaving.setdefault(kind_of(group.layout.names[0]), []).append(group)
+    one.incoming = []
+    version = one.weights.version
+    arriving = {plan.kinds(one.live, version)[0]: plan for plan in one.plans}
+    leaving: dict[Kind, list[SavedEntries]] = {}
+    for saved in one.outgoing:
+        leaving.setdefault(saved.plan.kinds(one.live, version)[0], []).append(saved)
+    steps = [
+        [_step(one, groups[k], None) for groups in leaving.values() if k < len(groups) - 1]
+        for k in range(max(map(len, leaving.values()), default=1) - 1)
+    ]
     pairs = [(leaving[kind][-1] if kind in leaving else None, arriving.get(kind)) for kind in {**leaving, **arriving}]
-    for k in range(max((len(groups) for groups in leaving.values()), default=1) - 1):
-        yield [_step(plan, groups[k], None) for groups in leaving.values() if k < len(groups) - 1]
-    yield [_step(plan, old, layout) for old, layout in pairs]
+    return [*steps, [_step(one, old, plan) for old, plan in pairs]]
 
 
-def _step(plan: Plan, old: Overwritten | None, layout: Layout | None) -> _Taken:
-    step, new = plan.weights.step(old, None if layout is None else _change(plan, layout))
-    if new is not None:
-        plan.fresh.append(new)
-    return step, plan.weights, old, new
+def _step(one: Transaction, outgoing: SavedEntries | None, plan: EntryPlan | None) -> SwitchStep:
+    if plan is None:
+        return SwitchStep(one.weights, one.live, outgoing, None)
+    first, pool = one.live[plan.names[0]], one.state.pool
+    stays = outgoing is not None and outgoing.plan is plan
+    base = outgoing.base if outgoing is not None and stays else pool.take(plan.bounds[-1], first)
+    incoming = SavedEntries(plan, base, pool.take(plan.bounds[-1], first))
+    one.incoming.append(incoming)
+    return SwitchStep(one.weights, one.live, outgoing, incoming, *_mixed(one, plan))
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def _change(plan: Plan, layout: Layout) -> Change:
-    """``sum of scale * delta``, where there is one adapter without the multiplication, which the step does."""
-    names = sorted(plan.mix.scales)
-    if plan.merge is sum_deltas and len(names) == 1:
-        scale = plan.mix.scales[names[0]]
+def _mixed(one: Transaction, plan: EntryPlan) -> tuple[Tensor, Mapping[str, float] | float]:
+    """``sum of scale * delta``, ``[n]``, and what is still to be multiplied with: of one adapter its scale."""
+    names, merge = sorted(one.mix.scales), merge_method(one.mix.method)
+    if merge is sum_deltas and len(names) == 1:
+        scale = one.mix.scales[names[0]]
         if isinstance(scale, int | float):
-            return Change(layout, layout.values[0], float(scale))
-        return Change(layout, layout.values[0], {n: scale_of(scale, plan.component, n) for n in layout.names})
-    values, scales, places = [], [], []
-    for k, name in enumerate(names):
-        if layout.members[k]:
-            values.append(layout.values[k])
-            scales.append(_scales(plan, layout, k, plan.mix.scales[name]))
-            places.append(layout.places[k])
-    return Change(layout, plan.merge(Union(layout.indices, tuple(places)), values, scales), 1.0)
+            return plan.values[0], float(scale)
+        return plan.values[0], {name: scale_of(scale, one.component, name) for name in plan.names}
+    held = [k for k in range(len(names)) if plan.members[k]]
+    union = Union(plan.indices, tuple([plan.places[k] for k in held]))
+    scales = [_scales(one, plan, k, one.mix.scales[names[k]]) for k in held]
+    return merge(union, [plan.values[k] for k in held], scales), 1.0
 
 
-def _scales(plan: Plan, layout: Layout, adapter: int, scale: Scale) -> float | Tensor:
+def _scales(one: Transaction, plan: EntryPlan, member: int, scale: Scale) -> float | Tensor:
     """One number where all weights have the same scale, else float32 ``[nnz]``."""
     if isinstance(scale, int | float):
         return float(scale)
-    by_weight = [scale_of(scale, plan.component, weight) for weight in layout.members[adapter]]
-    sizes = torch.tensor([layout.adapters[adapter].deltas[name].nnz for name in layout.members[adapter]], device="cpu")
-    return torch.tensor(by_weight, dtype=torch.float32, device="cpu").repeat_interleave(sizes).to(layout.indices.device)
+    by_weight = [scale_of(scale, one.component, weight) for weight in plan.members[member]]
+    sizes = torch.tensor([plan.sources[member].deltas[name].nnz for name in plan.members[member]], device="cpu")
+    return torch.tensor(by_weight, dtype=torch.float32, device="cpu").repeat_interleave(sizes).to(plan.indices.device)
 
 
-def _write_copies(weights: Weights, old: Overwritten | None, new: Overwritten | None) -> None:
-    if old is not None:
-        weights.write_copies(old.layout, old.base)
-    if new is not None:
-        weights.write_copies(new.layout, new.written)
+def _write_copies(step: SwitchStep) -> None:
+    """Write what a step has written to all else that holds the weights: fused copies, offloaded originals."""
+    if step.outgoing is not None:
+        _write_all(step, step.outgoing.plan, step.outgoing.base)
+    if step.incoming is not None:
+        _write_all(step, step.incoming.plan, step.incoming.written)
 
 
-def _undo_copies(weights: Weights, old: Overwritten | None, new: Overwritten | None) -> None:
-    if new is not None:
-        weights.write_copies(new.layout, new.base)
-    if old is not None:
-        weights.write_copies(old.layout, old.written)
+def _undo_copies(step: SwitchStep) -> None:
+    if step.incoming is not None:
+        _write_all(step, step.incoming.plan, step.incoming.base)
+    if step.outgoing is not None:
+        _write_all(step, step.outgoing.plan, step.outgoing.written)
 
 
-def read_current(component: str, groups: Iterable[Overwritten], weights: Weights) -> list[Overwritten]:
+def _write_all(step: SwitchStep, plan: EntryPlan, values: Tensor) -> None:
+    copied = step.weights.copied(plan.names)
+    if copied:
+        parts = zip(plan.names, plan.indices.split(plan.sizes), values.split(plan.sizes), strict=True)
+        for name, indices, bits in parts:
+            for tensor, offset in step.weights.holders(name)[1:] if name in copied else ():
+                overwrite(tensor, indices, cast(bits, tensor), offset)
+
+
+def read_current(component: str, groups: Iterable[SavedEntries], live: Mapping[str, Tensor]) -> list[SavedEntries]:
     """The overwritten entries with the bits that are there now: what was written, or the base again.
 
     The base is there where somebody has put back what ``state_dict`` gave, as accelerate does when it offloads.
 
     Raises:
-        ResidentStateError: names the weights that somebody else has written.
+        ResidentStateError: names the weights that were modified outside shira_diffusers.
     """
-    current: list[Overwritten] = []
+    current: list[SavedEntries] = []
     foreign: list[str] = []
-    for group in groups:
-        current.append(replace(group, written=weights.now(group.layout)))
-        foreign += written_since(group.entries(), weights.located)
+    for saved in groups:
+        current.append(replace(saved, written=saved.plan.read(live)))
+        foreign += written_since(saved.parts(), live)
     _require_ours(component, foreign)
     return current
 
 
-def require_written(component: str, groups: Iterable[Overwritten], weights: Weights) -> None:
+def require_written(component: str, groups: Iterable[SavedEntries], live: Mapping[str, Tensor]) -> None:
     """Require that overwritten entries hold what was written.
 
     Raises:
-        ResidentStateError: names the weights that somebody else has written.
+        ResidentStateError: names the weights that were modified outside shira_diffusers.
     """
-    entries = (entry for group in groups for entry in group.entries())
-    _require_ours(component, written_since(entries, weights.located, base_too=False))
+    _require_ours(component, written_since(chain(*[saved.parts() for saved in groups]), live, base_too=False))
 
 
 def _require_ours(component: str, foreign: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from shira_diffusers.formats.header import (
     read_peft_header,
 )
 from shira_diffusers.formats.shira_file import tensor_of
-from shira_diffusers.weights.finder import Locator, unwrap
+from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.targets import weight_shape
 
 __all__ = ["PEFT_CONFIG", "PEFT_WEIGHTS", "is_peft_folder", "is_peft_state_dict", "load_peft_adapter"]
@@ -83,7 +83,7 @@ def decode_peft(
 
     Args and Raises: see ``load_peft_adapter``.
     """
-    locator = Locator(model)
+    weights = WeightMap(model)
     deltas: dict[str, SparseDelta] = {}
     damaged: list[str] = []
     misfits: list[str] = []
@@ -98,7 +98,7 @@ def decode_peft(
             continue
         indices = tensors.get(key.removesuffix(VALUES) + INDICES)
         try:
-            shape = tuple(locator.locate(f"{path}.weight").weight.shape)
+            shape = tuple(weights[f"{path}.weight"].shape)
             deltas[f"{path}.weight"] = _decode_layer(tensor, indices, shape)
         except AdapterMismatchError as error:
             misfits.append(str(error))
@@ -177,9 +177,9 @@ def _fitting(tensors: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> 
 
 def _shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]] | None:
     """Each weight's shape by its layer's own account, empty for one that is no Linear; None if a layer is missing."""
-    locator = Locator(model)
+    weights = WeightMap(model)
     try:
-        return {name: weight_shape(locator.layer(name)) or () for name in names}
+        return {name: weight_shape(weights.layer(name)) or () for name in names}
     except AdapterMismatchError:
         return None
 

@@ -20,7 +20,7 @@ from shira_diffusers.engine.fit import trained_on
 from shira_diffusers.engine.locks import hold
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.integrations.side_branch import SideBranch, branch_of
-from shira_diffusers.weights.finder import Locator, unwrap
+from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.targets import FUSED_COPIES, require_modules, weight_shape
 
 _PROJECTIONS = frozenset((*chain(*FUSED_COPIES.values()), "to_out", "to_out.0", "to_add_out"))
@@ -158,13 +158,13 @@ def set_shira_attn_processors(
     """
     require_modules(model, "a module", "set_shira_attn_processors(pipe.unet, ...), once for each model")
     root = unwrap(model)
-    locator = Locator(root)
-    deltas = _merge(locator, adapter, scale, component)
+    weights = WeightMap(root)
+    deltas = _merge(weights, adapter, scale, component)
     with hold([root], write=True):
         remove_shira_attn_processors(root)
-        for attention, own in _by_attention(locator, deltas):
+        for attention, own in _by_attention(weights, deltas):
             attention.set_processor(ShiraAttnProcessor(attention.processor, own))
-        for layer, delta in _by_layer(locator, deltas):
+        for layer, delta in _by_layer(weights, deltas):
             layer.register_forward_hook(branch_of(layer, delta))
 
 
@@ -187,7 +187,7 @@ def remove_shira_attn_processors(model: nn.Module) -> None:
 
 
 def _merge(
-    locator: Locator,
+    weights: WeightMap,
     adapter: ShiraAdapter | Sequence[ShiraAdapter],
     scale: Weights,
     component: str | None,
@@ -202,26 +202,26 @@ def _merge(
         )
     parts = []
     for number, (given, strength) in enumerate(zip(adapters, scales, strict=True)):
-        name, part = _part_for(locator, given, component)
-        checked = _checked(f"number {number}", strength, given.component_names() if name else [], name, locator)
-        _require_fit(locator, part)
+        name, part = _part_for(weights, given, component)
+        checked = _checked(f"number {number}", strength, given.component_names() if name else [], name, weights)
+        _require_fit(weights, part)
         parts.append((part, partial(scale_of, checked, name)))
     fused = fuse_scaled(parts)
     return {name: delta for name, delta in fused.deltas.items() if bool(delta.values.any())}
 
 
-def _checked(adapter: str, scale: Scale | None, components: Sequence[str], own: str, locator: Locator) -> Scale:
+def _checked(adapter: str, scale: Scale | None, components: Sequence[str], own: str, weights: WeightMap) -> Scale:
     """A scale as ``check_scale`` gives it; the blocks of components other than ``own`` are not known here."""
     if isinstance(scale, Mapping):
         scale = {p: 1.0 if p != own and isinstance(value, Mapping) else value for p, value in scale.items()}
-    blocks = blocks_of(locator.module(""))
+    blocks = blocks_of(weights.module(""))
     return check_scale(adapter, 1.0 if scale is None else scale, dict.fromkeys(components, blocks))
 
 
-def _part_for(locator: Locator, adapter: ShiraAdapter, component: str | None) -> tuple[str, ShiraAdapter]:
+def _part_for(weights: WeightMap, adapter: ShiraAdapter, component: str | None) -> tuple[str, ShiraAdapter]:
     """The component's name, empty for plain parameter names, and the adapter's part for it."""
     has = adapter.component_names()
-    if component is None and any(locator.module(first) is not None for first in has):
+    if component is None and any(weights.module(first) is not None for first in has):
         return "", adapter
     if component is None and len(has) == 1:
         component = has[0]
@@ -233,7 +233,7 @@ def _part_for(locator: Locator, adapter: ShiraAdapter, component: str | None) ->
     return component, adapter.part(component)
 
 
-def _require_fit(locator: Locator, adapter: ShiraAdapter) -> None:
+def _require_fit(weights: WeightMap, adapter: ShiraAdapter) -> None:
     """Require a layer of the right shape for each delta.
 
     Raises:
@@ -242,7 +242,7 @@ def _require_fit(locator: Locator, adapter: ShiraAdapter) -> None:
     wrong: list[str] = []
     for name, delta in adapter.deltas.items():
         try:
-            layer = locator.layer(name)
+            layer = weights.layer(name)
         except AdapterMismatchError as error:
             wrong.append(str(error))
             continue
@@ -261,31 +261,31 @@ def _require_fit(locator: Locator, adapter: ShiraAdapter) -> None:
         )
 
 
-def _attention_of(locator: Locator, name: str) -> tuple[str, Any] | None:
+def _attention_of(weights: WeightMap, name: str) -> tuple[str, Any] | None:
     """The path and the attention layer whose processor calls a weight's layer; None where none does."""
     path = name.removesuffix(".weight")
     for projection in (".".join(path.split(".")[-length:]) for length in (1, 2)):
         if projection in _PROJECTIONS:
             place = path.removesuffix("." + projection)
-            attention = locator.module(place)
+            attention = weights.module(place)
             if hasattr(attention, "set_processor") and getattr(attention, "processor", None) is not None:
                 return place, attention
     return None
 
 
-def _by_attention(locator: Locator, deltas: Mapping[str, SparseDelta]) -> list[tuple[Any, dict[str, SparseDelta]]]:
+def _by_attention(weights: WeightMap, deltas: Mapping[str, SparseDelta]) -> list[tuple[Any, dict[str, SparseDelta]]]:
     """The attention layers with the deltas of their projections."""
     found: dict[str, tuple[Any, dict[str, SparseDelta]]] = {}
     for name, delta in deltas.items():
-        if (place := _attention_of(locator, name)) is not None:
+        if (place := _attention_of(weights, name)) is not None:
             path, attention = place
             projection = name.removeprefix(f"{path}.").removesuffix(".weight")
             found.setdefault(path, (attention, {}))[1][projection] = delta
     return list(found.values())
 
 
-def _by_layer(locator: Locator, deltas: Mapping[str, SparseDelta]) -> Iterator[tuple[nn.Module, SparseDelta]]:
+def _by_layer(weights: WeightMap, deltas: Mapping[str, SparseDelta]) -> Iterator[tuple[nn.Module, SparseDelta]]:
     """All other layers with their deltas."""
     for name, delta in deltas.items():
-        if _attention_of(locator, name) is None:
-            yield locator.layer(name), delta
+        if _attention_of(weights, name) is None:
+            yield weights.layer(name), delta

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shira_diffusers.weights.scatter import flat_view, physical
+from shira_diffusers.weights.scatter import flat_view, storage_indices
 
 _engine: Any = torch.autograd.Variable._execution_engine  # FSDP and DDP end their backward in the same way
 _running: Callable[[], int] = torch._C._current_graph_task_id
@@ -57,7 +57,7 @@ class GradientBuffer:
         if dense.is_contiguous():
             torch.index_select(dense.view(-1), 0, indices, out=self.slot(number, dense.dtype))
         else:
-            places = physical(indices, dense)
+            places = storage_indices(indices, dense)
             torch.index_select(flat_view(dense), 0, places, out=self.slot(number, dense.dtype))
 
     def flush(self) -> None:

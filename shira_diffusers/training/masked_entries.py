@@ -1,14 +1,14 @@
 """The trained entries of many weights, read and written as one float32 tensor."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.weights.scatter import flat_view, physical
-from shira_diffusers.weights.sites import Each, Key, Sites, find, key_of, sites_of
+from shira_diffusers.weights.finder import identity
+from shira_diffusers.weights.sweep_cpu import Access
+from shira_diffusers.weights.sweep_triton import access
 
 
 class _Group(NamedTuple):
@@ -16,7 +16,7 @@ class _Group(NamedTuple):
 
     dtype: torch.dtype
     places: Tensor | None
-    sites: Sites
+    access: Access
 
 
 class MaskedEntries:
@@ -30,32 +30,30 @@ class MaskedEntries:
 
     def __init__(self, weights: Sequence[nn.Parameter], sizes: Sequence[int], indices: Tensor) -> None:
         self._weights, self._sizes, self._indices = weights, list(sizes), indices
-        self._key: Key | None = None
+        self._key: list[tuple[Any, ...]] = []
         self._groups: list[_Group] = []
 
     @torch.no_grad()
     def read(self) -> Tensor:
         """Read all entries: float32 ``(nnz,)``, exact for float32, float16 and bfloat16 weights."""
         values = torch.empty(self._indices.numel(), device=self._indices.device)
-        for _, places, sites in self._located():
+        for _, places, (read, _) in self._located():
             if places is None:
-                return sites.read().float()
-            values[places] = sites.read().float()
+                return read().float()
+            values[places] = read().float()
         return values
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Write ``values``, float32 ``(nnz,)``, rounded to each weight's dtype; one cast per dtype."""
-        for dtype, places, sites in self._located():
-            if isinstance(sites, Each):  # kernels want int64: one cast for all weights, held during this write only
-                sites = replace(sites, indices=sites.indices.long())
-            sites.write((values if places is None else values[places]).to(dtype))
+        for dtype, places, (_, write) in self._located():
+            write((values if places is None else values[places]).to(dtype))
         torch.autograd.graph.increment_version(self._weights)  # a backward that needs the old values must fail
         torch.clear_autocast_cache()  # an enclosing autocast region holds casts of the old weights
 
     def _located(self) -> list[_Group]:
         """Locate the entries; again only after a weight was cast or moved."""
-        key = key_of(self._weights)
+        key = [identity(weight) for weight in self._weights]
         if key != self._key:
             self._groups.clear()
             dtypes = list(dict.fromkeys(weight.dtype for weight in self._weights))
@@ -64,23 +62,11 @@ class MaskedEntries:
         return self._groups
 
     def _all(self, dtype: torch.dtype) -> _Group:
-        return _Group(dtype, None, _sites(self._weights, self._sizes, self._indices))
+        return _Group(dtype, None, access(self._weights, self._sizes, self._indices))
 
     def _group(self, dtype: torch.dtype) -> _Group:
         own = [number for number, weight in enumerate(self._weights) if weight.dtype == dtype]
         parts = torch.arange(self._indices.numel(), device=self._indices.device).split(self._sizes)
         places = torch.cat([parts[n] for n in own])
         weights, sizes = [self._weights[n] for n in own], [self._sizes[n] for n in own]
-        return _Group(dtype, places, _sites(weights, sizes, self._indices[places]))
-
-
-def _sites(weights: Sequence[nn.Parameter], sizes: list[int], indices: Tensor) -> Sites:
-    found = find(weights, sizes, indices)
-    if found is not None:
-        return sites_of(weights, sizes, indices, found)
-    if all(weight.is_contiguous() for weight in weights):
-        return Each(weights, sizes, indices)
-    # strides are resolved once: from here on weights are addressed in storage order
-    parts = zip(weights, indices.split(sizes), strict=True)
-    places = torch.cat([physical(own, weight).to(indices.dtype) for weight, own in parts])
-    return Each([flat_view(weight.detach()) for weight in weights], sizes, places)
+        return _Group(dtype, places, access(weights, sizes, self._indices[places]))

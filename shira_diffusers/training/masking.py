@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from shira_diffusers.adapters.delta import check_indices
 from shira_diffusers.engine.state import state_of
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
-from shira_diffusers.weights.finder import Locator, unwrap
+from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.scatter import gather, overwrite
 from shira_diffusers.weights.targets import canonical_name, parts_of
 
@@ -77,14 +77,15 @@ class _Finder:
 
     def __init__(self, prefix: str, module: nn.Module) -> None:
         self._prefix = prefix
-        self._locator = Locator(module)
+        self._weights = WeightMap(module)
         named = unwrap(module).named_parameters(remove_duplicate=False)
         self._parameters = {canonical_name(name): parameter for name, parameter in named}
 
     def find(self, name: str, mask: Tensor) -> nn.Parameter:
-        located = self._locator.locate(name.removeprefix(self._prefix))
-        parameter = self._parameters[located.name]
-        _require_trainable(name, parameter, len(located.holders))
+        own = name.removeprefix(self._prefix)
+        holders = self._weights.holders(own)
+        parameter = self._parameters[self._weights.own_name(own)]
+        _require_trainable(name, parameter, len(holders))
         wrong = check_indices(mask, parameter.numel())
         if wrong:
             raise AdapterMismatchError(f"{name} of shape {tuple(parameter.shape)}: {wrong}")

@@ -1,10 +1,12 @@
 """Find every tensor that holds a named weight now: the parameter, its fused copies, its offloaded original.
 
-This module only looks; what it returns is written by ``resident``. compat notes are in docs/compatibility.md.
+In: a module and parameter names. Out: tensors, and a version that changes when they move. Nothing is written here.
+What diffusers does to weights is in docs/compatibility.md.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -20,32 +22,8 @@ _FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     name: [(copy, parts[: parts.index(name)]) for copy, parts in FUSED_COPIES.items() if name in parts]
     for name in {name for parts in FUSED_COPIES.values() for name in parts}
 }
+_versions = count(1)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-class Holder(NamedTuple):
-    """A tensor that holds a weight, row-major from ``offset`` entries on."""
-
-    tensor: Tensor
-    offset: int = 0
-
-
-class Located(NamedTuple):
-    """A weight of a module by the module's own name, and every tensor that holds it, first the weight itself."""
-
-    name: str
-    holders: tuple[Holder, ...]
-
-    @property
-    def weight(self) -> Tensor:
-        """The live weight (the stored one, where accelerate has offloaded it)."""
-        return self.holders[0].tensor
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """The same for two names of one tied weight."""
-        weight = self.weight
-        return (weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride())
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -60,31 +38,10 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
-class _Plain(NamedTuple):
-    """A weight that is nothing but a contiguous parameter of its layer, and where it was; keeps nothing alive."""
+class WeightMap:
+    """Name -> the live tensor of a weight, and every other tensor that holds it, for one module.
 
-    name: str
-    layer: ref[nn.Module]
-    leaf: str
-    address: int
-    dtype: torch.dtype
-
-    def locate(self) -> Located | None:
-        """The weight, if it still is where it was."""
-        layer = self.layer()
-        parameter = None if layer is None else layer.__dict__["_parameters"].get(self.leaf)
-        if (
-            type(parameter) is nn.Parameter
-            and parameter.data_ptr() == self.address
-            and parameter.dtype == self.dtype
-            and parameter.is_contiguous()
-        ):
-            return Located(self.name, (Holder(parameter.data),))
-        return None
-
-
-class Locator:
-    """Resolves names in one module. What it has found of plain weights it looks at again, not for again.
+    No layer and no weight is kept alive, so that they go as soon as their user drops or moves them.
 
     Args:
         module: the component, compiled or not.
@@ -94,11 +51,15 @@ class Locator:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # no layer and no weight is kept alive, so that they go as soon as their user drops or moves them
+        self.version = next(_versions)
+        """Another number as soon as a weight that is looked at lies elsewhere than it did, has another dtype or other
+        copies. What was computed from the addresses of weights holds as long as the version stays."""
         self._model, self._top = ref(module), ref(unwrap(module))
         self._modules: dict[str, ref[nn.Module]] = {}
         self._seen: list[tuple[ref[nn.Module], int, tuple[int, ...]]] = []
-        self._plain: dict[str, _Plain] = {}
+        # of weights that are nothing but a contiguous parameter: the layer, the parameter, address, dtype and numel
+        self._plain: dict[str, tuple[ref[nn.Module], str, int, torch.dtype, int]] = {}
+        self._places: dict[str, tuple[Any, ...]] = {}
         self._compiled = [self._model] if _is_compiled(module.__dict__) else []
         self._offloaded: dict[int, Tensor] = {}
         self._hooked = False
@@ -134,9 +95,9 @@ class Locator:
         return None if found is None else found()
 
     def is_current(self, module: nn.Module) -> bool:
-        """Whether a new locator of a module would see the same layers: none added or replaced, none hooked since.
+        """Whether a new map of a module would see the same layers: none added or replaced, none hooked since.
 
-        Compiling, hooks and offloading add attributes to a layer; its weights may be others, which ``locate`` sees.
+        Compiling, hooks and offloading add attributes to a layer; its weights may be others, which ``live`` sees.
         """
         if self._hooked or module is not self._model():
             return False
@@ -145,10 +106,13 @@ class Locator:
             if found is None:
                 return False
             own = found.__dict__
-            now = own["_modules"]
-            if len(own) != attributes or len(now) != len(children):
+            if len(own) != attributes:
                 return False
-            if now and tuple(map(id, now.values())) != children:  # all alive, so that ids tell them apart
+            now = own["_modules"]
+            if now:
+                if tuple(map(id, now.values())) != children:  # all alive, so that ids tell them apart
+                    return False
+            elif children:
                 return False
         return True
 
@@ -169,18 +133,55 @@ class Locator:
                 "graph: overwriting them has no effect; compile with torch._inductor.config.freezing = False"
             )
 
-    def locate(self, name: str) -> Located:
-        """Find the weight ``name`` and all that holds it.
+    def live(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Look at weights, in the one pass that a switch makes over them.
+
+        Returns:
+            The live tensor of each (the stored one, where accelerate has offloaded it). To hold them keeps their memory
+            in place.
+
+        Raises:
+            AdapterMismatchError, ResidentStateError: as ``holders``.
+        """
+        found: dict[str, Tensor] = {}
+        for name in names:  # hundreds at each switch: a plain weight costs no call of Python
+            known = self._plain.get(name)
+            if known is not None and (layer := known[0]()) is not None:
+                parameter = layer.__dict__["_parameters"].get(known[1])
+                if (
+                    type(parameter) is nn.Parameter
+                    and parameter.data_ptr() == known[2]
+                    and parameter.dtype == known[3]
+                    and parameter.numel() == known[4]
+                    and parameter.is_contiguous()
+                ):
+                    found[name] = parameter.data
+                    continue
+            found[name] = self[name]
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The live tensor of a weight; raises as ``holders``."""
+        return self.holders(name)[0][0]
+
+    def copied(self, names: Iterable[str]) -> list[str]:
+        """Those of some weights that more than one tensor holds; they were looked at before."""
+        return [name for name in names if name not in self._plain and len(self._places[name]) > 1]
+
+    def own_name(self, name: str) -> str:
+        """The name that the module itself has for a weight; raises as ``holders``."""
+        path, _, leaf = name.rpartition(".")
+        path = self._owner(path, name)[0]
+        return f"{path}.{leaf}" if path else leaf
+
+    def holders(self, name: str) -> list[tuple[Tensor, int]]:
+        """Every tensor that holds a weight, row-major from so many entries on; first the live weight itself.
 
         Raises:
             AdapterMismatchError: no such parameter.
             ResidentStateError: the weight cannot be overwritten: quantized, parametrized, sharded, merged with a
                 LoRA, kept on disk, or fused by inductor's freezing.
         """
-        known = self._plain.get(name)
-        return (known and known.locate()) or self._find(name)
-
-    def _find(self, name: str) -> Located:
         path, _, leaf = name.rpartition(".")
         path, parent, owner = self._owner(path, name)
         parameter = owner._parameters.get(leaf)
@@ -190,16 +191,26 @@ class Locator:
             _require_unmerged(parent, path)
         weight = self._stored(owner, leaf, parameter, name)
         _require_plain(parameter, weight, name)
-        holders = [Holder(weight)]
+        holders = [(weight, 0)]
         original = self._offloaded.get(id(parameter))
         if original is not None and original.data_ptr() != weight.data_ptr():
-            holders.append(Holder(original))
+            holders.append((original, 0))
         if path.rpartition(".")[2] in _FUSED:
             holders += self._fused_copies(path, leaf, weight)
-        located = Located(f"{path}.{leaf}" if path else leaf, tuple(holders))
-        if parent is owner and len(holders) == 1 and not parameter.is_meta:
-            self._plain[name] = _Plain(located.name, ref(owner), leaf, weight.data_ptr(), weight.dtype)
-        return located
+        is_plain = parent is owner and len(holders) == 1 and not parameter.is_meta and weight.is_contiguous()
+        known = (ref(owner), leaf, weight.data_ptr(), weight.dtype, weight.numel()) if is_plain else None
+        self._note(name, known, tuple((*identity(tensor), offset) for tensor, offset in holders))
+        return holders
+
+    def _note(self, name: str, known: tuple[ref[nn.Module], str, int, torch.dtype, int] | None, places: Any) -> None:
+        """Remember where a weight lies, and count a new version if that was elsewhere."""
+        if known is None:
+            self._plain.pop(name, None)
+        else:
+            self._plain[name] = known
+        if self._places.setdefault(name, places) != places:
+            self._places[name] = places
+            self.version = next(_versions)
 
     def layer(self, name: str) -> nn.Module:
         """The layer of a parameter, however it holds its values; under PEFT the layer that is wrapped.
@@ -256,7 +267,7 @@ class Locator:
             )
         raise ResidentStateError(f"{name} is on the meta device: it has no values; load the model's weights first")
 
-    def _fused_copies(self, path: str, leaf: str, weight: Tensor) -> list[Holder]:
+    def _fused_copies(self, path: str, leaf: str, weight: Tensor) -> list[tuple[Tensor, int]]:
         attention_path, _, projection = path.rpartition(".")
         attention = self.module(attention_path)
         assert attention is not None  # it holds the projection
@@ -268,35 +279,40 @@ class Locator:
                 continue
             rows = sum(_out_features(attention, name) for name in before)
             stored = self._stored(layer, leaf, copied, f"{attention_path}.{fused}.{leaf}")
-            holders.append(Holder(stored, rows * weight.shape[1:].numel()))
+            holders.append((stored, rows * weight.shape[1:].numel()))
         return holders
 
 
-_locators: WeakKeyDictionary[nn.Module, Locator] = WeakKeyDictionary()
+_maps: WeakKeyDictionary[nn.Module, WeightMap] = WeakKeyDictionary()
 
 
-def locator_of(module: nn.Module) -> Locator:
-    """A locator of a module, compiled or not: the last one, as long as it is true. For one thread at a time.
+def weights_of(module: nn.Module) -> WeightMap:
+    """The map of a module, compiled or not: the last one, as long as it is true. For one thread at a time.
 
     Raises:
-        ResidentStateError: as ``Locator``.
+        ResidentStateError: as ``WeightMap``.
     """
     root = unwrap(module)
-    found = _locators.get(root)
+    found = _maps.get(root)
     if found is None or not found.is_current(module):
-        found = _locators[root] = Locator(module)
+        found = _maps[root] = WeightMap(module)
     return found
 
 
-def locator_beside(root: nn.Module) -> Locator:
-    """A locator of an unwrapped module of which the caller holds no lock: the last one if it is true, else a new one.
+def weights_beside(root: nn.Module) -> WeightMap:
+    """The map of an unwrapped module of which the caller holds no lock: the last one if it is true, else a new one.
 
     Raises:
-        ResidentStateError: as ``Locator``.
+        ResidentStateError: as ``WeightMap``.
     """
-    found = _locators.get(root)
+    found = _maps.get(root)
     model = None if found is None else found._model()
-    return found if found is not None and model is not None and found.is_current(model) else Locator(root)
+    return found if found is not None and model is not None and found.is_current(model) else WeightMap(root)
+
+
+def identity(weight: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are one memory, looked at in one way: for two names of one tied weight."""
+    return weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride()
 
 
 def _out_features(attention: nn.Module, projection: str) -> int:

@@ -1,6 +1,7 @@
 """Gather and overwrite single entries of a dense weight, whatever its strides, dtype and device."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def flat_view(weight: Tensor) -> Tensor:
     return weight.as_strided((extent,), (1,), weight.storage_offset())
 
 
-def physical(indices: Tensor, weight: Tensor) -> Tensor:
+def storage_indices(indices: Tensor, weight: Tensor) -> Tensor:
     """Map flat row-major positions to positions in ``flat_view``: the same, but for weights such as channels_last.
 
     Args:
@@ -67,25 +68,28 @@ def gather(weight: Tensor, indices: Tensor) -> Tensor:
     """Copy the entries at flat row-major ``indices``: ``[nnz]``, of the weight's dtype and device, bit for bit."""
     weight = weight.detach()
     flat = flat_view(weight)
-    at = physical(indices, weight)
+    at = storage_indices(indices, weight)
     if is_byte_dtype(weight.dtype):
         return flat.view(torch.uint8).index_select(0, at).view(weight.dtype)
     return flat.index_select(0, at)
 
 
-def put_bits(memory: Tensor, at: Tensor, bits: Tensor) -> None:
-    """Write bits to places in memory: of the entries ``[m]``, or of whole rows ``[m, run]``.
+Write = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def writers_of(memories: Iterable[Tensor]) -> list[Write]:
+    """What writes bits into each of some memories, as ``write(0, at, bits)``.
 
     Args:
-        memory: integers, as ``bits_of`` gives them. Of integers ``scatter_`` writes three times as fast as
-            ``index_copy_`` on a CPU; of float16 and bfloat16 it would be many times slower.
-        at: int64, without duplicates: ``[n]``.
-        bits: ``[n]`` or ``[n, run]``.
+        memories: integers, as ``bits_of`` gives them: ``[m]``, or ``[m, run]`` for whole runs. Of integers ``scatter_``
+            writes three times as fast as ``index_copy_`` on a CPU; of float16 and bfloat16 it would be many times
+            slower.
+
+    Returns:
+        Methods of torch, so that a tile costs no call of Python: of the dimension 0, places (int64 ``[n]``, without
+        duplicates) and bits (``[n]`` or ``[n, run]``).
     """
-    if memory.ndim == 1:
-        memory.scatter_(0, at, bits)
-    else:
-        memory.index_copy_(0, at, bits)
+    return [memory.scatter_ if memory.ndim == 1 else memory.index_copy_ for memory in memories]
 
 
 def overwrite(weight: Tensor, indices: Tensor, values: Tensor, offset: int = 0) -> None:
@@ -105,7 +109,7 @@ def overwrite(weight: Tensor, indices: Tensor, values: Tensor, offset: int = 0) 
     with torch.inference_mode():
         weight = weight.detach()
         flat = flat_view(weight)
-        at = physical(indices + offset if offset else indices, weight)
+        at = storage_indices(indices + offset if offset else indices, weight)
         values = values.to(weight.device)
         if is_byte_dtype(weight.dtype):
             flat, values = flat.view(torch.uint8), values.view(torch.uint8)

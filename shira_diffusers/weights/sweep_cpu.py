@@ -1,91 +1,51 @@
-"""The switch itself: one sweep over the tiles of the weights that restores what leaves and overwrites what arrives.
+"""The switch of weights tile by tile with torch's index kernels: on a CPU with one thread for each of torch's.
 
-``TorchSweep`` runs anywhere, on a CPU with one thread for each of torch's; ``launches.TritonSweep`` is one launch on
-CUDA. Both check on the way that what leaves is still what was written, and can undo what they did bit by bit.
+In: steps. Out: weights overwritten in place, or as they were. What leaves is restored before what arrives is read, so
+two adapters that share entries need no plan of their pair; on the way it is checked that what leaves is still what was
+written. Training reads and writes its entries here too (``access``), and what has left a model gives its memory to what
+comes next (``BufferPool``).
 """
 
+import ctypes
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from threading import Barrier
-from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shira_diffusers.weights.finite import all_finite
-from shira_diffusers.weights.scatter import bits_of, flat_view, is_byte_dtype, put_bits
-from shira_diffusers.weights.tiles import RUN
+from shira_diffusers.weights.scatter import (
+    Write,
+    bits_dtype,
+    bits_of,
+    cast,
+    flat_view,
+    gather,
+    overwrite,
+    storage_indices,
+    writers_of,
+)
+from shira_diffusers.weights.steps import EntryPlan, SavedEntries, SwitchStep
 
 _ALONE = 2**15  # entries; torch gives no more than these to several threads, and fewer are not worth a second one
+_ENTRIES = 2**16  # entries per tile: what stays in a core's cache (measured)
+_SMALL = 2**12  # with fewer entries per weight than this, to go from weight to weight costs more than the entries
+_LONG = 2**17  # bytes from which on a CPU's memory is mapped and cleared page by page, anew each time
+_KEPT = 2  # the saved and the written bits of one mix
 
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Entries that leave, or that arrive, by tile.
-
-    Args:
-        at: int32 or int64, places in each weight's memory: ``[n]``, or ``[n / RUN]`` whole runs, counted in runs.
-        runs: whether ``at`` counts runs.
-        starts: int32 ``[tiles + 1]``, where each tile's entries begin.
-        base: ``[n]``, bits below them: read for a side that leaves, filled for one that arrives.
-        written: ``[n]``, bits of the adapters in their place: likewise.
-    """
-
-    at: Tensor
-    runs: bool
-    starts: Tensor
-    base: Tensor
-    written: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a switch does to weights of one dtype on one device.
-
-    Args:
-        weights: dense, in the order of the tiles.
-        tiles: how many tiles each has.
-        leaving, arriving: either may be None; with one ``at`` for both, ``arriving.base`` is the saved base already.
-        delta: of what arrives, float32, float16 or bfloat16 ``[n]``.
-        scales: one for each weight.
-    """
-
-    weights: Sequence[Tensor]
-    tiles: Sequence[int]
-    leaving: Side | None
-    arriving: Side | None
-    delta: Tensor | None
-    scales: Sequence[float]
-
-    @property
-    def stays(self) -> bool:
-        """Whether the same entries leave and arrive: a strength was changed."""
-        return self.leaving is not None and self.arriving is not None and self.leaving.at is self.arriving.at
-
-    @property
-    def entries(self) -> int:
-        """How many entries are touched."""
-        return sum(side.written.numel() for side in (self.leaving, self.arriving) if side is not None)
-
-
-class Sweep(Protocol):
-    """Carries out steps.
-
-    ``finite`` tells after a ``run`` whether all that was written is finite; if not, a sum was too large for the dtype
-    (or the base is not finite there), and ``undo`` is due.
-    """
-
-    finite: bool
-
-    def run(self) -> bool:
-        """Do it. Returns whether all that left was what ``written`` tells; if not, ``undo`` is due."""
-
-    def undo(self) -> None:
-        """Put back every bit of what was done, wherever ``run`` broke off."""
+Piece = tuple[Tensor, Write, Tensor, Tensor, Tensor]
+"""Entries of a tile: the memory as integers, what writes it, places in it, the bits saved and the bits written."""
+Tile = tuple[Piece | None, Piece | None, Tensor | None, float, torch.dtype, bool]
+"""What leaves and what arrives, its delta, scale and dtype, and whether the entries are the same."""
+Layout = tuple[Tensor, Sequence[Tensor], list[int], int]
+"""Places; per tile the memory that they are in and how many they are; and the unit of places: entries, or runs."""
+Access = tuple[Callable[[], Tensor], Callable[[Tensor], None]]
+"""What reads entries, ``[n]`` of the weights' dtype, and what overwrites them with such, both bit for bit."""
 
 
 def threads_for(entries: int) -> int:
@@ -123,157 +83,276 @@ def _limit(dtype: torch.dtype) -> float:
 
 
 class TorchSweep:
-    """Tile by tile with torch's index kernels."""
+    """Carries out steps over different weights, tile by tile, with torch's index kernels.
 
-    def __init__(self, steps: Iterable[Step]) -> None:
-        self._tiles = [(step, *place) for step in map(Prepared, steps) for place in step.tiles()]
-        self._entries = sum(step.step.entries for step in {id(t[0]): t[0] for t in self._tiles}.values())
-        self._begun: list[_Tile] = []
+    Attributes:
+        finite: after ``run``, whether all that was written is finite; if not, a sum was too large for the dtype (or the
+            base is not finite there), and ``undo`` is due.
+    """
+
+    def __init__(self, steps: Sequence[SwitchStep]) -> None:
+        self._tiles = [tile for step in steps for tile in _tiles_of(step)]
+        self._threads = threads_for(sum([step.entries for step in steps])) if steps[0].first.is_cpu else 1
+        self._undo: list[tuple[Write, Tensor, Tensor]] = []  # what to write where, last first
         self.finite = True
 
     def run(self) -> bool:
-        """As ``Sweep.run``."""
-        same = self._run_all()
-        self.finite = all(tile.finite for tile in self._begun)
-        return same
+        """Restore what leaves, then read, mix and overwrite what arrives.
 
-    def _run_all(self) -> bool:
-        threads = threads_for(self._entries)
-        if threads == 1 or not self._tiles[0][0].memory[0].is_cpu:
+        Returns:
+            Whether all that left was what ``written`` tells; if not, ``undo`` is due.
+        """
+        if self._threads == 1:
             return self._run(self._tiles)
-        size = -(-len(self._tiles) // threads)
+        size = max(1, -(-len(self._tiles) // self._threads))
         parts = [self._tiles[first : first + size] for first in range(0, len(self._tiles), size)]
-        jobs = [_pool(threads).submit(self._run, part) for part in parts]
+        jobs = [_pool(self._threads).submit(self._run, part) for part in parts]
         try:
             return all([job.result() for job in jobs])
         finally:
             wait(jobs)  # after Ctrl-C too: nothing is written any more once this has returned
 
     @torch.inference_mode()  # both normal and inference tensors can be written in it
-    def _run(self, places: Iterable[tuple["Prepared", int, int]]) -> bool:
+    def _run(self, tiles: Iterable[Tile]) -> bool:
         same = True
-        for step, weight, number in places:
-            tile = step.tile(weight, number)
-            self._begun.append(tile)
-            same &= tile.run()
+        for leaving, arriving, delta, scale, dtype, stays in tiles:
+            if leaving is not None:
+                memory, write, at, base, written = leaving
+                places = at.long()  # nothing writes by int32; resident ones stay so
+                seen = memory.index_select(0, places)
+                if not torch.equal(seen, written):
+                    same, written = False, seen
+                self._undo.append((write, at, written))
+                if not stays:
+                    write(0, places, base)
+            if arriving is not None and delta is not None:
+                self._arrive(arriving, delta, scale, dtype, stays)
         return same
+
+    def _arrive(self, piece: Piece, delta: Tensor, scale: float, dtype: torch.dtype, stays: bool) -> None:
+        memory, write, at, saved, bits = piece
+        places = at.long()
+        if not stays:
+            torch.index_select(memory, 0, places, out=saved)
+        base, written = saved.view(dtype), bits.view(dtype)
+        total = delta.to(torch.float32, copy=True)
+        total.mul_(scale).add_(0.0)  # as a sum that begins at zero: no -0
+        if dtype.itemsize == 1:
+            wide = base.float()
+            total.add_(wide).masked_fill_((total.abs() > _limit(dtype)) & wide.isfinite(), torch.nan)
+            written.copy_(total)
+            ends = written.float().aminmax()
+        else:
+            wide = base if dtype in (torch.float32, torch.float64) else base.float()
+            torch.add(wide, total, out=written)
+            ends = written.aminmax()
+        # as ``all_finite``; to look at it here costs 3 % of a switch, as the values are in the cache
+        if not bool(torch.isfinite(torch.stack(ends)).all()):
+            self.finite = False
+        if not stays:
+            self._undo.append((write, at, saved))
+        write(0, places, bits)
 
     @torch.inference_mode()
     def undo(self) -> None:
-        """As ``Sweep.undo``."""
-        while self._begun:
-            self._begun.pop().undo()
+        """Put back every bit of what was done, wherever ``run`` broke off."""
+        while self._undo:
+            write, at, bits = self._undo.pop()
+            write(0, at.long(), bits)
 
 
-class Prepared:
-    """A step with the memory of its weights as integers, and its starts as numbers."""
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self.memory = [bits_of(flat_view(weight.detach())) for weight in step.weights]
-        self._first = list(accumulate(step.tiles, initial=0))
-        self._sides = [(side, side.starts.tolist()) for side in (step.leaving, step.arriving) if side is not None]
-
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        """The weight and the number of each tile that has entries."""
-        for weight, (first, end) in enumerate(pairwise(self._first)):
-            for number in range(first, end):
-                if any(starts[number] < starts[number + 1] for _, starts in self._sides):
-                    yield weight, number
-
-    def write(self, side: Side, values: Tensor) -> None:
-        """Overwrite all entries of a side, weight by weight."""
-        starts = dict((id(one), numbers) for one, numbers in self._sides)[id(side)]
-        for memory, (first, end) in zip(self.memory, pairwise(self._first), strict=True):
-            part = _part(replace(side, base=values), slice(starts[first], starts[end]), memory)
-            put_bits(part.memory, part.at.long(), part.base)
-
-    def tile(self, weight: int, number: int) -> "_Tile":
-        step, memory = self.step, self.memory[weight]
-        cuts = {id(side): slice(starts[number], starts[number + 1]) for side, starts in self._sides}
-        leaving = None if step.leaving is None else _part(step.leaving, cuts[id(step.leaving)], memory)
-        arriving = None if step.arriving is None else _part(step.arriving, cuts[id(step.arriving)], memory)
-        delta = None if step.delta is None else step.delta[cuts[id(step.arriving)]]
-        dtype = step.weights[weight].dtype
-        return _Tile(leaving, arriving, delta, step.scales[weight], dtype, step.stays)
+def _tiles_of(step: SwitchStep) -> list[Tile]:
+    """The tiles of a step that have entries."""
+    if isinstance(step.scales, int | float) and _is_ranged(step):
+        firsts = _shares(step)
+        layouts = {id(plan): _in_range(plan, step, firsts) for plan in step.plans}
+        scales = [float(step.scales)] * (1 + len(firsts))
+    else:
+        grid, tile = step.grid(_ENTRIES if step.first.is_cpu else None)
+        layouts = {id(plan): _by_weight(plan, step, grid, tile) for plan in step.plans}
+        scales = [s for scale, count in zip(step.scale(grid), grid.values(), strict=True) for s in [scale] * count]
+    leaving: Sequence[Piece | None] = [None] * len(scales)
+    arriving, deltas = leaving, leaving
+    if step.outgoing is not None:
+        leaving = _pieces(step.outgoing, layouts[id(step.outgoing.plan)])
+    if step.incoming is not None and step.delta is not None:
+        layout = layouts[id(step.incoming.plan)]
+        arriving, deltas = _pieces(step.incoming, layout), _split(step.delta, layout)
+    how = step.first.dtype, step.stays
+    parts = zip(leaving, arriving, deltas, scales, strict=True)
+    return [(old, new, delta, scale, *how) for old, new, delta, scale in parts if old or new]
 
 
-@dataclass(slots=True)
-class _Part:
-    """A side's entries in one tile: ``[n]``, or whole runs ``[n / RUN, RUN]``, as ``memory`` is then."""
-
-    memory: Tensor
-    at: Tensor
-    base: Tensor
-    written: Tensor
-
-
-def _part(side: Side, cut: slice, memory: Tensor) -> _Part:
-    base, written = side.base[cut], side.written[cut]
-    if not side.runs:
-        return _Part(memory, side.at[cut], base, written)
-    at = side.at[cut.start // RUN : cut.stop // RUN]
-    return _Part(memory.view(-1, RUN), at, base.view(-1, RUN), written.view(-1, RUN))
+def _by_weight(plan: EntryPlan, step: SwitchStep, grid: Mapping[str, int], tile: int) -> Layout:
+    """Where a plan's entries are, each weight in tiles."""
+    at, unit = plan.at(step.live, step.weights.version)
+    shape = (-1,) if unit == 1 else (-1, unit)
+    bits = bits_dtype(step.first.dtype)
+    weights = [step.live[name].detach() for name in plan.names]
+    flat = [weight.view(-1) if weight.is_contiguous() else flat_view(weight) for weight in weights]
+    memory = {name: own.view(bits).view(shape) for name, own in zip(plan.names, flat, strict=True)}
+    nothing = torch.empty(0, dtype=bits, device=step.first.device)
+    memories = [own for name, count in grid.items() for own in [memory.get(name, nothing)] * count]
+    return at, memories, plan.starts(grid, tile).diff().tolist(), unit
 
 
-@dataclass(slots=True)
-class _Tile:
-    """One tile of a step, and how far it has come; ``seen`` are the bits that left, if not those once written.
+def _is_ranged(step: SwitchStep) -> bool:
+    """Whether weights are taken together, as one range of addresses: those of a CPU with few entries each."""
+    few = step.first.is_cpu and all([plan.bounds[-1] < _SMALL * len(plan.names) for plan in step.plans])
+    version = step.weights.version
+    return few and all([plan.once("spans", lambda own=plan: spans(step.of(own)), version) for plan in step.plans])
 
-    ``finite`` is whether all that arrived is. Looking at it here costs 3 % of a switch, as the values are in the cache.
+
+def _in_range(plan: EntryPlan, step: SwitchStep, firsts: Sequence[str]) -> Layout:
+    """Where a plan's entries are in the range of its weights: a tile of whole weights for each thread."""
+    find = lambda: positions(step.of(plan), plan.sizes, plan.indices)  # noqa: E731
+    start, length, at = plan.once("range", find, step.weights.version)
+    cuts = [0, *[plan.bounds[bisect_left(plan.names, first)] for first in firsts], plan.bounds[-1]]
+    return at, [memory_at(start, length, step.first.dtype)] * (len(cuts) - 1), np.diff(cuts).tolist(), 1
+
+
+def _shares(step: SwitchStep) -> list[str]:
+    """The first weight of each thread's share of about as many entries, but for the first thread's."""
+    threads = threads_for(step.entries)
+    if threads == 1:
+        return []
+    counts: dict[str, int] = {}
+    for plan in step.plans:
+        for name, size in zip(plan.names, plan.sizes, strict=True):
+            counts[name] = counts.get(name, 0) + size
+    names = sorted(counts)
+    ends = list(accumulate([counts[name] for name in names]))
+    return sorted({names[bisect_left(ends, ends[-1] * k / threads)] for k in range(1, threads)})
+
+
+def _pieces(saved: SavedEntries, layout: Layout) -> list[Piece | None]:
+    """What of saved entries is in each tile; None where that is nothing."""
+    at, memories, sizes, unit = layout
+    places = at.split([size // unit for size in sizes])
+    bits = [_split(bits_of(values), layout) for values in (saved.base, saved.written)]
+    pieces = zip(memories, writers_of(memories), places, *bits, strict=True)
+    return [piece if size else None for piece, size in zip(pieces, sizes, strict=True)]
+
+
+def _split(values: Tensor, layout: Layout) -> Sequence[Tensor]:
+    """Values ``[n]`` by tile, ``[its n]`` or ``[its n / unit, unit]``."""
+    sizes, unit = layout[2:]
+    return values.split(sizes) if unit == 1 else values.view(-1, unit).split([size // unit for size in sizes])
+
+
+# ---------------------------------------------------------------- CPU memory by address
+
+
+def memory_at(start: int, length: int, dtype: torch.dtype) -> Tensor:
+    """``length`` bytes of CPU memory from an address on as integers of a dtype's size; nothing keeps them alive."""
+    return torch.frombuffer((ctypes.c_char * length).from_address(start), dtype=bits_dtype(dtype))
+
+
+def spans(weights: Sequence[Tensor]) -> bool:
+    """Whether weights can be taken as one range: of one dtype, in CPU memory, and aligned with each other."""
+    dtype, start = weights[0].dtype, weights[0].data_ptr()
+    return all(w.is_cpu and w.dtype == dtype and (w.data_ptr() - start) % dtype.itemsize == 0 for w in weights)
+
+
+def positions(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> tuple[int, int, Tensor]:
+    """Find entries in the range of addresses that holds weights; what lies between these is never touched.
+
+    Args:
+        weights: those of which ``spans`` says yes.
+        sizes: how many entries each has.
+        indices: int32 or int64 ``[n]``, row-major in each weight.
+
+    Returns:
+        The address of the range, its length in bytes (whole entries), and the places in it, int64 ``[n]``.
+    """
+    size = weights[0].dtype.itemsize
+    start = min(weight.data_ptr() for weight in weights)
+    last = max(weights, key=lambda weight: weight.data_ptr())
+    length = last.data_ptr() - start + last.untyped_storage().nbytes()
+    at = torch.empty(indices.numel(), dtype=torch.int64, device="cpu")
+    for weight, own, out in zip(weights, indices.split(list(sizes)), at.split(list(sizes)), strict=True):
+        torch.add(storage_indices(own, weight), (weight.data_ptr() - start) // size, out=out)
+    return start, length - length % size, at
+
+
+def access(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> Access:
+    """What reads and overwrites entries of many weights as one, as long as the weights lie where they are.
+
+    Args:
+        weights: kept alive. CPU weights of one dtype cost one index kernel, others one each.
+        sizes: how many entries each has.
+        indices: int32 or int64 ``[n]`` on the weights' device, row-major in each weight.
+    """
+    if not spans(weights):
+        return _access_one_by_one(weights, list(sizes), indices)
+    start, length, at = positions(weights, sizes, indices)
+
+    def memory() -> Tensor:
+        return memory_at(start, length, weights[0].dtype)
+
+    def read() -> Tensor:
+        return memory().index_select(0, at).view(weights[0].dtype)
+
+    def write(values: Tensor) -> None:
+        writers_of([memory()])[0](0, at, bits_of(values))
+
+    return read, write
+
+
+def _access_one_by_one(weights: Sequence[Tensor], sizes: list[int], indices: Tensor) -> Access:
+    held = weights
+    if not all(weight.is_contiguous() for weight in weights):  # strides are looked at once
+        parts = zip(weights, indices.split(sizes), strict=True)
+        indices = torch.cat([storage_indices(own, weight).to(indices.dtype) for weight, own in parts])
+        held = [flat_view(weight.detach()) for weight in weights]
+
+    def read() -> Tensor:
+        return torch.cat([gather(own, at) for own, at in zip(held, indices.split(sizes), strict=True)])
+
+    def write(values: Tensor) -> None:
+        places = indices.long()  # kernels want int64: one cast for all weights, kept for this write only
+        for own, at, part in zip(held, places.split(sizes), values.split(sizes), strict=True):
+            overwrite(own, at, cast(part, own))
+
+    return read, write
+
+
+class BufferPool:
+    """Buffers in a CPU's memory that are free again; mapping fresh ones would cost up to half the time of a switch.
+
+    GPUs need none: torch keeps their memory by itself. A copy or a pickle of this is empty. Not safe to use from
+    several threads.
     """
 
-    leaving: _Part | None
-    arriving: _Part | None
-    delta: Tensor | None
-    scale: float
-    dtype: torch.dtype
-    stays: bool
-    left: bool = False
-    arrived: bool = False
-    finite: bool = True
-    seen: Tensor | None = None
+    def __init__(self) -> None:
+        self._free: list[torch.UntypedStorage] = []
 
-    def run(self) -> bool:
-        """Returns whether what leaves was there."""
-        same = True if self.leaving is None else self._leave(self.leaving)
-        if self.arriving is not None:
-            self._arrive(self.arriving)
-        return same
+    def __reduce__(self) -> tuple[type["BufferPool"], tuple[()]]:
+        return BufferPool, ()
 
-    def _leave(self, part: _Part) -> bool:
-        at = part.at.long()  # nothing writes by int32; resident ones stay so
-        seen = part.memory.index_select(0, at)
-        same = torch.equal(seen, part.written)
-        self.seen = None if same else seen
-        self.left = True
-        if not self.stays:
-            put_bits(part.memory, at, part.base)
-        return same
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(storage.nbytes() for storage in self._free)
 
-    def _arrive(self, part: _Part) -> None:
-        assert self.delta is not None
-        at = part.at.long()
-        if not self.stays:
-            torch.index_select(part.memory, 0, at, out=part.base)
-        base = part.base.view(self.dtype)
-        total = self.delta.view(base.shape).to(torch.float32, copy=True)
-        total.mul_(self.scale).add_(0.0)  # as a sum that begins at zero: no -0
-        wide = base if self.dtype in (torch.float32, torch.float64) else base.float()
-        written = part.written.view(self.dtype)
-        if is_byte_dtype(self.dtype):
-            total.add_(wide).masked_fill_((total.abs() > _limit(self.dtype)) & wide.isfinite(), torch.nan)
-            written.copy_(total)
-        else:
-            torch.add(wide, total, out=written)
-        self.finite = bool(all_finite(written.float() if is_byte_dtype(self.dtype) else written))
-        self.arrived = True
-        put_bits(part.memory, at, part.written)
+    def take(self, count: int, like: Tensor) -> Tensor:
+        """``[count]`` of any content, of the dtype and on the device of ``like``."""
+        needed = count * like.dtype.itemsize
+        if not like.is_cpu or needed < _LONG:
+            return torch.empty(count, dtype=like.dtype, device=like.device)
+        for k, storage in enumerate(self._free):
+            if needed <= storage.nbytes() <= 2 * needed:
+                del self._free[k]
+                return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage)[:count]
+        room = count + count // 16  # the next mask may be a little larger
+        return torch.empty(room, dtype=like.dtype, device="cpu")[:count]
 
-    def undo(self) -> None:
-        """Put back what was there, in reverse."""
-        if self.arriving is not None and self.arrived and not self.stays:
-            put_bits(self.arriving.memory, self.arriving.at.long(), self.arriving.base)
-        if self.leaving is not None and self.left:
-            bits = self.leaving.written if self.seen is None else self.seen
-            put_bits(self.leaving.memory, self.leaving.at.long(), bits)
+    def keep(self, tensors: Iterable[Tensor], still_used: Iterable[Tensor] = ()) -> None:
+        """Take back what nobody holds any more; those that are ``still_used`` are passed over."""
+        used = [tensor.untyped_storage().data_ptr() for tensor in still_used]
+        free = [t.untyped_storage() for t in tensors if t.is_cpu and t.nbytes >= _LONG]
+        self._free = [*[own for own in free if own.data_ptr() not in used], *self._free][:_KEPT]
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._free = []

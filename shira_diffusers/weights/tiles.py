@@ -5,56 +5,44 @@ share entries need no plan of their pair.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-RUN = 32
+BLOCK_SIZE = 32
 """Entries of an aligned run, as masks of the family ``block`` have them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Weights by name, cut into tiles: ranges of ``tile`` entries in row-major order, the last one shorter."""
-
-    names: tuple[str, ...]
-    numels: tuple[int, ...]
-    tile: int
-
-    @property
-    def tiles(self) -> tuple[int, ...]:
-        """How many tiles each weight has."""
-        return tuple(-(-numel // self.tile) for numel in self.numels)
 
 
 def tile_for(entries_a_tile: int, density: float) -> int:
     """The power of two that holds about so many entries at a density, and whole runs."""
-    return max(RUN, 2 ** round(math.log2(entries_a_tile / max(density, 1e-6))))
+    return max(BLOCK_SIZE, 2 ** round(math.log2(entries_a_tile / max(density, 1e-6))))
 
 
-def find_starts(grid: Grid, names: Sequence[str], bounds: Sequence[int], indices: Tensor) -> Tensor:
-    """Where each tile's entries begin among sorted entries.
+def find_starts(
+    grid: Mapping[str, int], tile: int, names: Sequence[str], bounds: Sequence[int], indices: Tensor
+) -> Tensor:
+    """Find where each tile's entries begin among sorted entries.
 
     Args:
-        grid: its names hold ``names``, both sorted.
+        grid: how many tiles each weight has, in order; it has all ``names``, in the same order.
+        tile: positions of a weight in each of its tiles.
         names: ``names[k]`` has the entries ``bounds[k]`` to ``bounds[k + 1]``.
         indices: int32 or int64 ``[n]``, sorted row-major positions in each weight.
 
     Returns:
         int32 ``[tiles + 1]`` on the device of the indices; a tile's entries end where the next one's begin.
     """
-    place = dict(zip(names, range(len(names)), strict=True))
-    before = [0, *accumulate(int(name in place) for name in grid.names)]  # how many of the names come before
+    held = set(names)
+    before = [0, *accumulate(int(name in held) for name in grid)]  # how many of the names come before
     low = torch.tensor([bounds[k] for k in before[:-1]], dtype=torch.int64, device="cpu")
     high = torch.tensor([bounds[k] for k in before[1:]], dtype=torch.int64, device="cpu")
-    tiles = torch.tensor(grid.tiles, dtype=torch.int64, device="cpu")
+    tiles = torch.tensor(list(grid.values()), dtype=torch.int64, device="cpu")
     owner = torch.arange(len(tiles), device="cpu").repeat_interleave(tiles)
     number = torch.arange(len(owner), device="cpu") - (tiles.cumsum(0) - tiles)[owner]
     device = indices.device
-    found = _search(indices, (number * grid.tile).to(device), low[owner].to(device), high[owner].to(device))
+    found = _search(indices, (number * tile).to(device), low[owner].to(device), high[owner].to(device))
     return torch.cat([found, found.new_tensor([bounds[-1]])]).to(torch.int32)
 
 
@@ -70,12 +58,12 @@ def _search(indices: Tensor, edges: Tensor, low: Tensor, high: Tensor) -> Tensor
 
 
 def in_runs(indices: Tensor, bounds: Sequence[int], numels: Sequence[int]) -> bool:
-    """Whether all entries come in aligned runs of ``RUN``, in weights that are made of such."""
-    if not indices.numel() or any(size % RUN for size in (*bounds, *numels)):
+    """Whether all entries come in aligned runs of ``BLOCK_SIZE``, in weights that are made of such."""
+    if not indices.numel() or any(size % BLOCK_SIZE for size in (*bounds, *numels)):
         return False
-    inside = torch.arange(RUN, dtype=indices.dtype, device=indices.device)
-    for part in (indices[:RUN], indices):  # most others differ at once
-        runs = part.view(-1, RUN)
-        if not bool(((runs[:, :1] + inside == runs).all(1) & (runs[:, 0] % RUN == 0)).all()):
+    inside = torch.arange(BLOCK_SIZE, dtype=indices.dtype, device=indices.device)
+    for part in (indices[:BLOCK_SIZE], indices):  # most others differ at once
+        runs = part.view(-1, BLOCK_SIZE)
+        if not bool(((runs[:, :1] + inside == runs).all(1) & (runs[:, 0] % BLOCK_SIZE == 0)).all()):
             return False
     return True

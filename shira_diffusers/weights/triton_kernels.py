@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def move(addresses, blocks, at, bits, WRITE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Copy bits to (or from) entries of many weights; see ``launches.Table`` for the arguments. One program a block."""
+    """Copy bits to (or from) entries of many weights; one program per block."""
     program = tl.program_id(0)
     weight = tl.load(blocks + 3 * program)
     first = tl.load(blocks + 3 * program + 1)

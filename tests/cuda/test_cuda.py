@@ -6,8 +6,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from shira_diffusers import Resident, ShiraAdapter, ShiraError, SparseDelta, build_masks
 from shira_diffusers.integrations.pipelines import resident_of
-from shira_diffusers.weights.launches import available
-from shira_diffusers.weights.sweep_triton import TritonSweep, _works, usable
+from shira_diffusers.weights.sweep_triton import TritonSweep, _works, available, usable
 from tests import reference, tiny
 
 pytestmark = [
@@ -180,7 +179,7 @@ def test_offloading_to_the_host(offload: str) -> None:
 def test_a_foreign_write_on_cuda_is_noticed() -> None:
     model, resident, _ = resident_on_cuda(torch.float16)
     resident.set({"a": 1.0})
-    name = model._shira.overwritten[0].layout.names[0]
+    name = model._shira.overwritten[0].plan.names[0]
     with torch.no_grad():
         model.get_parameter(name).add_(1)
     with pytest.raises(Exception, match="written by somebody else"):
@@ -279,4 +278,4 @@ def test_runs_of_entries_on_cuda_give_the_same_bits() -> None:
         mix = dict.fromkeys(names, 0.7)
         resident.set(mix)
         assert_mix(model, base, adapters, mix)
-    assert {layout.runs for mix in model._shira.remembered for layout in mix} == {True, False}
+    assert {plan.runs for mix in model._shira.remembered for plan in mix} == {True, False}

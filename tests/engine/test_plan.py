@@ -34,6 +34,6 @@ def test_an_adapter_from_a_file_is_not_held_twice(tmp_path: object) -> None:
     resident = Resident(model)
     resident.add(load_adapter(file), "a")
     resident.set({"a": 1.0})
-    (group,) = model._shira.overwritten
+    (saved,) = model._shira.overwritten
     first = next(iter(model._shira.adapters["a"].deltas.values()))
-    assert group.layout.indices.data_ptr() == first.indices.data_ptr()
+    assert saved.plan.indices.data_ptr() == first.indices.data_ptr()

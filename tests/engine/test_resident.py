@@ -668,12 +668,12 @@ def test_going_back_and_forth_plans_nothing_whatever_the_size(
     resident: Resident, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(state, "_REMEMBERED_BYTES", 0)
-    laid_out = []
+    planned = []
     for name in "abab":
         resident.set({name: 1.0})
         resident.clear()
-        laid_out.append(model._shira.remembered[0][0])
-    assert laid_out[2] is laid_out[0] and laid_out[3] is laid_out[1]
+        planned.append(model._shira.remembered[0][0])
+    assert planned[2] is planned[0] and planned[3] is planned[1]
     resident.set({"c": 1.0})
     assert len(model._shira.remembered) == 2, "older mixes leave when there is no room"
 

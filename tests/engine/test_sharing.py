@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shira_diffusers import AdapterMismatchError, Resident, ResidentStateError, ShiraAdapter, ShiraError, SparseDelta
 from shira_diffusers.engine.sharing import claims, conflicts
-from shira_diffusers.weights.finder import Holder, Located, Locator
+from shira_diffusers.weights.finder import WeightMap
 from tests import reference, tiny
 
 SELF = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
@@ -19,7 +19,7 @@ CROSS = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 
 def adapter(*names: str, model: nn.Module, size: float = 0.5) -> ShiraAdapter:
     """Every third entry of some weights."""
-    weights = {name: Locator(model).locate(name).weight for name in names}
+    weights = {name: WeightMap(model)[name] for name in names}
     places = {name: torch.arange(0, weight.numel(), 3) for name, weight in weights.items()}
     deltas = {n: SparseDelta(at, torch.full(at.shape, size), tuple(weights[n].shape)) for n, at in places.items()}
     return ShiraAdapter(deltas)
@@ -225,9 +225,9 @@ def test_two_pipelines_of_one_unet(pipe: StableDiffusionPipeline) -> None:
 
 def test_offloaded_weights_have_their_stored_memory() -> None:
     weight, stored = torch.zeros(4, 4), torch.zeros(4, 4)
-    one = Located("one", (Holder(weight), Holder(stored)))
-    assert not list(conflicts(claims({"one": one, "two": Located("two", (Holder(torch.zeros(4, 4)),))})))
-    assert len(list(conflicts(claims({"one": one, "two": Located("two", (Holder(stored[1:]),))})))) == 1
+    one = [(weight, 0), (stored, 0)]
+    assert not list(conflicts(claims({"one": one, "two": [(torch.zeros(4, 4), 0)]})))
+    assert len(list(conflicts(claims({"one": one, "two": [(stored[1:], 0)]})))) == 1
 
 
 @pytest.fixture

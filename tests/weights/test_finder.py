@@ -1,4 +1,4 @@
-"""What a locator remembers is looked at again at each use, and keeps no model alive."""
+"""What a map remembers is looked at again at each use, and keeps no model alive."""
 
 import gc
 import weakref
@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from shira_diffusers import Resident
-from shira_diffusers.weights.finder import Locator, locator_of, unwrap
+from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
 from tests import tiny
 
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -22,17 +22,17 @@ def attention(model: nn.Module) -> nn.Module:
 
 def test_it_is_the_same_as_long_as_nothing_changes() -> None:
     model = tiny.unet()
-    locator = locator_of(model)
-    found = locator.locate(NAME)
-    assert locator_of(model) is locator
-    again = locator_of(model).locate(NAME)
-    assert (again.name, again.weight.data_ptr()) == (found.name, found.weight.data_ptr())
+    weights = weights_of(model)
+    found, version = weights[NAME], weights.version
+    assert weights_of(model) is weights
+    again = weights_of(model).live([NAME])[NAME]
+    assert (again.data_ptr(), weights.version) == (found.data_ptr(), version)
     model.train()
     model.requires_grad_(False)
-    assert locator_of(model) is locator
+    assert weights_of(model) is weights
     compiled = torch.compile(model, backend="eager")
     assert unwrap(compiled) is model
-    assert locator_of(compiled) is not locator
+    assert weights_of(compiled) is not weights
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_it_is_the_same_as_long_as_nothing_changes() -> None:
 )
 def test_a_changed_model_is_looked_at_anew(change: Callable[[nn.Module], object]) -> None:
     model = tiny.unet()
-    locator = locator_of(model)
+    weights = weights_of(model)
     change(model)
-    assert locator_of(model) is not locator
+    assert weights_of(model) is not weights
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,14 @@ def test_a_changed_model_is_looked_at_anew(change: Callable[[nn.Module], object]
 )
 def test_a_weight_that_moved_is_found_where_it_is(change: Callable[[nn.Module], object]) -> None:
     model = tiny.unet()
-    locator = locator_of(model)
-    locator.locate(NAME)
+    weights = weights_of(model)
+    weights.live([NAME])
+    version = weights.version
     change(model)
-    assert locator_of(model) is locator
-    found, fresh = locator.locate(NAME).weight, Locator(model).locate(NAME).weight
+    assert weights_of(model) is weights
+    found, fresh = weights.live([NAME])[NAME], WeightMap(model)[NAME]
+    assert weights.version != version
+    assert weights.live([NAME])[NAME].data_ptr() == found.data_ptr()
     assert found.data_ptr() == fresh.data_ptr() == attention(model).to_q.weight.data_ptr()
     assert (found.dtype, found.stride()) == (fresh.dtype, fresh.stride())
 

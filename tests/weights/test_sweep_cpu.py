@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from shira_diffusers import Resident, ShiraAdapter, SparseDelta, build_masks
-from shira_diffusers.engine import steps
-from shira_diffusers.weights import finder, spares, sweep_cpu
-from shira_diffusers.weights.sweep_cpu import Side, Step, TorchSweep
-from shira_diffusers.weights.tiles import RUN, Grid, find_starts, in_runs, tile_for
+from shira_diffusers.weights import sweep_cpu
+from shira_diffusers.weights.finder import WeightMap, weights_of
+from shira_diffusers.weights.steps import EntryPlan, SavedEntries, SwitchStep
+from shira_diffusers.weights.sweep_cpu import TorchSweep
+from shira_diffusers.weights.tiles import BLOCK_SIZE, find_starts, in_runs, tile_for
 from tests import reference, tiny
 
 MIXES: list[dict[str, float]] = [
@@ -34,7 +35,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     monkeypatch.setattr(sweep_cpu, "_ALONE", 0)
-    monkeypatch.setattr(spares, "_LONG", 0)
+    monkeypatch.setattr(sweep_cpu, "_LONG", 0)
     yield
     torch.set_num_threads(before)
 
@@ -67,9 +68,9 @@ def test_starts_are_those_of_counting(tile: int) -> None:
         name: torch.randperm(numels[name], generator=generator)[:count].sort().values.int()
         for name, count in (("a", 100), ("c", 333), ("d", 7), ("e", 0))
     }
-    grid = Grid(tuple(numels), tuple(numels.values()), tile)
+    grid = {name: -(-numel // tile) for name, numel in numels.items()}
     bounds = [0, 100, 433, 440, 440]
-    found = find_starts(grid, list(chosen), bounds, torch.cat(list(chosen.values())))
+    found = find_starts(grid, tile, list(chosen), bounds, torch.cat(list(chosen.values())))
     counts = [
         int(((chosen[name] >= first) & (chosen[name] < first + tile)).sum()) if name in chosen else 0
         for name, numel in numels.items()
@@ -80,7 +81,7 @@ def test_starts_are_those_of_counting(tile: int) -> None:
 
 
 def test_runs_are_told_from_what_only_looks_like_them() -> None:
-    runs = torch.cat([torch.arange(RUN) + RUN * k for k in (0, 3, 4)]).int()
+    runs = torch.cat([torch.arange(BLOCK_SIZE) + BLOCK_SIZE * k for k in (0, 3, 4)]).int()
     assert in_runs(runs, [0, 96], [320])
     assert not in_runs(runs, [0, 96], [319])
     assert not in_runs(runs, [0, 40, 96], [320, 320])
@@ -93,7 +94,7 @@ def test_runs_are_told_from_what_only_looks_like_them() -> None:
 @pytest.mark.parametrize(("density", "expected"), [(0.02, 8192), (0.01, 16384), (1.0, 128), (0.0, 2**27)])
 def test_tiles_hold_about_as_many_entries_at_any_density(density: float, expected: int) -> None:
     assert tile_for(160, density) == expected
-    assert tile_for(1, density) >= RUN
+    assert tile_for(1, density) >= BLOCK_SIZE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -103,8 +104,8 @@ def test_tiles_hold_about_as_many_entries_at_any_density(density: float, expecte
 def test_switching_with_threads_and_runs_gives_the_oracle_s_bits(
     dtype: torch.dtype, channels_last: bool, entries: int, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(steps._ENTRIES, "cpu", entries)
-    monkeypatch.setattr(steps, "_SMALL", small)
+    monkeypatch.setattr(sweep_cpu, "_ENTRIES", entries)
+    monkeypatch.setattr(sweep_cpu, "_SMALL", small)
     model = layers()
     adapters = adapters_of(model)
     model.to(dtype)
@@ -123,7 +124,7 @@ def test_switching_with_threads_and_runs_gives_the_oracle_s_bits(
 
 
 def test_block_masks_are_copied_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "_SMALL", 0)
+    monkeypatch.setattr(sweep_cpu, "_SMALL", 0)
     model = layers()
     resident = Resident(model)
     for name, adapter in adapters_of(model).items():
@@ -131,10 +132,11 @@ def test_block_masks_are_copied_in_runs(monkeypatch: pytest.MonkeyPatch) -> None
     shapes = []
     for name in "ac":
         resident.set({name: 1.0})
-        (group,) = model._shira.overwritten
-        shapes.append((group.layout.runs, group.layout.found.get(("runs",), group.layout.indices).numel()))
+        (saved,) = model._shira.overwritten
+        weights = weights_of(model)
+        shapes.append((saved.plan.runs, saved.plan.at(weights.live(saved.plan.names), weights.version)[0].numel()))
     count = sum(delta.nnz for delta in resident.adapter("a").deltas.values())
-    assert shapes == [(True, count // RUN), (False, resident.adapter("c").nnz)]
+    assert shapes == [(True, count // BLOCK_SIZE), (False, resident.adapter("c").nnz)]
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -144,35 +146,39 @@ def test_small_weights_are_shared_out_between_threads_whole() -> None:
     for seed, name in enumerate("ab"):
         resident.add(tiny.adapter_for(model, seed, only=("",)), name)
     resident.set({"a": 1.0})
-    state = model._shira
-    located = steps.Weights({name: finder.locator_of(model).locate(name) for name in state.entries})
-    (group,) = state.overwritten
-    step, _ = located.step(group, None)
-    assert step.leaving is not None
-    cuts = step.leaving.starts.tolist()
-    assert len(cuts) == 3
-    assert cuts[1] in group.layout.bounds
-    assert 0.3 < cuts[1] / cuts[2] < 0.7
+    (saved,) = model._shira.overwritten
+    weights = weights_of(model)
+    step = SwitchStep(weights, weights.live(saved.plan.names), saved, None)
+    sizes = [len(leaving[2]) for leaving, *_ in sweep_cpu._tiles_of(step) if leaving is not None]
+    assert len(sizes) == 2
+    assert sizes[0] in saved.plan.bounds
+    assert 0.3 < sizes[0] / sum(sizes) < 0.7
 
 
-def three_weights() -> tuple[list[torch.Tensor], Step]:
-    """Three weights of four tiles; what leaves is active in them."""
+@pytest.fixture
+def in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four tiles a weight in ``three_weights``."""
+    monkeypatch.setattr(sweep_cpu, "_SMALL", 0)
+    monkeypatch.setattr(sweep_cpu, "_ENTRIES", 16)
+
+
+def three_weights() -> tuple[list[torch.Tensor], SwitchStep]:
+    """Three weights; what leaves is active in them."""
     torch.manual_seed(0)
-    weights = [torch.randn(64) for _ in range(3)]
-    tiles, at = [4, 4, 4], torch.arange(0, 64, 2, dtype=torch.int32)
-    starts = torch.arange(0, 97, 8, dtype=torch.int32)
+    weights = {name: torch.randn(128) for name in "abc"}
+    at = torch.arange(0, 128, 2, dtype=torch.int32)
     both = []
     for shift in (0, 1):
-        places = torch.cat([at + shift] * 3)
-        base, written = torch.zeros(96, dtype=torch.int32), torch.randn(96).view(torch.int32)
-        both.append(Side(places, False, starts, base, written))
+        plan = EntryPlan(tuple(weights), (128,) * 3, (0, 64, 128, 192), torch.cat([at + shift] * 3))
+        both.append(SavedEntries(plan, torch.zeros(192), torch.randn(192)))
     leaving, arriving = both
-    for weight, values in zip(weights, leaving.written.view(torch.float32).split(32), strict=True):
+    for weight, values in zip(weights.values(), leaving.written.split(64), strict=True):
         weight[at.long()] = values
-    return weights, Step(weights, tiles, leaving, arriving, torch.randn(96), [1.0] * 3)
+    step = SwitchStep(WeightMap(nn.Module()), weights, leaving, arriving, torch.randn(192), 1.0)
+    return list(weights.values()), step
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("two_threads", "in_tiles")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", [0, 1, 5, 23])
 def test_a_sweep_that_breaks_off_in_a_thread_is_undone(
@@ -197,6 +203,7 @@ def test_a_sweep_that_breaks_off_in_a_thread_is_undone(
     assert all(torch.equal(now, old) for now, old in zip(memory, before, strict=True))
 
 
+@pytest.mark.usefixtures("in_tiles")
 def test_what_left_must_have_been_there() -> None:
     memory, step = three_weights()
     memory[1][8] += 1
@@ -206,7 +213,7 @@ def test_what_left_must_have_been_there() -> None:
     sweep.undo()
     assert all(torch.equal(now, old) for now, old in zip(memory, before, strict=True))
     memory[1][8] -= 1
-    memory[1][8] = step.leaving.written.view(torch.float32)[32 + 4]
+    memory[1][8] = step.outgoing.written[64 + 4]
     assert TorchSweep([step]).run()
 
 
@@ -225,14 +232,10 @@ def test_the_range_of_8_bit_floats(dtype: torch.dtype) -> None:
     half_step = HALF_STEPS[dtype]
     for extra, finite in ((0.9 * half_step, True), (1.1 * half_step, False), (1e6, False)):
         weight = torch.tensor([top, 0.0]).to(dtype)
-        side = Side(
-            torch.tensor([0], dtype=torch.int32),
-            False,
-            torch.tensor([0, 1], dtype=torch.int32),
-            torch.zeros(1, dtype=torch.uint8),
-            torch.zeros(1, dtype=torch.uint8),
-        )
-        sweep = TorchSweep([Step([weight], [1], None, side, torch.tensor([extra]), [1.0])])
+        plan = EntryPlan(("weight",), (2,), (0, 1), torch.tensor([0], dtype=torch.int32))
+        saved = SavedEntries(plan, *torch.zeros(2, 1).to(dtype))
+        step = SwitchStep(WeightMap(nn.Module()), {"weight": weight}, None, saved, torch.tensor([extra]), 1.0)
+        sweep = TorchSweep([step])
         assert sweep.run()
         assert sweep.finite == finite
         sweep.undo()

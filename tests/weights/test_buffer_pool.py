@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from shira_diffusers import Resident
-from shira_diffusers.weights import spares
-from shira_diffusers.weights.spares import Spares
+from shira_diffusers.weights import sweep_cpu
+from shira_diffusers.weights.sweep_cpu import BufferPool
 from tests import reference, tiny
 
 
 @pytest.fixture(autouse=True)
 def of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spares, "_LONG", 0)
+    monkeypatch.setattr(sweep_cpu, "_LONG", 0)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_what_comes_is_put_where_what_left_was(model: nn.Sequential, resident: R
     assert second[0] == second[1] == second[2]
     assert not first[0] & second[0]
     resident.clear()  # as between two pictures
-    assert model._shira.spares.nbytes
+    assert model._shira.pool.nbytes
     resident.set({"a": 0.5})
     assert set(held(model)) == second[0]
 
@@ -85,19 +85,19 @@ def test_a_switch_that_fails_takes_nothing_that_is_used(
 def test_memory_goes_with_the_last_adapter_and_with_a_move(model: nn.Sequential, resident: Resident) -> None:
     resident.set({"a": 1.0})
     resident.clear()
-    assert model._shira.spares.nbytes
+    assert model._shira.pool.nbytes
     model.half()
-    assert not model._shira.spares.nbytes
+    assert not model._shira.pool.nbytes
     resident.set({"a": 1.0})
     resident.remove("a")
-    assert model._shira.spares.nbytes
+    assert model._shira.pool.nbytes
     resident.remove("b")
-    assert not model._shira.spares.nbytes
+    assert not model._shira.pool.nbytes
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda own: pickle.loads(pickle.dumps(own))])
 def test_copies_hold_none(duplicate: object) -> None:
-    own = Spares()
+    own = BufferPool()
     own.keep([torch.ones(100)])
     assert own.nbytes == 400
     assert callable(duplicate)
@@ -105,7 +105,7 @@ def test_copies_hold_none(duplicate: object) -> None:
 
 
 def test_a_buffer_serves_what_fits_in_it_and_is_not_much_smaller() -> None:
-    own, like = Spares(), torch.ones(1, dtype=torch.float16)
+    own, like = BufferPool(), torch.ones(1, dtype=torch.float16)
     own.keep([torch.ones(100)])
     for count in (201, 99):
         assert own.take(count, like).shape == (count,)
@@ -118,6 +118,6 @@ def test_a_buffer_serves_what_fits_in_it_and_is_not_much_smaller() -> None:
 
 def test_short_ones_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    own = Spares()
+    own = BufferPool()
     own.keep([torch.ones(100)])
     assert not own.nbytes

@@ -1,15 +1,16 @@
 """Entries of many weights as one: the same bits as weight by weight, and nothing beside them is touched."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from shira_diffusers import Resident
-from shira_diffusers.weights.launches import Launch
+from shira_diffusers.weights import sweep_cpu, sweep_triton
+from shira_diffusers.weights.finder import identity
 from shira_diffusers.weights.scatter import gather
-from shira_diffusers.weights.sites import Each, Sites, Span, find, key_of, sites_of, spans
 from tests import tiny
 from tests.weights.test_scatter import CUDA, DTYPES, LAYOUTS
 
@@ -33,34 +34,29 @@ def entries_of(weights: list[Tensor], seed: int = 0) -> tuple[list[int], Tensor]
     return [part.numel() for part in chosen], torch.cat(chosen)
 
 
-def make(kind: type[Sites], weights: list[Tensor], sizes: list[int], indices: Tensor) -> Sites:
-    found = None if kind is Each else find(weights, sizes, indices)
-    sites = sites_of(weights, sizes, indices, found)
-    assert isinstance(sites, kind)
-    return sites
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("kind", "device"),
+    ("access", "device"),
     [
-        (Span, "cpu"),
-        (Each, "cpu"),
-        pytest.param(Launch, "cuda", marks=[pytest.mark.cuda, CUDA]),
-        pytest.param(Each, "cuda", marks=[pytest.mark.cuda, CUDA]),
+        (sweep_cpu.access, "cpu"),
+        (sweep_cpu._access_one_by_one, "cpu"),
+        pytest.param(sweep_triton.access, "cuda", marks=[pytest.mark.cuda, CUDA]),
+        pytest.param(sweep_cpu._access_one_by_one, "cuda", marks=[pytest.mark.cuda, CUDA]),
     ],
 )
-def test_reads_and_writes_the_entries_and_nothing_else(kind: type[Sites], dtype: torch.dtype, device: str) -> None:
+def test_reads_and_writes_the_entries_and_nothing_else(
+    access: Callable[..., sweep_cpu.Access], dtype: torch.dtype, device: str
+) -> None:
     weights = weights_of(dtype, device)
     sizes, indices = entries_of(weights)
-    sites = make(kind, weights, sizes, indices)
+    read, write = access(weights, sizes, indices.to(device))
     expected = [gather(w, part) for w, part in zip(weights, indices.split(sizes), strict=True)]
-    assert tiny.same_bits(sites.read(), torch.cat(expected))
+    assert tiny.same_bits(read(), torch.cat(expected))
     values = torch.randn(len(indices), generator=torch.Generator().manual_seed(1)).to(device).to(dtype)
     buffers = [w.as_strided((w.untyped_storage().nbytes() // dtype.itemsize,), (1,), 0) for w in weights]
     before = [buffer.clone() for buffer in buffers]
-    sites.write(values)
-    assert tiny.same_bits(sites.read(), values)
+    write(values)
+    assert tiny.same_bits(read(), values)
     for weight, buffer, old, own, new in zip(
         weights, buffers, before, indices.split(sizes), values.split(sizes), strict=True
     ):
@@ -71,24 +67,24 @@ def test_reads_and_writes_the_entries_and_nothing_else(kind: type[Sites], dtype:
         assert int(changed.sum()) <= len(own)
 
 
-def test_a_span_needs_one_dtype_on_the_cpu_and_aligned_entries() -> None:
-    assert spans([torch.zeros(4), torch.zeros(3, 3)])
-    assert not spans([torch.zeros(4), torch.zeros(4).half()])
-    assert not spans([torch.zeros(4), torch.zeros(4, device="meta")])
+def test_a_range_needs_one_dtype_on_the_cpu_and_aligned_entries() -> None:
+    assert sweep_cpu.spans([torch.zeros(4), torch.zeros(3, 3)])
+    assert not sweep_cpu.spans([torch.zeros(4), torch.zeros(4).half()])
+    assert not sweep_cpu.spans([torch.zeros(4), torch.zeros(4, device="meta")])
     shifted = torch.frombuffer(bytearray(18), dtype=torch.uint8)[2:].view(torch.int16)
     aligned = torch.zeros(8, dtype=torch.int16)
-    assert spans([aligned, shifted])
+    assert sweep_cpu.spans([aligned, shifted])
     odd = torch.frombuffer(bytearray(17), dtype=torch.int16, count=8, offset=1)
-    assert not spans([aligned, odd])
+    assert not sweep_cpu.spans([aligned, odd])
 
 
-def test_the_key_tells_moved_and_restrided_weights() -> None:
+def test_the_identity_tells_moved_and_restrided_weights() -> None:
     weight = torch.zeros(2, 3, 4, 4)
-    kept = key_of([weight])
-    assert key_of([weight]) == kept
-    assert key_of([weight.clone()]) != kept
-    assert key_of([weight.view(2, 3, 16)]) != kept
-    assert key_of([weight.view(torch.int32)]) != kept
+    kept = identity(weight)
+    assert identity(weight) == kept
+    assert identity(weight.clone()) != kept
+    assert identity(weight.view(2, 3, 16)) != kept
+    assert identity(weight.view(torch.int32)) != kept
 
 
 def test_weights_that_move_between_switches_are_found_again() -> None:
