@@ -40,18 +40,22 @@ def current_caller() -> Caller:
     first: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:  # one plain loop, at each hold over the whole stack
-        if frame.f_code.co_flags & _SUSPENDABLE or first is None:
-            # this package's own frames and those of ``with`` helpers do not count
-            if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in (_PACKAGE, "contextlib"):
-                first = first or frame
-                if frame.f_code.co_flags & _SUSPENDABLE:
-                    frames.append(frame)
+        suspendable = frame.f_code.co_flags & _SUSPENDABLE
+        # this package's own frames and those of ``with`` helpers do not count
+        if (suspendable or first is None) and _package_of(frame) not in (_PACKAGE, "contextlib"):
+            first = first or frame
+            if suspendable:
+                frames.append(frame)
         frame = frame.f_back
     where = f"{first.f_code.co_filename}:{first.f_lineno}" if first else "an unknown place"
     loop = asyncio._get_running_loop()
     task = _host_task() if loop is None else asyncio.current_task(loop)
     entered = first if first in frames[:1] else None
     return Caller(threading.current_thread(), loop, task, tuple(frames), entered, where)
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def stack_frames() -> Iterator[FrameType]:

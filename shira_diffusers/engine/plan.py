@@ -1,4 +1,4 @@
-"""Plan the entries of a mix: its deltas end to end, so that a switch computes on a few long tensors, not many short ones.
+"""Plan the entries of a mix: its deltas end to end, so that a switch computes on few long tensors, not many short ones.
 
 In: adapters and the weights that they are for. Out: one ``EntryPlan`` per device and dtype; nothing is written here.
 """
@@ -36,11 +36,8 @@ def known_plans(
     adapters: Sequence[ShiraAdapter], known: Iterable[tuple[EntryPlan, ...]]
 ) -> tuple[EntryPlan, ...] | None:
     """The plans among those made earlier that are of the same adapters, in the same order; for no adapters none."""
-    for plans in known if adapters else ():
-        if plans and len(adapters) == len(plans[0].sources):
-            if all([mine is theirs for mine, theirs in zip(adapters, plans[0].sources, strict=True)]):
-                return plans
-    return None
+    wanted = list(map(id, adapters))
+    return next((plans for plans in known if plans and wanted and wanted == list(map(id, plans[0].sources))), None)
 
 
 def plan_entries(adapters: Sequence[ShiraAdapter], live: Mapping[str, Tensor]) -> tuple[EntryPlan, ...]:

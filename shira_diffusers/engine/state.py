@@ -199,7 +199,7 @@ def _no_way_to_disk(module: nn.Module, state: ShiraState) -> ResidentStateError:
 
 
 def written_since(parts: Iterable[Part], live: Mapping[str, Tensor], *, base_too: bool = True) -> list[str]:
-    """The weights modified outside shira_diffusers: they hold neither what was written nor, if that counts, the base."""
+    """The weights modified outside shira_diffusers: they hold neither what was written nor, if it counts, the base."""
     return [
         name
         for name, indices, base, written in parts

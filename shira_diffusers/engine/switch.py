@@ -1,7 +1,7 @@
 """Carry out a switch, all of it or nothing.
 
-In: mixes of the components of a model. Out: their weights overwritten in place, and the bits that were there. Everything
-is planned and checked first; nothing is ever subtracted: the bits that were overwritten are saved and written back.
+In: mixes of the components of a model. Out: their weights overwritten in place, and the bits that were there.
+Everything is planned and checked first; nothing is ever subtracted: what was overwritten is saved and written back.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -147,9 +147,8 @@ def _carry_out(transactions: Sequence[Transaction], undo: ExitStack) -> bool:
         ShiraError: sums that are too large for the weights' dtype; ``undo`` is due.
     """
     finite = True
-    for own in zip_longest(*[_steps(one) for one in transactions], fillvalue=[]):
-        steps = list(chain(*own))
-        for sweep in _sweeps(steps):
+    for steps, sweeps in _prepare(transactions):
+        for sweep in sweeps:
             undo.callback(sweep.undo)
             if not sweep.run():
                 return False
@@ -160,12 +159,6 @@ def _carry_out(transactions: Sequence[Transaction], undo: ExitStack) -> bool:
     if not finite:
         _require_in_range(transactions)
     return True
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _sweeps(steps: Sequence[SwitchStep]) -> list[TorchSweep | TritonSweep]:
-    return sweeps_of(steps)
 
 
 def _require_in_range(transactions: Sequence[Transaction]) -> None:
@@ -204,8 +197,14 @@ def _finite(values: Tensor) -> Tensor:
 
 @torch.inference_mode(False)  # what is saved is read and written in any mode
 @torch.no_grad()
+def _prepare(transactions: Sequence[Transaction]) -> list[tuple[list[SwitchStep], list[TorchSweep | TritonSweep]]]:
+    """The steps of all components and what carries them out, in turns: a turn's steps touch different weights."""
+    turns = zip_longest(*[_steps(one) for one in transactions], fillvalue=[])
+    return [(steps, sweeps_of(steps)) for steps in [list(chain(*own)) for own in turns]]
+
+
 def _steps(one: Transaction) -> list[list[SwitchStep]]:
-    """The steps of one component: those of a list touch different weights, each list comes after the one before.
+    """The steps of one component by turn.
 
     Nearly always one step in all: weights of one dtype on one device, one mix that leaves and one that arrives.
     """

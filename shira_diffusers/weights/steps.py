@@ -5,6 +5,7 @@ In: names, positions and values, whatever they mean. Out: the data that ``sweep_
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -141,7 +142,7 @@ class SavedEntries:
         return zip(self.plan.names, *(tensor.split(self.plan.sizes) for tensor in tensors), strict=True)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class SwitchStep:
     """What a switch does to the weights of one dtype on one device.
 
@@ -161,12 +162,12 @@ class SwitchStep:
     delta: Tensor | None = None
     scales: Mapping[str, float] | float = 1.0
 
-    @property
+    @cached_property
     def plans(self) -> list[EntryPlan]:
         """Those of what leaves and of what arrives."""
         return [saved.plan for saved in (self.outgoing, self.incoming) if saved is not None]
 
-    @property
+    @cached_property
     def first(self) -> Tensor:
         """One of the weights, for their device and dtype."""
         return self.live[self.plans[0].names[0]]
@@ -175,13 +176,13 @@ class SwitchStep:
         """The weights of one of the plans."""
         return [self.live[name] for name in plan.names]
 
-    @property
+    @cached_property
     def stays(self) -> bool:
         """Whether the same entries leave and arrive: a strength was changed."""
         plans = self.plans
         return len(plans) == 2 and plans[0] is plans[1]
 
-    @property
+    @cached_property
     def entries(self) -> int:
         """How many entries are touched."""
         return sum([plan.bounds[-1] for plan in self.plans])

@@ -172,7 +172,8 @@ def _tiles_of(step: SwitchStep) -> list[Tile]:
         layouts = {id(plan): _by_weight(plan, step, grid, tile) for plan in step.plans}
         scales = [s for scale, count in zip(step.scale(grid), grid.values(), strict=True) for s in [scale] * count]
     leaving: Sequence[Piece | None] = [None] * len(scales)
-    arriving, deltas = leaving, leaving
+    arriving: Sequence[Piece | None] = leaving
+    deltas: Sequence[Tensor | None] = [None] * len(scales)
     if step.outgoing is not None:
         leaving = _pieces(step.outgoing, layouts[id(step.outgoing.plan)])
     if step.incoming is not None and step.delta is not None:
@@ -199,14 +200,18 @@ def _by_weight(plan: EntryPlan, step: SwitchStep, grid: Mapping[str, int], tile:
 def _is_ranged(step: SwitchStep) -> bool:
     """Whether weights are taken together, as one range of addresses: those of a CPU with few entries each."""
     few = step.first.is_cpu and all([plan.bounds[-1] < _SMALL * len(plan.names) for plan in step.plans])
-    version = step.weights.version
-    return few and all([plan.once("spans", lambda own=plan: spans(step.of(own)), version) for plan in step.plans])
+    return few and all([_spans(plan, step) for plan in step.plans])
+
+
+def _spans(plan: EntryPlan, step: SwitchStep) -> bool:
+    return plan.once("spans", lambda: spans(step.of(plan)), step.weights.version)
 
 
 def _in_range(plan: EntryPlan, step: SwitchStep, firsts: Sequence[str]) -> Layout:
     """Where a plan's entries are in the range of its weights: a tile of whole weights for each thread."""
-    find = lambda: positions(step.of(plan), plan.sizes, plan.indices)  # noqa: E731
-    start, length, at = plan.once("range", find, step.weights.version)
+    start, length, at = plan.once(
+        "range", lambda: positions(step.of(plan), plan.sizes, plan.indices), step.weights.version
+    )
     cuts = [0, *[plan.bounds[bisect_left(plan.names, first)] for first in firsts], plan.bounds[-1]]
     return at, [memory_at(start, length, step.first.dtype)] * (len(cuts) - 1), np.diff(cuts).tolist(), 1
 

@@ -80,7 +80,7 @@ class TritonSweep:
         self.finite = True
 
     def run(self) -> bool:
-        """As ``TorchSweep.run``. Waits for the device, to hear whether what left was there, and what arrived is finite."""
+        """As ``TorchSweep.run``. Waits for the device, to hear whether what left was there and if all is finite."""
         found = [self._launch(steps, *key) for key, steps in self._groups.items()]
         flags = [one.tolist() for one in found]
         self.finite = not any(infinite for _, infinite in flags)
@@ -147,7 +147,9 @@ def _table(
     steps: Sequence[SwitchStep], seen: Sequence[Tensor | None]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], tuple[int, ...]]:
     """The tables ``weights`` and ``steps`` of the kernel, and how many tiles each weight has."""
-    rows, parts, counts = [], [], []
+    rows: list[np.ndarray[Any, Any]] = []
+    parts: list[list[int]] = []
+    counts: list[int] = []
     first = 0
     for number, (step, own_seen) in enumerate(zip(steps, seen, strict=True)):
         grid, tile = step.grid(_ENTRIES)
