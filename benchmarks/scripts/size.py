@@ -27,7 +27,7 @@ from benchmarks.measure import MODELS, out_of, write
 from benchmarks.models import RANK, TOY, UNETS, inputs_of, lora_state, make_unet
 from shira_diffusers import ShiraAdapter, SparseDelta, build_masks, save_adapter
 from shira_diffusers.masks.calibration import gradient_magnitudes
-from shira_diffusers.masks.families import BLOCK
+from shira_diffusers.masks.families import BLOCK_SIZE
 from shira_diffusers.weights.targets import select
 
 DENSITIES = (0.005, 0.01, 0.02, 0.05)
@@ -111,7 +111,7 @@ def bound_of(family: str, numels: Mapping[str, int], masks: Mapping[str, Tensor]
     """Bytes that an entry of a float16 adapter costs at least."""
     if family.startswith("struct"):
         return VALUE_BYTES
-    unit = BLOCK if family.startswith("block") else 1
+    unit = BLOCK_SIZE if family.startswith("block") else 1
     bits = sum(log2_choices(numels[name] // unit, mask.numel() // unit) for name, mask in masks.items())
     return VALUE_BYTES + bits / 8 / sum(mask.numel() for mask in masks.values())
 

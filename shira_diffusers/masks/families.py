@@ -15,8 +15,7 @@ from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, li
 from shira_diffusers.masks.calibration import Calibration, gradient_magnitudes
 from shira_diffusers.seeds import seeded
 from shira_diffusers.weights.targets import DEFAULT_TARGETS, Targets, require_modules, select
-
-BLOCK = 32  # entries: 64 bytes of fp16, a cache line
+from shira_diffusers.weights.tiles import BLOCK_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,30 +175,30 @@ def block(weight: Tensor, count: int, context: MaskContext) -> Tensor:
     Runs are copied, not scattered, so switching is several times faster; ``round(count / 32)`` runs, at least one
     where the weight has one. Ours, after the block sparsity of hardware.
     """
-    runs = weight.numel() // BLOCK
-    score = weight.flatten()[: runs * BLOCK].float().abs().view(runs, BLOCK).sum(1)
+    runs = weight.numel() // BLOCK_SIZE
+    score = weight.flatten()[: runs * BLOCK_SIZE].float().abs().view(runs, BLOCK_SIZE).sum(1)
     return _runs(_top(score, _run_count(runs, count), _run_context(runs, context)))
 
 
 def block_rand(weight: Tensor, count: int, context: MaskContext) -> Tensor:
     """Choose aligned runs of 32 entries of a weight ``(out, ...)`` uniformly at random; see ``block``."""
-    runs = weight.numel() // BLOCK
+    runs = weight.numel() // BLOCK_SIZE
     return _runs(_draw(runs, _run_count(runs, count), _run_context(runs, context)).to(weight.device))
 
 
 def _run_count(runs: int, count: int) -> int:
-    return min(runs, max(1, round(count / BLOCK))) if count else 0
+    return min(runs, max(1, round(count / BLOCK_SIZE))) if count else 0
 
 
 def _run_context(runs: int, context: MaskContext) -> MaskContext:
     blocked = context.blocked
     if blocked is not None:
-        blocked = blocked[: runs * BLOCK].view(runs, BLOCK).any(1)
+        blocked = blocked[: runs * BLOCK_SIZE].view(runs, BLOCK_SIZE).any(1)
     return MaskContext(context.generator, blocked, None)
 
 
 def _runs(starts: Tensor) -> Tensor:
-    return (starts[:, None] * BLOCK + torch.arange(BLOCK, device=starts.device)).flatten()
+    return (starts[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=starts.device)).flatten()
 
 
 FAMILIES: dict[str, MaskFamily] = {
@@ -295,13 +294,13 @@ def _shortage(family: str | MaskFamily, count: int, weight: Tensor, blocked: Ten
     if blocked is None:
         return None
     if family in ("block", "block_rand"):
-        runs = weight.numel() // BLOCK
-        free, unit = int((~blocked[: runs * BLOCK].view(runs, BLOCK).any(1)).sum()), "run"
+        runs = weight.numel() // BLOCK_SIZE
+        free, unit = int((~blocked[: runs * BLOCK_SIZE].view(runs, BLOCK_SIZE).any(1)).sum()), "run"
         needed = _run_count(runs, count)
     else:
         free, needed, unit = int((~blocked).sum()), count, "entry"
     if family in _EXACT | {"block", "block_rand"} and free < needed:
-        size = f" of {BLOCK}" if unit == "run" else ""
+        size = f" of {BLOCK_SIZE}" if unit == "run" else ""
         return f"{counted(needed, unit)}{size} needed, {free:,} left free"
     return None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK_SIZE = 32
-"""Entries of an aligned run, as masks of the family ``block`` have them."""
+"""Entries of an aligned run, as masks of the family ``block`` have them: 64 bytes of fp16, a cache line."""
 
 
 def tile_for(entries_a_tile: int, density: float) -> int:

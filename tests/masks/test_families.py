@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers import AdapterMismatchError, ShiraAdapter, ShiraError, SparseDelta, build_masks
-from shira_diffusers.masks.families import BLOCK, FAMILIES, MaskContext, block, struct, struct_rows, wm
+from shira_diffusers.masks.families import BLOCK_SIZE, FAMILIES, MaskContext, block, struct, struct_rows, wm
 from shira_diffusers.seeds import seeded
 from tests import reference, tiny
 
@@ -90,7 +90,7 @@ def test_same_shaped_layers_and_other_seeds_have_other_masks(model: nn.Module, f
     masks = masks_of(model, family, 0.1)
     assert not torch.equal(masks["one.weight"], masks["two.weight"])
     other = masks_of(model, family, 0.1, seed=1)
-    assert not any(torch.equal(masks[name], other[name]) for name in masks if masks[name].numel() > BLOCK)
+    assert not any(torch.equal(masks[name], other[name]) for name in masks if masks[name].numel() > BLOCK_SIZE)
 
 
 def test_a_mask_depends_on_seed_and_name_alone(model: nn.Module) -> None:
@@ -233,10 +233,10 @@ def test_struct_has_high_rank() -> None:
 def test_blocks_are_aligned_runs(model: nn.Module, family: str, density: float) -> None:
     for name, mask in masks_of(model, family, density).items():
         count = round(density * model.get_parameter(name).numel())
-        runs = mask.view(-1, BLOCK)
-        assert (runs[:, 0] % BLOCK == 0).all()
-        assert torch.equal(runs, runs[:, :1] + torch.arange(BLOCK))
-        assert len(runs) == (max(1, round(count / BLOCK)) if count else 0)
+        runs = mask.view(-1, BLOCK_SIZE)
+        assert (runs[:, 0] % BLOCK_SIZE == 0).all()
+        assert torch.equal(runs, runs[:, :1] + torch.arange(BLOCK_SIZE))
+        assert len(runs) == (max(1, round(count / BLOCK_SIZE)) if count else 0)
 
 
 def test_blocks_are_those_of_the_largest_magnitude() -> None:
