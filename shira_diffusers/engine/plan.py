@@ -32,12 +32,13 @@ class Mix:
         return replace(self, scales={n: s for n, s in self.scales.items() if n not in names})
 
 
-def known_plans(
-    adapters: Sequence[ShiraAdapter], known: Iterable[tuple[EntryPlan, ...]]
-) -> tuple[EntryPlan, ...] | None:
-    """The plans among those made earlier that are of the same adapters, in the same order; for no adapters none."""
+def plans_of(adapters: Sequence[ShiraAdapter], known: Iterable[tuple[EntryPlan, ...]]) -> list[tuple[EntryPlan, ...]]:
+    """The plans among those made earlier that are of the same adapters, in the same order; for no adapters none.
+
+    So a new strength, or coming back to a mix, plans nothing.
+    """
     wanted = list(map(id, adapters))
-    return next((plans for plans in known if plans and wanted and wanted == list(map(id, plans[0].sources))), None)
+    return [plans for plans in known if plans and wanted and wanted == list(map(id, plans[0].sources))]
 
 
 def plan_entries(adapters: Sequence[ShiraAdapter], live: Mapping[str, Tensor]) -> tuple[EntryPlan, ...]:

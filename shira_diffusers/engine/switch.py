@@ -12,11 +12,12 @@ from itertools import chain, zip_longest
 import torch
 from torch import Tensor, nn
 
+from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.merge import Union, merge_method, sum_deltas
 from shira_diffusers.adapters.scales import Scale, scale_of
 from shira_diffusers.engine.fit import join_name
 from shira_diffusers.engine.offloading import note_offload
-from shira_diffusers.engine.plan import Mix, as_now, fits_now, known_plans, plan_entries
+from shira_diffusers.engine.plan import Mix, as_now, fits_now, plan_entries, plans_of
 from shira_diffusers.engine.sharing import claims, conflicts
 from shira_diffusers.engine.state import ShiraState, ensure_state, written_by_others, written_since
 from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
@@ -80,24 +81,27 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     adapters = [state.adapters[name] for name in sorted(mix.scales)]
     weights = weights_of(model)
     saved_plans = tuple([saved.plan for saved in state.overwritten])
-    plans = known_plans(adapters, [saved_plans, *state.remembered])
-    # weights of the known plans first: as a rule these are all, in two tuples of the same names
-    names = dict.fromkeys(chain(*[plan.names for plan in (*saved_plans, *(plans or ()))]))
-    if plans is None and adapters:
-        names |= dict.fromkeys(sorted({name for adapter in adapters for name in adapter.deltas}))
-    if names:
+    known = plans_of(adapters, [saved_plans, *state.remembered])
+    # of known plans only the weights themselves: as a rule a few tuples of the same names
+    names = dict.fromkeys(chain(*[plan.names for plans in (saved_plans, *known) for plan in plans]))
+    wanted = list(names) if known else sorted(names | dict.fromkeys(_names_of(adapters)))
+    if wanted:
         weights.require_not_frozen()
-    live = weights.live(names)
-    if plans is not None and not fits_now(plans, live, weights.version):
-        plans = None
-        live |= weights.live(sorted({name for adapter in adapters for name in adapter.deltas}))
+    live = weights.live(wanted)
     outgoing = [part for saved in state.overwritten for part in as_now(saved, live, weights.version)]
+    known = [*plans_of(adapters, [tuple([saved.plan for saved in outgoing])]), *known]  # moved ones, where weights were
+    plans = next((plans for plans in known if fits_now(plans, live, weights.version)), None)
+    if plans is None:
+        live |= weights.live(sorted(_names_of(adapters) - live.keys()))
     if adapters and weights.copied(live):
         _require_apart(component, weights, live)  # ``add`` has seen to all that was not fused since
-    if plans is None:
-        plans = plan_entries(adapters, live)
+    plans = plan_entries(adapters, live) if plans is None else plans
     state.remember(plans)
     return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans)
+
+
+def _names_of(adapters: Iterable[ShiraAdapter]) -> set[str]:
+    return {name for adapter in adapters for name in adapter.deltas}
 
 
 def _require_apart(component: str, weights: WeightMap, names: Iterable[str]) -> None:

@@ -110,7 +110,7 @@ class EntryPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        found = (value for _, value in self.found.values() if isinstance(value, Tensor))
+        found = [value for _, value in list(self.found.values()) if isinstance(value, Tensor)]
         places = (place for place in self.places if place is not None)
         held = {id(tensor): tensor for tensor in (self.indices, *self.values, *places, *found)}
         return sum(tensor.nbytes for tensor in held.values())
