@@ -4,7 +4,7 @@ In: a path, or a state dict. Out: a ``ShiraAdapter`` on the CPU, or one ``Adapte
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,16 @@ def _running_sum(sums: Sums) -> None:
 def _deltas(block: Block, indices: list[Indices]) -> dict[str, SparseDelta]:
     array = block.values.array
     values = tensor_of(Raw(block.values.dtype, array if array.base is None else array.copy()))
-    parts = zip(block.weights, indices, values.split([weight.nnz for weight in block.weights]), strict=True)
-    return {w.name: SparseDelta.unchecked(torch.from_numpy(at), own, w.shape or ()) for w, at, own in parts}
+    parts = zip(block.weights, _tensors(indices), values.split([weight.nnz for weight in block.weights]), strict=True)
+    return {w.name: SparseDelta.unchecked(at, own, w.shape or ()) for w, at, own in parts}
+
+
+def _tensors(parts: Sequence[Indices]) -> Sequence[Tensor]:
+    """Arrays as tensors, of one storage where they make up one array: a plan of all weights then copies nothing."""
+    whole, counts = parts[0].base, list(map(len, parts))
+    if whole is None or whole.dtype != parts[0].dtype or whole.shape != (sum(counts),):
+        return [torch.from_numpy(part) for part in parts]
+    return torch.from_numpy(whole).split(counts)
 
 
 def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
