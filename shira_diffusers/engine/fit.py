@@ -182,12 +182,12 @@ def base_values(weight: Tensor, indices: Tensor, saved: Part | None) -> Tensor:
     """The unadapted values at sorted ``indices``, whatever is active.
 
     Args:
-        weight: the live weight.
-        indices: int32 or int64 ``[n]``, flat row-major.
+        weight: the live weight, of any shape, floating dtype and device.
+        indices: int32 or int64 ``(n,)``, flat row-major, on any device.
         saved: what is overwritten in the weight.
 
     Returns:
-        ``[n]``, of the weight's dtype; float32 for 8-bit floats.
+        ``(n,)`` on the weight's device, of its dtype; float32 for 8-bit floats.
     """
     values = gather(weight, indices)
     if saved is None or not saved[1].numel():

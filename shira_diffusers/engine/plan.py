@@ -46,7 +46,7 @@ def plan_entries(adapters: Sequence[ShiraAdapter], live: Mapping[str, Tensor]) -
 
     Args:
         adapters: in the order in which they are added.
-        live: all of their weights.
+        live: all of their weights, each of any shape, dtype and device.
 
     Raises:
         AdapterMismatchError: an adapter with different deltas for one tied weight.
@@ -59,14 +59,14 @@ def plan_entries(adapters: Sequence[ShiraAdapter], live: Mapping[str, Tensor]) -
 
 
 def fits_now(plans: Sequence[EntryPlan], live: Mapping[str, Tensor], version: int) -> bool:
-    """Whether the weights of each plan still are of one kind, and no other plan's are: they may have been cast."""
+    """Whether the weights of each plan (any shape) still share one device and dtype that no other plan's have."""
     kinds = [kind for plan in plans for kind in plan.kinds(live, version)]
     devices = [plan.indices.device for plan in plans]
     return len(set(kinds)) == len(kinds) == len(plans) and devices == [device for device, _ in kinds]
 
 
 def as_now(saved: SavedEntries, live: Mapping[str, Tensor], version: int) -> list[SavedEntries]:
-    """Saved entries as their weights are now: they may have been cast or moved since, and not all in the same way."""
+    """Saved entries for the dtype and device that each weight (any shape) has now: some may have been cast or moved."""
     plan = saved.plan
     kinds = plan.kinds(live, version)
     if len(kinds) > 1:
@@ -156,7 +156,7 @@ def _values(adapter: ShiraAdapter, names: Sequence[str]) -> Tensor:
 
 
 def end_to_end(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors of one dimension as one: a view where they lie so in memory, as those of one file do, else a copy."""
+    """Concatenate tensors ``(n,)`` of one dtype and device: a view if they are adjacent in memory, else a copy."""
     held = [part for part in parts if part.numel()]
     if not held:
         return parts[0]

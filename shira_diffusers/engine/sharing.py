@@ -39,7 +39,7 @@ class Claim(NamedTuple):
         return self.end - self.start == self.numel * self.tensor.dtype.itemsize
 
     def addresses(self) -> Tensor:
-        """The address of each entry, int64 ``[numel]``."""
+        """The address of each entry, int64 ``(numel,)``."""
         entries = torch.arange(self.offset, self.offset + self.numel, device="cpu")
         return storage_indices(entries, self.tensor).cpu() * self.tensor.dtype.itemsize + self.tensor.data_ptr()
 
@@ -48,7 +48,7 @@ def claims(held: Mapping[str, Sequence[tuple[Tensor, int]]], owner: object = Non
     """The memory of weights, each with its fused and offloaded copies.
 
     Args:
-        held: by what to call them, the tensors that hold them, as ``WeightMap.holders`` gives them.
+        held: by what to call each weight, the tensors (any shape) that hold it, as ``WeightMap.holders`` gives them.
         owner: whose they are; its tied weights may share.
     """
     for name, holders in held.items():

@@ -199,7 +199,13 @@ def _no_way_to_disk(module: nn.Module, state: ShiraState) -> ResidentStateError:
 
 
 def written_since(parts: Iterable[Part], live: Mapping[str, Tensor], *, base_too: bool = True) -> list[str]:
-    """The weights modified outside shira_diffusers: they hold neither what was written nor, if it counts, the base."""
+    """Names of the weights modified outside shira_diffusers.
+
+    Args:
+        parts: the overwritten entries of each weight.
+        live: the weights, of any shape.
+        base_too: whether entries that hold the base's bits again count as unmodified.
+    """
     return [
         name
         for name, indices, base, written in parts

@@ -238,7 +238,7 @@ def _step(one: Transaction, outgoing: SavedEntries | None, plan: EntryPlan | Non
 
 
 def _mixed(one: Transaction, plan: EntryPlan) -> tuple[Tensor, Mapping[str, float] | float]:
-    """``sum of scale * delta``, ``[n]``, and what is still to be multiplied with: of one adapter its scale."""
+    """``sum of scale * delta``, ``(n,)``, and what is still to be multiplied with: of one adapter its scale."""
     names, merge = sorted(one.mix.scales), merge_method(one.mix.method)
     if merge is sum_deltas and len(names) == 1:
         scale = one.mix.scales[names[0]]
@@ -252,7 +252,7 @@ def _mixed(one: Transaction, plan: EntryPlan) -> tuple[Tensor, Mapping[str, floa
 
 
 def _scales(one: Transaction, plan: EntryPlan, member: int, scale: Scale) -> float | Tensor:
-    """One number where all weights have the same scale, else float32 ``[nnz]``."""
+    """One number where all weights have the same scale, else float32 ``(nnz,)``."""
     if isinstance(scale, int | float):
         return float(scale)
     by_weight = [scale_of(scale, one.component, weight) for weight in plan.members[member]]
@@ -287,7 +287,12 @@ def _write_all(step: SwitchStep, plan: EntryPlan, values: Tensor) -> None:
 def read_current(component: str, groups: Iterable[SavedEntries], live: Mapping[str, Tensor]) -> list[SavedEntries]:
     """The overwritten entries with the bits that are there now: what was written, or the base again.
 
-    The base is there where somebody has put back what ``state_dict`` gave, as accelerate does when it offloads.
+    Weights hold the base after the output of ``state_dict`` was loaded back, as accelerate does when it offloads.
+
+    Args:
+        component: its name, for messages.
+        groups: what is overwritten.
+        live: the component's weights, of any shape.
 
     Raises:
         ResidentStateError: names the weights that were modified outside shira_diffusers.
@@ -302,7 +307,7 @@ def read_current(component: str, groups: Iterable[SavedEntries], live: Mapping[s
 
 
 def require_written(component: str, groups: Iterable[SavedEntries], live: Mapping[str, Tensor]) -> None:
-    """Require that overwritten entries hold what was written.
+    """Require that overwritten entries of the ``live`` weights (any shape) hold what was written.
 
     Raises:
         ResidentStateError: names the weights that were modified outside shira_diffusers.

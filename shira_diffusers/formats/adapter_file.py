@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def digest(*parts: Bytes) -> str:
-    """The SHA-256 over contiguous parts, uint8 ``[n]`` each, in this order: 64 lower-case hexadecimal digits."""
+    """The SHA-256 over contiguous parts, uint8 ``(n,)`` each, in this order: 64 lower-case hexadecimal digits."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part.data)

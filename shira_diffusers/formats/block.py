@@ -53,8 +53,8 @@ class Block:
 
     Args:
         weights: in order.
-        values: ``[nnz of all]``, of a dtype in ``INFINITIES``.
-        gaps: ``[m]``, uint8, uint16 or int32, each weight starting anew.
+        values: ``(nnz,)``, of a dtype in ``INFINITIES``.
+        gaps: ``(m,)``, uint8, uint16 or int32, each weight starting anew.
         run: 1, or 32 where gaps code the numbers of aligned runs of so many entries.
     """
 
@@ -79,7 +79,7 @@ class Block:
         return all(weight.numel <= _LARGEST for weight in self.weights)
 
     def decode(self, threads: int = 1, **how: Any) -> list[Indices] | None:
-        """The indices of each weight, int32 (int64 from 2^31 entries on) ``[nnz]``; None where anything is damaged.
+        """The indices of each weight, int32 (int64 from 2^31 entries on) ``(nnz,)``; None where anything is damaged.
 
         Args:
             threads: how many to use for many elements.
@@ -118,7 +118,7 @@ class Block:
 
 
 def spread(positions: Indices, run: int) -> Indices:
-    """Indices ``[nnz]`` of the entries in runs ``[nnz / run]``."""
+    """Indices ``(nnz,)`` of the entries in runs ``(nnz / run,)``."""
     if run == 1:
         return positions
     return (positions[:, None] * run + np.arange(run, dtype=positions.dtype)).reshape(-1)

@@ -27,7 +27,7 @@ _VALUES, _SHAPE, _GAPS, _BASE = ".values", ".shape", ".gaps", ".base"
 
 
 class Sparse(NamedTuple):
-    """One weight to write: indices int32 or int64 ``[nnz]``, values ``[nnz]``, the dense weight's shape."""
+    """One weight to write: indices int32 or int64 ``(nnz,)``, values ``(nnz,)``, the dense weight's shape."""
 
     indices: Indices
     values: Raw
@@ -35,7 +35,7 @@ class Sparse(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """One weight as read: gaps ``[m]`` and values ``[nnz]``."""
+    """One weight as read: gaps ``(m,)`` and values ``(nnz,)``."""
 
     weight: Weight
     gaps: Gaps

@@ -31,7 +31,7 @@ def encode_gaps(indices: Indices) -> Gaps:
     """Code sorted flat indices as gaps ``g_j = i_j - i_(j-1) - 1``, ``i_(-1) = -1``, in the smallest of three dtypes.
 
     Args:
-        indices: int32 or int64 ``[nnz]``, strictly increasing.
+        indices: int32 or int64 ``(nnz,)``, strictly increasing.
 
     Returns:
         uint8 or uint16, each gap as ``g // max`` elements of the dtype's maximum and then ``g % max``; or int32,
@@ -66,7 +66,7 @@ def _escape(gaps: NDArray[np.int64], dtype: str) -> Gaps:
 
 
 def decode_gaps(coded: Gaps, numel: int) -> NDArray[np.int64]:
-    """Decode ``encode_gaps``: flat indices, int64 ``[nnz]``, for a weight of ``numel`` entries.
+    """Decode ``encode_gaps``: flat indices, int64 ``(nnz,)``, for a weight of ``numel`` entries.
 
     Raises:
         AdapterFormatError: another dtype, an unfinished escape, negative gaps (unsorted or duplicate indices) or an
@@ -133,12 +133,12 @@ def decode_many(
         coded: uint8, uint16 or int32, one dimension.
         counts: how many indices each weight has.
         numels: entries of each weight, at most 2^31 - 1.
-        running_sum: replaces int32 or int64 ``[n]`` by its running sum.
+        running_sum: replaces int32 or int64 ``(n,)`` by its running sum.
         threads: how many to use for many elements.
 
     Returns:
-        Indices, int32 ``[sum of counts]``, end to end; None if they are not as ``decode_gaps`` would give them for each
-        weight.
+        Indices, int32 ``(sum of counts,)``, end to end; None if they are not as ``decode_gaps`` would give them for
+        each weight.
     """
     name = coded.dtype.name
     top, step = ESCAPES.get(name), _CHUNKS[name]

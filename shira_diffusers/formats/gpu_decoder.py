@@ -103,12 +103,12 @@ def decode_gaps_on(coded: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """Decode the gaps of a block on the device that they are on, without waiting for it.
 
     Args:
-        coded: ``raw_gaps`` of the block, ``[m]``.
+        coded: ``raw_gaps`` of the block, ``(m,)``.
         block: whose weights have fewer than 2^31 entries each.
 
     Returns:
-        Indices, int32 ``[nnz of all]``, and whether they are as ``gap_codec.decode_gaps`` would give them: a bool of no
-        dimension on the device. No element makes any kernel fail.
+        Indices, int32 ``(nnz,)`` of all weights, and whether they are as ``gap_codec.decode_gaps`` would give them: a
+        0-dimensional bool on the device. No element makes any kernel fail.
     """
     device, top, total = coded.device, ESCAPES.get(block.gaps.dtype.name), sum(block.counts)
     # sums over all weights may go beyond int32 and wrap; differences inside a weight do not, if it is intact
@@ -145,7 +145,7 @@ def decode_gaps_on(coded: Tensor, block: Block) -> tuple[Tensor, Tensor]:
 
 
 def record_stream(held: Sequence[Tensor], *, default: bool = False) -> None:
-    """Tell the allocator that the current (or the default) stream uses tensors, before which it reuses no memory."""
+    """Keep the memory of CUDA tensors (any shape) from reuse until the current (or the default) stream has used it."""
     for tensor in held:
         if tensor.is_cuda:
             of = torch.cuda.default_stream if default else torch.cuda.current_stream

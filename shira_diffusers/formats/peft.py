@@ -1,7 +1,7 @@
 """Adapters of PEFT's SHiRA tuner: read into ours (Linear only; PEFT stores no shapes, the model gives them).
 
 On disk: ``adapter_config.json`` with ``peft_type`` SHIRA and ``adapter_model.safetensors`` with
-``base_model.model.<path>.shira_weight`` ``[nnz]`` and ``.shira_indices`` ``[2, nnz]`` (output row, input column).
+``base_model.model.<path>.shira_weight`` ``(nnz,)`` and ``.shira_indices`` ``(2, nnz)`` (output row, input column).
 Source: https://huggingface.co/docs/peft/package_reference/shira
 """
 
@@ -68,7 +68,11 @@ def peft_tensors(file: AdapterFile) -> dict[str, Tensor]:
 
 
 def peft_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter name -> values ``[nnz]``, in PEFT's order: all that is known of its adapters without a model."""
+    """Parameter name -> values ``(nnz,)``, in PEFT's order: all that is known of its adapters without a model.
+
+    Args:
+        tensors: of PEFT's SHiRA tuner: values ``(nnz,)`` and indices ``(2, nnz)`` per layer.
+    """
     return {
         peft_weight(key.removesuffix(VALUES)): tensor.flatten()
         for key, tensor in tensors.items()
@@ -81,7 +85,14 @@ def decode_peft(
 ) -> ShiraAdapter:
     """Build an adapter from the tensors of PEFT's SHiRA tuner, with or without the ``base_model.model.`` prefix.
 
-    Args and Raises: see ``load_peft_adapter``.
+    Args:
+        tensors: values ``(nnz,)`` and indices ``(2, nnz)`` per layer.
+        model: the one that the adapter is for.
+        source: for messages.
+        metadata: of the adapter.
+
+    Raises:
+        AdapterFormatError, AdapterMismatchError: see ``load_peft_adapter``.
     """
     weights = WeightMap(model)
     deltas: dict[str, SparseDelta] = {}
@@ -130,7 +141,7 @@ def decode_peft_for(
 
     Args:
         models: the adapter is for the one that has all its layers; where several do, for the one whose shapes it fits.
-        tensors: of PEFT's SHiRA tuner.
+        tensors: of PEFT's SHiRA tuner: values ``(nnz,)`` and indices ``(2, nnz)`` per layer.
         source: for messages.
         metadata: of the adapter.
         component: the model that it is for; None looks for it.

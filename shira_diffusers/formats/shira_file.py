@@ -63,7 +63,7 @@ _CODES = {
 
 
 def raw_of(tensor: Tensor) -> Raw:
-    """A tensor as files have it; those on the CPU share their memory with it."""
+    """A tensor (any shape) as files have it; a contiguous one on the CPU shares its memory."""
     held = tensor.detach().cpu().contiguous()
     code = _CODES.get(held.dtype, str(held.dtype).removeprefix("torch."))
     bits = {"BF16": torch.int16}.get(code, torch.uint8 if "float8" in code else held.dtype)  # NumPy lacks these dtypes
@@ -116,7 +116,7 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, so
     """Build an adapter from a state dict, of which it keeps nothing: what becomes of that changes no adapter.
 
     Args:
-        tensors: by key, as ``encode`` gives them.
+        tensors: by key, as ``encode`` gives them: values ``(nnz,)``, gaps ``(m,)`` and shapes ``(ndim,)``.
         metadata: the header, whose ``format`` and ``format_version`` must fit; None for a state dict, which has none.
         source: what to call it in messages.
 

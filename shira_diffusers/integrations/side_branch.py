@@ -39,7 +39,7 @@ class SideBranch:
         Args:
             layer: a Linear, or a Conv2d, whose stride and padding are used.
             x: the layer's input, floating point, ``(..., in)`` or ``(n, in, h, w)``.
-            output: what the layer made of it.
+            output: what the layer made of it, ``(..., out)`` or ``(n, out, h, w)``.
             scale: at 0 the output itself is returned.
         """
         if scale == 0:

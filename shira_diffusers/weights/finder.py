@@ -311,7 +311,7 @@ def weights_beside(root: nn.Module) -> WeightMap:
 
 
 def identity(weight: Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors that are one memory, looked at in one way: for two names of one tied weight."""
+    """A key that is equal for two tensors (any shape) which view the same memory alike, as those of tied weights do."""
     return weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride()
 
 

@@ -27,7 +27,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits_of(values: Tensor) -> Tensor:
-    """The same memory as integers of the same size: compared and moved as bits, by kernels that every device has."""
+    """A view as integers of the same size and shape (any shape): every device has kernels to compare and move them."""
     return values.view(_BITS[values.dtype.itemsize])
 
 
@@ -37,7 +37,7 @@ def bits_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def flat_view(weight: Tensor) -> Tensor:
-    """All of a weight's memory as one dimension, in storage order; writes go to the weight itself."""
+    """A view ``(m,)`` of all of a weight's memory (any shape), in storage order; writes go to the weight itself."""
     if weight.is_contiguous():
         return weight.view(-1)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
@@ -48,11 +48,11 @@ def storage_indices(indices: Tensor, weight: Tensor) -> Tensor:
     """Map flat row-major positions to positions in ``flat_view``: the same, but for weights such as channels_last.
 
     Args:
-        indices: int32 or int64 ``[nnz]``.
-        weight: the strided weight.
+        indices: int32 or int64 ``(nnz,)``, on any device.
+        weight: the strided weight, of any shape.
 
     Returns:
-        int64 ``[nnz]`` on the weight's device.
+        int64 ``(nnz,)`` on the weight's device.
     """
     left = indices.to(weight.device, torch.int64)
     if weight.is_contiguous():
@@ -65,7 +65,15 @@ def storage_indices(indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def gather(weight: Tensor, indices: Tensor) -> Tensor:
-    """Copy the entries at flat row-major ``indices``: ``[nnz]``, of the weight's dtype and device, bit for bit."""
+    """Copy entries, bit for bit.
+
+    Args:
+        weight: of any shape, dtype and device.
+        indices: int32 or int64 ``(nnz,)``, flat row-major, in range.
+
+    Returns:
+        ``(nnz,)``, of the weight's dtype and device.
+    """
     weight = weight.detach()
     flat = flat_view(weight)
     at = storage_indices(indices, weight)
@@ -81,13 +89,12 @@ def writers_of(memories: Iterable[Tensor]) -> list[Write]:
     """What writes bits into each of some memories, as ``write(0, at, bits)``.
 
     Args:
-        memories: integers, as ``bits_of`` gives them: ``[m]``, or ``[m, run]`` for whole runs. Of integers ``scatter_``
-            writes three times as fast as ``index_copy_`` on a CPU; of float16 and bfloat16 it would be many times
-            slower.
+        memories: integers, as ``bits_of`` gives them: ``(m,)``, or ``(m, run)`` for whole runs. On a CPU ``scatter_``
+            writes integers three times as fast as ``index_copy_``, and float16 and bfloat16 many times slower.
 
     Returns:
-        Methods of torch, so that a tile costs no call of Python: of the dimension 0, places (int64 ``[n]``, without
-        duplicates) and bits (``[n]`` or ``[n, run]``).
+        Methods of torch, so that no Python function is called per tile. They take the dimension 0, places (int64
+        ``(n,)``, without duplicates) and bits (``(n,)`` or ``(n, run)``).
     """
     return [memory.scatter_ if memory.ndim == 1 else memory.index_copy_ for memory in memories]
 
@@ -96,9 +103,9 @@ def overwrite(weight: Tensor, indices: Tensor, values: Tensor, offset: int = 0) 
     """Write ``values`` into a weight in place at flat row-major ``indices + offset``, bit for bit.
 
     Args:
-        weight: any strided float tensor; its ``data_ptr`` stays. Normal and inference tensors both.
-        indices: int32 or int64 ``[nnz]``, in range, without duplicates.
-        values: ``[nnz]``, of the weight's dtype.
+        weight: a strided float tensor of any shape, normal or inference; its ``data_ptr`` stays.
+        indices: int32 or int64 ``(nnz,)``, in range, without duplicates.
+        values: ``(nnz,)``, of the weight's dtype.
         offset: added to each index, for a weight that is a row-major part of a larger one.
 
     Raises:
@@ -117,14 +124,14 @@ def overwrite(weight: Tensor, indices: Tensor, values: Tensor, offset: int = 0) 
 
 
 def cast(values: Tensor, like: Tensor) -> Tensor:
-    """Values in the dtype and on the device of a weight; themselves, where they are so already."""
+    """Values (any shape) in the dtype and on the device of a weight; the same tensor if they are so already."""
     if values.dtype == like.dtype and values.device == like.device:
         return values
     return values.to(like.device, like.dtype)
 
 
 def is_dense(weight: Tensor) -> bool:
-    """Whether no two entries of a strided weight share memory (an expanded tensor's do)."""
+    """Whether no two entries of a strided weight (any shape) share memory; those of an expanded tensor do."""
     steps = sorted((stride, size) for size, stride in zip(weight.shape, weight.stride(), strict=True) if size > 1)
     reach = 1
     for stride, size in steps:

@@ -31,11 +31,11 @@ class EntryPlan:
         names: the weights, sorted.
         numels: how many entries each weight has in all.
         bounds: ``names[k]`` has the entries ``bounds[k]`` to ``bounds[k + 1]``.
-        indices: int32 or int64 ``[n]``, sorted flat row-major positions in each weight.
+        indices: int32 or int64 ``(n,)``, sorted flat row-major positions in each weight.
         sources: the members, in the order in which they are added.
         members: for each member the weights it has, in the order of its values.
-        values: of each member ``[its nnz]``, in its own dtype.
-        places: for each member int64 ``[its nnz]``, where its values go in ``[n]``; None when they are all of it.
+        values: of each member ``(nnz,)``, in its own dtype.
+        places: for each member int64 ``(nnz,)``, where its values go in ``(n,)``; None when they are all of it.
         runs: whether all entries come in aligned runs of ``BLOCK_SIZE``.
         found: what was computed once and is used again, see ``once``.
     """
@@ -69,15 +69,15 @@ class EntryPlan:
         return self.once("sizes", lambda: [end - start for start, end in pairwise(self.bounds)])
 
     def kinds(self, live: Mapping[str, Tensor], version: int) -> list[Kind]:
-        """The devices and dtypes that the weights have now; one, unless they were cast or moved one by one."""
+        """The devices and dtypes that the weights (any shape) have now; one, unless only some were cast or moved."""
         held = self.names
         return self.once("kinds", lambda: list(dict.fromkeys((live[n].device, live[n].dtype) for n in held)), version)
 
     def at(self, live: Mapping[str, Tensor], version: int) -> tuple[Tensor, int]:
-        """Where the entries lie in each weight's memory, and in which unit: entries, or runs of so many.
+        """Where the entries lie in the memory of each weight (any shape), and in which unit: entries, or whole blocks.
 
         Returns:
-            int32 or int64 ``[n]`` and 1, or ``[n / BLOCK_SIZE]`` and ``BLOCK_SIZE``.
+            int32 or int64 ``(n,)`` and 1, or ``(n / BLOCK_SIZE,)`` and ``BLOCK_SIZE``.
         """
         strides = self.once("strides", lambda: _strides(live[name] for name in self.names), version)
         if strides:
@@ -91,13 +91,13 @@ class EntryPlan:
         return torch.cat([storage_indices(own, live[name]) for name, own in parts]).to(self.indices.dtype)
 
     def starts(self, grid: Mapping[str, int], tile: int) -> Tensor:
-        """Where each tile's entries begin, int32 ``[tiles + 1]``; see ``tiles.find_starts``."""
+        """Where each tile's entries begin, int32 ``(tiles + 1,)``; see ``tiles.find_starts``."""
         names = tuple(grid)
         key = ("starts", () if names == self.names else names, tile)
         return self.once(key, lambda: find_starts(grid, tile, self.names, self.bounds, self.indices))
 
     def read(self, live: Mapping[str, Tensor]) -> Tensor:
-        """The values at the entries now, ``[n]``."""
+        """The values at the entries now, ``(n,)``, from the live weights, each of any shape."""
         parts = zip(self.names, self.indices.split(self.sizes), strict=True)
         return torch.cat([gather(live[name], own) for name, own in parts])
 
@@ -128,8 +128,8 @@ class SavedEntries:
 
     Args:
         plan: where they are.
-        base: ``[n]``, of the weights' dtype: the bits that were there.
-        written: ``[n]``, likewise: the bits that are there now; other ones were written outside shira_diffusers.
+        base: ``(n,)``, of the weights' dtype: the bits that were there.
+        written: ``(n,)``, likewise: the bits that are there now; other ones were written outside shira_diffusers.
     """
 
     plan: EntryPlan
@@ -137,7 +137,7 @@ class SavedEntries:
     written: Tensor
 
     def parts(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """Of each weight the name, and as views ``[its n]`` the indices, the base and what was written."""
+        """The name of each weight, and its indices, base and written bits as views ``(m,)``."""
         tensors = (self.plan.indices, self.base, self.written)
         return zip(self.plan.names, *(tensor.split(self.plan.sizes) for tensor in tensors), strict=True)
 
@@ -151,7 +151,7 @@ class SwitchStep:
         live: they themselves, which keeps their memory in place.
         outgoing, incoming: what is restored and what is overwritten next; either may be None. With one plan for both
             ``incoming.base`` is the saved base already, else it is filled, as ``incoming.written`` is.
-        delta: of what arrives, float32, float16 or bfloat16 ``[n]``.
+        delta: of what arrives, float32, float16 or bfloat16 ``(n,)``.
         scales: by weight, or one for all.
     """
 

@@ -45,7 +45,7 @@ Tile = tuple[Piece | None, Piece | None, Tensor | None, float, torch.dtype, bool
 Layout = tuple[Tensor, Sequence[Tensor], list[int], int]
 """Places; per tile the memory that they are in and how many they are; and the unit of places: entries, or runs."""
 Access = tuple[Callable[[], Tensor], Callable[[Tensor], None]]
-"""What reads entries, ``[n]`` of the weights' dtype, and what overwrites them with such, both bit for bit."""
+"""What reads entries, ``(n,)`` of the weights' dtype, and what overwrites them with such, both bit for bit."""
 
 
 def threads_for(entries: int) -> int:
@@ -240,7 +240,7 @@ def _pieces(saved: SavedEntries, layout: Layout) -> list[Piece | None]:
 
 
 def _split(values: Tensor, layout: Layout) -> Sequence[Tensor]:
-    """Values ``[n]`` by tile, ``[its n]`` or ``[its n / unit, unit]``."""
+    """Split values ``(n,)`` by tile, each ``(m,)`` or ``(m / unit, unit)``."""
     sizes, unit = layout[2:]
     return values.split(sizes) if unit == 1 else values.view(-1, unit).split([size // unit for size in sizes])
 
@@ -254,7 +254,7 @@ def memory_at(start: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def spans(weights: Sequence[Tensor]) -> bool:
-    """Whether weights can be taken as one range: of one dtype, in CPU memory, and aligned with each other."""
+    """Whether weights (any shape) can be taken as one range: of one dtype, in CPU memory, aligned with each other."""
     dtype, start = weights[0].dtype, weights[0].data_ptr()
     return all(w.is_cpu and w.dtype == dtype and (w.data_ptr() - start) % dtype.itemsize == 0 for w in weights)
 
@@ -263,12 +263,12 @@ def positions(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) 
     """Find entries in the range of addresses that holds weights; what lies between these is never touched.
 
     Args:
-        weights: those of which ``spans`` says yes.
+        weights: of any shape, for which ``spans`` is true.
         sizes: how many entries each has.
-        indices: int32 or int64 ``[n]``, row-major in each weight.
+        indices: int32 or int64 ``(n,)``, row-major in each weight.
 
     Returns:
-        The address of the range, its length in bytes (whole entries), and the places in it, int64 ``[n]``.
+        The address of the range, its length in bytes (whole entries), and the places in it, int64 ``(n,)``.
     """
     size = weights[0].dtype.itemsize
     start = min(weight.data_ptr() for weight in weights)
@@ -284,9 +284,9 @@ def access(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> 
     """What reads and overwrites entries of many weights as one, as long as the weights lie where they are.
 
     Args:
-        weights: kept alive. CPU weights of one dtype cost one index kernel, others one each.
+        weights: of any shape; kept alive. CPU weights of one dtype cost one index kernel, others one each.
         sizes: how many entries each has.
-        indices: int32 or int64 ``[n]`` on the weights' device, row-major in each weight.
+        indices: int32 or int64 ``(n,)`` on the weights' device, row-major in each weight.
     """
     if not spans(weights):
         return _access_one_by_one(weights, list(sizes), indices)
@@ -341,7 +341,7 @@ class BufferPool:
         return sum(storage.nbytes() for storage in self._free)
 
     def take(self, count: int, like: Tensor) -> Tensor:
-        """``[count]`` of any content, of the dtype and on the device of ``like``."""
+        """Uninitialized memory ``(count,)``, of the dtype and on the device of ``like`` (any shape)."""
         needed = count * like.dtype.itemsize
         if not like.is_cpu or needed < _LONG:
             return torch.empty(count, dtype=like.dtype, device=like.device)
@@ -353,7 +353,7 @@ class BufferPool:
         return torch.empty(room, dtype=like.dtype, device="cpu")[:count]
 
     def keep(self, tensors: Iterable[Tensor], still_used: Iterable[Tensor] = ()) -> None:
-        """Take back what nobody holds any more; those that are ``still_used`` are passed over."""
+        """Take back tensors (any shape) that are no longer referenced, except those that are ``still_used``."""
         used = [tensor.untyped_storage().data_ptr() for tensor in still_used]
         free = [t.untyped_storage() for t in tensors if t.is_cpu and t.nbytes >= _LONG]
         self._free = [*[own for own in free if own.data_ptr() not in used], *self._free][:_KEPT]

@@ -168,7 +168,7 @@ def _table(
 
 
 def _weights(step: SwitchStep, names: tuple[str, ...]) -> np.ndarray[Any, Any]:
-    """The addresses of weights, int64 ``[weights]``."""
+    """The addresses of weights, int64 ``(weights,)``."""
     plan = step.plans[-1]
 
     def look() -> np.ndarray[Any, Any]:
@@ -189,7 +189,7 @@ def _addresses(
 
 @lru_cache(maxsize=8)
 def _owners(tiles: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 ``[sum of tiles]``: the weight of each tile."""
+    """int32 ``(sum of tiles,)``: the weight of each tile."""
     counts = torch.tensor(tiles, device="cpu")
     return torch.arange(len(tiles), dtype=torch.int32, device="cpu").repeat_interleave(counts).to(device)
 
@@ -229,7 +229,13 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def access(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> Access:
-    """As ``sweep_cpu.access``; of weights of one dtype on one CUDA device with one launch each."""
+    """As ``sweep_cpu.access``, with one launch per read or write for weights of one dtype on one CUDA device.
+
+    Args:
+        weights: of any shape; kept alive.
+        sizes: how many entries each has.
+        indices: int32 or int64 ``(n,)`` on the weights' device, row-major in each weight.
+    """
     first = weights[0]
     alike = all(w.device == first.device and w.dtype == first.dtype for w in weights)
     if not (first.is_cuda and alike and available()):
@@ -259,7 +265,7 @@ def access(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) -> 
 
 
 def _blocks(sizes: Sequence[int]) -> Tensor:
-    """int32 ``[k, 3]``: of each program of ``move`` the weight, its first entry and the end of its entries."""
+    """int32 ``(k, 3)``: of each program of ``move`` the weight, its first entry and the end of its entries."""
     counts = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     ends = counts.cumsum(0)
     programs = (counts + _MOVED - 1) // _MOVED

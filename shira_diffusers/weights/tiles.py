@@ -29,10 +29,10 @@ def find_starts(
         grid: how many tiles each weight has, in order; it has all ``names``, in the same order.
         tile: positions of a weight in each of its tiles.
         names: ``names[k]`` has the entries ``bounds[k]`` to ``bounds[k + 1]``.
-        indices: int32 or int64 ``[n]``, sorted row-major positions in each weight.
+        indices: int32 or int64 ``(n,)``, sorted row-major positions in each weight.
 
     Returns:
-        int32 ``[tiles + 1]`` on the device of the indices; a tile's entries end where the next one's begin.
+        int32 ``(tiles + 1,)`` on the device of the indices; a tile's entries end where the next one's begin.
     """
     held = set(names)
     before = [0, *accumulate(int(name in held) for name in grid)]  # how many of the names come before
@@ -58,7 +58,7 @@ def _search(indices: Tensor, edges: Tensor, low: Tensor, high: Tensor) -> Tensor
 
 
 def in_runs(indices: Tensor, bounds: Sequence[int], numels: Sequence[int]) -> bool:
-    """Whether all entries come in aligned runs of ``BLOCK_SIZE``, in weights that are made of such."""
+    """Whether entries (int32 or int64 ``(n,)``) form whole blocks of ``BLOCK_SIZE``, as the weights themselves do."""
     if not indices.numel() or any(size % BLOCK_SIZE for size in (*bounds, *numels)):
         return False
     inside = torch.arange(BLOCK_SIZE, dtype=indices.dtype, device=indices.device)

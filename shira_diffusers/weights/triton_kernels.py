@@ -34,12 +34,12 @@ def sweep(  # type: ignore[no-untyped-def]
     """One tile of one weight a program: check and restore what leaves, then read, mix and overwrite what arrives.
 
     Args:
-        owners: int32 ``[tiles]``, the weight of each tile.
-        weights: int64 ``[weights, 3]``: address, step, bits of the float32 scale.
-        steps: int64 ``[steps, 14]``: number of its first tile; of what leaves the addresses of starts, at, base,
+        owners: int32 ``(tiles,)``, the weight of each tile.
+        weights: int64 ``(weights, 3)``: address, step, bits of the float32 scale.
+        steps: int64 ``(steps, 14)``: number of its first tile; of what leaves the addresses of starts, at, base,
             written and seen, and the shift of its runs; of what arrives those of starts, at, base, written and delta,
             and the shift; whether the entries are the same. A side that is not there has empty starts.
-        differs: int64 ``[2]``: the first is set to 1 where what leaves is not what was written, the second where what
+        differs: int64 ``(2,)``: the first is set to 1 where what leaves is not what was written, the second where what
             arrives is not finite.
     """
     tile = tl.program_id(0)
