@@ -13,6 +13,7 @@ adapter that nothing is kept of; and ``packed`` and ``prefetched``, where its by
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,7 @@ def wholes(pipe: Any, base: dict[str, Any], adapter: ShiraAdapter, file: Path, r
                 "packed": lambda library=library: (unload(), library.get(NAME), library.clear(packed=False)),
                 "prefetched": lambda library=library: (unload(), library.get(NAME)),
             }[kind]
-            activate = lambda library=library: library.set(pipe, {NAME: 1.0})  # noqa: E731
-            figures[kind] = timed(activate, repeats, 1, before=prepare)
+            figures[kind] = timed(partial(library.set, pipe, {NAME: 1.0}), repeats, 1, before=prepare)
             check(pipe, base, adapter)
     return figures
 
