@@ -1,4 +1,4 @@
-"""Tell an adapter's base from its siblings and from other models, by a few of the base's values."""
+"""Recognize the base an adapter was trained on, its siblings and other models by a few of the base's values."""
 
 from collections.abc import Mapping
 from typing import Literal

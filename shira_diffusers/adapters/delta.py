@@ -26,7 +26,7 @@ def check_indices(indices: Tensor, numel: int) -> str | None:
     if indices.dtype not in (torch.int32, torch.int64):
         return f"indices are {indices.dtype}, expected int32 or int64"
     if indices.ndim != 1:
-        return f"indices have shape {tuple(indices.shape)}, expected [nnz]"
+        return f"indices have shape {tuple(indices.shape)}, expected (nnz,)"
     if indices.numel() == 0:
         return None
     steps = indices[1:] > indices[:-1]

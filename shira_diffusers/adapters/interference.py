@@ -1,4 +1,4 @@
-"""How much two adapters interfere (arXiv 2406.13175, section 4.2 and table 13)."""
+"""Measure how much two adapters interfere (arXiv 2406.13175, section 4.2 and table 13)."""
 
 import warnings
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Strengths as users give them, and the one number each parameter gets from them."""
+"""Check strengths as users give them, and compute the one number that each parameter gets from them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -168,7 +168,7 @@ def _short(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # an int of more digits than Python converts
-        text = "a number without end"
+        text = "an integer too large to print"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

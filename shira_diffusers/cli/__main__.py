@@ -1,4 +1,4 @@
-"""The ``shira`` command: look into adapters, check them, fuse them, show what they do.
+"""Run the ``shira`` command: inspect adapters, verify them, fuse them, and demonstrate what they do.
 
 Exit status: 0 when all is well, 1 with one line of error on stderr, 2 for a command that cannot be understood.
 """
@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    def tell(verdict: Verdict) -> None:
+    def report(verdict: Verdict) -> None:
         head, *offenders = verdict.finding.split("\n")
         say(f"{verdict.check:<9}{'ok' if verdict.passed else 'FAILED':<8}{printable(head)}")
         for offender in offenders:
             say(f"{'':17}{printable(offender.strip())}")
 
-    if not verify_adapter(args.file, args.base, tell):
+    if not verify_adapter(args.file, args.base, report):
         raise AdapterMismatchError(f"{args.file} does not fit {args.base}; use it with the model it was trained for")
     say(f"{args.file} fits {args.base}")
 
@@ -54,7 +54,7 @@ def _fuse(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     base, adapters = find_assets(args.base, args.adapters)
     prompts = tuple(args.prompt or PROMPTS)
-    switches = run_demo(base, adapters, args.output, seed=args.seed, steps=args.steps, prompts=prompts, tell=note)
+    switches = run_demo(base, adapters, args.output, seed=args.seed, steps=args.steps, prompts=prompts, report=note)
     rows = [("switch to", "first time", "again", "weights changed")]
     for switch in switches:
         share = f"{100 * switch.entries / switch.total:.3f} %"

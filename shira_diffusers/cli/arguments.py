@@ -1,6 +1,6 @@
-"""What the ``shira`` command understands: its subcommands, flags and help.
+"""Define the command line of ``shira``: its subcommands, flags and help.
 
-Needs the standard library only, so that help, version and usage errors are told without loading torch.
+Needs the standard library only, so that help, version and usage errors come without loading torch.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"shira_diffusers {version}")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    inspect = commands.add_parser("inspect", help="tell what a file holds", description="Tell what a file holds.")
+    inspect = commands.add_parser("inspect", help="show what a file holds", description="Show what a file holds.")
     inspect.set_defaults(command="inspect")
     _show_examples(inspect, *EXAMPLES["inspect"])
     inspect.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that holds one")
@@ -71,7 +71,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="draw styles side by side and time the switches",
-        description="Draw a sheet, base | each style | the mix, and tell how long switching took.",
+        description="Draw a sheet, base | each style | the mix, and report how long switching took.",
     )
     demo.set_defaults(command="demo")
     _show_examples(demo, *EXAMPLES["demo"])

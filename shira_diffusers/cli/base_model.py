@@ -53,7 +53,7 @@ def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _remedy(path: Path) -> str:
-    """What is wrong with a base that could not be loaded, if its name or the first bytes of its weights tell."""
+    """What is wrong with a base that could not be loaded, if its name or the first bytes of its weights say so."""
     if not path.exists():
         return did_you_mean(path)
     for file in sorted(path.rglob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""The styles of a folder side by side on one sheet, and what switching between them costs: ``shira demo``."""
+"""Draw the styles of a folder side by side on one sheet, and time the switches between them: ``shira demo``."""
 
 import io
 import statistics
@@ -91,7 +91,7 @@ def run_demo(
     seed: int,
     steps: int,
     prompts: tuple[str, ...],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> list[Switch]:
     """Draw each prompt with the base, with each adapter and with their mix, and write the sheet.
 
@@ -100,11 +100,11 @@ def run_demo(
         adapters: a folder of them, see ``catalog.adapters_in``.
         output: the PNG, replaced whole if it exists.
         seed, steps: of every picture; a row starts from one noise.
-        prompts: a row each.
-        tell: is given lines of progress.
+        prompts: one per row.
+        report: called with each line of progress.
 
     Returns:
-        The switches, one a column and one back to the base, with times in milliseconds.
+        The switches, one per column and one back to the base, with times in milliseconds.
 
     Raises:
         ShiraError: nothing to open, or an adapter that does not fit; nothing is written.
@@ -112,9 +112,9 @@ def run_demo(
     """
     check_output(output)
     files = _adapter_files(adapters)
-    tell(f"loading {base}")
+    report(f"loading {base}")
     pipe = open_pipeline(base)
-    _load(pipe, files, tell)
+    _load(pipe, files, report)
     before = fingerprints(models_of(pipe))
     columns = _columns(list(files))
     first: list[Switch] = []
@@ -124,10 +124,10 @@ def run_demo(
         start = time.perf_counter()
         pictures.append(_draw(pipe, prompts, seed, steps))
         seconds = time.perf_counter() - start
-        tell(f"column {number} of {len(columns)}, {label}: {counted(len(prompts), 'picture')} in {seconds:.1f} s")
+        report(f"column {number} of {len(columns)}, {label}: {counted(len(prompts), 'picture')} in {seconds:.1f} s")
     switches = _again(pipe, columns, first)
     _require_restored(before, fingerprints(models_of(pipe)))
-    tell(f"all {counted(len(before), 'parameter')} {verb(len(before), 'is', 'are')} bit-equal to the start")
+    report(f"all {counted(len(before), 'parameter')} {verb(len(before), 'is', 'are')} bit-equal to the start")
     rows = [[column[row] for column in pictures] for row in range(len(prompts))]
     buffer = io.BytesIO()
     contact_sheet([label for label, _ in columns], prompts, rows).save(buffer, "PNG", optimize=True)
@@ -148,7 +148,7 @@ def _adapter_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _load(pipe: Any, files: Mapping[str, Path], tell: Callable[[str], None]) -> None:
+def _load(pipe: Any, files: Mapping[str, Path], report: Callable[[str], None]) -> None:
     for name, path in files.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -157,7 +157,7 @@ def _load(pipe: Any, files: Mapping[str, Path], tell: Callable[[str], None]) -> 
             except ShiraError as error:
                 raise type(error)(f"{path}: {error}") from error
         for warning in caught:
-            tell(f"note: {warning.message}")
+            report(f"note: {warning.message}")
 
 
 def _columns(names: list[str]) -> list[tuple[str, Mix]]:

@@ -24,7 +24,7 @@ def fuse_files(
     method: str = "sum",
     dtype: torch.dtype = torch.float32,
     force: bool = False,
-    tell: Callable[[str], None] = note,
+    report: Callable[[str], None] = note,
 ) -> Path:
     """Read adapters, fuse them in this order and write one file, whole or not at all.
 
@@ -35,7 +35,7 @@ def fuse_files(
         method: a name in ``shira_diffusers.MERGE_METHODS``.
         dtype: of the values; float32 gives bit for bit the weights that the adapters give together.
         force: replace an output that exists.
-        tell: is given remarks.
+        report: called with each remark.
 
     Returns:
         The file written.
@@ -53,21 +53,21 @@ def fuse_files(
         weights = list(weights) * len(files)
     if weights is not None and len(weights) != len(files):
         raise ShiraError(
-            f"expected one weight a file, got {counted(len(weights), 'weight')} for {counted(len(files), 'file')}"
+            f"expected one weight per file, got {counted(len(weights), 'weight')} for {counted(len(files), 'file')}"
         )
     adapters = [open_adapter(file).decode() for file in files]
-    _compare_bases(adapters, tell)
+    _compare_bases(adapters, report)
     fused = fuse(adapters, weights, method).astype(dtype)
     scales = [1.0] * len(files) if weights is None else list(weights)
     mix = dict(zip(_titles(files), scales, strict=True))
     return save_adapter(fused.with_metadata(mix=json.dumps(mix), method=method), output)
 
 
-def _compare_bases(adapters: Sequence[ShiraAdapter], tell: Callable[[str], None]) -> None:
+def _compare_bases(adapters: Sequence[ShiraAdapter], report: Callable[[str], None]) -> None:
     """One base may go by several names, so other names are no error."""
     bases = sorted({adapter.metadata["base_model"] for adapter in adapters if "base_model" in adapter.metadata})
     if len(bases) > 1:
-        tell(f"note: the adapters name different bases: {', '.join(map(repr, bases))}")
+        report(f"note: the adapters name different bases: {', '.join(map(repr, bases))}")
 
 
 def _titles(files: Sequence[Path]) -> list[str]:

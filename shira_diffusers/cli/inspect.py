@@ -1,4 +1,4 @@
-"""``shira inspect``: what an adapter file holds, as a report or as JSON. Loads neither torch nor diffusers."""
+"""Print what an adapter file holds, as a report or as JSON: ``shira inspect``. Loads neither torch nor diffusers."""
 
 import argparse
 import json
@@ -47,13 +47,13 @@ def as_text(found: Inspection, shown: int | None = None) -> str:
 
 def _summary(found: Inspection) -> list[tuple[str, ...]]:
     version = f", format version {found.format_version}" if found.format_version else ""
-    each = "" if found.bytes_per_entry is None else f", {found.bytes_per_entry:.2f} bytes an entry"
+    each = "" if found.bytes_per_entry is None else f", {found.bytes_per_entry:.2f} bytes per entry"
     whole = "" if found.numel is None else f" of {found.numel:,}"
-    told = "a few values are kept, to recognise it" if found.tells_base else "no values are kept to recognise it"
+    probes = "a few values are kept, to recognise it" if found.tells_base else "no values are kept to recognise it"
     return [
         ("kind", found.kind + version),
-        ("base model", printable(found.metadata.get("base_model", "not told")) + f" ({told})"),
-        ("mask", printable(found.metadata.get("mask", "not told"))),
+        ("base model", printable(found.metadata.get("base_model", "unknown")) + f" ({probes})"),
+        ("mask", printable(found.metadata.get("mask", "unknown"))),
         ("density", percent(found.density) if found.numel is not None else _NO_SHAPES),
         ("entries", f"{found.nnz:,}{whole} in {counted(len(found.parameters), 'parameter')}{_parts(found)}"),
         ("values", ", ".join(found.dtypes)),

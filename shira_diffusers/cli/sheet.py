@@ -1,4 +1,4 @@
-"""Contact sheets: a table of pictures as one picture, a label above each column, a line of text above each row."""
+"""Draw contact sheets: a table of pictures as one picture, a label above each column, a line of text above each row."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ def contact_sheet(
     """Draw a labelled table.
 
     Args:
-        columns: a label each; what does not fit above a picture is cut.
-        rows: a line of text each, as wide as the sheet.
+        columns: one label per column; what does not fit above a picture is cut.
+        rows: one line of text per row, as wide as the sheet.
         pictures: ``pictures[row][column]``, all of one size; larger ones are scaled down to ``LARGEST``.
 
     Returns:

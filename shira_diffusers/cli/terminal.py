@@ -1,4 +1,4 @@
-"""Text for a terminal: written, never printed, and safe whatever an untrusted file contains."""
+"""Write text to a terminal, safely whatever an untrusted file contains."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a base, tried out: ``shira verify``."""
+"""Try out whether an adapter fits a base: ``shira verify``."""
 
 import time
 import warnings
@@ -23,7 +23,7 @@ _MATCHES = {
     "same": "same: it was trained on this base",
     "sibling": "sibling: it was trained on a relative of this base, such as a fine-tune; expect it to work",
     "other": "other: it was trained on another model, which only has the same shapes",
-    None: "not told: the file keeps no base values to compare",
+    None: "unknown: the file keeps no base values to compare",
 }
 
 
@@ -35,13 +35,13 @@ class Verdict(NamedTuple):
     finding: str
 
 
-def verify_adapter(path: Path, base: str, tell: Callable[[Verdict], None]) -> bool:
+def verify_adapter(path: Path, base: str, report: Callable[[Verdict], None]) -> bool:
     """Check that an adapter fits a base, and that applying and removing it leaves every bit as it was.
 
     Args:
         path: a file or a folder, PEFT's SHiRA folders too.
         base: a diffusers folder or a Hub id.
-        tell: is given each verdict as soon as it is known.
+        report: called with each verdict as soon as it is known.
 
     Returns:
         Whether all checks passed. Checks that cannot be made after a failure are left out.
@@ -52,32 +52,31 @@ def verify_adapter(path: Path, base: str, tell: Callable[[Verdict], None]) -> bo
     """
     passed = True
 
-    def told(check: str, ok: bool, finding: str) -> bool:
+    def note(check: str, ok: bool, finding: str) -> None:
         nonlocal passed
         passed &= ok
-        tell(Verdict(check, ok, finding))
-        return ok
+        report(Verdict(check, ok, finding))
 
     found = inspect_adapter(path)
-    told("file", True, f"{found.kind}, {counted(found.nnz, 'entry')} in {counted(len(found.parameters), 'parameter')}")
-    told("checksum", True, checksum_finding(found))
+    note("file", True, f"{found.kind}, {counted(found.nnz, 'entry')} in {counted(len(found.parameters), 'parameter')}")
+    note("checksum", True, checksum_finding(found))
     pipe = open_pipeline(base)
     models, resident = models_of(pipe), resident_of(pipe)
     adapter = _read(found, pipe, path)
     strangers, misshapen = _misfits(adapter, models)
     total = len(adapter.deltas)
-    told("names", not strangers, _finding(strangers, total, f"in this {type(pipe).__name__}"))
-    told("shapes", not misshapen, _finding(misshapen, total - len(strangers), "shaped as in the base"))
+    note("names", not strangers, _finding(strangers, total, f"in this {type(pipe).__name__}"))
+    note("shapes", not misshapen, _finding(misshapen, total - len(strangers), "shaped as in the base"))
     if not passed:
         return False
     match = resident.check(adapter)
-    told("base", match != "other", _MATCHES[match])
+    note("base", match != "other", _MATCHES[match])
     before = fingerprints(models)
-    told("apply", *_apply(adapter, resident))
+    note("apply", *_apply(adapter, resident))
     resident.clear()
     after = fingerprints(models)
     changed = [name for name in before if before[name] != after[name]]
-    told("restore", not changed, _finding(changed, len(before), "bit-equal after removal"))
+    note("restore", not changed, _finding(changed, len(before), "bit-equal after removal"))
     return passed
 
 

@@ -1,4 +1,4 @@
-"""Who is calling: the thread, the asyncio task and the generators on the stack. Locks tell their owners by it."""
+"""Identify the caller, by which locks know their owners: thread, asyncio task, and generators on the stack."""
 
 import asyncio
 import inspect

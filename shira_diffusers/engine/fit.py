@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model: names, shapes, and the base it was trained on. Nothing is written here."""
+"""Check that an adapter fits a model: names, shapes, and the base it was trained on. Nothing is written here."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +21,7 @@ def join_name(component: str, name: str) -> str:
 
 
 def trained_on(adapter: ShiraAdapter) -> str:
-    """A clause for messages that tells the adapter's base, where it is known."""
+    """A clause for messages that names the adapter's base, where it is known."""
     base = adapter.metadata.get("base_model")
     return f"; it was trained on {base!r}" if base else ""
 
@@ -151,7 +151,7 @@ def _claims_of(
 
 
 def _holders(module: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[Tensor, int]]]:
-    """What holds the weights of a module that can be written now; those that cannot be interfere with nobody."""
+    """What holds the weights of a module that can be written now; those that cannot be do not interfere."""
     found: dict[str, list[tuple[Tensor, int]]] = {}
     with suppress(ShiraError):
         weights = weights_beside(module)
@@ -162,7 +162,7 @@ def _holders(module: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[Te
 
 
 def compare_base(parts: Mapping[str, ShiraAdapter], models: Mapping[str, nn.Module]) -> BaseMatch | None:
-    """Whether the models are the base that an adapter was trained on, whatever is active; None if it does not tell.
+    """Whether the models are the base that an adapter was trained on, whatever is active; None without probes.
 
     Args:
         parts: what ``fit`` returned.

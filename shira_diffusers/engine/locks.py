@@ -1,4 +1,4 @@
-"""The readers-writer lock of models: generations read the weights together, a switch writes them alone.
+"""Lock models for readers and writers: generations read the weights together, a switch writes them alone.
 
 A hold belongs to the context that entered it, not to its thread: to the code inside the ``with`` block, and to the
 threads and tasks that it starts with its context (``asyncio.to_thread``, ``asyncio.create_task``). Inside a hold
@@ -34,7 +34,7 @@ _entered: ContextVar[tuple["Hold", ...]] = ContextVar("shira_holds", default=())
 
 @dataclass(eq=False, slots=True)
 class Hold:
-    """Models that somebody reads or writes, or waits to.
+    """Models that a caller reads or writes, or waits for.
 
     Args:
         modules: all taken at once, so that no two holds have a part each of what both want.
@@ -79,7 +79,7 @@ class Held(Generic[T]):
 
     Raises:
         ResidentStateError: whoever holds the models waits for this caller, or is another task of the event loop that
-            a plain ``with`` would block: neither would ever end.
+            a plain ``with`` would block: a deadlock.
     """
 
     def __init__(
@@ -320,13 +320,13 @@ def _require_progress(hold: Hold, busy: set[Hold]) -> None:
     if stuck is not None:
         raise ResidentStateError(
             f"{hold.owner.where} would block the event loop: {_names(hold)} in use by another task of it, entered at "
-            f"{stuck.owner.where}, which could never end; expected `async with` in place of `with`, and pipelines "
-            "called by `await asyncio.to_thread(pipe, ...)`"
+            f"{stuck.owner.where}, which could then never finish; expected `async with` in place of `with`, and "
+            "pipelines called by `await asyncio.to_thread(pipe, ...)`"
         )
     beside = next((one for one in busy if one in _entered.get()), None)
     if beside is not None:
         raise ResidentStateError(
-            f"{hold.owner.where} would wait for ever: {_names(hold)} in use by another generator of this thread, "
+            f"{hold.owner.where} would deadlock: {_names(hold)} in use by another generator of this thread, "
             f"entered at {beside.owner.where}; expected generators that hold a mix one after the other, or each in "
             "a thread of its own"
         )
@@ -336,7 +336,7 @@ def _warn(hold: Hold) -> None:
     busy = sorted({one.owner.where for one in _conflicts(hold) | _queue(hold)})
     warnings.warn(
         f"{hold.owner.where} has waited for {PATIENCE:g} seconds: {_names(hold)} in use by {', '.join(busy)}. If that "
-        "waits for this call, neither ever ends: run the call in the context that holds the model, by "
+        "waits for this call, the two deadlock: run the call in the context that holds the model, by "
         "asyncio.to_thread or contextvars.copy_context().run",
         RuntimeWarning,
         stacklevel=4,

@@ -1,4 +1,4 @@
-"""Whether accelerate is offloading a model at this moment, and whether it has done so since.
+"""Detect whether accelerate is offloading a model, and whether it has begun to since the last switch.
 
 accelerate fills the map of an offloaded model from ``state_dict()``: what the map holds is what the model computes with
 from then on, so that such a call needs the weights as they are, where one that saves needs the base.
@@ -15,7 +15,7 @@ from shira_diffusers.engine.callers import stack_frames
 def offload_under_way() -> Literal["memory", "disk"] | None:
     """Where accelerate moves a model's weights to, if one of its offloads is among the callers; else None.
 
-    The stack is searched because the arguments of ``state_dict()`` do not tell who asks, and because
+    The stack is searched because the arguments of ``state_dict()`` do not say who calls, and because
     ``from accelerate import cpu_offload`` keeps a function from before any patch.
     """
     offloads = (frame for frame in stack_frames() if frame.f_globals.get("__name__") == "accelerate.big_modeling")
@@ -44,7 +44,7 @@ def is_offloaded_anew(module: nn.Module) -> bool:
 
 
 def _offload_of(module: nn.Module) -> Any:
-    """What tells one offload from the next: the hook that accelerate puts on the top layer; None without an offload.
+    """What identifies an offload: the hook that accelerate puts on the top layer; None without an offload.
 
     ``enable_model_cpu_offload`` does not count, since it moves the parameters themselves, and renews its hook after
     each generation.

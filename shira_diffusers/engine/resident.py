@@ -201,7 +201,7 @@ class Resident:
                     f"adapter name {name!r} is in use, expected a new one; delete that adapter first or choose another"
                 )
             parts = fit(adapter, self._models)
-            self._tell_base(adapter, name, compare_base(parts, self._models))
+            self._report_base(adapter, name, compare_base(parts, self._models))
             for part, its_own in parts.items():
                 ensure_state(unwrap(self._models[part])).adapters[name] = its_own
 
@@ -217,7 +217,7 @@ class Resident:
         with self.writing():
             self.require_known([name])
             parts = fit(adapter, self._models, replacing=name)
-            self._tell_base(adapter, name, compare_base(parts, self._models))
+            self._report_base(adapter, name, compare_base(parts, self._models))
             for part in parts:
                 ensure_state(unwrap(self._models[part]))
             states = self._states()
@@ -241,7 +241,7 @@ class Resident:
 
         Returns:
             Whether this is the base it was trained on (``same``), a fine-tune of it (``sibling``) or another model
-            (``other``); None where the adapter does not tell.
+            (``other``); None where the adapter has no base probes.
 
         Raises:
             AdapterMismatchError, ResidentStateError: as ``add``.
@@ -249,7 +249,7 @@ class Resident:
         with self.reading():
             return compare_base(fit(adapter, self._models), self._models)
 
-    def _tell_base(self, adapter: ShiraAdapter, name: str, match: BaseMatch | None) -> None:
+    def _report_base(self, adapter: ShiraAdapter, name: str, match: BaseMatch | None) -> None:
         if match == "sibling":
             logger.info("adapter %r was trained on a sibling of this model%s", name, trained_on(adapter))
         elif match == "other":
@@ -293,7 +293,7 @@ class Resident:
         Raises:
             ShiraError: unknown adapters, a scale that is not finite or for a component that the adapter does not
                 change, sums out of the range of the weights' dtype, or an unknown method.
-            ResidentStateError: adapted weights were written by somebody else, or cannot be overwritten now.
+            ResidentStateError: adapted weights were modified outside shira_diffusers, or cannot be overwritten now.
 
         On error, at whatever point, the mix and all bits are what they were.
         """
@@ -324,13 +324,13 @@ class Resident:
         self.set({})
 
     def disable(self) -> None:
-        """Restore the base and remember the mix for ``enable``. Calling it again changes nothing."""
+        """Restore the base and remember the mix for ``enable``. Idempotent."""
         with self.writing():
             states = self._states().items()
             run([plan_switch(p, self._models[p], Mix(), state.disabled or state.mix) for p, state in states])
 
     def enable(self) -> None:
-        """Bring back the mix that ``disable`` put aside. Calling it again changes nothing."""
+        """Bring back the mix that ``disable`` put aside. Idempotent."""
         with self.writing():
             states = self._states().items()
             run([plan_switch(p, self._models[p], state.disabled or state.mix) for p, state in states])
@@ -347,8 +347,8 @@ class Resident:
 
         Raises:
             ShiraError: as ``set``.
-            ResidentStateError: as ``set``, or a wait that could never end: a plain ``with`` while another task of the
-                same event loop holds the model, or holders that wait for each other.
+            ResidentStateError: as ``set``, or a deadlock: a plain ``with`` while another task of the same event loop
+                holds the model, or holders that wait for each other.
         """
         return Held(self._modules(), write=True, inside=lambda hold, _: self._used(hold, scales, method))
 
@@ -393,7 +393,7 @@ class Resident:
     def bake(self) -> None:
         """Make the weights as they are now the base for good, and deactivate all adapters (they stay loaded).
 
-        Nothing is written. Also the way out when somebody else has written adapted weights and the new ones are wanted.
+        Nothing is written. Also keeps weights that were modified outside shira_diffusers, where those are wanted.
         """
         with self.writing():
             for state in self._states().values():
@@ -403,7 +403,7 @@ class Resident:
         """Require that every overwritten entry still holds what was written.
 
         Raises:
-            ResidentStateError: names the weights that somebody else has written.
+            ResidentStateError: names the weights that were modified outside shira_diffusers.
         """
         with self.reading():
             for part, state in self._states().items():

@@ -1,4 +1,4 @@
-"""Which names mean one memory: in one model, in two, or in a part of one beside the whole. Nothing is written here.
+"""Find names that share memory: in one model, in two, or in a part of one beside the whole. Nothing is written here.
 
 Two owners of one entry would each save the other's value as the base. Weights that are tied under several names of one
 model are no conflict: they have one owner, which writes them once.

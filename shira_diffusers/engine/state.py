@@ -1,4 +1,4 @@
-"""What a module remembers about its adapters: carried by the module, so by copies of it too."""
+"""Keep a module's adapters, mix and saved bits inside the module, so that copies of it have them too."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -79,7 +79,7 @@ class ShiraState(nn.Module):
         return self
 
     def forward(self, value: Any) -> Any:
-        """What came, for a ``Sequential``, which takes this for one of its layers."""
+        """Return the input: a ``Sequential`` runs this as one of its layers."""
         return value
 
     def extra_repr(self) -> str:
@@ -102,7 +102,7 @@ def state_of(module: nn.Module) -> ShiraState | None:
     found: Any = module._modules.get(ATTRIBUTE)
     if not isinstance(found, ShiraState):
         return None
-    if module not in _owners:  # a copy, which nobody has told of
+    if module not in _owners:  # a copy, not registered yet
         _register(module)
     return found
 
@@ -140,7 +140,7 @@ def _save_the_base(
     that pass ``keep_vars=True``, who want the parameters themselves (``torch.jit``, the ONNX export).
 
     Raises:
-        ResidentStateError: names the weights that somebody else has written: base and adapters cannot be told apart.
+        ResidentStateError: names the weights that were modified outside shira_diffusers, whose base is unknown.
             Or accelerate is about to offload the module to disk, from where no weight could be restored.
     """
     state = state_of(module)
@@ -222,9 +222,8 @@ def _holds_any(weight: Tensor, indices: Tensor, values: Iterable[Tensor]) -> boo
 def written_by_others(names: Sequence[str], consequence: str) -> ResidentStateError:
     """The error for weights that hold neither what the last switch wrote nor the base."""
     return ResidentStateError(
-        f"{counted(len(names), 'adapted weight')} {verb(len(names), 'was', 'were')} written by somebody else while "
-        "adapters were active "
-        f"(load_state_dict, fuse_lora, training), so {consequence}; expected what the last switch "
-        "wrote. Undo that write, or keep the new weights as the base with bake_shira() (Resident.bake()):"
-        f"{listing(names)}"
+        f"{counted(len(names), 'adapted weight')} {verb(len(names), 'was', 'were')} modified outside shira_diffusers "
+        f"while adapters were active (load_state_dict, fuse_lora, training), so {consequence}; expected the values "
+        "that the last switch wrote. Undo that change, or keep the new weights as the base with bake_shira() "
+        f"(Resident.bake()):{listing(names)}"
     )

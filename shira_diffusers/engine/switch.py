@@ -1,4 +1,4 @@
-"""Carry out a switch, all of it or nothing.
+"""Carry out a switch of all components, or roll it back.
 
 In: mixes of the components of a model. Out: their weights overwritten in place, and the bits that were there.
 Everything is planned and checked first; nothing is ever subtracted: what was overwritten is saved and written back.
@@ -135,7 +135,10 @@ def run(transactions: Sequence[Transaction]) -> None:
             for one in transactions:
                 one.outgoing = read_current(one.component, one.outgoing, one.live)
             if not _carry_out(transactions, undo):
-                raise ResidentStateError("adapted weights are being written by somebody else while they are switched")
+                raise ResidentStateError(
+                    "adapted weights are being modified outside shira_diffusers while they are switched, expected no "
+                    "other writer; stop what writes them (training, load_state_dict) and switch again"
+                )
         undo.pop_all()
     for one in transactions:
         one.commit()

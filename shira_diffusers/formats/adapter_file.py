@@ -1,4 +1,4 @@
-"""AdapterFile: what a file tells of its adapter before anything is decoded, and what decodes and checks it.
+"""AdapterFile: an adapter file before anything is decoded, and what decodes and checks it.
 
 NumPy only, so that a file can be looked into without loading torch.
 """
@@ -39,7 +39,7 @@ class AdapterFile:
         path: the file that was read.
         kind: ``OURS`` or ``PEFTS``.
         format_version: of our own format; None for PEFT's.
-        metadata: all strings that are the adapter's, or what PEFT's config tells.
+        metadata: all strings that are the adapter's, or those from PEFT's config.
         parameters: the adapted weights, sorted by name; PEFT's have no shapes.
         size: bytes of the file.
         sha256: the checksum in the header, unproved; None if there is none.
@@ -120,7 +120,7 @@ class AdapterFile:
         }
 
     def check(self) -> None:
-        """Require that all of it is intact, as far as it can be told without a model.
+        """Require that all of it is intact, as far as can be checked without a model.
 
         Raises:
             AdapterFormatError: see ``decode_blocks``, and ``compare``.

@@ -1,4 +1,4 @@
-"""Coded weights end to end, as both versions of the file format are read into, and what decodes and checks them.
+"""Decode and check coded weights laid end to end, as both versions of the file format are read.
 
 NumPy only. What is intact is decoded fast; what is not is decoded again weight by weight, which says what is wrong.
 """
@@ -28,7 +28,7 @@ _DIMENSIONS = 64  # what torch computes with; the product of a million sizes wou
 class Weight(NamedTuple):
     """One adapted weight: the dense weight's name and shape, how many entries are held, and the dtype of their values.
 
-    ``shape`` is None where the file does not tell it.
+    ``shape`` is None where the file does not store it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Block:
         weights: in order.
         values: ``(nnz,)``, of a dtype in ``INFINITIES``.
         gaps: ``(m,)``, uint8, uint16 or int32, each weight starting anew.
-        run: 1, or 32 where gaps code the numbers of aligned runs of so many entries.
+        run: 1, or 32 where gaps code the numbers of aligned runs of 32 entries.
     """
 
     weights: tuple[Weight, ...]
@@ -106,15 +106,15 @@ class Block:
         return [spread(at if w else at.astype(np.int32), self.run) for at, w in zip(found, wide, strict=True)]
 
     def problems(self) -> list[str]:
-        """What is wrong, by weight where that can be told; empty if all is intact."""
+        """What is wrong, by weight where that is known; empty if all is intact."""
         try:
             parts = split_gaps(self.gaps, self.counts)
         except AdapterFormatError as error:
             return [str(error)]
         edges = accumulate((weight.nnz for weight in self.weights), initial=0)
         values = [Raw(self.values.dtype, self.values.array[a:b]) for a, b in pairwise(edges)]
-        told = [problem_of(*each, self.run) for each in zip(self.weights, parts, values, strict=True)]
-        return [f"{weight.name}: {what}" for weight, what in zip(self.weights, told, strict=True) if what]
+        found = [problem_of(*each, self.run) for each in zip(self.weights, parts, values, strict=True)]
+        return [f"{weight.name}: {what}" for weight, what in zip(self.weights, found, strict=True) if what]
 
 
 def spread(positions: Indices, run: int) -> Indices:

@@ -1,6 +1,6 @@
-"""What a file that is no safetensors file seems to be, by its first bytes, and what to do about it.
+"""Guess what a file that is no safetensors file is, by its first bytes, and what to do about it.
 
-Downloads and clones that went wrong leave such files under the right name; the reader's own error tells none of it.
+Downloads and clones that went wrong leave such files under the right name; the reader's own error says none of it.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Version 1 of the file format: four tensors per weight. Read for ever; written for state dicts only.
+"""Version 1 of the file format: four tensors per weight. Always readable; written for state dicts only.
 
 This module and ``format_2`` know the keys on disk, no other does. In: tensors by key. Out: coded weights, and back.
 """

@@ -1,4 +1,4 @@
-"""Sorted flat indices coded as the gaps between them, as docs/format.md has it: one weight's, or many weights' at once.
+"""Code sorted flat indices as the gaps between them, as docs/format.md specifies: per weight, or many at once.
 
 ``encode_gaps`` and ``decode_gaps`` are the definition; ``decode_many`` is the fast way for intact gaps of many weights.
 NumPy only; what has torch hands in its running sum, which takes a quarter of the time.

@@ -54,7 +54,7 @@ def read_peft_header(folder: Path, read: Callable[[Path], Bytes] = mapped) -> Ad
 
 
 def header_of(opened: Opened, path: Path) -> AdapterFile:
-    """What an open file tells; ``path`` is what to call it. Raises: as ``read_header``."""
+    """The header of an open file; ``path`` is what to call it. Raises: as ``read_header``."""
     if is_peft_state_dict(opened.tensors):
         return _of_peft(opened, path, {"source": "peft"})
     return ours(reader_of(opened.tensors, opened.metadata, str(path)), opened, path)
@@ -96,7 +96,7 @@ def is_peft_state_dict(tensors: Mapping[str, Any]) -> bool:
 
 
 def _peft_config(folder: Path) -> dict[str, str]:
-    """What the config of a PEFT SHiRA folder tells, by our names of metadata.
+    """The metadata in the config of a PEFT SHiRA folder, by our names.
 
     Raises:
         AdapterFormatError: another PEFT method, or a damaged config.
@@ -136,7 +136,7 @@ def reader_of(tensors: Mapping[str, Raw], metadata: Mapping[str, str] | None, so
         raise AdapterFormatError(f"{source} holds no tensors, expected a SHiRA adapter")
     if metadata is None and format_2.is_version_2(tensors):
         raise AdapterFormatError(
-            f"{source} has the tensors of a file of format version {format_2.VERSION}, but not its header, which tells "
+            f"{source} has the tensors of a file of format version {format_2.VERSION}, but not its header, which has "
             "the weights' names and shapes; give the file itself, or a ShiraAdapter from load_adapter"
         )
     if metadata is None:

@@ -90,8 +90,8 @@ def _hub_hint(source: str) -> str:
     """How to name what is on the Hub, for names that look as if it were meant."""
     if address := _ADDRESS.fullmatch(source):
         repo, revision, name = address.groups()
-        told = {"weight_name": name, "revision": None if revision == "main" else revision}
-        words = [repr(repo), *(f"{key}={value!r}" for key, value in told.items() if value)]
+        options = {"weight_name": name, "revision": None if revision == "main" else revision}
+        words = [repr(repo), *(f"{key}={value!r}" for key, value in options.items() if value)]
         return f"; for what is at this address, give {', '.join(words)}"
     if is_hub_id(source):
         owner = Path(source).parent

@@ -1,4 +1,4 @@
-"""What an adapter file holds, told without a model and without torch: ``shira inspect``."""
+"""Report what an adapter file holds, without a model and without torch: ``shira inspect``."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ Parameter = Weight
 
 
 def inspect_adapter(path: Path) -> AdapterFile:
-    """Read a file, or the one in a folder; PEFT's SHiRA adapters too, as far as they tell without a model.
+    """Read a file, or the one in a folder; PEFT's SHiRA adapters too, as far as is known without a model.
 
     Returns:
         What it holds, checked.

@@ -1,6 +1,6 @@
 """``open_adapter``: the one door for adapter files, ours of both versions and PEFT's.
 
-In: a path. Out: what the file tells, which is cheap, and the adapter itself, decoded where its weights are.
+In: a path. Out: the file's header, which is cheap, and the adapter itself, decoded where its weights are.
 """
 
 import os
@@ -27,11 +27,11 @@ Held = tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class OpenedAdapter(AdapterFile):
-    """An ``AdapterFile`` that can be decoded: what the header tells is there at once."""
+    """An ``AdapterFile`` that can be decoded; everything in the header is known at once."""
 
     @property
     def is_peft(self) -> bool:
-        """Whether it is PEFT's, which tells no shapes, so is decoded for a model."""
+        """Whether it is PEFT's, which has no shapes and is decoded for a model."""
         return self.reader is None
 
     @property

@@ -1,4 +1,4 @@
-"""Names of files and folders as people type them: which can only be local, what is called much alike, what is shown.
+"""Interpret names of files and folders as people type them: local or on the Hub, similar names, hidden ones.
 
 It knows neither adapters nor the Hub; its answers come at once, without a look at any network.
 """
@@ -22,7 +22,7 @@ _LOOKED_AT = 5000  # entries of a folder; comparing takes some 20 microseconds p
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a name can be a repository ``owner/name`` on the Hub, as far as the name tells.
+    """Whether a name can be a repository ``owner/name`` on the Hub, judged by the name alone.
 
     Not if it is absolute, begins with ``.`` or ``~``, has no slash or more than one, or ends as files do, with
     ``.safetensors`` misspelled or not.

@@ -1,4 +1,4 @@
-"""Adapters of PEFT's SHiRA tuner: read into ours (Linear only; PEFT stores no shapes, the model gives them).
+"""Read adapters of PEFT's SHiRA tuner (Linear only; PEFT stores no shapes, so the model provides them).
 
 On disk: ``adapter_config.json`` with ``peft_type`` SHIRA and ``adapter_model.safetensors`` with
 ``base_model.model.<path>.shira_weight`` ``(nnz,)`` and ``.shira_indices`` ``(2, nnz)`` (output row, input column).
@@ -53,7 +53,7 @@ def load_peft_adapter(folder: str | Path, model: nn.Module) -> ShiraAdapter:
 
 
 def read_peft_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a PEFT SHiRA folder, and what its config tells, by our names of metadata.
+    """The tensors of a PEFT SHiRA folder, and the metadata in its config, by our names.
 
     Raises:
         AdapterFormatError: another PEFT method, or a damaged or incomplete folder.
@@ -163,7 +163,7 @@ def _component_of(tensors: Mapping[str, Tensor], models: Mapping[str, nn.Module]
         raise ShiraError(
             f"{source} is PEFT's, which does not say what it is for, and fits several models: {', '.join(fitting)}; "
             f"name the right one, such as load_shira(..., component={fitting[-1]!r}); save_shira then writes a file "
-            "that says it"
+            "that says so"
         )
     denoiser = next((name for name in _DENOISERS if name in models), None)
     if denoiser is None:

@@ -96,8 +96,8 @@ def open_safetensors(file: Path, read: Callable[[Path], Bytes] = mapped) -> Open
 
 def _identity(file: Path) -> tuple[int, ...]:
     """Which file a path means now: it is opened several times, and may be replaced in between."""
-    told = file.stat()
-    return told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _open(file: Path, read: Callable[[Path], Bytes]) -> Opened:

@@ -1,4 +1,4 @@
-"""Adapters from files of ours and into them. docs/format.md specifies both versions.
+"""Read and write adapter files of our own format. docs/format.md specifies both versions.
 
 In: a path, or a state dict. Out: a ``ShiraAdapter`` on the CPU, or one ``AdapterFormatError``.
 """
@@ -83,7 +83,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def encode(adapter: ShiraAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """An adapter as a state dict, whose keys tell all: the tensors and the header of a file of format version 1."""
+    """An adapter as a self-describing state dict: the tensors and the header of a file of format version 1."""
     tensors = format_1.write(*_parts(adapter))
     header = _metadata(adapter) | {"format": FORMAT, "format_version": format_1.VERSION}
     return {key: tensor_of(raw).clone() for key, raw in tensors.items()}, header

@@ -1,4 +1,4 @@
-"""Adapters on the side, for bases whose weights cannot be overwritten: quantized ones above all.
+"""Run adapters beside weights that cannot be overwritten, above all quantized ones.
 
 Nothing is written: each adapted layer's output gets the sparse product of its delta added as it is computed.
 """
@@ -169,7 +169,7 @@ def set_shira_attn_processors(
 
 
 def remove_shira_attn_processors(model: nn.Module) -> None:
-    """Give a model the processors back that it had, and take all branches away. Twice is once."""
+    """Give a model the processors back that it had, and remove all branches. Idempotent."""
     require_modules(model, "a module", "remove_shira_attn_processors(pipe.unet), once for each model")
     root = unwrap(model)
     with hold([root], write=True):
@@ -192,7 +192,7 @@ def _merge(
     scale: Weights,
     component: str | None,
 ) -> dict[str, SparseDelta]:
-    """One float32 delta a weight, strength included; those that are zero are left out."""
+    """One float32 delta per weight, strength included; those that are zero are left out."""
     adapters = [adapter] if isinstance(adapter, ShiraAdapter) else list(adapter)
     scales = each_scale(scale, len(adapters))
     if not adapters or len(scales) != len(adapters):

@@ -1,4 +1,4 @@
-"""A warning about strengths that are given to a generation, as for LoRAs: they change no SHiRA adapter."""
+"""Warn of strengths that a call of a pipeline gives as for LoRAs, since they change no SHiRA adapter."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping

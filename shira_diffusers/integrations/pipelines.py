@@ -1,4 +1,4 @@
-"""``load_shira`` and its family on every ``DiffusionPipeline`` and ``ModularPipeline``.
+"""Add ``load_shira`` and its family to every ``DiffusionPipeline`` and ``ModularPipeline``.
 
 The only module that knows pipelines.
 
@@ -241,7 +241,7 @@ def shira(
     Holds the pipeline's models: generations and switches outside the block wait. In coroutines use
     ``async with pipe.shira("bluefire"): image = await asyncio.to_thread(pipe, prompt)``.
 
-    Args and Raises: as ``set_shira``; also ResidentStateError for a wait that could never end, see ``Resident.using``.
+    Args and Raises: as ``set_shira``; also ResidentStateError for a deadlock, see ``Resident.using``.
     """
     return resident_of(self).using(mix_of(adapter_names, adapter_weights), method).giving(self)
 
@@ -249,7 +249,7 @@ def shira(
 def bake_shira(self: DiffusionPipeline) -> None:
     """Make the active mix the base for good; the adapters stay loaded, none of them active.
 
-    Also keeps weights that somebody else wrote while adapters were active (see ResidentStateError).
+    Also keeps weights that were modified outside shira_diffusers while adapters were active (see ResidentStateError).
     """
     resident_of(self).bake()
 
@@ -364,7 +364,7 @@ def _named(adapter: ShiraAdapter, component: str | None, models: Mapping[str, nn
     known = [part for part in has if part in models]
     if known:
         raise ShiraError(
-            f"component={component!r}, but the adapter says itself that it is for {', '.join(known)}; leave component "
+            f"component={component!r}, but the adapter's own names are for {', '.join(known)}; leave component "
             "out, or take one part of the adapter with adapter.part(...).prefixed(...)"
         )
     return adapter.prefixed(component)

@@ -50,7 +50,7 @@ class AdapterLibrary:
     """The adapters of a folder, or of several, loaded when they are used.
 
     In the host's memory they are kept as in their files, byte for byte, within ``ram_bytes``; decoded, on the device,
-    within ``device_bytes``. The least recently used leave. All methods are safe to call from several threads: an
+    within ``device_bytes``, with LRU eviction. All methods are safe to call from several threads: an
     adapter that several clients want is read and decoded once. Files that change on disk are read again at their next
     use.
 
@@ -115,8 +115,8 @@ class AdapterLibrary:
     def prefetch(self, names: str | Iterable[str]) -> None:
         """Load adapters in the background, as far as the budgets allow; returns at once.
 
-        What is active, and what waiting clients want, makes no room for them. Errors are told at use. (PEFT's adapters
-        need a model and are loaded at their first use.)
+        What is active, and what waiting clients want, is not evicted for them. Errors are raised at use. (PEFT's
+        adapters need a model and are loaded at their first use.)
 
         Raises:
             ShiraError: the library is closed.
@@ -131,7 +131,7 @@ class AdapterLibrary:
         try:
             self._store.warm(self._find(name), None, self._is_free)
         except (ShiraError, OSError):
-            return  # told at use
+            return  # raised at use
 
     # ---------------------------------------------------------------- use
 
@@ -147,7 +147,7 @@ class AdapterLibrary:
             method: how several adapters are merged.
 
         Holds the model, as ``pipe.shira`` does: other clients load meanwhile, and then wait. Adapters of the mix
-        and of the one before stay, whatever others load.
+        and of the one before are not evicted, whatever others load.
 
         Raises:
             ShiraError: an unknown name, two adapters of that name, another adapter of that name that is not the
@@ -322,7 +322,7 @@ class AdapterLibrary:
     def _trim(self, user: "_User") -> None:
         """Take what is not active off a model, until all that is so on any is at most half of what the device may hold.
 
-        It stays decoded, but now may leave while the model is busy: there is room to prefetch.
+        It stays decoded, but may now be evicted while the model is busy: there is room to prefetch.
         """
         with self._store.lock:
             tier = self._store.device
@@ -377,7 +377,7 @@ class _User:
 
 
 def _holds(module: nn.Module, version: Version, decoded: Decoded) -> ShiraState | None:
-    """The state of a module that has this very adapter, which is told by its deltas: what models keep is the same."""
+    """The state of a module that has this very adapter: models keep its deltas, so they are the same objects."""
     state = state_of(module)
     theirs = state.adapters.get(version.name) if state else None
     first = next(iter(theirs.deltas.values()), None) if theirs else None

@@ -1,4 +1,4 @@
-"""The adapters in a folder by name, as they are on disk now; nothing is read but names, sizes and times."""
+"""List the adapters in a folder by name, as they are on disk now; only names, sizes and times are read."""
 
 import stat
 import threading
@@ -19,7 +19,7 @@ Listing = Callable[[], Iterable[tuple[str, Path]]]
 class Version(NamedTuple):
     """An adapter as it is on disk: another time, size or file is another version.
 
-    PEFT's, which tell no shapes, are one for each kind of ``model`` too: a hash of its component's name and its shapes.
+    PEFT's, which store no shapes, differ per kind of ``model`` too: a hash of its component's name and its shapes.
     """
 
     name: str
@@ -128,14 +128,14 @@ class Catalog:
 
 
 def _version(name: str, path: Path) -> Version | None:
-    """What is on disk now; None for what is gone, or is no file any more: to open a pipe could take for ever."""
+    """What is on disk now; None for what is gone, or is no file any more: opening a pipe could block."""
     try:
         file = path
-        if path.is_dir():  # PEFT's; one without weights is told at use what it lacks
+        if path.is_dir():  # PEFT's; one without weights is refused at use
             file = path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else PEFT_CONFIG)
-        told = file.stat()
+        found = file.stat()
     except OSError:
         return None
-    if not stat.S_ISREG(told.st_mode):
+    if not stat.S_ISREG(found.st_mode):
         return None
-    return Version(name, path, told.st_size, told.st_mtime_ns, told.st_ino)
+    return Version(name, path, found.st_size, found.st_mtime_ns, found.st_ino)

@@ -1,8 +1,8 @@
-"""Adapters of a folder in two tiers: packed bytes in the host's memory, decoded ones on the device of the weights.
+"""Cache the adapters of a folder in two tiers: packed bytes in host memory, decoded ones on the weights' device.
 
 A tier holds items by key within a budget of bytes, with LRU eviction.
 
-What it knows of models is only what it is told: which adapters may leave.
+Of models it knows only what its callers pass: which adapters may be evicted.
 """
 
 import threading
@@ -42,7 +42,7 @@ class TierStats:
             what is in use may exceed it.
         budget: bytes it may take.
         hits, misses: how often what was looked for was there, or was not.
-        evictions: how many were put out to make room.
+        evictions: how many were evicted to make room.
     """
 
     adapters: int
@@ -76,7 +76,7 @@ class Tier(Generic[Key, Item]):
         return key in self._slots
 
     def __iter__(self) -> Iterator[tuple[Key, Item]]:
-        """Keys and items, the least recently used first: a snapshot."""
+        """Keys and items, least recently used first: a snapshot."""
         return iter([(key, slot.item) for key, slot in self._slots.items()])
 
     @property
@@ -101,7 +101,7 @@ class Tier(Generic[Key, Item]):
         return self._slots[key].nbytes
 
     def pin(self, key: Key) -> None:
-        """Keep an item that is there from leaving, until it is unpinned as often."""
+        """Keep an item from eviction until it is unpinned as often as it was pinned."""
         self._slots[key].pins += 1
 
     def unpin(self, key: Key) -> None:
@@ -115,16 +115,16 @@ class Tier(Generic[Key, Item]):
     def reserve(
         self, key: Key, nbytes: int, may_leave: Callable[[Key, Item], bool], *, exceed: bool = False
     ) -> list[tuple[Key, Item]] | None:
-        """Reserve room for an item, putting out what is needed for it.
+        """Reserve room for an item, evicting what is needed for it.
 
         Args:
             key: not there, nothing reserved for it.
             nbytes: how much.
-            may_leave: which of the items that are not pinned may be put out.
-            exceed: reserve it even beyond the budget, when all that may leave has left.
+            may_leave: which of the items that are not pinned may be evicted.
+            exceed: reserve it even beyond the budget, when all that may be evicted has been.
 
         Returns:
-            The keys and items that left; None if there is no way to make room, then nothing has changed.
+            The keys and items that were evicted; None if there is no way to make room, then nothing has changed.
         """
         leaving: list[tuple[Key, Item]] = []
         free = self.budget - self._used
@@ -179,7 +179,7 @@ Leaving = Callable[[Version, Decoded], None]
 
 
 class _CrowdedError(Exception):
-    """What is being decoded for others, and may leave as soon as it is, has taken the room."""
+    """The room is reserved for adapters that are being decoded for others, and that can be evicted after that."""
 
     def __init__(self, arriving: list[Future[None]]) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class Store:
         ram_bytes: for packed adapters, each as large as its file.
         device_bytes: for decoded ones.
         device: where these are.
-        exceed: let what is acquired take more than ``device_bytes``, when all that may leave has left.
+        exceed: let what is acquired take more than ``device_bytes``, when all that may be evicted has been.
     """
 
     def __init__(self, ram_bytes: int, device_bytes: int, device: torch.device, *, exceed: bool = False) -> None:
@@ -222,7 +222,7 @@ class Store:
         return version._replace(model=hash(kinds) or 1)
 
     def _kind_of(self, model: nn.Module) -> int:
-        """A number that models have in common whose weights have the same names and shapes, found once a model."""
+        """A number that models have in common whose weights have the same names and shapes, found once per model."""
         with self.lock:
             if model not in self._kinds:
                 shapes = tuple((name, tuple(weight.shape)) for name, weight in named_weights(model).items())
@@ -232,13 +232,13 @@ class Store:
     def acquire(
         self, version: Version, models: Models, may_leave: MayLeave, leaving: Leaving
     ) -> tuple[Version, Decoded]:
-        """The decoded adapter, pinned, and its version as ``fitted``: ``release`` that when it may leave again.
+        """The decoded adapter, pinned, and its version as ``fitted``: ``release`` that when it may be evicted again.
 
         Args:
             version: which.
-            models: by component, for PEFT's adapters, which do not tell the weights' shapes.
-            may_leave: which of the adapters that are not pinned may be put out to make room.
-            leaving: told of each that is.
+            models: by component, for PEFT's adapters, which do not store the weights' shapes.
+            may_leave: which of the adapters that are not pinned may be evicted to make room.
+            leaving: called with each that is.
 
         Raises:
             AdapterFormatError: the file is damaged.
@@ -261,12 +261,12 @@ class Store:
                 return version, loaded
 
     def release(self, version: Version) -> None:
-        """Let an acquired adapter leave when room is needed."""
+        """Allow an acquired adapter to be evicted when room is needed."""
         with self.lock:
             self.device.unpin(version)
 
     def warm(self, version: Version, models: Models | None, may_leave: MayLeave) -> Version:
-        """Load it as far as there is room without putting out what waiting clients want; its version as ``fitted``."""
+        """Load it as far as there is room without evicting what waiting clients want; its version as ``fitted``."""
 
         def unwanted(other: Version, decoded: Decoded) -> bool:
             return not self._wanted[other] and may_leave(other, decoded)
@@ -283,7 +283,7 @@ class Store:
 
     @contextmanager
     def wanting(self, versions: list[Version]) -> Iterator[None]:
-        """While a client waits for these, no other client's warming puts them out. Counts hits and misses."""
+        """While a client waits for these, no other client's warming evicts them. Counts hits and misses."""
         with self.lock:
             for version in versions:
                 self.device.note(version in self.device)
@@ -296,13 +296,13 @@ class Store:
                 self._wanted = +self._wanted
 
     def forget_older(self, version: Version, may_leave: MayLeave) -> None:
-        """Drop what is kept of earlier versions of a name, as far as nobody uses it."""
+        """Drop what is kept of earlier versions of a name, unless it is in use."""
         with self.lock:
             _drop(self.ram, lambda key, _: key.is_older_than(version))
             _drop(self.device, lambda key, item: key.is_older_than(version) and may_leave(key, item))
 
     def clear(self, may_leave: MayLeave, *, packed: bool) -> None:
-        """Drop all that nobody uses, of packed adapters too or of decoded ones only."""
+        """Drop all that is not in use: decoded adapters, and with ``packed`` the packed ones too."""
         with self.lock:
             _drop(self.ram, lambda *_: packed)
             _drop(self.device, may_leave)
@@ -384,7 +384,7 @@ class Store:
 
     @contextmanager
     def _packed(self, version: Version, models: Models | None) -> Iterator[tuple[PackedAdapter | None, bool]]:
-        """The packed adapter, kept from leaving meanwhile, and whether it was in memory before.
+        """The packed adapter, pinned meanwhile, and whether it was in memory before.
 
         None where PEFT's needs a model that is not given.
         """
@@ -444,7 +444,7 @@ class Store:
         return found
 
     def _reserve_ram(self, version: Version, nbytes: int) -> bool:
-        """Reserve room for packed bytes; what leaves for it is given back when this returns."""
+        """Reserve room for packed bytes; the memory of what is evicted is freed when this returns."""
         with self.lock:
             left = self.ram.reserve(version, nbytes, lambda *_: True)
         return left is not None  # not before the lock is free: unpinning memory may wait for the GPU

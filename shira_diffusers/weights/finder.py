@@ -41,7 +41,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 class WeightMap:
     """Name -> the live tensor of a weight, and every other tensor that holds it, for one module.
 
-    No layer and no weight is kept alive, so that they go as soon as their user drops or moves them.
+    Layers and weights are referenced weakly, so they are freed as soon as their user drops or moves them.
 
     Args:
         module: the component, compiled or not.
@@ -110,7 +110,7 @@ class WeightMap:
                 return False
             now = own["_modules"]
             if now:
-                if tuple(map(id, now.values())) != children:  # all alive, so that ids tell them apart
+                if tuple(map(id, now.values())) != children:  # all alive, so ids are unique
                     return False
             elif children:
                 return False
@@ -175,7 +175,7 @@ class WeightMap:
         return f"{path}.{leaf}" if path else leaf
 
     def holders(self, name: str) -> list[tuple[Tensor, int]]:
-        """Every tensor that holds a weight, row-major from so many entries on; first the live weight itself.
+        """Every tensor that holds a weight, and the entry at which it begins there; first the live weight itself.
 
         Raises:
             AdapterMismatchError: no such parameter.

@@ -1,4 +1,4 @@
-"""What a switch does to weights: where entries lie, the bits that were saved of them, and the step to the next mix.
+"""Describe what a switch does to weights: where entries lie, the bits saved of them, and the step to the next mix.
 
 In: names, positions and values, whatever they mean. Out: the data that ``sweep_cpu`` and ``sweep_triton`` carry out.
 """
@@ -20,7 +20,7 @@ T = TypeVar("T")
 Kind = tuple[torch.device, torch.dtype]
 
 _IN_RUNS = 4
-"""Tiles are so many times longer where entries are in runs, which cost less each (measured)."""
+"""How many times longer tiles are where entries are in runs, which cost less per entry (measured)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +56,7 @@ class EntryPlan:
         return EntryPlan, tuple(getattr(self, one.name) for one in fields(self) if one.name != "found")
 
     def once(self, key: Hashable, make: Callable[[], T], version: int = 0) -> T:
-        """What ``make`` gives, kept for a version of the weights; for ever where it does not depend on them."""
+        """The result of ``make``, cached per version of the weights; version 0 if it does not depend on them."""
         known = self.found.get(key)
         if known is None or known[0] != version:
             known = self.found[key] = version, make()
@@ -129,7 +129,7 @@ class SavedEntries:
     Args:
         plan: where they are.
         base: ``(n,)``, of the weights' dtype: the bits that were there.
-        written: ``(n,)``, likewise: the bits that are there now; other ones were written outside shira_diffusers.
+        written: ``(n,)``, likewise: the bits that are there now, unless modified outside shira_diffusers.
     """
 
     plan: EntryPlan
@@ -148,7 +148,7 @@ class SwitchStep:
 
     Args:
         weights: where they are.
-        live: they themselves, which keeps their memory in place.
+        live: the weights themselves; holding them keeps their memory in place.
         outgoing, incoming: what is restored and what is overwritten next; either may be None. With one plan for both
             ``incoming.base`` is the saved base already, else it is filled, as ``incoming.written`` is.
         delta: of what arrives, float32, float16 or bfloat16 ``(n,)``.
@@ -194,7 +194,7 @@ class SwitchStep:
             entries: about so many per tile; None for one tile per weight.
 
         Returns:
-            How many tiles each weight has, by sorted name, and how many positions a tile.
+            How many tiles each weight has, by sorted name, and how many positions per tile.
         """
         first, last = self.plans[0], self.plans[-1]
         numels = dict(zip(first.names, first.numels, strict=True))

@@ -1,4 +1,4 @@
-"""The switch of weights tile by tile with torch's index kernels: on a CPU with one thread for each of torch's.
+"""Switch weights tile by tile with torch's index kernels, on a CPU with as many threads as torch uses.
 
 In: steps. Out: weights overwritten in place, or as they were. What leaves is restored before what arrives is read, so
 two adapters that share entries need no plan of their pair; on the way it is checked that what leaves is still what was
@@ -39,7 +39,7 @@ _LONG = 2**17  # bytes from which on a CPU's memory is mapped and cleared page b
 _KEPT = 2  # the saved and the written bits of one mix
 
 Piece = tuple[Tensor, Write, Tensor, Tensor, Tensor]
-"""Entries of a tile: the memory as integers, what writes it, places in it, the bits saved and the bits written."""
+"""The entries in one tile: the memory as integers, what writes it, places in it, the saved and the written bits."""
 Tile = tuple[Piece | None, Piece | None, Tensor | None, float, torch.dtype, bool]
 """What leaves and what arrives, its delta, scale and dtype, and whether the entries are the same."""
 Layout = tuple[Tensor, Sequence[Tensor], list[int], int]
@@ -49,14 +49,16 @@ Access = tuple[Callable[[], Tensor], Callable[[Tensor], None]]
 
 
 def threads_for(entries: int) -> int:
-    """How many threads a switch of so many entries on a CPU is worth."""
+    """How many threads to use for a switch of this many entries on a CPU."""
     return 1 if entries < _ALONE else torch.get_num_threads()
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, each of which computes alone; torch would start as many again in each."""
-    all_here = Barrier(threads, timeout=60)  # or an idle thread would take the next job; Ctrl-C leaves nobody behind
+    """A pool of threads that each compute on one core; torch would start as many again in each."""
+    all_here = Barrier(
+        threads, timeout=60
+    )  # or an idle thread would take the next job; Ctrl-C leaves no thread waiting
     try:
         pool = ThreadPoolExecutor(threads, "shira", initializer=_compute_alone)
         for job in [pool.submit(all_here.wait) for _ in range(threads)]:
@@ -100,7 +102,7 @@ class TorchSweep:
         """Restore what leaves, then read, mix and overwrite what arrives.
 
         Returns:
-            Whether all that left was what ``written`` tells; if not, ``undo`` is due.
+            Whether all that left still held the bits in ``written``; if not, ``undo`` is due.
         """
         if self._threads == 1:
             return self._run(self._tiles)
@@ -208,7 +210,7 @@ def _spans(plan: EntryPlan, step: SwitchStep) -> bool:
 
 
 def _in_range(plan: EntryPlan, step: SwitchStep, firsts: Sequence[str]) -> Layout:
-    """Where a plan's entries are in the range of its weights: a tile of whole weights for each thread."""
+    """Where a plan's entries are in the range of its weights: one tile of whole weights per thread."""
     start, length, at = plan.once(
         "range", lambda: positions(step.of(plan), plan.sizes, plan.indices), step.weights.version
     )

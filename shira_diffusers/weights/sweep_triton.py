@@ -1,4 +1,4 @@
-"""The whole switch of CUDA weights in one launch, over a table of the addresses of all tensors of all components.
+"""Switch all CUDA weights in one launch, over a table of the addresses of all tensors of all components.
 
 In: steps. Out: weights overwritten in place, or as they were. Triton comes with the CUDA builds of torch; ``available``
 says whether it is there, and ``sweeps_of`` chooses. Training reads and writes its entries here too (``access``).
@@ -38,12 +38,12 @@ def available() -> bool:
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``TritonSweep`` can write weights of a dtype on a device; if it fails there, that is told once."""
+    """Whether ``TritonSweep`` can write weights of a dtype on a device; logs a warning once if Triton fails there."""
     return device.type == "cuda" and dtype in FLOATS and available() and _works(device, dtype)
 
 
 def engine_for(device: torch.device, dtype: torch.dtype) -> str:
-    """By what weights are switched: ``triton`` (one launch), or ``torch`` (on a CPU by tiles, else by weight)."""
+    """Which engine switches weights: ``triton`` (one launch) or ``torch`` (by tiles on a CPU, else by weight)."""
     return "triton" if usable(device, dtype) else "torch"
 
 
@@ -80,7 +80,7 @@ class TritonSweep:
         self.finite = True
 
     def run(self) -> bool:
-        """As ``TorchSweep.run``. Waits for the device, to hear whether what left was there and if all is finite."""
+        """As ``TorchSweep.run``. Waits for the device, to read whether what left was unmodified and all is finite."""
         found = [self._launch(steps, *key) for key, steps in self._groups.items()]
         flags = [one.tolist() for one in found]
         self.finite = not any(infinite for _, infinite in flags)
@@ -202,7 +202,7 @@ def _none(tiles: int, device: torch.device) -> Tensor:
 
 @cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tried out once: Triton compiles at run time, and needs a C compiler for it."""
+    """Try a small switch once: Triton compiles at run time, and needs a C compiler for it."""
     results = []
     for sweep in (TorchSweep, TritonSweep):
         weight = torch.arange(64, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""Which weights of a model are adapted: names, presets and patterns."""
+"""Choose which weights of a model are adapted, by names, presets and patterns."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Tiles: short ranges of the weights. A switch goes over them one by one, so that memory is touched once.
+"""Cut weights into tiles, short ranges that a switch visits one by one, so that memory is touched once.
 
 In each tile the entries that leave are restored before those that arrive are read and overwritten; two adapters that
 share entries need no plan of their pair.
@@ -15,9 +15,9 @@ BLOCK_SIZE = 32
 """Entries of an aligned run, as masks of the family ``block`` have them: 64 bytes of fp16, a cache line."""
 
 
-def tile_for(entries_a_tile: int, density: float) -> int:
-    """The power of two that holds about so many entries at a density, and whole runs."""
-    return max(BLOCK_SIZE, 2 ** round(math.log2(entries_a_tile / max(density, 1e-6))))
+def tile_for(entries: int, density: float) -> int:
+    """How many positions a tile has, to hold about ``entries`` entries at a density: a power of two, whole blocks."""
+    return max(BLOCK_SIZE, 2 ** round(math.log2(entries / max(density, 1e-6))))
 
 
 def find_starts(

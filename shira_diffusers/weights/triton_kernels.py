@@ -1,4 +1,4 @@
-"""Triton kernels; importing this needs Triton, which the CUDA builds of torch bring."""
+"""Define the Triton kernels of a switch and of training; only builds of torch with Triton can import this module."""
 
 import triton
 import triton.language as tl
@@ -31,7 +31,7 @@ def _place(at, entry, inside, shift):  # type: ignore[no-untyped-def]
 def sweep(  # type: ignore[no-untyped-def]
     owners, weights, steps, differs, BITS: tl.constexpr, FLOAT: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One tile of one weight a program: check and restore what leaves, then read, mix and overwrite what arrives.
+    """Switch one tile of one weight per program: check and restore what leaves, then read, mix and overwrite.
 
     Args:
         owners: int32 ``(tiles,)``, the weight of each tile.
@@ -70,7 +70,7 @@ def sweep(  # type: ignore[no-untyped-def]
         if tl.max((now != written).to(tl.int32), 0) > 0:
             tl.store(differs, 1)
 
-    tl.debug_barrier()  # an entry that both have is restored before it is read
+    tl.debug_barrier()  # entries in both are restored before they are read
 
     starts = tl.load(step + 7).to(tl.pointer_type(tl.int32))
     at = tl.load(step + 8).to(tl.pointer_type(tl.int32))

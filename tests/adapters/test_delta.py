@@ -62,7 +62,7 @@ def test_values_of_another_dtype(dtype: torch.dtype) -> None:
 def test_indices_of_another_dtype_or_shape() -> None:
     with pytest.raises(AdapterFormatError, match="expected int32 or int64"):
         SparseDelta(torch.tensor([1.0]), torch.ones(1), (2, 3))
-    with pytest.raises(AdapterFormatError, match=r"expected \[nnz\]"):
+    with pytest.raises(AdapterFormatError, match=r"expected \(nnz,\)"):
         SparseDelta(torch.tensor([[1, 2]]), torch.ones(1, 2), (2, 3))
 
 

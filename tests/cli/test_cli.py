@@ -192,7 +192,7 @@ def test_inspect(run: Run, files: dict[str, Path]) -> None:
   entries     {adapter.nnz:,} of {adapter.numel:,} in {len(adapter.deltas)} parameters \
 (text_encoder {parts["text_encoder"]}, unet {parts["unet"]})
   values      float16
-  size        {size:,} bytes, {size / adapter.nnz:.2f} bytes an entry
+  size        {size:,} bytes, {size / adapter.nnz:.2f} bytes per entry
   checksum    SHA-256 of the tensors matches ({sha256_of_tensors(files["gold"])[:16]}...)
 
 metadata
@@ -273,7 +273,7 @@ def test_inspect_without_metadata(run: Run, tmp_path: Path) -> None:
     path = save_adapter(ShiraAdapter({"weight": delta}), tmp_path / "bare.safetensors")
     status, out, _ = run("inspect", path)
     assert status == 0
-    assert "base model  not told (no values are kept to recognise it)\n" in out
+    assert "base model  unknown (no values are kept to recognise it)\n" in out
     assert "0 of 16 in 1 parameter" in out
     assert re.search(r"size +[\d,]+ bytes\n", out)
 
@@ -364,7 +364,7 @@ def test_verify_without_base_values(run: Run, files: dict[str, Path], base: Path
     bare = save_adapter(ShiraAdapter(load_adapter(files["gold"]).deltas), tmp_path / "bare.safetensors")
     status, out, _ = run("verify", bare, "--base", base)
     assert status == 0
-    assert "base     ok      not told: the file keeps no base values" in out
+    assert "base     ok      unknown: the file keeps no base values" in out
 
 
 def test_verify_other_names_and_shapes(run: Run, files: dict[str, Path], base: Path, tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_a_failing_fuse_writes_nothing(run: Run, files: dict[str, Path], tmp_pat
     attempts: list[tuple[str, list[object]]] = [
         *((message, [good, path]) for message, path in broken_files(inputs, good).items()),
         (
-            "expected one weight a file, got 3 weights for 2 files",
+            "expected one weight per file, got 3 weights for 2 files",
             [good, files["bluefire"], "--weights", "1", "1", "1"],
         ),
         ("weights must be finite", [good, "--weights", "nan"]),

@@ -1,4 +1,4 @@
-"""``shira demo`` on a tiny pipeline: the sheet, the switches it tells of, and that failures write nothing."""
+"""``shira demo`` on a tiny pipeline: the sheet, the switches it reports, and that failures write nothing."""
 
 import re
 from collections.abc import Callable

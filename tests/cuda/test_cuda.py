@@ -182,7 +182,7 @@ def test_a_foreign_write_on_cuda_is_noticed() -> None:
     name = model._shira.overwritten[0].plan.names[0]
     with torch.no_grad():
         model.get_parameter(name).add_(1)
-    with pytest.raises(Exception, match="written by somebody else"):
+    with pytest.raises(Exception, match="modified outside shira_diffusers"):
         resident.clear()
 
 

@@ -334,7 +334,7 @@ def test_a_picture_from_a_base_on_disk_is_refused_while_active(pipe: StableDiffu
 def test_an_offload_looks_at_weights_that_others_wrote(pipe: StableDiffusionPipeline) -> None:
     load(pipe, tiny.adapter_for(pipe, components=("unet",)), "a")
     accelerate.cpu_offload(pipe.unet, CPU, state_dict=tiny.unet(seed=5).state_dict())
-    with pytest.raises(ResidentStateError, match=r"somebody else[\s\S]*bake_shira"):
+    with pytest.raises(ResidentStateError, match=r"outside shira_diffusers[\s\S]*bake_shira"):
         tiny.picture(pipe)
 
 
@@ -506,7 +506,7 @@ def test_load_state_dict_while_active_is_detected(pipe: StableDiffusionPipeline)
     fresh = tiny.unet(seed=5)
     pipe.unet.load_state_dict(fresh.state_dict())
     for act in (pipe.disable_shira, pipe.unload_shira, lambda: pipe.set_shira("a", 0.5)):
-        with pytest.raises(ResidentStateError, match=r"written by somebody else[\s\S]*bake_shira"):
+        with pytest.raises(ResidentStateError, match=r"modified outside shira_diffusers[\s\S]*bake_shira"):
             act()
         tiny.assert_same_bits(pipe.unet, tiny.snapshot(fresh))
     pipe.bake_shira()
@@ -521,7 +521,8 @@ def test_saving_what_others_wrote_while_active_is_refused(pipe: StableDiffusionP
     average.store(pipe.unet.parameters())
     average.copy_to(pipe.unet.parameters())
     with pytest.raises(
-        ResidentStateError, match=r"somebody else[\s\S]*the base of UNet2DConditionModel is not known[\s\S]*bake_shira"
+        ResidentStateError,
+        match=r"outside shira_diffusers[\s\S]*the base of UNet2DConditionModel is not known[\s\S]*bake_shira",
     ):
         pipe.save_pretrained(tmp_path)
     average.restore(pipe.unet.parameters())

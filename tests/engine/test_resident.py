@@ -279,7 +279,7 @@ def test_foreign_writes_are_detected_and_left_alone(resident: Resident, model: n
         lambda: resident.set({"b": 1.0}),
         lambda: resident.remove("a"),
     ):
-        with pytest.raises(ResidentStateError, match="written by somebody else") as caught:
+        with pytest.raises(ResidentStateError, match="modified outside shira_diffusers") as caught:
             act()
         assert name in str(caught.value)
         assert "bake" in str(caught.value)
@@ -292,7 +292,7 @@ def test_foreign_writes_are_detected_and_left_alone(resident: Resident, model: n
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_the_base_put_back_by_somebody_else_is_no_harm(
+def test_the_base_put_back_by_another_is_no_harm(
     resident: Resident, model: nn.Module, adapters: dict, everywhere: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``state_dict`` gives the base, and whoever loads that again writes it; the next switch goes on from there."""
@@ -302,7 +302,7 @@ def test_the_base_put_back_by_somebody_else_is_no_harm(
     kept = model.state_dict() if everywhere else {k: v for k, v in model.state_dict().items() if "mid_block" in k}
     model.load_state_dict(kept, strict=False)
     bits = tiny.snapshot(model)
-    with pytest.raises(ResidentStateError, match="written by somebody else"):
+    with pytest.raises(ResidentStateError, match="modified outside shira_diffusers"):
         resident.verify()
     monkeypatch.setattr(torch.Tensor, "scatter_", WriteFailsAt(1, RuntimeError))
     with pytest.raises(RuntimeError, match="power cut"):
@@ -336,7 +336,9 @@ def test_one_weight_that_others_wrote() -> None:
     resident.set({"a": 1.0})
     with torch.no_grad():
         model[0].weight.add_(1.0)
-    with pytest.raises(ResidentStateError, match=r"^1 adapted weight was written by somebody else while adapters were"):
+    with pytest.raises(
+        ResidentStateError, match=r"^1 adapted weight was modified outside shira_diffusers while adapters were"
+    ):
         resident.clear()
 
 
@@ -718,9 +720,9 @@ def test_an_adapter_of_other_components_in_the_place_of_one(pipe: object) -> Non
 def test_what_cannot_take_the_place_leaves_all_as_it_was(resident: Resident, model: nn.Module, adapters: dict) -> None:
     resident.set({"a": 0.5})
     with torch.no_grad():
-        tiny.weights_of(model, ("attn1.to_q",)).popitem()[1].add_(1)  # by somebody else
+        tiny.weights_of(model, ("attn1.to_q",)).popitem()[1].add_(1)  # modified outside shira_diffusers
     before = tiny.snapshot(model)
-    with pytest.raises(ResidentStateError, match="written by somebody else"):
+    with pytest.raises(ResidentStateError, match="modified outside shira_diffusers"):
         resident.replace(adapters["b"], "a")
     tiny.assert_same_bits(model, before)
     assert resident.active == {"a": 0.5} and resident.names == ["a", "b", "c"]

@@ -912,7 +912,7 @@ def test_bad_components(loaded: StableDiffusionPipeline, file: Path, tmp_path: P
         assert_unchanged(loaded, lambda s=source: loaded.load_shira(s, component="transformer"), ShiraError, message)
     mismatch = "layers are not in CLIPTextModel"
     assert_unchanged(loaded, lambda: loaded.load_shira(state, component="text_encoder"), AdapterMismatchError, mismatch)
-    told = "component='unet', but the adapter says itself that it is for text_encoder, unet; leave component out"
+    told = "component='unet', but the adapter's own names are for text_encoder, unet; leave component out"
     assert_unchanged(loaded, lambda: loaded.load_shira(file, component="unet"), ShiraError, told)
 
 

@@ -1,4 +1,4 @@
-"""AdapterLibrary: the same bits as load_shira, budgets that hold, nothing put out that is in use, nothing leaked."""
+"""AdapterLibrary: the same bits as load_shira, budgets that hold, nothing evicted that is in use, nothing leaked."""
 
 import copy
 import gc
