@@ -1,4 +1,4 @@
-"""The command line of ``python -m app``, and what it starts."""
+"""Parse the command line of ``python -m app``, and start what it asks for."""
 
 import argparse
 import os

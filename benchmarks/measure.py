@@ -1,4 +1,4 @@
-"""What every script needs: options, timing, limits of memory, and results written with their origin.
+"""Provide what every script needs: options, timing, limits of memory, and results written with their origin.
 
 In: an action to measure. Out: figures as JSON-ready dicts. It knows neither models nor methods.
 """

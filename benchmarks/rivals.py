@@ -1,4 +1,4 @@
-"""What users have today: diffusers' LoRA in its three ways to switch, and PEFT's SHiRA."""
+"""Set up what users have today: diffusers' LoRA in its three ways to switch, and PEFT's SHiRA."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

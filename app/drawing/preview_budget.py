@@ -1,4 +1,4 @@
-"""How many steps a preview can have here to come within a second, switch and transport included."""
+"""Compute how many steps a preview can take here within a second, switch and transport included."""
 
 SECONDS = 0.55  # to draw; the way to the browser and back takes the rest
 MOST, LEAST = 6, 3  # steps

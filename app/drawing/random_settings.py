@@ -1,4 +1,4 @@
-"""Random settings, for “Surprise me”."""
+"""Draw random settings, for “Surprise me”."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Settings of a picture, preset or link brought back to a session that may have other adapters now."""
+"""Restore the settings of a picture, preset or link in a session that may have other adapters now."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace

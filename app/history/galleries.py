@@ -1,4 +1,4 @@
-"""Whose pictures are whose: one history for all, or one for each visitor."""
+"""Decide who sees which pictures: one history for all, or one per visitor."""
 
 import hashlib
 import threading

@@ -1,4 +1,4 @@
-"""How much adapters of the library interfere, and what to expect of their mix in words. No Gradio."""
+"""Measure how much adapters of the library interfere, and say in words what to expect of their mix. No Gradio."""
 
 import re
 import threading

@@ -1,4 +1,4 @@
-"""What fusing a LoRA takes here: the step that SHiRA's switching replaces, measured on this pipeline's own weights."""
+"""Time what fusing a LoRA takes here: the step that SHiRA's switching replaces, on this pipeline's own weights."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""What the app knows of a file of the library, and how it comes to know it."""
+"""Describe each file of the library: what the app knows of it, from its header or from opening it."""
 
 import hashlib
 from collections.abc import Mapping

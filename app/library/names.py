@@ -1,4 +1,4 @@
-"""Names of adapters out of names of files that strangers chose."""
+"""Derive names of adapters from file names that strangers chose."""
 
 import re
 import unicodedata

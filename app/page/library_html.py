@@ -1,4 +1,4 @@
-"""The library and what an adapter holds, as HTML. All text of files is escaped."""
+"""Show the library and what an adapter holds, as HTML. All text of files is escaped."""
 
 from collections.abc import Iterable, Sequence
 from html import escape

@@ -1,4 +1,4 @@
-"""How the app looks: theme, style sheet and the few pieces of HTML. Nothing is fetched from other servers."""
+"""Define how the app looks: theme, style sheet and the few pieces of HTML. Nothing is fetched from other servers."""
 
 import html
 from collections.abc import Iterable, Mapping

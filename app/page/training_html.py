@@ -1,4 +1,4 @@
-"""How a training goes, as HTML: a headline, a bar, and the curve of its loss."""
+"""Show how a training goes, as HTML: a headline, a bar, and the curve of its loss."""
 
 from collections.abc import Mapping
 from html import escape

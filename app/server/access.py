@@ -1,4 +1,4 @@
-"""Who may reach the app, and what the server refuses to everybody."""
+"""Decide who may reach the app, and what the server refuses to everybody."""
 
 import ipaddress
 import json

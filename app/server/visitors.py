@@ -1,4 +1,4 @@
-"""Who asks, and what the events and the endpoints of the app have in common."""
+"""Identify visitors, and share what the events and the endpoints of the app have in common."""
 
 import json
 from typing import Any

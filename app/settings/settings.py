@@ -1,4 +1,4 @@
-"""What a picture is made from, checked before anything is drawn."""
+"""Define and check the settings that a picture is made from, before anything is drawn."""
 
 import random
 import reprlib

@@ -1,4 +1,4 @@
-"""What a training will take, estimated before it starts."""
+"""Estimate what a training will take, before it starts."""
 
 import threading
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""The progress of a training, read from the files that the trainer writes while it goes on."""
+"""Follow a training by the files that the trainer writes while it runs."""
 
 import json
 import math

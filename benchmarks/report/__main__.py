@@ -1,4 +1,4 @@
-"""python -m benchmarks.report [--check]"""
+"""Write the documents from the results, or check that they are current: ``python -m benchmarks.report [--check]``."""
 
 import argparse
 import sys

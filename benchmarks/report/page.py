@@ -1,4 +1,4 @@
-"""The documents that come from the results: docs/benchmarks.md, and tables in README.md and docs/training.md."""
+"""Write the documents that come from the results: docs/benchmarks.md, and tables in README.md and docs/training.md."""
 
 import json
 from collections.abc import Callable, Iterator

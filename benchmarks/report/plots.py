@@ -1,4 +1,4 @@
-"""Plots of the results as SVG files, for a light and a dark page; equal results give equal bytes."""
+"""Plot the results as SVG files, for a light and a dark page; equal results give equal bytes."""
 
 import hashlib
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The files of benchmarks/results, and how single figures are read from them."""
+"""Read the files of benchmarks/results, and single figures from them."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator

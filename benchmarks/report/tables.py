@@ -1,4 +1,4 @@
-"""Figures as text, and each script's rows as Markdown tables."""
+"""Format figures as text, and each script's rows as Markdown tables."""
 
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What each script should reach, where the figure is read, and what limits it where it is missed."""
+"""List what each script should reach, where the figure is read, and what limits it where it is missed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What torch.compile makes of switches: graphs, recompiles, CUDA graphs captured, and whether results follow.
+"""Check how switches work under torch.compile: graphs, recompiles, CUDA graphs captured, and whether results follow.
 
 A part of ``inference.py`` beside it. A UNet is compiled in place (``whole``) or each kind of transformer block alone
 (``regional``, diffusers' ``compile_repeated_blocks``) and called after each of 100 moves: to the other adapter, or to

@@ -1,11 +1,11 @@
-"""Bytes an entry on disk, by mask family and density, beside the entropy bound, PEFT's SHiRA and LoRA.
+"""Measure bytes per entry on disk, by mask family and density, beside the entropy bound, PEFT's SHiRA and LoRA.
 
 python -m benchmarks.scripts.size [--models "SD 1.5"] [--toy] [--out FILE]
 
 Attention and feed-forward of a UNet of random weights; every file is written and its size read. The same on every
-machine. ``bound``: what an entry costs at least, 2 bytes for its float16 value and its share of the bits that tell one
-mask of the family from all others: log2 of the number of masks of so many entries, or of so many runs of 32 for
-block. A struct mask is told by its first line, so its bound is the value alone; its file lists entries all the same.
+machine. ``bound``: what an entry costs at least, 2 bytes for its float16 value and its share of the bits that select
+one mask of the family among all others: log2 of the number of masks of so many entries, or of so many runs of 32 for
+block. A struct mask is given by its first line, so its bound is the value alone; its file lists entries all the same.
 The masks of grad and snip are those of the loss of one step on random weights, on SD 1.5 only. PEFT's SHiRA keeps
 float32 values and two indices; LoRA has rank 64 and float16 values, and no share of entries to be counted by.
 """

@@ -1,4 +1,4 @@
-"""What the events of the tabs have in common: arguments of ``click`` and the like, and how drawings start and stop."""
+"""Share what the events of the tabs have in common: arguments of ``click`` and the like, starting and stopping."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
