@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import diffusers
 import psutil
 import torch
 from diffusers import DiffusionPipeline
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity_error()  # a cast with .to() warns each time
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         if options.episode:
             kind, _, number = options.episode.partition(":")

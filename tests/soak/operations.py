@@ -49,8 +49,6 @@ _SOME = 3  # after so many operations weights of adapters are compared; before a
 _ALL = 24  # after so many operations every parameter is compared, not only those of adapters
 _FUSED = ("to_qkv", "to_kv")
 
-diffusers.utils.logging.set_verbosity_error()  # a cast with .to() warns each time
-
 
 class Difference(AssertionError):
     """The pipeline and the model of it differ; the message has what is needed to replay it."""

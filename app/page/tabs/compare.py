@@ -8,7 +8,7 @@ import gradio as gr
 from app.drawing.requests import Series, Stopped
 from app.drawing.session import series_of
 from app.page import theme
-from app.page.tabs.events import QUIET, TELLING, DrawButtons, Values, gallery, picked
+from app.page.tabs.events import QUIET, TELLING, DrawButtons, Values, at_most_often, gallery, picked
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
@@ -98,7 +98,8 @@ class CompareTab:
                 idle,
             )
             try:
-                async for label, _, path in self._studio.requests.draw_series(visitor_of(request), series, on_step):
+                pictures = self._studio.requests.draw_series(visitor_of(request), series, at_most_often(on_step))
+                async for label, _, path in pictures:
                     done.append((cached(self.strip, path), _short(label)))
                     names.append(path.name)
                     yield done, names, None, theme.remark(f"{len(done)} of {len(series)} drawn."), idle

@@ -1,6 +1,7 @@
 """Share what the events of the tabs have in common: arguments of ``click`` and the like, starting and stopping."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -26,6 +27,23 @@ def picture(elem_id: str, label: str, **options: Any) -> gr.Image:
     buttons: Any = ["download", "fullscreen"]
     fixed: dict[str, Any] = {"show_label": False, "format": "png", "interactive": False, "buttons": buttons}
     return gr.Image(label=label, elem_id=elem_id, **fixed, **options)
+
+
+def at_most_often(show: Callable[[int, int], None], seconds: float = 0.1) -> Callable[[int, int], None]:
+    """Show steps no more often than that, and the last one always.
+
+    Each is an event for the browser: a small model draws 200 steps per second, and the page no longer answers a click.
+    """
+    shown = 0.0
+
+    def on_step(done: int, of: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if done == of or now - shown >= seconds:
+            shown = now
+            show(done, of)
+
+    return on_step
 
 
 def picked(names: Sequence[str], event: gr.SelectData) -> str | None:

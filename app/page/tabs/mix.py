@@ -14,7 +14,7 @@ from app.history.png_metadata import read_settings
 from app.insight.lora_timing import RANK
 from app.page import theme
 from app.page.style_picker import make_style_picker, shown
-from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values, picture
+from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values, at_most_often, picture
 from app.page.tabs.presets import PresetsFold
 from app.server.messages import readable
 from app.server.served_files import cached
@@ -173,7 +173,7 @@ class MixTab:
         try:
             with readable():
                 settings = self.settings(values)
-                drawn, path = await self._studio.requests.draw(visitor_of(request), settings, on_step)
+                drawn, path = await self._studio.requests.draw(visitor_of(request), settings, at_most_often(on_step))
         except Stopped:
             return gr.skip(), gr.skip(), gr.skip()
         return self._results(drawn, path, values[self.gallery])
