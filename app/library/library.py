@@ -18,7 +18,8 @@ from app.library.uploads import DEFAULT_MAX_MB, UploadError, received
 from app.settings.checks import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
 from shira_diffusers.engine.locks import Held
-from shira_diffusers.formats.inspect import Inspection, inspect_adapter
+from shira_diffusers.formats.adapter_file import AdapterFile
+from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.paths import SUFFIX
 from shira_diffusers.formats.shira_file import safetensors_in
 from shira_diffusers.integrations.pipelines import resident_of
@@ -107,11 +108,6 @@ class Library:
         """Files that were left out, each with the reason."""
         return tuple((card.name, card.reason) for card in self._cards if not card.fits)
 
-    @property
-    def writable(self) -> bool:
-        """Whether adapters can be added."""
-        return self._folder is not None
-
     def entry(self, name: object) -> Card:
         """The file of a name. Raises SettingsError: there is none."""
         if name is None:
@@ -122,7 +118,7 @@ class Library:
             raise SettingsError(f"no adapter named {str(name)[:80]!r} in the library; there are {known}")
         return found
 
-    def inspect(self, name: object) -> Inspection:
+    def inspect(self, name: object) -> AdapterFile:
         """What the file of a name holds, as ``shira inspect`` prints it.
 
         Raises:

@@ -6,7 +6,8 @@ from html import escape
 from app.library.cards import Card, shown_metadata
 from shira_diffusers.cli.inspect import percent
 from shira_diffusers.cli.terminal import printable
-from shira_diffusers.formats.inspect import Inspection, Parameter
+from shira_diffusers.formats.adapter_file import AdapterFile
+from shira_diffusers.formats.block import Weight
 
 LAYERS_SHOWN = 400
 
@@ -48,7 +49,7 @@ def _short(base: str) -> str:
     return base.rstrip("/").rpartition("/")[2] if base.startswith("/") else base
 
 
-def inspection(card: Card, found: Inspection) -> str:
+def inspection(card: Card, found: AdapterFile) -> str:
     """What ``shira inspect`` prints: the whole, the metadata, and each parameter's density as a bar."""
     facts = [
         ("Kind", found.kind + (f", format version {found.format_version}" if found.format_version else "")),
@@ -71,7 +72,7 @@ def _list(pairs: Iterable[tuple[str, str]]) -> str:
     return f"<dl>{''.join(f'<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>' for key, value in pairs)}</dl>"
 
 
-def _layers(parameters: Sequence[Parameter]) -> str:
+def _layers(parameters: Sequence[Weight]) -> str:
     top = max((parameter.density or 0 for parameter in parameters), default=0) or 1
     rows = "".join(_layer(parameter, top) for parameter in parameters[:LAYERS_SHOWN])
     left = len(parameters) - LAYERS_SHOWN
@@ -80,7 +81,7 @@ def _layers(parameters: Sequence[Parameter]) -> str:
     return f'<div class="layers" tabindex="0"><table>{head}<tbody>{rows}</tbody></table>{more}</div>'
 
 
-def _layer(parameter: Parameter, top: float) -> str:
+def _layer(parameter: Weight, top: float) -> str:
     share = 100 * (parameter.density or 0) / top
     density = "?" if parameter.density is None else percent(parameter.density)
     bar = f'<span class="bar" style="width:{share:.1f}%"></span>'

@@ -6,7 +6,9 @@ import sys
 
 from shira_diffusers.cli.terminal import printable, say, table
 from shira_diffusers.errors import counted
-from shira_diffusers.formats.inspect import Inspection, Parameter, inspect_adapter
+from shira_diffusers.formats.adapter_file import AdapterFile
+from shira_diffusers.formats.block import Weight
+from shira_diffusers.formats.inspect import inspect_adapter
 
 SHORTENED = 20
 
@@ -27,7 +29,7 @@ def inspect(args: argparse.Namespace) -> None:
         say(as_text(found, None if args.all or not sys.stdout.isatty() else SHORTENED))
 
 
-def as_text(found: Inspection, shown: int | None = None) -> str:
+def as_text(found: AdapterFile, shown: int | None = None) -> str:
     """A report for people.
 
     Args:
@@ -45,7 +47,7 @@ def as_text(found: Inspection, shown: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _summary(found: Inspection) -> list[tuple[str, ...]]:
+def _summary(found: AdapterFile) -> list[tuple[str, ...]]:
     version = f", format version {found.format_version}" if found.format_version else ""
     each = "" if found.bytes_per_entry is None else f", {found.bytes_per_entry:.2f} bytes per entry"
     whole = "" if found.numel is None else f" of {found.numel:,}"
@@ -62,14 +64,14 @@ def _summary(found: Inspection) -> list[tuple[str, ...]]:
     ]
 
 
-def checksum_finding(found: Inspection) -> str:
+def checksum_finding(found: AdapterFile) -> str:
     """What the checksum says about a file; one whose tensors do not match it cannot be inspected at all."""
     if found.sha256 is None:
         return "none in this file, so values changed by damage go unnoticed"
-    return f"SHA-256 of the tensors matches ({found.sha256[:16]}...)"
+    return f"SHA-256 of the tensors matches ({found.sha256[:16]}...); it does not cover the header"
 
 
-def _parts(found: Inspection) -> str:
+def _parts(found: AdapterFile) -> str:
     """How many parameters each component has, for names that begin with one."""
     if found.format_version is None:
         return ""  # PEFT names layers of one model
@@ -80,7 +82,7 @@ def _parts(found: Inspection) -> str:
     return f" ({', '.join(f'{part} {count}' for part, count in counts.items())})" if len(counts) <= 6 else ""
 
 
-def _row(parameter: Parameter) -> tuple[str, ...]:
+def _row(parameter: Weight) -> tuple[str, ...]:
     shape = "?" if parameter.shape is None else " x ".join(map(str, parameter.shape))
     density = "?" if parameter.density is None else percent(parameter.density)
     return density, f"{parameter.nnz:,}", shape, printable(parameter.name)

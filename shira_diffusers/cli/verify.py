@@ -13,7 +13,8 @@ from shira_diffusers.cli.base_model import fingerprints, open_pipeline
 from shira_diffusers.cli.inspect import checksum_finding
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import AdapterMismatchError, counted, listing, verb
-from shira_diffusers.formats.inspect import Inspection, inspect_adapter
+from shira_diffusers.formats.adapter_file import AdapterFile
+from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.shira_file import load_adapter
 from shira_diffusers.integrations.pipelines import models_of, resident_of
 from shira_diffusers.weights.finder import WeightMap
@@ -80,7 +81,7 @@ def verify_adapter(path: Path, base: str, report: Callable[[Verdict], None]) -> 
     return passed
 
 
-def _read(found: Inspection, pipe: Any, path: Path) -> ShiraAdapter:
+def _read(found: AdapterFile, pipe: Any, path: Path) -> ShiraAdapter:
     """The adapter with component names; PEFT's needs the model for its shapes."""
     if found.format_version is not None:
         return load_adapter(found.path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from shira_diffusers.adapters.base_probes import BaseMatch, match_base
 from shira_diffusers.engine.sharing import Claim, claims, conflicts
 from shira_diffusers.engine.state import Part, ShiraState, owners, state_of
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
-from shira_diffusers.weights.finder import WeightMap, unwrap, weights_beside
+from shira_diffusers.weights.finder import WeightMap, identity, unwrap, weights_beside
 from shira_diffusers.weights.scatter import gather, is_byte_dtype
 
 
@@ -74,6 +75,7 @@ def fit(
     for part, its_own in _split(adapter, models).items():
         weights = WeightMap(models[part])
         renamed: dict[str, str] = {}
+        tied: dict[Any, str] = {}
         for name, delta in its_own.deltas.items():
             try:
                 holders = weights.holders(name)
@@ -87,6 +89,10 @@ def fit(
                     wrong.append(f"{join_name(part, name)}: expected {shape}, got {delta.shape}")
                 if own_name in renamed.values():
                     wrong.append(f"{join_name(part, name)}: means the same parameter as another name in the adapter")
+                elif its_own.deltas[twin := tied.setdefault(identity(holders[0][0]), name)] != delta:
+                    wrong.append(
+                        f"{join_name(part, name)}: has different deltas from {twin}, the same tied weight here"
+                    )
                 own += claims({join_name(part, own_name): holders}, _owner(models[part]))
                 renamed[name] = own_name
         fitted[part] = its_own.renamed(renamed)

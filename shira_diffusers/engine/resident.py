@@ -256,7 +256,7 @@ class Resident:
             warnings.warn(
                 f"adapter {name!r} fits by shape but was trained on another model than this one{trained_on(adapter)}; "
                 "expect poor pictures",
-                stacklevel=4,
+                stacklevel=4,  # who called ``load_shira``
             )
 
     def remove(self, *names: str) -> None:

@@ -20,7 +20,7 @@ from shira_diffusers.weights.sweep_cpu import BufferPool
 from shira_diffusers.weights.targets import canonical_name
 
 ATTRIBUTE = "_shira"
-_REMEMBERED_BYTES = 2**26  # of layouts beyond the last two
+_REMEMBERED_BYTES = 2**26  # of plans beyond the last two
 
 
 Part = tuple[str, Tensor, Tensor, Tensor]

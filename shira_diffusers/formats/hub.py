@@ -104,7 +104,7 @@ def _hub_hint(source: str) -> str:
 
 def _unreachable(source: str | os.PathLike[str], error: Exception) -> OSError:
     return OSError(
-        f"{source!r} is no file or folder here, and could not be read from the Hub: {error}. "
+        f"{source!r} is no file or folder here, and could not be read from the Hub: {str(error).rstrip('.')}. "
         f"Check the name, your connection, or the token for a private repository{did_you_mean(Path(source))}"
     )
 
@@ -131,6 +131,9 @@ def _download(repo: str, weight_name: str | None, subfolder: str, options: HubOp
     try:
         return fetch(WEIGHTS_NAME)
     except EntryNotFoundError as error:
-        local |= isinstance(error, LocalEntryNotFoundError)  # the Hub is out of reach: look in the cache only
-        fetch(PEFT_CONFIG, local)
-        return fetch(PEFT_WEIGHTS, local).parent
+        out_of_reach = isinstance(error, LocalEntryNotFoundError)  # then look in the cache only
+        try:
+            fetch(PEFT_CONFIG, local or out_of_reach)
+            return fetch(PEFT_WEIGHTS, local or out_of_reach).parent
+        except LocalEntryNotFoundError:
+            raise error from None  # which says why the Hub could not be reached

@@ -3,11 +3,7 @@
 from pathlib import Path
 
 from shira_diffusers.formats.adapter_file import AdapterFile
-from shira_diffusers.formats.block import Weight
 from shira_diffusers.formats.header import read_header
-
-Inspection = AdapterFile
-Parameter = Weight
 
 
 def inspect_adapter(path: Path) -> AdapterFile:

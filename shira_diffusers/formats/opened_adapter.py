@@ -88,12 +88,11 @@ class OpenedAdapter(AdapterFile):
             AdapterFormatError: damaged.
         """
         assert self.reader is not None
-        matches = self.compare() if compare else lambda: None
-        found = decoder.decode(self.reader.blocks())
-        if found is None:  # on the CPU, which also says what is wrong with bytes that a device refused
-            adapter = to_adapter(self, compare=False)
-            found = {name: _moved(delta, decoder.device) for name, delta in adapter.deltas.items()}, ()
-        matches()
+        with self.compared(compare):
+            found = decoder.decode(self.reader.blocks())
+            if found is None:  # on the CPU, which also says what is wrong with bytes that a device refused
+                adapter = to_adapter(self, compare=False)
+                found = {name: _moved(delta, decoder.device) for name, delta in adapter.deltas.items()}, ()
         return adapter_of(self, found[0]), found[1]
 
 

@@ -139,11 +139,10 @@ def to_adapter(file: AdapterFile, *, compare: bool = True) -> ShiraAdapter:
     Raises:
         AdapterFormatError: damaged; all offenders at once.
     """
-    matches = file.compare() if compare else lambda: None
     threads = torch.get_num_threads()
-    found = file.decode_blocks(lambda block: block.decode(threads, running_sum=_running_sum))
-    deltas = {name: delta for block, indices in found for name, delta in _deltas(block, indices).items()}
-    matches()
+    with file.compared(compare):
+        found = file.decode_blocks(lambda block: block.decode(threads, running_sum=_running_sum))
+        deltas = {name: delta for block, indices in found for name, delta in _deltas(block, indices).items()}
     return adapter_of(file, deltas)
 
 

@@ -360,7 +360,7 @@ def _quantized_message(name: str, kind: str, got: str) -> str:
         f"{name} of {kind} is {got}, expected a plain float32, float16 or bfloat16 parameter; "
         "a quantized base cannot be overwritten: load this component without a quantization_config, "
         "apply the adapter to the unquantized model and bake it (bake_shira) before you quantize, "
-        "or run the adapter beside it (shira_diffusers.attention.set_shira_attn_processors)"
+        "or run the adapter beside it (shira_diffusers.set_shira_attn_processors)"
     )
 
 

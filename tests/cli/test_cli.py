@@ -193,7 +193,7 @@ def test_inspect(run: Run, files: dict[str, Path]) -> None:
 (text_encoder {parts["text_encoder"]}, unet {parts["unet"]})
   values      float16
   size        {size:,} bytes, {size / adapter.nnz:.2f} bytes per entry
-  checksum    SHA-256 of the tensors matches ({sha256_of_tensors(files["gold"])[:16]}...)
+  checksum    SHA-256 of the tensors matches ({sha256_of_tensors(files["gold"])[:16]}...); it does not cover the header
 
 metadata
   base_model       tiny
@@ -331,7 +331,8 @@ def test_verify(run: Run, files: dict[str, Path], base: Path) -> None:
     assert (status, err) == (0, "")
     assert re.sub(r"[\d.]+ ms", "T ms", out) == (
         f"file     ok      SHiRA adapter, {adapter.nnz:,} entries in {count} parameters\n"
-        f"checksum ok      SHA-256 of the tensors matches ({sha256_of_tensors(files['gold'])[:16]}...)\n"
+        f"checksum ok      SHA-256 of the tensors matches ({sha256_of_tensors(files['gold'])[:16]}...); "
+        "it does not cover the header\n"
         f"names    ok      all {count} parameters in this StableDiffusionPipeline\n"
         f"shapes   ok      all {count} parameters shaped as in the base\n"
         "base     ok      same: it was trained on this base\n"

@@ -463,10 +463,11 @@ def test_different_deltas_for_one_tied_weight_are_refused() -> None:
     one, two = (SparseDelta(torch.tensor([3]), torch.tensor([v]), (6, 4)) for v in (1.0, 2.0))
     base = tiny.snapshot(model)
     resident = Resident(model)
-    resident.add(ShiraAdapter({"first.weight": one, "second.weight": two}), "odd")
-    with pytest.raises(AdapterMismatchError, match=r"first.weight and second.weight.*tied"):
-        resident.set({"odd": 1.0})
-    assert resident.active == {}
+    odd = ShiraAdapter({"first.weight": one, "second.weight": two})
+    for refusing in (lambda: resident.add(odd, "odd"), lambda: resident.check(odd)):
+        with pytest.raises(AdapterMismatchError, match=r"second.weight: has different deltas from first.weight.*tied"):
+            refusing()
+    assert resident.names == [] and resident.active == {}
     tiny.assert_same_bits(model, base)
 
 

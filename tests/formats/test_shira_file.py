@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +440,20 @@ def test_the_message_about_damage_names_both_digests(adapter: ShiraAdapter, tmp_
     with pytest.raises(AdapterFormatError) as told:
         load_adapter(path)
     assert f"is damaged: the SHA-256 of its tensors is {now}, expected {written} as its header says" in str(told.value)
+
+
+def test_nothing_reads_a_file_any_more_once_it_was_refused(tmp_path: Path) -> None:
+    """Who repairs it in place would end the process: a mapped file that is cut under a reader is a bus error."""
+    count = 2_000_000
+    delta = SparseDelta(torch.arange(count, dtype=torch.int32), torch.ones(count), (2 * count,))
+    file = save_adapter(ShiraAdapter({"w": delta}), tmp_path / "a.safetensors")
+    content = bytearray(file.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    content[8 + header + json.loads(content[8 : 8 + header])["gaps"]["data_offsets"][0]] = 255
+    file.write_bytes(content)
+    with pytest.raises(AdapterFormatError, match="gaps"):
+        load_adapter(file)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("shira-checksum")]
 
 
 def test_files_without_a_checksum_load_as_before(adapter: ShiraAdapter, tmp_path: Path) -> None:
