@@ -6,6 +6,7 @@ In: adapters and the weights that they are for. Out: one ``EntryPlan`` per devic
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,17 +42,22 @@ def plans_of(adapters: Sequence[ShiraAdapter], known: Iterable[tuple[EntryPlan, 
     return [plans for plans in known if plans and wanted and wanted == list(map(id, plans[0].sources))]
 
 
-def plan_entries(adapters: Sequence[ShiraAdapter], live: Mapping[str, Tensor]) -> tuple[EntryPlan, ...]:
+def plan_entries(
+    adapters: Sequence[ShiraAdapter], live: Mapping[str, Tensor], outgoing: Sequence[tuple[str, ...]] = ()
+) -> tuple[EntryPlan, ...]:
     """Plan the entries of a mix: one plan per device and dtype among the adapted weights; nearly always one in all.
 
     Args:
         adapters: in the order in which they are added.
         live: all of their weights, each of any shape, dtype and device.
+        outgoing: names by which weights are overwritten now; a tied weight keeps that name, so that it is one tile.
 
     Raises:
         AdapterMismatchError: an adapter with different deltas for one tied weight.
     """
-    members = [_untied(adapter, live) for adapter in adapters]
+    by_weight = {identity(live[name]): name for name in sorted(live, reverse=True)}  # the first name wins
+    by_weight |= {identity(live[name]): name for names in outgoing for name in names}
+    members = [_untied(adapter, live, by_weight) for adapter in adapters]
     kinds: dict[Kind, dict[str, None]] = {}
     for name in sorted({name for own in members for name in own.values()}):
         kinds.setdefault((live[name].device, live[name].dtype), {})[name] = None
@@ -59,10 +65,32 @@ def plan_entries(adapters: Sequence[ShiraAdapter], live: Mapping[str, Tensor]) -
 
 
 def fits_now(plans: Sequence[EntryPlan], live: Mapping[str, Tensor], version: int) -> bool:
-    """Whether the weights of each plan (any shape) still share one device and dtype that no other plan's have."""
+    """Whether the weights of each plan (any shape) still share one device and dtype that no other plan's have.
+
+    False too for a plan by other names of tied weights than those in ``live``.
+    """
+    if not all([live.keys() >= set(plan.names) for plan in plans]):
+        return False
     kinds = [kind for plan in plans for kind in plan.kinds(live, version)]
     devices = [plan.indices.device for plan in plans]
     return len(set(kinds)) == len(kinds) == len(plans) and devices == [device for device, _ in kinds]
+
+
+def is_one_name_each(
+    plans: Sequence[EntryPlan], outgoing: Sequence[tuple[str, ...]], live: Mapping[str, Tensor]
+) -> bool:
+    """Whether names still mean what they did: those of the plans, and of what leaves, one weight (any shape) each.
+
+    Weights may have been tied or untied since, and adapters may have different names for one that is tied.
+
+    Args:
+        plans: of all adapters of a mix.
+        outgoing: the names of what leaves.
+        live: these weights, and all of the adapters, each of any shape.
+    """
+    names = {name for own in (*outgoing, *[plan.names for plan in plans]) for name in own}
+    weights = {identity(live[name]) for name in names}
+    return len(weights) == len(names) and weights == {identity(weight) for weight in live.values()}
 
 
 def as_now(saved: SavedEntries, live: Mapping[str, Tensor], version: int) -> list[SavedEntries]:
@@ -90,9 +118,10 @@ def _part(saved: SavedEntries, names: Collection[str], kind: Kind) -> SavedEntri
     return SavedEntries(plan, torch.cat(base).to(*kind), torch.cat(written).to(*kind))
 
 
-def _untied(adapter: ShiraAdapter, live: Mapping[str, Tensor]) -> dict[str, str]:
+def _untied(
+    adapter: ShiraAdapter, live: Mapping[str, Tensor], by_weight: Mapping[tuple[Any, ...], str]
+) -> dict[str, str]:
     """The adapter's names -> the one name by which each weight is written; other names of a tied weight are dropped."""
-    by_weight = {identity(live[name]): name for name in sorted(live, reverse=True)}  # the first name wins
     chosen: dict[str, str] = {}
     first: dict[str, str] = {}
     for name, delta in adapter.deltas.items():

@@ -50,6 +50,16 @@ class ShiraState(nn.Module):
         self.overwritten = tuple(fresh)
         self.pool.keep(left, [tensor for saved in fresh for tensor in (saved.base, saved.written)])
 
+    def restorer(self) -> Callable[[], None]:
+        """What makes mix and saved bits those of now again."""
+        mix, disabled, overwritten = self.mix, self.disabled, self.overwritten
+
+        def restore() -> None:
+            self.mix, self.disabled, self.overwritten = mix, disabled, overwritten
+            self.pool.clear()  # it may hold what is saved there
+
+        return restore
+
     def remember(self, plans: tuple[EntryPlan, ...]) -> None:
         """Keep the plans of the last two mixes, whatever their size, and of older ones what has room.
 

@@ -7,6 +7,7 @@ Everything is planned and checked first; nothing is ever subtracted: what was ov
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, zip_longest
 
 import torch
@@ -17,10 +18,10 @@ from shira_diffusers.adapters.merge import Union, merge_method, sum_deltas
 from shira_diffusers.adapters.scales import Scale, scale_of
 from shira_diffusers.engine.fit import join_name
 from shira_diffusers.engine.offloading import note_offload
-from shira_diffusers.engine.plan import Mix, as_now, fits_now, plan_entries, plans_of
+from shira_diffusers.engine.plan import Mix, as_now, fits_now, is_one_name_each, plan_entries, plans_of
 from shira_diffusers.engine.sharing import claims, conflicts
 from shira_diffusers.engine.state import ShiraState, ensure_state, written_by_others, written_since
-from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
+from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
 from shira_diffusers.weights.scatter import cast, overwrite
 from shira_diffusers.weights.steps import EntryPlan, Kind, SavedEntries, SwitchStep
@@ -58,6 +59,9 @@ class Transaction:
         """Note that it has been carried out."""
         self.state.mix, self.state.disabled = self.mix, self.disabled
         self.state.set_overwritten(self.incoming)
+
+    def notify(self) -> None:
+        """Let others know, once all components are committed: what they raise comes too late to undo anything."""
         note_offload(self.module)
         if self.live:
             _reset_step_cache(self.module)
@@ -73,35 +77,67 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
         disabled: the mix to remember as put aside.
 
     Raises:
-        AdapterMismatchError: an adapter with different deltas for one tied weight.
+        AdapterMismatchError: an adapter with different deltas for one tied weight, or for weights of another shape.
         ResidentStateError: weights that cannot be overwritten now, or that share memory by now.
     """
     module = unwrap(model)
     state = ensure_state(module)
     adapters = [state.adapters[name] for name in sorted(mix.scales)]
     weights = weights_of(model)
-    saved_plans = tuple([saved.plan for saved in state.overwritten])
-    known = plans_of(adapters, [saved_plans, *state.remembered])
-    # of known plans only the weights themselves: as a rule a few tuples of the same names
-    names = dict.fromkeys(chain(*[plan.names for plans in (saved_plans, *known) for plan in plans]))
-    wanted = list(names) if known else sorted(names | dict.fromkeys(_names_of(adapters)))
-    if wanted:
+    outgoing_names = tuple([saved.plan.names for saved in state.overwritten])
+    # as a rule a few tuples of the same names
+    live = weights.live(dict.fromkeys(chain(*outgoing_names, *[adapter.deltas for adapter in adapters])))
+    if live:
         weights.require_not_frozen()
-    live = weights.live(wanted)
-    outgoing = [part for saved in state.overwritten for part in as_now(saved, live, weights.version)]
-    known = [*plans_of(adapters, [tuple([saved.plan for saved in outgoing])]), *known]  # moved ones, where weights were
-    plans = next((plans for plans in known if fits_now(plans, live, weights.version)), None)
-    if plans is None:
-        live |= weights.live(sorted(_names_of(adapters) - live.keys()))
-    if adapters and weights.copied(live):
-        _require_apart(component, weights, live)  # ``add`` has seen to all that was not fused since
-    plans = plan_entries(adapters, live) if plans is None else plans
-    state.remember(plans)
-    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans)
+    version = weights.version
+    _require_ours(component, [n for saved in state.overwritten for n in _resized(saved.plan, live, version)])
+    outgoing = [part for saved in state.overwritten for part in as_now(saved, live, version)]
+    known = plans_of(adapters, [tuple([saved.plan for saved in outgoing]), *state.remembered])
+    check = partial(_check_weights, component, adapters, weights, live)  # once per version: all weights are looked at
+    plans = None
+    for held in known:
+        if fits_now(held, live, version) and held[0].once("checked", check, version):
+            one_name = partial(is_one_name_each, held, outgoing_names, live)
+            if held[0].once(("one name", outgoing_names), one_name, version):
+                plans = held
+                break
+    if plans is None and adapters:
+        done = check()
+        plans = plan_entries(adapters, live, outgoing_names)
+        for key in ("checked", ("one name", outgoing_names)) if plans else ():
+            plans[0].once(key, lambda: done, version)
+    state.remember(plans or ())
+    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans or ())
 
 
-def _names_of(adapters: Iterable[ShiraAdapter]) -> set[str]:
-    return {name for adapter in adapters for name in adapter.deltas}
+def _resized(plan: EntryPlan, live: Mapping[str, Tensor], version: int) -> list[str]:
+    """Weights (any shape) that have another number of entries by now than when they were overwritten."""
+    numels = zip(plan.names, plan.numels, strict=True)
+    return plan.once("resized", lambda: [name for name, numel in numels if live[name].numel() != numel], version)
+
+
+def _check_weights(
+    component: str, adapters: Sequence[ShiraAdapter], weights: WeightMap, live: Mapping[str, Tensor]
+) -> bool:
+    """Require of the weights, which may have been replaced since the adapters were added, what ``add`` required.
+
+    Raises:
+        AdapterMismatchError: names the weights of another shape.
+        ResidentStateError: names the weights that share memory.
+    """
+    wrong = [
+        f"{join_name(component, name)}: expected {delta.shape}, got {tuple(live[name].shape)}"
+        for adapter in adapters
+        for name, delta in adapter.deltas.items()
+        if delta.shape != live[name].shape
+    ]
+    if wrong:
+        raise AdapterMismatchError(
+            f"{counted(len(wrong), 'weight')} {verb(len(wrong), 'has', 'have')} another shape than when the adapter "
+            f"was added, nothing has changed; put the layers back, or remove the adapter:{listing(wrong)}"
+        )
+    _require_apart(component, weights, live)
+    return True
 
 
 def _require_apart(component: str, weights: WeightMap, names: Iterable[str]) -> None:
@@ -139,9 +175,12 @@ def run(transactions: Sequence[Transaction]) -> None:
                     "adapted weights are being modified outside shira_diffusers while they are switched, expected no "
                     "other writer; stop what writes them (training, load_state_dict) and switch again"
                 )
+        for one in transactions:
+            undo.callback(one.state.restorer())
+            one.commit()
         undo.pop_all()
     for one in transactions:
-        one.commit()
+        one.notify()
 
 
 def _carry_out(transactions: Sequence[Transaction], undo: ExitStack) -> bool:
@@ -251,7 +290,14 @@ def _mixed(one: Transaction, plan: EntryPlan) -> tuple[Tensor, Mapping[str, floa
     held = [k for k in range(len(names)) if plan.members[k]]
     union = Union(plan.indices, tuple([plan.places[k] for k in held]))
     scales = [_scales(one, plan, k, one.mix.scales[names[k]]) for k in held]
-    return merge(union, [plan.values[k] for k in held], scales), 1.0
+    total = merge(union, [plan.values[k] for k in held], scales)
+    if not isinstance(total, Tensor) or total.shape != plan.indices.shape:
+        got = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+        raise ShiraError(
+            f"merge method {one.mix.method!r}: expected a tensor of shape {tuple(plan.indices.shape)}, a sum per "
+            f"entry, got {got}; nothing has changed"
+        )
+    return total, 1.0
 
 
 def _scales(one: Transaction, plan: EntryPlan, member: int, scale: Scale) -> float | Tensor:

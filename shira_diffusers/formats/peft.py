@@ -201,7 +201,12 @@ def _indices_fit(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
         peft_weight(key.removesuffix(INDICES)): tensor for key, tensor in tensors.items() if key.endswith(INDICES)
     }
     pairs = [(its, shapes.get(name, ())) for name, its in indices.items()]
-    return all(its.shape[:1] == (len(shape),) and _below(its, shape) for its, shape in pairs)
+    return all(_are_indices(its, len(shape)) and _below(its, shape) for its, shape in pairs)
+
+
+def _are_indices(indices: Tensor, dimensions: int) -> bool:
+    """Whether a tensor is ``(dimensions, nnz)`` of a dtype that PEFT writes; what is not is refused when decoded."""
+    return indices.ndim == 2 and len(indices) == dimensions and indices.dtype in (torch.int32, torch.int64)
 
 
 def _below(indices: Tensor, shape: tuple[int, ...]) -> bool:

@@ -57,8 +57,8 @@ class WeightMap:
         self._model, self._top = ref(module), ref(unwrap(module))
         self._modules: dict[str, ref[nn.Module]] = {}
         self._seen: list[tuple[ref[nn.Module], int, tuple[int, ...]]] = []
-        # of weights that are nothing but a contiguous parameter: the layer, the parameter, address, dtype and numel
-        self._plain: dict[str, tuple[ref[nn.Module], str, int, torch.dtype, int]] = {}
+        # of weights that are nothing but a contiguous parameter: the layer, the parameter, address, dtype and shape
+        self._plain: dict[str, tuple[ref[nn.Module], str, int, torch.dtype, torch.Size]] = {}
         self._places: dict[str, tuple[Any, ...]] = {}
         self._compiled = [self._model] if _is_compiled(module.__dict__) else []
         self._offloaded: dict[int, Tensor] = {}
@@ -152,7 +152,7 @@ class WeightMap:
                     type(parameter) is nn.Parameter
                     and parameter.data_ptr() == known[2]
                     and parameter.dtype == known[3]
-                    and parameter.numel() == known[4]
+                    and parameter.shape == known[4]
                     and parameter.is_contiguous()
                 ):
                     found[name] = parameter.data
@@ -198,11 +198,13 @@ class WeightMap:
         if path.rpartition(".")[2] in _FUSED:
             holders += self._fused_copies(path, leaf, weight)
         is_plain = parent is owner and len(holders) == 1 and not parameter.is_meta and weight.is_contiguous()
-        known = (ref(owner), leaf, weight.data_ptr(), weight.dtype, weight.numel()) if is_plain else None
+        known = (ref(owner), leaf, weight.data_ptr(), weight.dtype, weight.shape) if is_plain else None
         self._note(name, known, tuple((*identity(tensor), offset) for tensor, offset in holders))
         return holders
 
-    def _note(self, name: str, known: tuple[ref[nn.Module], str, int, torch.dtype, int] | None, places: Any) -> None:
+    def _note(
+        self, name: str, known: tuple[ref[nn.Module], str, int, torch.dtype, torch.Size] | None, places: Any
+    ) -> None:
         """Remember where a weight lies, and count a new version if that was elsewhere."""
         if known is None:
             self._plain.pop(name, None)
@@ -372,6 +374,8 @@ def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
         raise ResidentStateError(_quantized_message(name, "this model", str(weight.dtype)))
     if weight.layout != torch.strided or not (weight.is_contiguous() or is_dense(weight)):
         raise ResidentStateError(f"{name} is not a dense strided tensor; make it contiguous first")
+    if weight.numel() and not weight.untyped_storage().nbytes():
+        raise ResidentStateError(f"{name} has no memory: its storage was freed; load the model's weights first")
 
 
 def _is_compiled(own: Mapping[str, Any]) -> bool:

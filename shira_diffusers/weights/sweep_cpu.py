@@ -275,8 +275,9 @@ def positions(weights: Sequence[Tensor], sizes: Sequence[int], indices: Tensor) 
         The address of the range, its length in bytes (whole entries), and the places in it, int64 ``(n,)``.
     """
     size = weights[0].dtype.itemsize
-    start = min(weight.data_ptr() for weight in weights)
-    last = max(weights, key=lambda weight: weight.data_ptr())
+    held = [weight for weight in weights if weight.numel()] or weights  # the others have no address
+    start = min(weight.data_ptr() for weight in held)
+    last = max(held, key=lambda weight: weight.data_ptr())
     length = last.data_ptr() - start + last.untyped_storage().nbytes()
     at = torch.empty(indices.numel(), dtype=torch.int64, device="cpu")
     for weight, own, out in zip(weights, indices.split(list(sizes)), at.split(list(sizes)), strict=True):
