@@ -172,8 +172,8 @@ def check_shape(shape: Sequence[Any]) -> tuple[int, ...]:
         raise AdapterFormatError(f"shape has {counted(len(shape), 'dimension')}, expected at most {_DIMENSIONS}")
     if not all(type(size) is int and size >= 0 for size in shape):
         raise AdapterFormatError(f"shape is {list(shape)}, expected int64 sizes of 0 or more")
-    if math.prod(shape) >= 2**63:
-        raise AdapterFormatError(f"shape {tuple(shape)} has more entries than any tensor can hold")
+    if max(math.prod(shape), *shape, 0) >= 2**63:
+        raise AdapterFormatError(f"shape {tuple(shape)!s:.100} has more entries than any tensor can hold")
     return tuple(shape)
 
 

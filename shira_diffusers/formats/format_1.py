@@ -121,10 +121,16 @@ def _coded(name: str, own: Mapping[str, Raw]) -> Coded:
     (dtype, sizes), values = own[_SHAPE], own[_VALUES]
     if sizes.ndim != 1 or dtype != "I64":
         raise AdapterFormatError(f"shape is {dtype_name(dtype)} {sizes.tolist()}, expected int64 sizes")
+    gaps = own[_GAPS]
+    if gaps.array.dtype.name in ESCAPES and gaps.dtype not in (
+        "U8",
+        "U16",
+    ):  # such as float8, which NumPy reads as bytes
+        raise AdapterFormatError(f"gaps are {dtype_name(gaps.dtype)}, expected uint8, uint16 or int32")
     shape = check_shape(sizes.tolist())
     if _BASE in own:
         check_probe(own[_BASE], values.array.size)
-    return Coded(Weight(name, shape, values.array.size, values.dtype), own[_GAPS].array, values)
+    return Coded(Weight(name, shape, values.array.size, values.dtype), gaps.array, values)
 
 
 def is_version_1(tensors: Mapping[str, Raw]) -> bool:

@@ -116,7 +116,9 @@ def _misshapen(tensors: Mapping[str, Raw]) -> list[str]:
 
 def _row(row: Any) -> tuple[str, tuple[int, ...], int, int]:
     match row:
-        case [str(name), list(shape), int(nnz), int(probes)] if name and not {type(nnz), type(probes)} - {int}:
+        case [str(name), list(shape), int(nnz), int(probes)] if _is_text(name) and not {type(nnz), type(probes)} - {
+            int
+        }:
             pass
         case _:
             raise AdapterFormatError(f"{TABLE}: expected {_ROW}, got {row!r:.100}")
@@ -130,6 +132,11 @@ def _row(row: Any) -> tuple[str, tuple[int, ...], int, int]:
     except AdapterFormatError as error:
         raise AdapterFormatError(f"{name}: {error}") from None
     return name, weight.shape or (), nnz, probes
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written again: not empty, and no half of a surrogate pair, which JSON can spell."""
+    return bool(name) and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _sums(parts: Mapping[str, tuple[Raw, Sequence[int]]]) -> list[str]:

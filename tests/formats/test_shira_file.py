@@ -609,6 +609,7 @@ def test_a_lora_file(tmp_path: Path, key: str) -> None:
         load_adapter(tmp_path)
 
 
+FLOAT8 = torch.tensor([0, 1], dtype=torch.uint8).view(torch.float8_e4m3fn)
 ONES, PLAIN = torch.ones(2), {"unet.y.weight.gaps": torch.zeros(1, dtype=torch.uint8)}
 
 
@@ -631,6 +632,10 @@ ONES, PLAIN = torch.ones(2), {"unet.y.weight.gaps": torch.zeros(1, dtype=torch.u
         (foreign([0, 1], torch.uint8, ONES, [2.0, 3.0]), "expected int64 sizes"),
         (foreign([0, 1], torch.uint8, ONES, [[2, 3]]), "expected int64 sizes"),
         (foreign([0, 1], torch.uint8, ONES, [2**40, 2**40]), "more entries than any tensor"),
+        (
+            {**foreign([0, 1], torch.uint8, ONES, [2, 3]), "unet.x.weight.gaps": FLOAT8},
+            "gaps are .*, expected uint8, uint16 or",
+        ),
         (foreign([0, 1], torch.uint8, ONES, [2] * 65), "shape has 65 dimensions, expected at most 64"),
         ({**foreign([0, 1], torch.uint8, ONES, [2, 3]), "unet.x.weight.base": torch.ones(3).half()}, "3 base values"),
         ({**foreign([0, 1], torch.uint8, ONES, [2, 3]), "unet.x.weight.base": torch.ones(2).long()}, "base is"),
@@ -702,6 +707,9 @@ def table_of(*rows: object) -> dict[str, str]:
         (WHOLE, table_of(["x", [2, -3], 2, 0]), r"x: shape is \[2, -3\], expected int64 sizes of 0 or more"),
         (WHOLE, table_of(["x", [2, 3.0], 2, 0]), "x: shape is .*expected int64 sizes of 0 or more"),
         (WHOLE, table_of(["x", [2**40, 2**40], 2, 0]), "more entries than any tensor"),
+        (WHOLE, table_of(["x", [0, 2**64, 5], 0, 0]), "more entries than any tensor"),
+        (WHOLE, table_of(["x", [10**4000] * 64, 2, 0]), r"(?s)^.{,400}more entries than any tensor"),
+        (WHOLE, table_of(["\ud800", [2, 3], 2, 0]), r"weights: expected \[name, shape, nnz, probes\], got"),
         (WHOLE, table_of(["x", [1] * 65, 1, 0]), "shape has 65 dimensions, expected at most 64"),
         (WHOLE, table_of(["x", [2, 3], 7, 0]), "x: 7 entries of 6 and 0 base values in the table, expected no more"),
         (WHOLE, table_of(["x", [2, 3], 2, 3]), "x: 2 entries of 6 and 3 base values in the table, expected no more"),
