@@ -93,21 +93,21 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     _require_ours(component, [n for saved in state.overwritten for n in _resized(saved.plan, live, version)])
     outgoing = [part for saved in state.overwritten for part in as_now(saved, live, version)]
     known = plans_of(adapters, [tuple([saved.plan for saved in outgoing]), *state.remembered])
-    check = partial(_check_weights, component, adapters, weights, live)  # once per version: all weights are looked at
-    plans = None
-    for held in known:
-        if fits_now(held, live, version) and held[0].once("checked", check, version):
-            one_name = partial(is_one_name_each, held, outgoing_names, live)
-            if held[0].once(("one name", outgoing_names), one_name, version):
-                plans = held
-                break
-    if plans is None and adapters:
-        done = check()
+    usable = ("usable", outgoing_names)  # once per version: all weights are looked at
+
+    def is_usable(plans: tuple[EntryPlan, ...]) -> bool:
+        _check_weights(component, adapters, weights, live)
+        return is_one_name_each(plans, outgoing_names, live)
+
+    fitting = (plans for plans in known if fits_now(plans, live, version))
+    plans = next((plans for plans in fitting if plans[0].once(usable, partial(is_usable, plans), version)), ())
+    if adapters and not plans:
+        _check_weights(component, adapters, weights, live)
         plans = plan_entries(adapters, live, outgoing_names)
-        for key in ("checked", ("one name", outgoing_names)) if plans else ():
-            plans[0].once(key, lambda: done, version)
-    state.remember(plans or ())
-    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans or ())
+        if plans:
+            plans[0].once(usable, lambda: True, version)
+    state.remember(plans)
+    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans)
 
 
 def _resized(plan: EntryPlan, live: Mapping[str, Tensor], version: int) -> list[str]:
@@ -118,7 +118,7 @@ def _resized(plan: EntryPlan, live: Mapping[str, Tensor], version: int) -> list[
 
 def _check_weights(
     component: str, adapters: Sequence[ShiraAdapter], weights: WeightMap, live: Mapping[str, Tensor]
-) -> bool:
+) -> None:
     """Require of the weights, which may have been replaced since the adapters were added, what ``add`` required.
 
     Raises:
@@ -137,7 +137,6 @@ def _check_weights(
             f"was added, nothing has changed; put the layers back, or remove the adapter:{listing(wrong)}"
         )
     _require_apart(component, weights, live)
-    return True
 
 
 def _require_apart(component: str, weights: WeightMap, names: Iterable[str]) -> None:
