@@ -73,13 +73,14 @@ def reading(file: Path, device: torch.device | None, repeats: int) -> dict[str, 
 
 
 def decoding(file: Path, device: torch.device | None, repeats: int) -> dict[str, Any]:
-    source = pack(filled(file, device))
+    memory = filled(file, device)
+    source = pack(memory)
     decoder = DeviceDecoder(device) if device is not None else None
     figures = {"decode": timed(lambda: source.unpack(decoder), repeats, 1)}
     if device is None:
         figures["decode_one_thread"] = one_thread(lambda: timed(source.unpack, repeats, 1))
     else:
-        content = torch.from_numpy(source.content)
+        content = torch.from_numpy(memory.content)
         figures["copy"] = timed(lambda: content.to(device, non_blocking=True), repeats, 1)
     decoded, _ = source.unpack(decoder)
     check = timed(lambda: all(bool(all_finite(delta.values)) for delta in decoded.deltas.values()), repeats, 1)

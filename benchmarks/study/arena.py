@@ -146,7 +146,7 @@ class Arena:
             slot.load(recipe, lesson, draws, mask, seed)
         train(slots, recipe.steps)
         with torch.no_grad():
-            changes = {name: slot.change(slot.theta).clone() for name, slot in zip(names, slots, strict=True)}
+            changes = {name: slot.result() for name, slot in zip(names, slots, strict=True)}
         tail = max(1, recipe.steps // 5)
         return changes, {n: round(float(s.losses[-tail:].mean()), 5) for n, s in zip(names, slots, strict=True)}
 
@@ -163,6 +163,7 @@ class Arena:
             "avoid": False,
             "relative": False,
             "density": 0.0,
+            "cap": 1.0,
         }
         key = (replace(recipe, **plain, mask="", budget=""), capacity)
         bank = self.bank(recipe.beside) if recipe.beside else None

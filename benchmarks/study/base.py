@@ -34,7 +34,7 @@ def make_base(world: World, folder: Path, work: Path, seconds: float, *, toy: bo
     torch.manual_seed(0)
     text_encoder = build_text_encoder(world.parts.tokenizer)
     parts = Parts(world.parts.tokenizer, text_encoder, build_large_unet(toy), world.parts.vae)
-    count, batch = (40, 4) if toy else (100_000, 256)
+    count, batch = (40, 4) if toy else (60_000, 256)
     data = latent_set(world.parts.vae, parts.tokenizer, world.renderer, count, seed=3, chunk=min(1000, count))
     train_base(parts, data, seconds, work / "base.pt", batch=batch, rate=RATE)
     save_pipeline(parts, folder)

@@ -86,10 +86,14 @@ def _each(score: Tensor, recipe: Recipe, layout: Layout, chosen: list[bool]) -> 
 
 def _global(score: Tensor, recipe: Recipe, layout: Layout, chosen: list[bool]) -> Tensor:
     """The highest of all, so that weights that matter get more; scores count as they are."""
+    score = score.clone()
     for (_, shape, start), wanted in zip(layout.spans(), chosen, strict=True):
+        span = score[start : start + shape.numel()]
         if not wanted:
-            score = score.clone()
-            score[start : start + shape.numel()] = -torch.inf
+            span.fill_(-torch.inf)
+        elif recipe.cap < 1:
+            most = max(1, round(recipe.cap * span.numel()))
+            span[span < span.topk(most).values[-1]] = -torch.inf
     targeted = sum(shape.numel() for (_, shape, _), wanted in zip(layout.spans(), chosen, strict=True) if wanted)
     return score.topk(round(recipe.density * targeted)).indices.sort().values
 

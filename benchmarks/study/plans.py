@@ -160,6 +160,43 @@ def third() -> list[Job]:
     return _each(tried, exam)
 
 
+def fourth() -> list[Job]:
+    """One seed on the shipped base: `steady-global` at lower rates, spread wider, and made to rely on fewer others."""
+    exam = Exam(count=48, single=(1.0,), mixed=(0.8, 1.0, 1.2), methods=("sum", "guidance_2"))
+    everywhere = {"mask": "steady", "budget": "global"}
+    tried = _rated(shira("steady-global", 0, **everywhere), 5e-4, 1e-3, 7e-4, 3e-4)
+    tried += _rated(shira("steady-global-cap10", 0, cap=0.1, **everywhere), 1e-3)
+    tried += _rated(shira("steady-global-dropout", 0, dropout=0.5, **everywhere), 1e-3)
+    tried += _rated(shira("steady-global-average", 0, average=True, **everywhere), 1e-3)
+    tried += _rated(shira("steady-global-avoid", 0, avoid=True, **everywhere), 1e-3)
+    tried += _rated(lora("lora16", 16, 0), 5e-4, 1e-3)
+    tried += _rated(shira("steady-global-10%", 0, density=0.1, **everywhere), 5e-4)
+    tried += _rated(shira("steady-global-4%", 0, density=0.04, **everywhere), 5e-4)
+    tried += _rated(shira("steady-global-cap5", 0, cap=0.05, **everywhere), 1e-3)
+    tried += _rated(shira("snip-global", 0, mask="snip", budget="global"), 1e-3)
+    tried += _rated(shira("steady-global-ghosts", 0, beside="ghosts", under=True, **everywhere), 1e-3)
+    tried += _rated(shira("steady-global-additive", 0, beside="looks", additive=1.0, **everywhere), 1e-3)
+    return _each(tried, exam)
+
+
+def size() -> list[Job]:
+    """One seed of four styles, for the study base: does the gap change with size?"""
+    exam = Exam(
+        count=48,
+        single=(1.0,),
+        mixed=(0.7, 0.85, 1.0, 1.2),
+        methods=("sum", "guidance_2"),
+        styles=("bluefire", "gold", "linework", "mosaic"),
+    )
+    everywhere = {"mask": "steady", "budget": "global"}
+    tried = [*_rated(lora("lora16", 16, 0), 5e-4), *_rated(shira("steady-global", 0, **everywhere), 5e-4)]
+    tried += [*_rated(lora("lora16", 16, 0), 1e-3), *_rated(shira("steady-global", 0, **everywhere), 1e-3)]
+    tried += [*_rated(lora("lora16", 16, 0), 2e-4), *_rated(shira("steady-global", 0, **everywhere), 2.5e-4)]
+    tried += [*_rated(shira("grad", 0), 1e-3), *_rated(shira("steady-global-10%", 0, density=0.1, **everywhere), 3e-4)]
+    tried += [*_rated(shira("grad", 0), 5e-4), *_rated(shira("grad-global", 0, budget="global"), 5e-4)]
+    return _each(tried, exam)
+
+
 FAMILIES = (
     ("lora16@",),
     ("grad@",),
@@ -198,12 +235,13 @@ def toy() -> list[Job]:
         shira("additive", beside="looks", additive=1.0, mask="rand", relative=True, **few),
         shira("under", beside="ghosts", under=True, mask="struct", targets="attention+ff", **few),
         shira("rehearse", rehearse=2, **few),
-        shira("global", mask="steady", budget="global", targets="up", **few),
+        shira("global", mask="steady", budget="global", cap=0.1, targets="up", **few),
+        shira("lasting", dropout=0.5, average=True, **few),
     ]
     return _each([lora("lora", 2, 1e-3, **few)], exam) + _each(recipes, short)
 
 
-PLANS = {"toy": toy, "screen": screen, "mixing": mixing, "ways": ways, "second": second, "third": third}
+PLANS = {"toy": toy, "screen": screen, "mixing": mixing, "ways": ways, "second": second, "third": third, "fourth": fourth, "size": size}
 
 
 def plan(name: str, results: Path) -> list[Job]:

@@ -15,11 +15,15 @@ class Recipe:
         density: of a SHiRA: entries of each targeted weight.
         mask: a name in `masks.SCORES`, or "struct" or "struct_rows".
         budget: "weight" (the same density in each) or "global" (the highest scores of all).
+        cap: with a global budget, the largest share of any one weight that is trained; 1 is no limit.
         targets: a name in `flat.TARGETS`.
         avoid: keep off the entries of styles that come before.
         steps, batch, decay: of the optimizer.
         smooth: of AdamW's denominator, in means of it over all values: 0 is AdamW, a large one is momentum with one
             rate for all.
+        dropout: share of the entries left out of each step at random, the others scaled up, so that none relies on
+            another.
+        average: keep the mean of the values over the last half of the steps instead of the last ones.
         relative: train entries in units of their weight's standard deviation.
         rehearse: pictures that adapters of a first training draw themselves, of concepts that other styles teach, for
             a second training beside the true pictures; 0 is one training.
@@ -37,12 +41,15 @@ class Recipe:
     density: float = 0.02
     mask: str = "grad"
     budget: str = "weight"
+    cap: float = 1.0
     targets: str = "all"
     avoid: bool = False
     steps: int = 400
     batch: int = 16
     decay: float = 0.01
     smooth: float = 0.0
+    dropout: float = 0.0
+    average: bool = False
     relative: bool = False
     rehearse: int = 0
     sharpness: float = 0.0

@@ -145,7 +145,7 @@ class Slot:
         count = sum(a + b for a, b in self._shapes) if recipe.kind == "lora" else capacity
         zeros = torch.zeros(count, device=device)
         self.theta = zeros.clone().requires_grad_(True)
-        self._mean, self._square = zeros.clone(), zeros.clone()
+        self._mean, self._square, self._average = zeros.clone(), zeros.clone(), zeros.clone()
         self.indices = torch.full((capacity,), objective.layout.numel, device=device)
         self.units = torch.ones(capacity, device=device)
         self._latents, self._texts = lesson.latents.clone(), lesson.texts.clone()
@@ -170,7 +170,7 @@ class Slot:
             self.units.fill_(1.0)
             if recipe.relative:
                 self.units[: indices.numel()] = _units(self.objective)[indices]
-        for state in (self._mean, self._square, self._at, self.losses):
+        for state in (self._mean, self._square, self._average, self._at, self.losses):
             state.zero_()
         self._rate.fill_(recipe.rate)
         self._decay.fill_(recipe.decay)
@@ -187,7 +187,13 @@ class Slot:
         beyond = torch.zeros(layout.numel + 1, device=theta.device)  # one more, where padding goes
         return beyond.index_add(0, self.indices, theta * self.units)[: layout.numel]
 
+    def result(self) -> Tensor:
+        """The change of all weights that the training ends with, ``[numel]``."""
+        return self.change(self._average if self.recipe.average else self.theta).detach().clone()
+
     def loss(self, theta: Tensor, draw: Draws) -> Tensor:
+        if self.recipe.dropout:
+            theta = F.dropout(theta, self.recipe.dropout)
         change, weights, recipe = self.change(theta), self.objective.weights, self.recipe
         if self.bank is None:
             return self.objective.picture_loss(weights + change, self._latents, self._texts, draw)
@@ -225,6 +231,8 @@ class Slot:
         mean = self._mean / (1 - BETAS[0] ** self._at)
         root = (self._square / (1 - BETAS[1] ** self._at)).sqrt()
         self.theta.mul_(1 - rate * self._decay).sub_(rate * mean / (root + self._smooth * root.mean() + 1e-8))
+        late = (self._at - self.recipe.steps // 2).clamp(min=0)
+        self._average.lerp_(self.theta, (late > 0) / late.clamp(min=1))
 
     def record(self) -> None:
         """Record a step as a CUDA graph; call after `load`, and `load` again before training."""

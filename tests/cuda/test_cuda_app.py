@@ -52,7 +52,7 @@ def weights_of(studio: Studio) -> list[torch.Tensor]:
     def copies() -> list[torch.Tensor]:
         return [p.detach().clone() for model in models_of(studio.session.pipe).values() for p in model.parameters()]
 
-    return studio.session.turns.submit("weights", copies).result(60)
+    return studio.session.queue.submit("weights", copies).result(60)
 
 
 def test_pictures_of_many_clients_are_what_each_gives_alone(studio: Studio) -> None:
