@@ -241,7 +241,16 @@ def toy() -> list[Job]:
     return _each([lora("lora", 2, 1e-3, **few)], exam) + _each(recipes, short)
 
 
-PLANS = {"toy": toy, "screen": screen, "mixing": mixing, "ways": ways, "second": second, "third": third, "fourth": fourth, "size": size}
+PLANS = {
+    "toy": toy,
+    "screen": screen,
+    "mixing": mixing,
+    "ways": ways,
+    "second": second,
+    "third": third,
+    "fourth": fourth,
+    "size": size,
+}
 
 
 def plan(name: str, results: Path) -> list[Job]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shira_diffusers.errors import ShiraError, listing
-from shira_diffusers.masks.families import FAMILIES
+from shira_diffusers.masks.families import FAMILIES, RANKED
 from shira_diffusers.weights.targets import DEFAULT_TARGETS, PRESETS, Targets
 
 
@@ -62,13 +62,16 @@ class TrainingConfig:
     cache_latents: bool = _flag(False, "encode each picture once (mirrored too); needs crops that are not random")
 
     mask_type: str = _flag("wm", f"which entries are trained: {', '.join(FAMILIES)}")
+    mask_budget: Literal["weight", "global"] = _flag(
+        "weight", "the same density in each weight, or the highest ranks of all weights together"
+    )
     density: float = _flag(0.02, "fraction of each adapted weight's entries that is trained, in (0, 1]")
     mask_seed: int = _flag(0, "seed of random masks, apart from --seed")
     target_modules: tuple[str, ...] = _flag(
         (DEFAULT_TARGETS,), "a preset (attention, attention+ff, all-linear, all), or layer names and patterns"
     )
     include_conv: bool = _flag(False, "adapt all convolutions (Conv2d) beside --target_modules")
-    calibration_steps: int = _flag(8, "batches whose gradients choose the entries of grad and snip masks")
+    calibration_steps: int = _flag(8, "batches whose gradients choose the entries of grad, grad_mean and snip masks")
     avoid_adapters: tuple[str, ...] = _flag((), "adapter files whose entries must not be used again")
     use_dora: bool = _flag(False, "train masked entries as DoRA does; the result is an ordinary adapter")
     train_text_encoder: bool = _flag(False, "adapt the text encoder too; of SDXL both")
@@ -195,6 +198,8 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
         wrong.append("learning_rate must be above 0 for Prodigy, got 0; 1.0 is usual")
     if config.mask_type not in FAMILIES:
         wrong.append(f"mask_type must be one of {', '.join(FAMILIES)}, got {config.mask_type!r}")
+    if config.mask_budget == "global" and config.mask_type not in RANKED:
+        wrong.append(f"mask_budget global needs a mask_type of {', '.join(RANKED)}, got {config.mask_type!r}")
     if not config.target_modules:
         wrong.append(f"target_modules is empty, expected a preset such as {DEFAULT_TARGETS!r}, or patterns")
     if len(config.target_modules) > 1 and (presets := PRESETS.keys() & set(config.target_modules)):

@@ -135,6 +135,7 @@ class Run:
         return {
             "base_model": public_name(config.pretrained_model_name_or_path),
             "mask": config.mask_type,
+            **({"mask_budget": "global"} if config.mask_budget == "global" else {}),
             "density": f"{config.density:g}",
             "mask_seed": str(config.mask_seed),
             "targets": " ".join(config.target_modules) + (" and convolutions" if config.include_conv else ""),

@@ -40,7 +40,7 @@ from shira_diffusers.dreambooth.run_identity import RunIdentity, identity_of, re
 from shira_diffusers.dreambooth.sampling import class_pictures, validate, validation_files
 from shira_diffusers.errors import counted, verb
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, load_adapter
-from shira_diffusers.masks.families import build_masks
+from shira_diffusers.masks.families import CALIBRATED, build_masks
 from shira_diffusers.seeds import step_seed
 from shira_diffusers.training.tuner import SparseTuner
 
@@ -193,12 +193,12 @@ def choose_masks(
     seed: int,
     avoided: Sequence[ShiraAdapter],
 ) -> dict[str, Tensor]:
-    """Build the masks on the CPU; grad and snip masks from the gradients of the first batches.
+    """Build the masks on the CPU; calibrated ones from the gradients of the first batches.
 
     Args:
         avoided: adapters whose entries are not used.
     """
-    calibrated = config.mask_type in ("grad", "snip")
+    calibrated = config.mask_type in CALIBRATED
     masks = build_masks(
         models,
         config.mask_type,
@@ -207,6 +207,7 @@ def choose_masks(
         seed=config.mask_seed,
         calibration=_calibration(config, examples, objective, seed) if calibrated else None,
         avoid=avoided,
+        budget=config.mask_budget,
     )
     return {name: mask.cpu() for name, mask in masks.items()}
 

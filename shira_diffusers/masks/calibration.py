@@ -1,4 +1,4 @@
-"""Gradient magnitudes over a calibration set, for the grad and snip masks (arXiv 2406.13175, section 3.1)."""
+"""Gradients over a calibration set, for the grad, grad_mean and snip masks (arXiv 2406.13175, section 3.1)."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -12,15 +12,20 @@ Calibration = Mapping[str, Tensor] | Iterable[Tensor | Callable[[], Tensor]]
 
 
 def gradient_magnitudes(
-    model: nn.Module | Mapping[str, nn.Module], weights: Mapping[str, Tensor], calibration: Calibration
+    model: nn.Module | Mapping[str, nn.Module],
+    weights: Mapping[str, Tensor],
+    calibration: Calibration,
+    *,
+    signed: bool = False,
 ) -> dict[str, Tensor]:
-    """Sum ``abs(gradient)`` of each weight over the calibration set.
+    """Sum ``abs(gradient)`` of each weight over the calibration set, or take ``abs`` of its sum.
 
     Args:
         model: the module, or ``{component: module}``, that the losses come from.
         weights: the target weights ``(out, ...)`` by name, as ``targets.select`` gives them.
         calibration: scalar losses, or functions that return one (each is back-propagated in turn, with one dense
             gradient alive at a time beside the sums), or a mapping of names to gradients.
+        signed: sum gradients with their signs and take the magnitude at the end, so that batches that disagree cancel.
 
     Returns:
         ``{name: float32, weight's shape}``. ``requires_grad`` and ``.grad`` of all parameters are as before.
@@ -32,7 +37,8 @@ def gradient_magnitudes(
         sums = {name: gradient.detach().float().abs() for name, gradient in calibration.items()}
     else:
         parameters = _parameters(model)
-        sums = _accumulate({name: parameters[name] for name in weights}, parameters.values(), calibration)
+        targets = {name: parameters[name] for name in weights}
+        sums = _accumulate(targets, parameters.values(), calibration, signed=signed)
     wrong = [f"{name}: no gradient" for name in weights if name not in sums]
     wrong += [
         f"{name}: gradient of shape {tuple(sums[name].shape)}, expected {tuple(weight.shape)}"
@@ -54,6 +60,8 @@ def _accumulate(
     targets: Mapping[str, nn.Parameter],
     everything: Iterable[nn.Parameter],
     losses: Iterable[Tensor | Callable[[], Tensor]],
+    *,
+    signed: bool,
 ) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     kept = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
@@ -63,8 +71,9 @@ def _accumulate(
         def hook(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None  # the hook runs right after it was accumulated
-            magnitude = gradient.detach().float().abs_()  # no copy if it is float32: nothing else holds it
-            sums[name] = sums[name].add_(magnitude) if name in sums else magnitude
+            own = gradient.detach().float()  # no copy if it is float32: nothing else holds it
+            own = own if signed else own.abs_()
+            sums[name] = sums[name].add_(own) if name in sums else own
 
         return hook
 
@@ -83,4 +92,4 @@ def _accumulate(
         for parameter, required, gradient in kept:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-    return sums
+    return {name: total.abs_() for name, total in sums.items()} if signed else sums

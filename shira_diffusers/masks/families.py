@@ -25,8 +25,8 @@ class MaskContext:
     Args:
         generator: a CPU generator seeded by (seed, parameter name); the only source of randomness to use.
         blocked: bool ``(numel,)`` on the weight's device, True where an entry must not be used; None if all are free.
-        gradient: float32 of the weight's shape, the gradient's magnitude summed over the calibration set; None
-            without calibration.
+        gradient: float32 of the weight's shape, the gradient's magnitude summed over the calibration set (for
+            ``grad_mean`` the magnitude of its sum); None without calibration.
     """
 
     generator: torch.Generator
@@ -80,26 +80,41 @@ def _draw(numel: int, count: int, context: MaskContext) -> Tensor:
     return drawn[torch.randperm(drawn.numel(), generator=context.generator, device="cpu")[:count]]
 
 
+def _magnitude(weight: Tensor, context: MaskContext) -> Tensor:
+    return weight.float().abs()
+
+
+def _gradient(weight: Tensor, context: MaskContext) -> Tensor:
+    if context.gradient is None:
+        raise ShiraError("the grad, grad_mean and snip masks need calibration=, got None: pass losses or gradients")
+    return context.gradient.to(weight.device)
+
+
+def _saliency(weight: Tensor, context: MaskContext) -> Tensor:
+    return _magnitude(weight, context) * _gradient(weight, context)
+
+
 def wm(weight: Tensor, count: int, context: MaskContext) -> Tensor:
     """Choose the ``count`` entries of a weight ``(out, ...)`` of the largest magnitude (P 3.1, SHiRA-WM)."""
-    return _top(weight.float().abs(), count, context)
-
-
-def _gradient_of(context: MaskContext) -> Tensor:
-    if context.gradient is None:
-        raise ShiraError("the grad and snip masks need calibration=, got None: pass losses or gradients")
-    return context.gradient
+    return _top(_magnitude(weight, context), count, context)
 
 
 def grad(weight: Tensor, count: int, context: MaskContext) -> Tensor:
     """Choose the ``count`` entries of a weight ``(out, ...)`` of the largest gradient magnitude, summed over a
     calibration set (P 3.1, SHiRA-Grad)."""
-    return _top(_gradient_of(context), count, context)
+    return _top(_gradient(weight, context), count, context)
+
+
+def grad_mean(weight: Tensor, count: int, context: MaskContext) -> Tensor:
+    """Choose the ``count`` entries of a weight ``(out, ...)`` of the largest mean gradient over a calibration set:
+    those on whose sign its batches agree. Ours, after SHiRA-Grad (P 3.1); with ``budget="global"`` the best in
+    docs/study.md."""
+    return _top(_gradient(weight, context), count, context)
 
 
 def snip(weight: Tensor, count: int, context: MaskContext) -> Tensor:
     """Choose the ``count`` entries of the largest ``abs(weight * gradient)``, ``(out, ...)`` (P 3.1, SHiRA-SNIP)."""
-    return _top(weight.float().abs() * _gradient_of(context).to(weight.device), count, context)
+    return _top(_saliency(weight, context), count, context)
 
 
 def struct(weight: Tensor, count: int, context: MaskContext) -> Tensor:
@@ -207,12 +222,23 @@ FAMILIES: dict[str, MaskFamily] = {
     "rand": rand,
     "wm": wm,
     "grad": grad,
+    "grad_mean": grad_mean,
     "snip": snip,
     "block": block,
     "block_rand": block_rand,
 }
-_EXACT = {"rand", "wm", "grad", "snip"}
-_CALIBRATED = {"grad", "snip"}
+CALIBRATED = ("grad", "grad_mean", "snip")
+"""The families that need gradients."""
+BUDGETS = ("weight", "global")
+_SCORES: dict[str, Callable[[Tensor, MaskContext], Tensor]] = {
+    "wm": _magnitude,
+    "grad": _gradient,
+    "grad_mean": _gradient,
+    "snip": _saliency,
+}
+"""Of the families that rank entries: what they rank by, at least zero, in the weight's shape."""
+RANKED = tuple(_SCORES)
+_EXACT = {"rand", *RANKED}
 
 
 def build_masks(
@@ -224,27 +250,31 @@ def build_masks(
     seed: int = 0,
     calibration: Calibration | None = None,
     avoid: Iterable[HasDeltas] = (),
+    budget: str = "weight",
 ) -> dict[str, Tensor]:
     """Choose the entries that an adapter trains: one mask per weight.
 
     Args:
         model: a module, or ``{component: module}``; then names begin with the component, as in files.
         family: a name in ``FAMILIES``, or a function ``(weight, count, context) -> flat indices``.
-        density: fraction of each weight's entries, in (0, 1].
+        density: fraction of each weight's entries, in (0, 1]; with a global budget of the entries of all.
         targets: which weights, see ``targets.select``.
         seed: masks are drawn per (seed, parameter name), so layers of one shape do not share one; the global random
             state is neither read nor changed.
-        calibration: for ``grad`` and ``snip``: an iterable of scalar losses or of functions that return one, each
-            back-propagated in turn, or a mapping of parameter name to gradient.
+        calibration: for ``grad``, ``grad_mean`` and ``snip``: an iterable of scalar losses or of functions that return
+            one, each back-propagated in turn, or a mapping of parameter name to gradient.
         avoid: adapters whose entries must not be used again.
+        budget: "weight" gives each weight the same density; "global" ranks the entries of all weights together, so
+            that weights that matter more get more. For wm, grad, grad_mean and snip.
 
     Returns:
         ``{name: int64 (nnz,)}``, sorted, on the weight's device. ``nnz`` is ``round(density * numel)`` for rand, wm,
-        grad and snip; whole runs of 32 for block; whole columns and the diagonal for struct.
+        grad, grad_mean and snip; whole runs of 32 for block; whole columns and the diagonal for struct. With a global
+        budget it is ``round(density * numel of all)`` in all, and weights that get none have no mask.
 
     Raises:
-        ShiraError: a pipeline (name the components to train), unknown family, density out of range, or grad and snip
-            without calibration.
+        ShiraError: a pipeline (name the components to train), unknown family or budget, a global budget for a family
+            that ranks nothing, density out of range, or grad, grad_mean and snip without calibration.
         AdapterMismatchError: targets that match nothing, gradients missing, or too few entries left by ``avoid``.
     """
     require_modules(model, "a module or {component: module}", 'build_masks({"unet": pipe.unet}, ...)')
@@ -253,16 +283,25 @@ def build_masks(
         raise ShiraError(f"unknown mask family {family!r}, expected one of {', '.join(FAMILIES)} or a function")
     if not 0.0 < density <= 1.0:
         raise ShiraError(f"density must be in (0, 1], got {density}; 0.01 to 0.02 is usual")
+    _require_budget(budget, family)
     weights = select(model, targets)
-    if family in _CALIBRATED and calibration is None:
+    if family in CALIBRATED and calibration is None:
         raise ShiraError(f"the {family!r} mask needs calibration=, got None: pass losses or gradients")
-    gradients = {} if calibration is None else gradient_magnitudes(model, weights, calibration)
+    signed = family == "grad_mean"
+    gradients = {} if calibration is None else gradient_magnitudes(model, weights, calibration, signed=signed)
     avoided = list(avoid)
+    contexts = {
+        name: MaskContext(seeded(seed, name), _blocked(name, weight, avoided), gradients.get(name))
+        for name, weight in weights.items()
+    }
+    counts = {name: round(density * weight.numel()) for name, weight in weights.items()}
+    if budget == "global":
+        counts = _global_counts(str(family), density, weights, contexts)
+        weights = {name: weight for name, weight in weights.items() if counts[name]}
     masks: dict[str, Tensor] = {}
     problems: list[str] = []
     for name, weight in weights.items():
-        context = MaskContext(seeded(seed, name), _blocked(name, weight, avoided), gradients.get(name))
-        count = round(density * weight.numel())
+        context, count = contexts[name], counts[name]
         problem = _shortage(family, count, weight, context.blocked)
         if problem is None:
             masks[name] = chosen(weight, count, context).long().sort().values
@@ -276,6 +315,67 @@ def build_masks(
             f"lower the density, avoid fewer adapters or fix the family:{listing(problems)}"
         )
     return masks
+
+
+def _require_budget(budget: str, family: str | MaskFamily) -> None:
+    if budget not in BUDGETS:
+        raise ShiraError(f"unknown budget {budget!r}, expected one of {', '.join(BUDGETS)}")
+    if budget == "global" and family not in RANKED:
+        raise ShiraError(
+            f"a global budget needs a family that ranks entries ({', '.join(RANKED)}), got {family!r}; "
+            'use budget="weight"'
+        )
+
+
+def _global_counts(
+    family: str, density: float, weights: Mapping[str, Tensor], contexts: Mapping[str, MaskContext]
+) -> dict[str, int]:
+    """How many of the entries with the highest scores of all lie in each weight; ties go to the first weights.
+
+    Scores are compared by their bits, which order floats of zero and more as integers: a count per upper half, then
+    per lower half within the half that the threshold lies in, so no more than one weight's scores are held at a time.
+
+    Raises:
+        AdapterMismatchError: weights on the meta device, or fewer entries than are needed, which ``avoid`` leaves.
+    """
+    meta = [name for name, weight in weights.items() if weight.is_meta]
+    if meta:
+        raise AdapterMismatchError(
+            f"{counted(len(meta), 'weight')} {verb(len(meta), 'is', 'are')} on the meta device, expected real values; "
+            f"load or onload them first:{listing(meta)}"
+        )
+
+    def bits(name: str) -> Tensor:
+        scores = _SCORES[family](weights[name], contexts[name]).flatten().view(torch.int32)
+        blocked = contexts[name].blocked
+        return scores if blocked is None else scores[~blocked]
+
+    total = round(density * sum(weight.numel() for weight in weights.values()))
+    upper = sum(torch.bincount(bits(name) >> 16, minlength=2**15).cpu() for name in weights)
+    free = int(torch.as_tensor(upper).sum())
+    if free < total:
+        raise AdapterMismatchError(f"{counted(total, 'entry')} needed, {free:,} left free; avoid fewer adapters")
+    half, left = _from_the_top(torch.as_tensor(upper), total)
+
+    def lower(name: str) -> Tensor:
+        own = bits(name)
+        return torch.bincount(own[own >> 16 == half] & 0xFFFF, minlength=2**16).cpu()
+
+    rest, level = _from_the_top(torch.as_tensor(sum(lower(name) for name in weights)), left)
+    threshold = half << 16 | rest
+    counts: dict[str, int] = {}
+    for name in weights:
+        own = bits(name)
+        ties = min(level, int((own == threshold).sum()))
+        counts[name], level = int((own > threshold).sum()) + ties, level - ties
+    return counts
+
+
+def _from_the_top(histogram: Tensor, total: int) -> tuple[int, int]:
+    """The bin in which the ``total``-th highest value lies, and how many of that bin are among them; at least one."""
+    above = histogram.flip(0).cumsum(0)
+    place = int((above < max(1, total)).sum())
+    return len(histogram) - 1 - place, total - int(above[place] - histogram.flip(0)[place])
 
 
 def _blocked(name: str, weight: Tensor, avoid: list[HasDeltas]) -> Tensor | None:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers import AdapterMismatchError, ShiraAdapter, ShiraError, SparseDelta, build_masks
-from shira_diffusers.masks.families import BLOCK_SIZE, FAMILIES, MaskContext, block, struct, struct_rows, wm
+from shira_diffusers.masks.families import BLOCK_SIZE, FAMILIES, RANKED, MaskContext, block, struct, struct_rows, wm
 from shira_diffusers.seeds import seeded
 from tests import reference, tiny
 
 DENSITIES = (0.001, 0.01, 0.05, 0.5, 1.0)
-UNSTRUCTURED = ("rand", "wm", "grad", "snip")
+UNSTRUCTURED = ("rand", "wm", "grad", "grad_mean", "snip")
 
 
 @pytest.fixture
@@ -180,7 +180,8 @@ def test_magnitude_gradient_and_their_product(model: nn.Module) -> None:
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             continue
-        score = {"wm": weight.abs(), "grad": slopes[name].abs(), "snip": (weight * slopes[name]).abs()}
+        slope = slopes[name].abs()
+        score = {"wm": weight.abs(), "grad": slope, "grad_mean": slope, "snip": weight.abs() * slope}
         for family, expected in score.items():
             assert masks_of(model, family)[name].tolist() == slow_top(expected, round(0.05 * weight.numel()), set())
 
@@ -292,6 +293,60 @@ def test_a_wrong_function_of_the_user(model: nn.Module, indices: list[int], mess
         build_masks(model, lambda *_: torch.tensor(indices), 0.1, "wide", avoid=[taken])
 
 
+# -------------------------------------------------------------------- one budget for all weights
+
+
+def slow_global(scores: dict[str, Tensor], total: int) -> dict[str, list[int]]:
+    """The highest of all in one sort; ties go to the first weights, and there to the lowest indices."""
+    ranked = [(-float(s), w, i) for w, score in enumerate(scores.values()) for i, s in enumerate(score.flatten())]
+    chosen: dict[str, list[int]] = {}
+    for _, weight, index in sorted(ranked)[:total]:
+        chosen.setdefault(list(scores)[weight], []).append(index)
+    return {name: sorted(indices) for name, indices in chosen.items()}
+
+
+@pytest.mark.parametrize("family", RANKED)
+@pytest.mark.parametrize("density", [0.0005, 0.05, 0.7, 1.0])
+@pytest.mark.parametrize("levels", [None, 3], ids=["distinct", "ties"])
+def test_a_global_budget_equals_one_sort(model: nn.Module, family: str, density: float, levels: int | None) -> None:
+    slopes = gradients(model)
+    with torch.no_grad():
+        model["tall"].weight.mul_(20)
+        if levels:
+            for name in slopes:
+                slopes[name] = (slopes[name] * levels).round()
+                model.get_parameter(name).copy_((model.get_parameter(name) * levels * 4).round())
+    weights = {name: model.get_parameter(name).detach().abs() for name in slopes}
+    scores = {
+        n: weights[n] if family == "wm" else slopes[n].abs() * (weights[n] if family == "snip" else 1) for n in slopes
+    }
+    masks = build_masks(model, family, density, "all", calibration=slopes, budget="global")
+    total = round(density * sum(score.numel() for score in scores.values()))
+    assert {name: mask.tolist() for name, mask in masks.items()} == slow_global(scores, total)
+
+
+def test_a_global_budget_avoids(model: nn.Module) -> None:
+    slopes = gradients(model)
+    first = build_masks(model, "grad", 0.3, "all", calibration=slopes, budget="global")
+    second = build_masks(
+        model, "grad", 0.3, "all", calibration=slopes, budget="global", avoid=[adapter_on(first, model)]
+    )
+    left = {name: slope.abs().flatten().index_fill(0, first[name], -1.0) for name, slope in slopes.items()}
+    total = round(0.3 * sum(slope.numel() for slope in slopes.values()))
+    assert {name: mask.tolist() for name, mask in second.items()} == slow_global(left, total)
+    both = [adapter_on(first, model), adapter_on(second, model)]
+    with pytest.raises(AdapterMismatchError, match=r"entries needed, .* left free; avoid fewer"):
+        build_masks(model, "grad", 0.5, "all", calibration=slopes, budget="global", avoid=both)
+
+
+@pytest.mark.parametrize("family", ["rand", "struct", "block", wm])
+def test_a_global_budget_needs_ranks(model: nn.Module, family: str | Callable) -> None:
+    with pytest.raises(ShiraError, match="a global budget needs a family that ranks entries"):
+        build_masks(model, family, 0.1, "all", budget="global")
+    with pytest.raises(ShiraError, match="unknown budget 'layer', expected one of weight, global"):
+        build_masks(model, "wm", 0.1, "all", budget="layer")
+
+
 # -------------------------------------------------------------------- calibration
 
 
@@ -301,19 +356,19 @@ def losses_of(model: nn.Module) -> list[Callable[[], Tensor]]:
     return [lambda x=x: (model["one"](x) * model["two"](x)).square().mean() for x in inputs]
 
 
-def dense_magnitudes(model: nn.Module) -> dict[str, Tensor]:
+def dense_sums(model: nn.Module, signed: bool) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for loss in losses_of(model):
         twin_gradients = torch.autograd.grad(loss(), [model["one"].weight, model["two"].weight])
         for name, gradient in zip(("one.weight", "two.weight"), twin_gradients, strict=True):
-            sums[name] = sums.get(name, 0) + gradient.abs()
+            sums[name] = sums.get(name, 0) + (gradient if signed else gradient.abs())
     return sums
 
 
-@pytest.mark.parametrize("family", ["grad", "snip"])
+@pytest.mark.parametrize("family", ["grad", "grad_mean", "snip"])
 @pytest.mark.parametrize("kind", ["functions", "losses", "a stream", "gradients"])
 def test_calibration_equals_a_dense_computation(model: nn.Module, family: str, kind: str) -> None:
-    sums = dense_magnitudes(model)
+    sums = dense_sums(model, signed=family == "grad_mean")
     calibration = {
         "functions": lambda: losses_of(model),
         "losses": lambda: [loss() for loss in losses_of(model)],
@@ -322,7 +377,7 @@ def test_calibration_equals_a_dense_computation(model: nn.Module, family: str, k
     }[kind]()
     masks = build_masks(model, family, 0.1, ["one", "two"], calibration=calibration)
     for name, mask in masks.items():
-        score = sums[name] if family == "grad" else sums[name] * model.get_parameter(name).abs()
+        score = sums[name].abs() * (model.get_parameter(name).abs() if family == "snip" else 1)
         assert mask.tolist() == slow_top(score, mask.numel(), set())
 
 
@@ -385,7 +440,7 @@ def test_density_is_a_fraction(model: nn.Module, density: float) -> None:
 def test_errors(model: nn.Module) -> None:
     with pytest.raises(ShiraError, match="unknown mask family 'randm', expected one of struct"):
         build_masks(model, "randm", 0.1, "all")
-    for family in ("grad", "snip"):
+    for family in ("grad", "grad_mean", "snip"):
         with pytest.raises(ShiraError, match=f"the '{family}' mask needs calibration="):
             build_masks(model, family, 0.1, "all")
     with pytest.raises(AdapterMismatchError, match="match none of the 5"):
