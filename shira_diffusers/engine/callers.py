@@ -58,6 +58,14 @@ def _package_of(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
+def stacklevel() -> int:
+    """The ``stacklevel`` by which a warning of the calling function names the code that called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _package_of(frame) in (_PACKAGE, "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def stack_frames() -> Iterator[FrameType]:
     """The stack of this thread, innermost first."""
     frame: FrameType | None = sys._getframe(1)

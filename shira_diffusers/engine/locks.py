@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from shira_diffusers.engine.callers import Caller, current_caller
+from shira_diffusers.engine.callers import Caller, current_caller, stacklevel
 from shira_diffusers.errors import ResidentStateError
 
 T = TypeVar("T")
@@ -339,7 +339,7 @@ def _warn(hold: Hold) -> None:
         "waits for this call, the two deadlock: run the call in the context that holds the model, by "
         "asyncio.to_thread or contextvars.copy_context().run",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=stacklevel(),
     )
 
 

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -13,12 +13,13 @@ from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_probes import BaseMatch
 from shira_diffusers.adapters.merge import fuse_scaled, merge_method
 from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scale, mix_from, scale_of
+from shira_diffusers.engine.callers import stacklevel
 from shira_diffusers.engine.fit import compare_base, fit, trained_on
 from shira_diffusers.engine.locks import Held, Hold, hold, leave
 from shira_diffusers.engine.offloading import is_offloaded_anew
 from shira_diffusers.engine.plan import Mix
 from shira_diffusers.engine.state import ShiraState, ensure_state, state_of
-from shira_diffusers.engine.switch import plan_switch, require_written, run
+from shira_diffusers.engine.switch import Transaction, plan_switch, require_written, run
 from shira_diffusers.errors import ShiraError, counted, listing
 from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.sweep_triton import engine_for
@@ -208,6 +209,8 @@ class Resident:
     def replace(self, adapter: ShiraAdapter, name: str) -> None:
         """Put another adapter in the place of one that was added: active as that was, with its scale.
 
+        Strengths for components that the new one does not change are dropped.
+
         Raises:
             ShiraError: no adapter of that name.
             AdapterMismatchError, ResidentStateError: as ``add`` and ``set``.
@@ -221,16 +224,13 @@ class Resident:
             for part in parts:
                 ensure_state(unwrap(self._models[part]))
             states = self._states()
-            mixes = [state.mix for state in states.values()]
+            mix = _joined(state.mix for state in states.values())
             aside = [state.disabled for state in states.values() if state.disabled is not None]
             before = {part: dict(state.adapters) for part, state in states.items()}
             try:
-                plans = []
                 for part, state in states.items():
                     _exchange(state, name, parts.get(part))
-                    disabled = _known_to(state, _joined(aside)) if aside else None
-                    plans.append(plan_switch(part, self._models[part], _known_to(state, _joined(mixes)), disabled))
-                run(plans)
+                run(self._plans(dict.fromkeys(states, (mix, _joined(aside) if aside else None))))
             except BaseException:
                 for part, state in states.items():
                     state.adapters = before[part]
@@ -256,7 +256,7 @@ class Resident:
             warnings.warn(
                 f"adapter {name!r} fits by shape but was trained on another model than this one{trained_on(adapter)}; "
                 "expect poor pictures",
-                stacklevel=4,  # who called ``load_shira``
+                stacklevel=stacklevel(),
             )
 
     def remove(self, *names: str) -> None:
@@ -354,21 +354,32 @@ class Resident:
 
     @contextmanager
     def _used(self, hold: Hold, scales: Mapping[str, Scale], method: str) -> Iterator["Resident"]:
-        before = {part: (state.mix, state.disabled) for part, state in self._states().items()}
+        undo = self.restorer()
         self.set(scales, method)
-        hold.undo = lambda: self._put_back(before)
+        hold.undo = undo
         try:
             yield self
         finally:
             leave(hold)
 
-    def _put_back(self, before: Mapping[str, tuple[Mix, Mix | None]]) -> None:
+    def restorer(self) -> Callable[[], None]:
+        """Return what brings the mix of now back, as far as its adapters are there then."""
+        before = {part: (state.mix, state.disabled) for part, state in self._states().items()}
+        return lambda: run(self._plans(before))
+
+    def _plans(self, mixes: Mapping[str, tuple[Mix, Mix | None]]) -> list[Transaction]:
+        """Plan the mix of each component, and the one put aside, less what its adapters do not change any more."""
+        changed = self.components
+
+        def known(state: ShiraState, mix: Mix) -> Mix:
+            scales = {n: _within(s, changed[n]) for n, s in mix.scales.items() if n in state.adapters}
+            return Mix(scales, mix.method)
+
         plans = []
         for part, state in self._states().items():
-            mix, disabled = before.get(part, (Mix(), None))
-            put_aside = disabled and _known_to(state, disabled)
-            plans.append(plan_switch(part, self._models[part], _known_to(state, mix), put_aside))
-        run(plans)
+            mix, disabled = mixes.get(part, (Mix(), None))
+            plans.append(plan_switch(part, self._models[part], known(state, mix), disabled and known(state, disabled)))
+        return plans
 
     def refresh(self) -> None:
         """Write the active mix again where accelerate has begun to offload a component since the last switch.
@@ -450,5 +461,8 @@ def _joined(mixes: Iterable[Mix]) -> Mix:
     return Mix({name: scale for mix in parts for name, scale in mix.scales.items()}, method)
 
 
-def _known_to(state: ShiraState, mix: Mix) -> Mix:
-    return Mix({name: scale for name, scale in mix.scales.items() if name in state.adapters}, mix.method)
+def _within(scale: Scale, components: Sequence[str]) -> Scale:
+    """A strength without those for other components."""
+    if not isinstance(scale, Mapping):
+        return scale
+    return {part: strength for part, strength in scale.items() if part in components}

@@ -315,6 +315,7 @@ class AdapterLibrary:
                 f"the model has an adapter {version.name!r} that is not the library's; delete that one first, or "
                 "rename one of the two"
             )
+        undo.callback(user.resident.restorer())
         user.resident.replace(decoded.adapter, version.name)
         undo.callback(user.resident.replace, older, version.name)
         return version

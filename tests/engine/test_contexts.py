@@ -240,6 +240,7 @@ def test_a_wait_without_an_end_is_warned_about(
                 stuck = loop.run_in_executor(pool, tiny.picture, pipe)
                 await asyncio.sleep(0.5)
             picture = await stuck
+        assert [one.filename for one in caught if one.category is RuntimeWarning] == [tiny.__file__]
         return picture, [str(one.message) for one in caught if one.category is RuntimeWarning]
 
     picture, told = run(main)

@@ -1,13 +1,15 @@
 """The numerical contract: what is written, and that every bit comes back."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import permutations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from shira_diffusers import (
@@ -718,6 +720,26 @@ def test_an_adapter_of_other_components_in_the_place_of_one(pipe: object) -> Non
     tiny.assert_same_bits(pipe, base)
 
 
+@pytest.mark.parametrize("when", ["active", "put aside", "of the mix before"])
+def test_a_replacement_drops_strengths_for_components_that_it_lacks(when: str, pipe: object) -> None:
+    resident, base = Resident(tiny.modules_of(pipe)), tiny.snapshot(pipe)
+    one, both = tiny.adapter_for(pipe, 1, components=("unet",)), tiny.adapter_for(pipe, 2)
+    resident.add(both, "a")
+    resident.set({"a": {"unet": 0.5, "text_encoder": 0.25}})
+    if when == "put aside":
+        resident.disable()
+    with resident.using({}) if when == "of the mix before" else nullcontext():
+        resident.replace(one, "a")
+    resident.enable()
+    assert resident.active == {"a": {"unet": 0.5}}
+    tiny.assert_same_bits(pipe, reference.apply(base, {"a": one}, {"a": {"unet": 0.5}}))
+    resident.set(resident.active)
+    resident.replace(both, "a")  # what was dropped does not come back
+    tiny.assert_same_bits(pipe, reference.apply(base, {"a": both}, {"a": {"unet": 0.5}}))
+    resident.clear()
+    tiny.assert_same_bits(pipe, base)
+
+
 def test_what_cannot_take_the_place_leaves_all_as_it_was(resident: Resident, model: nn.Module, adapters: dict) -> None:
     resident.set({"a": 0.5})
     with torch.no_grad():
@@ -834,6 +856,21 @@ def test_the_base_is_told_from_a_sibling_and_from_another_model(
     assert "sibling" in caplog.text
     with pytest.warns(UserWarning, match="trained on another model than this one; it was trained on 'tiny'"):
         Resident(tiny.unet(99)).add(adapter, "a")
+
+
+def test_a_warning_about_another_base_points_at_who_called(pipe: StableDiffusionPipeline) -> None:
+    other, tuned = tiny.unet(99), tiny.unet(99)
+    tiny.weights_of(tuned, ("to_q",)).popitem()[1].add_(1)
+    probed = ShiraAdapter.from_difference(other, tuned).prefixed("unet")
+    resident = Resident(tiny.modules_of(pipe))
+    resident.add(tiny.adapter_for(pipe, 1), "c")
+    with pytest.warns(UserWarning, match="trained on another model") as caught:
+        here = inspect.currentframe().f_lineno
+        resident.add(probed, "a")
+        resident.replace(probed, "c")
+        pipe.load_shira(probed, "b")
+        pipe.load_shira(probed, "b", hotswap=True)
+    assert [(one.filename, one.lineno - here) for one in caught] == [(__file__, line) for line in (1, 2, 3, 4)]
 
 
 def test_a_sequential_still_runs() -> None:

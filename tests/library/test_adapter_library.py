@@ -871,6 +871,20 @@ def test_an_error_after_a_file_changed_leaves_the_mix_and_all_bits(
     tiny.assert_same_adapter(Resident(model).adapter("a0"), adapters["a0"])
 
 
+def test_an_error_after_a_file_changed_keeps_strengths_of_components_that_it_lacks(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    save_adapter(tiny.adapter_for(pipe, 1), tmp_path / "a.safetensors")
+    with AdapterLibrary(tmp_path, device="cpu") as library:
+        library.set(pipe, {"a": {"unet": 0.5, "text_encoder": 0.25}})
+        active = tiny.snapshot(pipe)
+        save_adapter(tiny.adapter_for(pipe, 2, components=("unet",)), tmp_path / "a.safetensors")
+        with pytest.raises(ShiraError, match="must be a finite number"):
+            library.set(pipe, {"a": "strong"})
+        tiny.assert_same_bits(pipe, active)
+        assert pipe.get_active_shira() == {"a": {"unet": 0.5, "text_encoder": 0.25}}
+
+
 def test_an_error_inside_a_use_keeps_the_new_version(
     open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential, adapters: dict[str, ShiraAdapter]
 ) -> None:

@@ -316,6 +316,9 @@ class Walk:
         self.note((name, pool().index(adapter)))
         self.pipe.load_shira(self.source(adapter), name, hotswap=True)
         self.loaded[name] = adapter
+        for mix in (self.mix, self.aside or {}):
+            if name in mix:
+                mix[name] = fitting(mix[name], [adapter])
 
     def set(self) -> None:
         names = self.names(1)
