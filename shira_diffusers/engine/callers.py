@@ -5,10 +5,12 @@ import inspect
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures.thread import _WorkItem
 from types import FrameType
 from typing import Any, NamedTuple
 
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_JOB = _WorkItem.run.__code__
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -22,6 +24,7 @@ class Caller(NamedTuple):
             Gradio) runs; None elsewhere.
         frames: the generators and coroutines on the stack, innermost first. They stay the same when another thread
             resumes them.
+        job: the job of a thread pool that runs, if one does.
         entered: the innermost frame outside this package, if it is a generator or coroutine.
         where: the file and line of that frame.
     """
@@ -30,6 +33,7 @@ class Caller(NamedTuple):
     loop: asyncio.AbstractEventLoop | None
     task: "asyncio.Task[Any] | None"
     frames: tuple[FrameType, ...]
+    job: FrameType | None
     entered: FrameType | None
     where: str
 
@@ -38,6 +42,7 @@ def current_caller() -> Caller:
     """Who is calling now."""
     frames: list[FrameType] = []
     first: FrameType | None = None
+    job: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:  # one plain loop, at each hold over the whole stack
         suspendable = frame.f_code.co_flags & _SUSPENDABLE
@@ -46,12 +51,14 @@ def current_caller() -> Caller:
             first = first or frame
             if suspendable:
                 frames.append(frame)
+        if frame.f_code is _JOB:
+            job = job or frame
         frame = frame.f_back
     where = f"{first.f_code.co_filename}:{first.f_lineno}" if first else "an unknown place"
     loop = asyncio._get_running_loop()
     task = _host_task() if loop is None else asyncio.current_task(loop)
     entered = first if first in frames[:1] else None
-    return Caller(threading.current_thread(), loop, task, tuple(frames), entered, where)
+    return Caller(threading.current_thread(), loop, task, tuple(frames), job, entered, where)
 
 
 def _package_of(frame: FrameType) -> str:

@@ -6,6 +6,7 @@ further ones nest; of those that start in parallel inside one, each waits for th
 """
 
 import asyncio
+import sys
 import threading
 import time
 import warnings
@@ -113,6 +114,12 @@ class Held(Generic[T]):
 
     async def __aenter__(self) -> T:
         hold = _hold(self._modules, self._write)
+        if hold.owner.entered is None:
+            raise ResidentStateError(
+                "a task that does nothing but enter `async with` (as asyncio.wait_for or create_task make it) would hold "
+                "the model for no code: its context ends with it; expected `async with asyncio.timeout(...):` around an "
+                "`async with` in the task that uses the model"
+            )
         with ExitStack() as stack:
             before = self._before()
             prepared = before.__enter__() if isinstance(before, nullcontext) else await _in_thread(before, stack)
@@ -195,9 +202,18 @@ def _own(caller: Caller) -> list[Hold]:
 
     A generator that was resumed is not inside what another one has entered since, though both run in one context.
     """
-    entered = _entered.get()
+    entered = _entered_by(caller)
     own = [one for one in _active if one in entered or _belongs_to(one, caller)]
     return [one for k, one in enumerate(own) if not any(_is_beside(one, outer, caller) for outer in own[:k])]
+
+
+def _entered_by(caller: Caller) -> list[Hold]:
+    """The holds in a caller's context, less what suspended generators left in a pool's thread in earlier jobs."""
+    return [
+        one
+        for one in _entered.get()
+        if one.owner.entered is None or one.owner.thread is not caller.thread or one.owner.job is caller.job
+    ]
 
 
 def _belongs_to(hold: Hold, caller: Caller) -> bool:
@@ -206,6 +222,8 @@ def _belongs_to(hold: Hold, caller: Caller) -> bool:
         return True
     if owner.task is not None and not owner.task.done():
         return owner.task is caller.task
+    if caller.task is not None and caller.loop is owner.loop and not hasattr(sys, "ps1"):
+        return False
     # a notebook enters in one cell and draws in the next, which is another context and task of the main thread
     return owner.thread is caller.thread is threading.main_thread()
 
@@ -266,7 +284,7 @@ def _release(hold: Hold) -> None:
         _wake_all()
     _note_entered()
     # contexts that never enter again keep the hold, but nothing through it
-    hold.owner = hold.owner._replace(frames=(), entered=None)
+    hold.owner = hold.owner._replace(frames=(), job=None, entered=None)
     hold.modules, hold.parents, hold.undo = (), frozenset(), None
 
 
@@ -323,7 +341,7 @@ def _require_progress(hold: Hold, busy: set[Hold]) -> None:
             f"{stuck.owner.where}, which could then never finish; expected `async with` in place of `with`, and "
             "pipelines called by `await asyncio.to_thread(pipe, ...)`"
         )
-    beside = next((one for one in busy if one in _entered.get()), None)
+    beside = next((one for one in busy if one in _entered_by(hold.owner)), None)
     if beside is not None:
         raise ResidentStateError(
             f"{hold.owner.where} would deadlock: {_names(hold)} in use by another generator of this thread, "

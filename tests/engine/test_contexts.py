@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -270,6 +270,27 @@ def test_a_generator_may_be_resumed_in_another_thread(
         assert ends(lambda: two.submit(next, pictures, None).result(SOON)) is None
 
 
+def test_other_jobs_of_a_pool_are_outside_of_a_suspended_generator(
+    pipe: StableDiffusionPipeline, expected: dict[str, Tensor]
+) -> None:
+    """It leaves its hold in the context of the thread that it was started in."""
+
+    def stream() -> Iterator[Tensor]:
+        with pipe.shira("a"):
+            yield tiny.picture(pipe)
+            yield tiny.picture(pipe)
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        pictures = stream()
+        assert torch.equal(one.submit(next, pictures).result(SOON), expected["a"])
+        other = one.submit(tiny.picture, pipe)
+        with pytest.raises(TimeoutError):
+            other.result(0.3)
+        assert torch.equal(two.submit(next, pictures).result(SOON), expected["a"])
+        assert two.submit(next, pictures, None).result(SOON) is None
+        assert torch.equal(other.result(SOON), expected[""])
+
+
 def test_a_generator_that_is_dropped_leaves_its_hold(
     pipe: StableDiffusionPipeline, expected: dict[str, Tensor]
 ) -> None:
@@ -334,6 +355,34 @@ def test_entering_in_one_cell_and_drawing_in_the_next(
     assert torch.equal(asyncio.run(cell(lambda: tiny.picture(pipe))), expected["a"])
     asyncio.run(cell(lambda: entered.__exit__(None, None, None)))
     assert torch.equal(tiny.picture(pipe), expected[""])
+
+
+def test_a_hold_that_a_finished_task_entered_is_not_that_of_all_tasks(
+    pipe: StableDiffusionPipeline, expected: dict[str, Tensor]
+) -> None:
+    entered = pipe.shira("a")
+
+    async def enter() -> None:
+        await entered.__aenter__()
+
+    async def main() -> None:
+        await asyncio.create_task(enter())
+        with pytest.raises(ResidentStateError, match="would block the event loop"):
+            tiny.picture(pipe)
+        await entered.__aexit__(None, None, None)
+
+    asyncio.run(main())
+    assert torch.equal(tiny.picture(pipe), expected[""])
+
+
+def test_a_task_that_only_enters_is_refused(pipe: StableDiffusionPipeline) -> None:
+    async def main() -> None:
+        for stack in (AsyncExitStack(), None):
+            entering = pipe.shira("a").__aenter__() if stack is None else stack.enter_async_context(pipe.shira("a"))
+            with pytest.raises(ResidentStateError, match=r"expected `async with asyncio\.timeout"):
+                await asyncio.create_task(entering)
+
+    run(main)
 
 
 def test_a_copied_context_carries_the_hold_into_any_thread(
