@@ -1,9 +1,10 @@
-"""Detect whether accelerate is offloading a model, and whether it has begun to since the last switch.
+"""Detect whether accelerate is offloading a model, and whether it has begun to since the last picture.
 
 accelerate fills the map of an offloaded model from ``state_dict()``: what the map holds is what the model computes with
 from then on, so that such a call needs the weights as they are, where one that saves needs the base.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -30,24 +31,20 @@ def offload_under_way() -> Literal["memory", "disk"] | None:
 _noted: WeakSet[Any] = WeakSet()
 
 
-def note_offload(module: nn.Module) -> None:
-    """Remember that the weights of an unwrapped module hold what they should, wherever accelerate keeps them now."""
-    hook = _offload_of(module)
-    if hook is not None:
-        _noted.add(hook)
+def new_offloads(module: nn.Module) -> list[Any]:
+    """The hooks by which accelerate offloads layers of an unwrapped module, but for those of ``note_offloads``.
 
-
-def is_offloaded_anew(module: nn.Module) -> bool:
-    """Whether accelerate has begun to offload an unwrapped module since ``note_offload``."""
-    hook = _offload_of(module)
-    return hook is not None and hook not in _noted
-
-
-def _offload_of(module: nn.Module) -> Any:
-    """What identifies an offload: the hook that accelerate puts on the top layer; None without an offload.
-
-    ``enable_model_cpu_offload`` does not count, since it moves the parameters themselves, and renews its hook after
-    each generation.
+    Those of ``enable_model_cpu_offload`` do not count, since they move the parameters themselves.
     """
-    hook = module.__dict__.get("_hf_hook")
-    return None if type(hook).__name__ == "CpuOffload" else hook
+    found, left = [], [module]
+    for layer in left:  # not ``modules()``, which takes 3.5 ms of each picture by SDXL
+        own = layer.__dict__
+        if "_hf_hook" in own and own["_hf_hook"] not in _noted and type(own["_hf_hook"]).__name__ != "CpuOffload":
+            found.append(own["_hf_hook"])
+        left.extend([child for child in own["_modules"].values() if child is not None])
+    return found
+
+
+def note_offloads(hooks: Iterable[Any]) -> None:
+    """Remember hooks whose weights hold what they should."""
+    _noted.update(hooks)

@@ -6,6 +6,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +18,7 @@ from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scal
 from shira_diffusers.engine.callers import stacklevel
 from shira_diffusers.engine.fit import compare_base, fit, trained_on
 from shira_diffusers.engine.locks import Held, Hold, hold, leave
-from shira_diffusers.engine.offloading import is_offloaded_anew
+from shira_diffusers.engine.offloading import new_offloads, note_offloads
 from shira_diffusers.engine.plan import Mix
 from shira_diffusers.engine.state import ShiraState, ensure_state, state_of
 from shira_diffusers.engine.switch import Transaction, plan_switch, require_written, run
@@ -382,24 +384,25 @@ class Resident:
         return plans
 
     def refresh(self) -> None:
-        """Write the active mix again where accelerate has begun to offload a component since the last switch.
+        """Write the active mix again where a component was offloaded by accelerate, or loaded, since the last switch.
 
-        What it keeps may be the base, as ``state_dict()`` gives it; a pipeline calls this before each generation.
+        What it has now may be the base, as ``state_dict()`` gives it; a pipeline calls this before each generation.
 
         Raises:
             ResidentStateError: the weights were modified outside shira_diffusers, or are on disk now; as for ``set``
                 nothing has changed.
         """
-        if self._offloaded_anew():
+        if self._renewed():
             with self.writing():
-                states = self._states()
-                run(
-                    [plan_switch(p, self._models[p], states[p].mix, states[p].disabled) for p in self._offloaded_anew()]
-                )
+                states, renewed = self._states(), self._renewed()
+                run([plan_switch(p, self._models[p], states[p].mix, states[p].disabled) for p in renewed])
+                note_offloads(chain(*renewed.values()))
 
-    def _offloaded_anew(self) -> list[str]:
-        states = self._states()
-        return [p for p, state in states.items() if state.overwritten and is_offloaded_anew(unwrap(self._models[p]))]
+    def _renewed(self) -> dict[str, list[Any]]:
+        """The components with active adapters that have other weights than the last switch wrote, perhaps."""
+        states = {part: state for part, state in self._states().items() if state.overwritten}
+        hooks = {part: new_offloads(unwrap(self._models[part])) for part in states}
+        return {part: found for part, found in hooks.items() if found or states[part].reloaded}
 
     def bake(self) -> None:
         """Make the weights as they are now the base for good, and deactivate all adapters (they stay loaded).

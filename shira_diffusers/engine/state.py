@@ -32,7 +32,7 @@ class ShiraState(nn.Module):
 
     A submodule without parameters and buffers: casts and moves of the module (``.to``, ``.half``) reach the
     saved bits through ``_apply``, so that restoring equals casting an unadapted model; ``deepcopy`` carries it;
-    ``state_dict`` does not see it.
+    ``state_dict`` does not see it, ``load_state_dict`` is noted.
     """
 
     def __init__(self) -> None:
@@ -41,13 +41,14 @@ class ShiraState(nn.Module):
         self.mix = Mix()
         self.disabled: Mix | None = None
         self.overwritten: tuple[SavedEntries, ...] = ()
+        self.reloaded = False  # since the last switch, by ``load_state_dict``
         self.remembered: list[tuple[EntryPlan, ...]] = []
         self.pool = BufferPool()
 
     def set_overwritten(self, fresh: Sequence[SavedEntries]) -> None:
         """Note what is overwritten now, and keep the memory of what was."""
         left = [tensor for saved in self.overwritten for tensor in (saved.base, saved.written)]
-        self.overwritten = tuple(fresh)
+        self.overwritten, self.reloaded = tuple(fresh), False
         self.pool.keep(left, [tensor for saved in fresh for tensor in (saved.base, saved.written)])
 
     def restorer(self) -> Callable[[], None]:
@@ -87,6 +88,9 @@ class ShiraState(nn.Module):
         self.pool.clear()
         self.overwritten = tuple(_applied(saved, fn) for saved in self.overwritten)
         return self
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        self.reloaded = True
 
     def forward(self, value: Any) -> Any:
         """Return the input: a ``Sequential`` runs this as one of its layers."""

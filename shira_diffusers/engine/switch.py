@@ -17,7 +17,6 @@ from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.merge import Union, merge_method, sum_deltas
 from shira_diffusers.adapters.scales import Scale, scale_of
 from shira_diffusers.engine.fit import join_name
-from shira_diffusers.engine.offloading import note_offload
 from shira_diffusers.engine.plan import Mix, as_now, fits_now, is_one_name_each, plan_entries, plans_of
 from shira_diffusers.engine.sharing import claims, conflicts
 from shira_diffusers.engine.state import ShiraState, ensure_state, written_by_others, written_since
@@ -62,7 +61,6 @@ class Transaction:
 
     def notify(self) -> None:
         """Let others know, once all components are committed: what they raise comes too late to undo anything."""
-        note_offload(self.module)
         if self.live:
             _reset_step_cache(self.module)
 

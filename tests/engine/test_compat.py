@@ -226,12 +226,32 @@ OFFLOADS: dict[str, Configure] = {
     "sequential, then model": lambda pipe: (sequentially(pipe), pipe.enable_model_cpu_offload(device="cpu")),
     "model, then sequential": lambda pipe: (pipe.enable_model_cpu_offload(device="cpu"), sequentially(pipe)),
     "a state dict given": lambda pipe: accelerate.cpu_offload(pipe.unet, CPU, state_dict=pipe.unet.state_dict()),
+    "of a block, a state dict given": lambda pipe: accelerate.cpu_offload(
+        pipe.unet.mid_block, CPU, state_dict=part_of(pipe.unet.state_dict(), "mid_block.")
+    ),
+    "by hooks": lambda pipe: accelerate.hooks.attach_align_device_hook(
+        pipe.unet, CPU, offload=True, weights_map=pipe.unet.state_dict()
+    ),
+    "off and on, a state dict given": lambda pipe: [
+        (
+            accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True),
+            accelerate.cpu_offload(pipe.unet, CPU, state_dict=pipe.unet.state_dict()),
+            tiny.picture(pipe),
+        )
+        for _ in range(2)
+    ],
+    "saved and loaded": lambda pipe: pipe.unet.load_state_dict(pipe.unet.state_dict()),
+    "saved and loaded by assignment": lambda pipe: pipe.unet.load_state_dict(pipe.unet.state_dict(), assign=True),
 }
+
+
+def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 @pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS.keys())
 def test_offload_while_active(pipe: StableDiffusionPipeline, offload: Configure) -> None:
-    """accelerate fills its map from ``state_dict()``: the picture stays, and the base comes back to the bit."""
+    """Consumers of ``state_dict()``, such as accelerate: the picture stays, and the base comes back to the bit."""
     adapter = tiny.adapter_for(pipe)
     base, bits = tiny.picture(pipe), tiny.snapshot(pipe)
     load(pipe, adapter, "a")
@@ -243,7 +263,8 @@ def test_offload_while_active(pipe: StableDiffusionPipeline, offload: Configure)
     assert torch.equal(tiny.picture(pipe), dense_picture(lambda pipe: None, {"a": adapter}, {"a": 0.5}))
     pipe.unload_shira()
     assert torch.equal(tiny.picture(pipe), base)
-    pipe.remove_all_hooks()
+    for model in tiny.modules_of(pipe).values():
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
     tiny.assert_same_bits(pipe, bits)
 
 
@@ -505,7 +526,7 @@ def test_load_state_dict_while_active_is_detected(pipe: StableDiffusionPipeline)
     load(pipe, tiny.adapter_for(pipe), "a")
     fresh = tiny.unet(seed=5)
     pipe.unet.load_state_dict(fresh.state_dict())
-    for act in (pipe.disable_shira, pipe.unload_shira, lambda: pipe.set_shira("a", 0.5)):
+    for act in (lambda: tiny.picture(pipe), pipe.disable_shira, pipe.unload_shira, lambda: pipe.set_shira("a", 0.5)):
         with pytest.raises(ResidentStateError, match=r"modified outside shira_diffusers[\s\S]*bake_shira"):
             act()
         tiny.assert_same_bits(pipe.unet, tiny.snapshot(fresh))
