@@ -116,9 +116,9 @@ class Held(Generic[T]):
         hold = _hold(self._modules, self._write)
         if hold.owner.entered is None:
             raise ResidentStateError(
-                "a task that only enters `async with` (as asyncio.wait_for or create_task make it) would hold the model "
-                "for no code: its context ends with it; expected `async with asyncio.timeout(...):` around an `async "
-                "with` in the task that uses the model"
+                "a task that only enters `async with` (as asyncio.wait_for or create_task make it) would hold the "
+                "model for no code: its context ends with it; expected `async with asyncio.timeout(...):` around an "
+                "`async with` in the task that uses the model"
             )
         with ExitStack() as stack:
             before = self._before()

@@ -3,7 +3,7 @@
 In: adapters and the weights that they are for. Out: one ``EntryPlan`` per device and dtype; nothing is written here.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -23,14 +23,19 @@ from shira_diffusers.weights.tiles import in_runs
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Which adapters are active, how strongly, and how they are merged."""
+    """Which adapters are active in a component, how strongly, and how they are merged.
+
+    Args:
+        component: its name in the scales; another owner of the module may have another name for it.
+    """
 
     scales: dict[str, Scale] = field(default_factory=dict)
     method: str = "sum"
+    component: str = ""
 
-    def without(self, names: Collection[str]) -> "Mix":
-        """The same mix less some adapters."""
-        return replace(self, scales={n: s for n, s in self.scales.items() if n not in names})
+    def among(self, names: Container[str]) -> "Mix":
+        """The same mix of some adapters only."""
+        return replace(self, scales={n: s for n, s in self.scales.items() if n in names})
 
 
 def plans_of(adapters: Sequence[ShiraAdapter], known: Iterable[tuple[EntryPlan, ...]]) -> list[tuple[EntryPlan, ...]]:

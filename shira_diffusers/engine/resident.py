@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -21,7 +21,7 @@ from shira_diffusers.engine.locks import Held, Hold, hold, leave
 from shira_diffusers.engine.offloading import new_offloads, note_offloads
 from shira_diffusers.engine.plan import Mix
 from shira_diffusers.engine.state import ShiraState, ensure_state, state_of
-from shira_diffusers.engine.switch import Transaction, plan_switch, require_written, run
+from shira_diffusers.engine.switch import plan_switch, require_written, run
 from shira_diffusers.errors import ShiraError, counted, listing
 from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.sweep_triton import engine_for
@@ -90,13 +90,28 @@ class Resident:
     @property
     def active(self) -> dict[str, Scale]:
         """The active adapters with their scales as given; empty while disabled."""
-        active = {name: scale for state in self._states().values() for name, scale in state.mix.scales.items()}
+        active = self._joined({part: state.mix for part, state in self._states().items()})
         return copy.deepcopy(active)  # what the caller does to it changes no mix
+
+    def _joined(self, mixes: Mapping[str, Mix]) -> dict[str, Scale]:
+        """The scales of a mix as they were given; where components differ, of each by its name here."""
+        names = {name: None for mix in mixes.values() for name in mix.scales}
+        joined: dict[str, Scale] = {}
+        for name in names:
+            given = {part: (mix.scales[name], mix.component) for part, mix in mixes.items() if name in mix.scales}
+            first = joined[name] = next(iter(given.values()))[0]
+            if isinstance(first, Mapping) or any(scale != first for scale, _ in given.values()):
+                own = {
+                    part: scale.get(named) if isinstance(scale, Mapping) else scale
+                    for part, (scale, named) in given.items()
+                }
+                joined[name] = {part: own[part] for part in self.components.get(name, ()) if own.get(part) is not None}
+        return joined
 
     @property
     def method(self) -> str:
         """How the active adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``."""
-        return next((state.mix.method for state in self._states().values() if state.mix.scales), "sum")
+        return _method_of({part: state.mix for part, state in self._states().items()})
 
     def components_of(self, name: str) -> list[str]:
         """The components that an adapter changes.
@@ -226,13 +241,14 @@ class Resident:
             for part in parts:
                 ensure_state(unwrap(self._models[part]))
             states = self._states()
-            mix = _joined(state.mix for state in states.values())
-            aside = [state.disabled for state in states.values() if state.disabled is not None]
+            mixes = {part: state.mix for part, state in states.items()}
+            aside = {part: state.disabled for part, state in states.items() if state.disabled is not None}
             before = {part: dict(state.adapters) for part, state in states.items()}
             try:
                 for part, state in states.items():
                     _exchange(state, name, parts.get(part))
-                run(self._plans(dict.fromkeys(states, (mix, _joined(aside) if aside else None))))
+                active, disabled = (self._split(self._joined(m), _method_of(m)) for m in (mixes, aside))
+                run([plan_switch(p, self._models[p], active[p], disabled[p] if aside else None) for p in states])
             except BaseException:
                 for part, state in states.items():
                     state.adapters = before[part]
@@ -274,9 +290,10 @@ class Resident:
             self.require_known(names)
             states = self._states()
             active = [part for part, state in states.items() if not state.mix.scales.keys().isdisjoint(names)]
-            run([plan_switch(p, self._models[p], states[p].mix.without(names), states[p].disabled) for p in active])
+            left = set(self.names).difference(names)
+            run([plan_switch(p, self._models[p], states[p].mix.among(left), states[p].disabled) for p in active])
             for state in states.values():
-                state.disabled = state.disabled.without(names) if state.disabled else None
+                state.disabled = state.disabled and state.disabled.among(left)
                 state.forget(names)
 
     # ---------------------------------------------------------------- switching
@@ -302,20 +319,24 @@ class Resident:
         with self.writing():
             scales = self._checked(scales)
             merge_method(method)
-            plans = []
-            for part, state in self._states().items():
-                own = {name: scale for name, scale in scales.items() if name in state.adapters}
-                plans.append(plan_switch(part, self._models[part], Mix(own, method)))
-            run(plans)
+            mixes = self._split(scales, method)
+            run([plan_switch(part, self._models[part], mix) for part, mix in mixes.items()])
+
+    def _split(self, scales: dict[str, Scale], method: str) -> dict[str, Mix]:
+        """A mix by component, each with the adapters that it has."""
+        states = self._states().items()
+        return {p: Mix({n: s for n, s in scales.items() if n in state.adapters}, method, p) for p, state in states}
 
     def _checked(self, scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
         mix = mix_from(scales)
         self.require_known(mix)
         components = self.components
-        return {name: check_scale(name, scale, self._blocks(components[name])) for name, scale in mix.items()}
+        return {name: check_scale(name, scale, self._blocks(scale, components[name])) for name, scale in mix.items()}
 
-    def _blocks(self, components: Iterable[str]) -> dict[str, Blocks]:
-        return {part: blocks_of(unwrap(self._models[part])) for part in components if part}
+    def _blocks(self, scale: Scale, components: Iterable[str]) -> dict[str, Blocks]:
+        """The blocks of components, as far as a scale may name some."""
+        named = isinstance(scale, Mapping)
+        return {part: blocks_of(unwrap(self._models[part])) if named else {} for part in components}
 
     def clear(self) -> None:
         """Make no adapter active: every parameter is bit-equal to what it was before the first.
@@ -367,21 +388,16 @@ class Resident:
     def restorer(self) -> Callable[[], None]:
         """Return what brings the mix of now back, as far as its adapters are there then."""
         before = {part: (state.mix, state.disabled) for part, state in self._states().items()}
-        return lambda: run(self._plans(before))
 
-    def _plans(self, mixes: Mapping[str, tuple[Mix, Mix | None]]) -> list[Transaction]:
-        """Plan the mix of each component, and the one put aside, less what its adapters do not change any more."""
-        changed = self.components
+        def put_back() -> None:
+            plans = []
+            for part, state in self._states().items():
+                mix, aside = before.get(part, (Mix(), None))
+                aside = aside and aside.among(state.adapters)
+                plans.append(plan_switch(part, self._models[part], mix.among(state.adapters), aside))
+            run(plans)
 
-        def known(state: ShiraState, mix: Mix) -> Mix:
-            scales = {n: _within(s, changed[n]) for n, s in mix.scales.items() if n in state.adapters}
-            return Mix(scales, mix.method)
-
-        plans = []
-        for part, state in self._states().items():
-            mix, disabled = mixes.get(part, (Mix(), None))
-            plans.append(plan_switch(part, self._models[part], known(state, mix), disabled and known(state, disabled)))
-        return plans
+        return put_back
 
     def refresh(self) -> None:
         """Write the active mix again where a component was offloaded by accelerate, or loaded, since the last switch.
@@ -457,15 +473,5 @@ def _exchange(state: ShiraState, name: str, adapter: ShiraAdapter | None) -> Non
         state.adapters = {name: held[name] for name in dict.fromkeys(order)}
 
 
-def _joined(mixes: Iterable[Mix]) -> Mix:
-    """The parts that components have of one mix."""
-    parts = list(mixes)
-    method = next((mix.method for mix in parts if mix.scales), "sum")
-    return Mix({name: scale for mix in parts for name, scale in mix.scales.items()}, method)
-
-
-def _within(scale: Scale, components: Sequence[str]) -> Scale:
-    """A strength without those for other components."""
-    if not isinstance(scale, Mapping):
-        return scale
-    return {part: strength for part, strength in scale.items() if part in components}
+def _method_of(mixes: Mapping[str, Mix]) -> str:
+    return next((mix.method for mix in mixes.values() if mix.scales), "sum")

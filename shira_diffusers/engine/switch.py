@@ -283,7 +283,7 @@ def _mixed(one: Transaction, plan: EntryPlan) -> tuple[Tensor, Mapping[str, floa
         scale = one.mix.scales[names[0]]
         if isinstance(scale, int | float):
             return plan.values[0], float(scale)
-        return plan.values[0], {name: scale_of(scale, one.component, name) for name in plan.names}
+        return plan.values[0], {name: scale_of(scale, one.mix.component, name) for name in plan.names}
     held = [k for k in range(len(names)) if plan.members[k]]
     union = Union(plan.indices, tuple([plan.places[k] for k in held]))
     scales = [_scales(one, plan, k, one.mix.scales[names[k]]) for k in held]
@@ -301,7 +301,7 @@ def _scales(one: Transaction, plan: EntryPlan, member: int, scale: Scale) -> flo
     """One number where all weights have the same scale, else float32 ``(nnz,)``."""
     if isinstance(scale, int | float):
         return float(scale)
-    by_weight = [scale_of(scale, one.component, weight) for weight in plan.members[member]]
+    by_weight = [scale_of(scale, one.mix.component, weight) for weight in plan.members[member]]
     sizes = torch.tensor([plan.sources[member].deltas[name].nnz for name in plan.members[member]], device="cpu")
     return torch.tensor(by_weight, dtype=torch.float32, device="cpu").repeat_interleave(sizes).to(plan.indices.device)
 

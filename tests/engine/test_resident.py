@@ -732,6 +732,7 @@ def test_a_replacement_drops_strengths_for_components_that_it_lacks(when: str, p
         resident.replace(one, "a")
     resident.enable()
     assert resident.active == {"a": {"unet": 0.5}}
+    assert Resident({"unet": pipe.unet, "text_encoder": tiny.text_encoder()}).active == {"a": {"unet": 0.5}}
     tiny.assert_same_bits(pipe, reference.apply(base, {"a": one}, {"a": {"unet": 0.5}}))
     resident.set(resident.active)
     resident.replace(both, "a")  # what was dropped does not come back
@@ -750,6 +751,32 @@ def test_what_cannot_take_the_place_leaves_all_as_it_was(resident: Resident, mod
     tiny.assert_same_bits(model, before)
     assert resident.active == {"a": 0.5} and resident.names == ["a", "b", "c"]
     tiny.assert_same_adapter(resident.adapter("a"), adapters["a"])
+
+
+@pytest.mark.parametrize("name", ["", "other"])
+@pytest.mark.parametrize("scale", [{"unet": 0.5}, {"unet": {"down": 0.3}, "text_encoder": 2}, {"text_encoder": 0.5}])
+def test_strengths_hold_by_whatever_name_a_component_is_known(name: str, scale: dict, pipe: object) -> None:
+    """A mix that one owner has set is put aside, brought back, fused and shown by another."""
+    both, unet = Resident(tiny.modules_of(pipe)), Resident({name: pipe.unet} if name else pipe.unet)
+    base, adapter = tiny.snapshot(pipe), tiny.adapter_for(pipe, 1)
+    both.add(adapter, "a")
+    both.add(tiny.adapter_for(pipe, 2), "b")
+    both.set({"a": scale})
+    expected = reference.apply(base, {"a": adapter}, {"a": scale})
+
+    def use(resident: Resident, mix: dict) -> None:
+        with resident.using(mix):
+            pass
+
+    acts = [
+        lambda: (unet.disable(), unet.enable()),
+        lambda: use(unet, {"b": 1.0}),
+        lambda: unet.set(unet.active),
+        lambda: (unet.add(unet.fused(), "mix"), unet.set({"mix": 1.0})),
+    ]
+    for act in acts:
+        act()
+        tiny.assert_same_bits(pipe, expected)
 
 
 def test_two_residents_of_a_module_share_its_state(resident: Resident, model: nn.Module) -> None:
