@@ -21,7 +21,7 @@ from shira_diffusers.engine.locks import Held, Hold, hold, leave
 from shira_diffusers.engine.offloading import new_offloads, note_offloads
 from shira_diffusers.engine.plan import Mix
 from shira_diffusers.engine.state import ShiraState, ensure_state, state_of
-from shira_diffusers.engine.switch import plan_switch, require_written, run
+from shira_diffusers.engine.switch import plan_switch, require_in_range, require_written, run
 from shira_diffusers.errors import ShiraError, counted, listing
 from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.sweep_triton import engine_for
@@ -424,8 +424,12 @@ class Resident:
         """Make the weights as they are now the base for good, and deactivate all adapters (they stay loaded).
 
         Nothing is written. Also keeps weights that were modified outside shira_diffusers, where those are wanted.
+
+        Raises:
+            ShiraError: sums became infinite when the model was cast to a narrower dtype; nothing has changed.
         """
         with self.writing():
+            require_in_range({part: state.overwritten for part, state in self._states().items()}, self.active)
             for state in self._states().values():
                 state.overwritten, state.mix, state.disabled = (), Mix(), None
 

@@ -200,34 +200,35 @@ def _carry_out(transactions: Sequence[Transaction], undo: ExitStack) -> bool:
             undo.callback(_undo_copies, step)
             _write_copies(step)
     if not finite:
-        _require_in_range(transactions)
+        scales = {name: scale for one in transactions for name, scale in one.mix.scales.items()}
+        require_in_range({one.component: one.incoming for one in transactions}, scales)
     return True
 
 
-def _require_in_range(transactions: Sequence[Transaction]) -> None:
+def require_in_range(groups: Mapping[str, Iterable[SavedEntries]], scales: Mapping[str, Scale]) -> None:
     """Require that no finite value of the base has become infinite or NaN.
+
+    Args:
+        groups: what is overwritten in each component.
+        scales: by which adapters, for the message.
 
     Raises:
         ShiraError: names the weights, with counts.
     """
     wide = [
-        f"{join_name(one.component, name)}: {counted(count, 'entry', of=base.numel())} in {_name_of(base)}"
-        for one in transactions
-        for saved in one.incoming
+        f"{join_name(component, name)}: {counted(count, 'entry', of=base.numel())} in {_name_of(base)}"
+        for component, group in groups.items()
+        for saved in group
         for name, _, base, written in saved.parts()
         if (count := int((_finite(base) & ~_finite(written)).sum()))
     ]
     if wide:
-        mix = ", ".join(f"{name}={scale}" for name, scale in sorted(_all_scales(transactions).items()))
+        mix = ", ".join(f"{name}={scale}" for name, scale in sorted(scales.items()))
         raise ShiraError(
             f"{counted(len(wide), 'weight')} would become infinite or NaN with {mix}, expected sums in the range of "
             "their dtype; nothing has changed. Use smaller scales, or load the model in a wider dtype:"
             f"{listing(wide)}"
         )
-
-
-def _all_scales(transactions: Iterable[Transaction]) -> dict[str, Scale]:
-    return {name: scale for one in transactions for name, scale in one.mix.scales.items()}
 
 
 def _name_of(values: Tensor) -> str:

@@ -388,6 +388,21 @@ def test_sums_out_of_range_are_refused(dtype: torch.dtype, mix: dict) -> None:
     assert bool((model.weight.view(-1)[:2].float() >= 0.98 * LARGE[dtype]).all())
 
 
+def test_what_a_cast_has_made_infinite_is_not_baked() -> None:
+    model = tiny.linears()
+    resident = Resident(model)
+    resident.add(tiny.adapter_for(model, only=("",), size=1.0), "a")
+    resident.set({"a": 2e5})
+    model.half()
+    held = tiny.snapshot(model)
+    with pytest.raises(ShiraError, match=r"would become infinite or NaN with a=200000.0[\s\S]*entries in float16"):
+        resident.bake()
+    assert resident.active == {"a": 2e5}
+    tiny.assert_same_bits(model, held)
+    resident.clear()
+    tiny.assert_same_bits(model, tiny.snapshot(tiny.linears().half()))
+
+
 def test_all_components_are_refused_together() -> None:
     parts = {"fine": nn.Linear(4, 4).half(), "wide": nn.Linear(4, 4).half()}
     before = {name: tiny.snapshot(part) for name, part in parts.items()}
