@@ -93,9 +93,11 @@ def is_one_name_each(
         outgoing: the names of what leaves.
         live: these weights, and all of the adapters, each of any shape.
     """
-    names = {name for own in (*outgoing, *[plan.names for plan in plans]) for name in own}
-    weights = {identity(live[name]) for name in names}
-    return len(weights) == len(names) and weights == {identity(weight) for weight in live.values()}
+    planned = {name for plan in plans for name in plan.names}
+    names = planned.union(*outgoing)
+    adapted = {name for plan in plans for adapter in plan.sources for name in adapter.deltas}
+    weights, own, theirs = ({identity(live[name]) for name in some} for some in (names, planned, adapted))
+    return len(weights) == len(names) and own == theirs
 
 
 def as_now(saved: SavedEntries, live: Mapping[str, Tensor], version: int) -> list[SavedEntries]:

@@ -102,10 +102,11 @@ class Resident:
             first = joined[name] = next(iter(given.values()))[0]
             if isinstance(first, Mapping) or any(scale != first for scale, _ in given.values()):
                 own = {
-                    part: scale.get(named) if isinstance(scale, Mapping) else scale
+                    part: scale if not isinstance(scale, Mapping) else scale.get(named)
                     for part, (scale, named) in given.items()
                 }
-                joined[name] = {part: own[part] for part in self.components.get(name, ()) if own.get(part) is not None}
+                has = self.components.get(name, ())
+                joined[name] = {part: scale for part, scale in own.items() if part in has and scale is not None}
         return joined
 
     @property

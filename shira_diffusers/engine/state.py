@@ -1,6 +1,7 @@
 """Keep a module's adapters, mix and saved bits inside the module, so that copies of it have them too."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from threading import Lock
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.engine.offloading import offload_under_way
 from shira_diffusers.engine.plan import Mix
-from shira_diffusers.errors import ResidentStateError, counted, listing, verb
-from shira_diffusers.weights.finder import WeightMap
+from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
+from shira_diffusers.weights.finder import WeightMap, identity
 from shira_diffusers.weights.scatter import bits_of, cast, gather, overwrite
 from shira_diffusers.weights.steps import EntryPlan, SavedEntries
 from shira_diffusers.weights.sweep_cpu import BufferPool
@@ -41,22 +42,37 @@ class ShiraState(nn.Module):
         self.mix = Mix()
         self.disabled: Mix | None = None
         self.overwritten: tuple[SavedEntries, ...] = ()
+        self.twins: dict[str, str] = {}  # other names of overwritten weights that are tied -> those of the plan
         self.reloaded = False  # since the last switch, by ``load_state_dict``
         self.remembered: list[tuple[EntryPlan, ...]] = []
         self.pool = BufferPool()
 
-    def set_overwritten(self, fresh: Sequence[SavedEntries]) -> None:
-        """Note what is overwritten now, and keep the memory of what was."""
+    def note_untied(self, weights: WeightMap) -> None:
+        """Count weights as overwritten that were tied to one that is, and hold a copy of its mix by now."""
+        entries = self.entries if self.twins else {}
+        for name, twin in list(self.twins.items()):
+            _, indices, base, written = entries[twin]
+            with suppress(ShiraError):  # no such weight any more, or none that we could write
+                weight, other = weights[name], weights[twin]
+                if identity(weight) == identity(other) or weight.numel() != other.numel():
+                    continue
+                if _holds_any(weight, indices, (written,)):
+                    plan = EntryPlan((name,), (weight.numel(),), (0, indices.numel()), indices)
+                    self.overwritten += (SavedEntries(plan, base.clone(), written.clone()),)
+                    del self.twins[name]
+
+    def set_overwritten(self, fresh: Sequence[SavedEntries], twins: dict[str, str]) -> None:
+        """Note what is overwritten now, under which other names, and keep the memory of what was."""
         left = [tensor for saved in self.overwritten for tensor in (saved.base, saved.written)]
-        self.overwritten, self.reloaded = tuple(fresh), False
+        self.overwritten, self.twins, self.reloaded = tuple(fresh), twins, False
         self.pool.keep(left, [tensor for saved in fresh for tensor in (saved.base, saved.written)])
 
     def restorer(self) -> Callable[[], None]:
         """What makes mix and saved bits those of now again."""
-        mix, disabled, overwritten = self.mix, self.disabled, self.overwritten
+        mix, disabled, overwritten, twins = self.mix, self.disabled, self.overwritten, self.twins
 
         def restore() -> None:
-            self.mix, self.disabled, self.overwritten = mix, disabled, overwritten
+            self.mix, self.disabled, self.overwritten, self.twins = mix, disabled, overwritten, twins
             self.pool.clear()  # it may hold what is saved there
 
         return restore
@@ -163,11 +179,12 @@ def _save_the_base(
     offload = offload_under_way()
     if offload == "disk":
         raise _no_way_to_disk(module, state)
+    weights = WeightMap(module)
+    state.note_untied(weights)
     entries = state.entries
     if offload == "memory" or _holds_parameters(state_dict, prefix, entries):
         return
     restored: dict[int, Tensor] = {}
-    weights = WeightMap(module)
     live = weights.live(entries)
     keys = _keys_by_address(state_dict, prefix, live)
     if foreign := written_since(entries.values(), live):

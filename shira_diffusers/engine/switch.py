@@ -40,6 +40,7 @@ class Transaction:
         weights, live: where the weights are, and they themselves.
         outgoing: what is restored, as the weights are now.
         plans: of what is overwritten next.
+        twins: other names of the weights of these, which are tied.
         incoming: what is overwritten after it, filled on the way.
     """
 
@@ -52,12 +53,13 @@ class Transaction:
     live: dict[str, Tensor]
     outgoing: list[SavedEntries]
     plans: tuple[EntryPlan, ...]
+    twins: dict[str, str]
     incoming: list[SavedEntries] = field(default_factory=list)
 
     def commit(self) -> None:
         """Note that it has been carried out."""
         self.state.mix, self.state.disabled = self.mix, self.disabled
-        self.state.set_overwritten(self.incoming)
+        self.state.set_overwritten(self.incoming, self.twins)
 
     def notify(self) -> None:
         """Let others know, once all components are committed: what they raise comes too late to undo anything."""
@@ -82,6 +84,8 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     state = ensure_state(module)
     adapters = [state.adapters[name] for name in sorted(mix.scales)]
     weights = weights_of(model)
+    if state.twins:
+        state.note_untied(weights)
     outgoing_names = tuple([saved.plan.names for saved in state.overwritten])
     # as a rule a few tuples of the same names
     live = weights.live(dict.fromkeys(chain(*outgoing_names, *[adapter.deltas for adapter in adapters])))
@@ -105,7 +109,10 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
         if plans:
             plans[0].once(usable, lambda: True, version)
     state.remember(plans)
-    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans)
+    twins: dict[str, str] = {}
+    for plan in plans:
+        twins |= plan.once("twins", partial(weights.twins, plan.names), version)
+    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans, twins)
 
 
 def _resized(plan: EntryPlan, live: Mapping[str, Tensor], version: int) -> list[str]:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError
 from shira_diffusers.weights.scatter import is_byte_dtype, is_dense
-from shira_diffusers.weights.targets import FUSED_COPIES, WRAPPERS
+from shira_diffusers.weights.targets import FUSED_COPIES, WRAPPERS, canonical_name
 
 # Where `fuse_qkv_projections` copies a projection to: the copies, and the projections before it in each.
 _FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -167,6 +167,13 @@ class WeightMap:
     def copied(self, names: Iterable[str]) -> list[str]:
         """Those of some weights that more than one tensor holds; they were looked at before."""
         return [name for name in names if name not in self._plain and len(self._places[name]) > 1]
+
+    def twins(self, names: Iterable[str]) -> dict[str, str]:
+        """Other names of some weights -> these, where the module has one parameter under several names."""
+        parameters = self._root.named_parameters(remove_duplicate=False)
+        ids = {canonical_name(name): id(parameter) for name, parameter in parameters}
+        first = {ids[name]: name for name in names if name in ids}
+        return {name: first[own] for name, own in ids.items() if first.get(own, name) != name}
 
     def own_name(self, name: str) -> str:
         """The name that the module itself has for a weight; raises as ``holders``."""

@@ -92,6 +92,43 @@ def test_untying_after_planning_adapts_both() -> None:
     tiny.assert_same_bits(model, base)
 
 
+@pytest.mark.parametrize("untied", ["a", "b"])
+@pytest.mark.parametrize("named", ["ab", "a"])
+def test_untying_while_active_takes_the_mix_off_both(named: str, untied: str) -> None:
+    model = two_layers()
+    model["b"].weight = model["a"].weight
+    base = model["a"].weight.detach().clone()
+    deltas = adapter(1.0, 1.0).deltas
+    resident = warm(model, ShiraAdapter({f"{name}.weight": deltas[f"{name}.weight"] for name in named}))
+    for end in (resident.clear, lambda: resident.set({"x": 2.0})):
+        resident.set({"x": 1.0})
+        model[untied].weight = nn.Parameter(model[untied].weight.detach().clone())
+        saved = model.state_dict()
+        assert all(torch.equal(saved[f"{name}.weight"], base) for name in "ab")
+        end()
+        scale = resident.active.get("x", 0.0)
+        for name in "ab":
+            expected = base.clone()
+            expected.view(-1)[[1, 17, 29]] += scale if name in named else 0.0
+            assert torch.equal(model[name].weight, expected), name
+        resident.clear()
+        model["b"].weight = model["a"].weight
+
+
+def test_another_weight_in_the_place_of_a_tied_one_is_left_alone() -> None:
+    model = two_layers()
+    other = model["b"]
+    other_base = other.weight.detach().clone()
+    model["b"] = nn.Linear(6, 5, bias=False)
+    model["b"].weight = model["a"].weight
+    base = model["a"].weight.detach().clone()
+    resident = warm(model, adapter(1.0, 1.0))
+    resident.set({"x": 1.0})
+    model["b"] = other
+    resident.clear()
+    assert torch.equal(model["a"].weight, base) and torch.equal(other.weight, other_base)
+
+
 def test_weights_that_overlap_since_are_refused() -> None:
     model = two_layers()
     resident = warm(model, adapter(1.0, 2.0))
@@ -156,9 +193,9 @@ def test_an_interrupt_in_a_commit_takes_everything_back(
     state = type(models["one"]._shira)
     real, calls = state.set_overwritten, []
 
-    def interrupted(self: object, fresh: object) -> None:
+    def interrupted(self: object, *fresh: object) -> None:
         calls.append(self)
-        real(self, fresh)
+        real(self, *fresh)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
