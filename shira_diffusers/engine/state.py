@@ -22,6 +22,8 @@ from shira_diffusers.weights.targets import canonical_name
 
 ATTRIBUTE = "_shira"
 _REMEMBERED_BYTES = 2**26  # of plans beyond the last two
+# In this order: the narrowest dtype that has all values of a weight is the one that it was cast to.
+_NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16)
 
 
 Part = tuple[str, Tensor, Tensor, Tensor]
@@ -186,6 +188,7 @@ def _save_the_base(
         return
     restored: dict[int, Tensor] = {}
     live = weights.live(entries)
+    entries = {part[0]: part for saved in state.overwritten for part in as_rounded(saved, live).parts()}
     keys = _keys_by_address(state_dict, prefix, live)
     if foreign := written_since(entries.values(), live):
         raise written_by_others(foreign, f"what to save as the base of {type(module).__name__} is not known")
@@ -248,6 +251,25 @@ def _holds_any(weight: Tensor, indices: Tensor, values: Iterable[Tensor]) -> boo
     """Whether a weight's values at indices are one of these, after the same cast if it was cast since."""
     now = gather(weight, indices)
     return any(torch.equal(bits_of(now), bits_of(cast(one, now))) for one in values)
+
+
+def as_rounded(saved: SavedEntries, live: Mapping[str, Tensor]) -> SavedEntries:
+    """The same entries, rounded as weights (any shape) that were cast to a narrower dtype and back, layer by layer.
+
+    Such casts do not reach the state, or only when all layers are in the wide dtype again.
+    """
+    parts = [_rounded(live[name], indices, base, written) for name, indices, base, written in saved.parts()]
+    base, written = (torch.cat(bits) for bits in zip(*parts, strict=True))
+    return SavedEntries(saved.plan, base, written)
+
+
+def _rounded(weight: Tensor, indices: Tensor, base: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    if base.dtype == weight.dtype and not _holds_any(weight, indices, (written, base)):
+        for dtype in _NARROW:
+            whole, was, now = (one.to(dtype).to(one.dtype) for one in (weight, base, written))
+            if torch.equal(whole, weight) and _holds_any(weight, indices, (now,)):
+                return was, now
+    return base, written
 
 
 def written_by_others(names: Sequence[str], consequence: str) -> ResidentStateError:

@@ -19,7 +19,7 @@ from shira_diffusers.adapters.scales import Scale, scale_of
 from shira_diffusers.engine.fit import join_name
 from shira_diffusers.engine.plan import Mix, as_now, fits_now, is_one_name_each, plan_entries, plans_of
 from shira_diffusers.engine.sharing import claims, conflicts
-from shira_diffusers.engine.state import ShiraState, ensure_state, written_by_others, written_since
+from shira_diffusers.engine.state import ShiraState, as_rounded, ensure_state, written_by_others, written_since
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
 from shira_diffusers.weights.scatter import cast, overwrite
@@ -353,7 +353,7 @@ def read_current(component: str, groups: Iterable[SavedEntries], live: Mapping[s
     """
     current: list[SavedEntries] = []
     foreign: list[str] = []
-    for saved in groups:
+    for saved in [as_rounded(one, live) for one in groups]:
         current.append(replace(saved, written=saved.plan.read(live)))
         foreign += written_since(saved.parts(), live)
     _require_ours(component, foreign)
@@ -366,7 +366,9 @@ def require_written(component: str, groups: Iterable[SavedEntries], live: Mappin
     Raises:
         ResidentStateError: names the weights that were modified outside shira_diffusers.
     """
-    _require_ours(component, written_since(chain(*[saved.parts() for saved in groups]), live, base_too=False))
+    _require_ours(
+        component, written_since(chain(*[as_rounded(saved, live).parts() for saved in groups]), live, base_too=False)
+    )
 
 
 def _require_ours(component: str, foreign: Sequence[str]) -> None:

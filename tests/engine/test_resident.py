@@ -581,6 +581,34 @@ def test_casting_one_layer_and_then_the_others_while_active(
     tiny.assert_same_bits(model, tiny.snapshot(plain))
 
 
+@pytest.mark.parametrize("narrow", [torch.float8_e4m3fn, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("back", ["whole", "layers"])
+def test_casting_layers_down_and_back_while_active(
+    narrow: torch.dtype, back: str, resident: Resident, model: nn.Module, adapters: dict
+) -> None:
+    """Neither cast reaches the state while a layer is narrow; what is restored is the base, rounded as well."""
+
+    def there_and_back(model: nn.Module) -> None:
+        layers = [layer for layer in model.mid_block.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        for layer in layers:
+            layer.to(narrow)
+        for layer in layers if back == "layers" else [model]:
+            layer.to(torch.float32)
+
+    plain = tiny.unet()
+    there_and_back(plain)
+    base = tiny.snapshot(plain)
+    resident.set({"a": 1.0, "b": 0.5})
+    there_and_back(model)
+    resident.verify()
+    saved = model.state_dict()
+    assert all(tiny.same_bits(saved[name], base[name]) for name in base)
+    resident.set({"a": 0.5})
+    assert same_as_oracle(model, base, adapters, {"a": 0.5})
+    resident.clear()
+    tiny.assert_same_bits(model, base)
+
+
 def test_state_dict_while_active_is_the_base(resident: Resident, model: nn.Module) -> None:
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     resident.set({"a": 1.0, "b": 1.0})

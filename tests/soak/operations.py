@@ -447,7 +447,7 @@ class Walk:
         self._cast(own)
         if self.kind == "fp8" and self.mix:
             self.check(False)
-            self.pipe.set_shira(self.mix)  # what is cast layer by layer, and then as a whole, is taken for foreign
+            self.pipe.set_shira(self.mix)  # a whole cast to a third dtype may round twice: foreign
             self._mixed(self.mix)
 
     def _cast(self, dtypes: Mapping[str, torch.dtype]) -> None:
