@@ -1,6 +1,6 @@
 """Check strengths as users give them, and compute the one number that each parameter gets from them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, ValuesView
 from typing import Any
 
 from shira_diffusers.errors import ShiraError, counted, listing
@@ -41,6 +41,8 @@ def mix_of(names: str | Iterable[str] | Mapping[str, Scale | None], weights: Wei
     if len(set(chosen)) != len(chosen):
         raise ShiraError(f"each adapter may be named once, got {chosen}")
     given = list(names.values()) if isinstance(names, Mapping) else each_scale(weights, len(chosen))
+    if isinstance(names, set | frozenset) and any(weight != given[0] for weight in given):
+        raise ShiraError(f"a set of names has no order, got {names!r} with {given}; give {{name: weight}} or a list")
     if len(given) != len(chosen):
         raise ShiraError(
             f"expected one weight per adapter, got {counted(len(given), 'weight')} for "
@@ -78,7 +80,11 @@ def each_scale(weights: Weights, count: int) -> list[Scale | None]:
     """Return what was given per adapter: one for all, or a list (or array of one dimension) as it is."""
     if getattr(weights, "ndim", 0) == 1:  # of NumPy or torch
         return list(weights)  # type: ignore[arg-type]
-    return list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights] * count
+    return (
+        list(weights)
+        if isinstance(weights, Sequence | ValuesView) and not isinstance(weights, str)
+        else [weights] * count
+    )
 
 
 def scale_of(scale: Scale, component: str, name: str) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_probes import BaseMatch
 from shira_diffusers.adapters.merge import fuse_scaled, merge_method
-from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scale, mix_from, scale_of
+from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scale, mix_from, name_list, scale_of
 from shira_diffusers.engine.callers import stacklevel
 from shira_diffusers.engine.fit import compare_base, fit, trained_on
 from shira_diffusers.engine.locks import Held, Hold, hold, leave
@@ -278,8 +278,11 @@ class Resident:
                 stacklevel=stacklevel(),
             )
 
-    def remove(self, *names: str) -> None:
+    def remove(self, *names: str | Iterable[str]) -> None:
         """Forget adapters, in one switch; those of the mix that are left stay active.
+
+        Args:
+            names: each one or several; of a mapping the names count.
 
         Raises:
             ShiraError: no adapter of such a name.
@@ -288,14 +291,15 @@ class Resident:
         On error nothing has changed.
         """
         with self.writing():
-            self.require_known(names)
+            gone = list(chain(*map(name_list, names)))
+            self.require_known(gone)
             states = self._states()
-            active = [part for part, state in states.items() if not state.mix.scales.keys().isdisjoint(names)]
-            left = set(self.names).difference(names)
+            active = [part for part, state in states.items() if not state.mix.scales.keys().isdisjoint(gone)]
+            left = set(self.names).difference(gone)
             run([plan_switch(p, self._models[p], states[p].mix.among(left), states[p].disabled) for p in active])
             for state in states.values():
                 state.disabled = state.disabled and state.disabled.among(left)
-                state.forget(names)
+                state.forget(gone)
 
     # ---------------------------------------------------------------- switching
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.adapters.scales import Scale, mix_from
+from shira_diffusers.adapters.scales import Scale, mix_from, name_list
 from shira_diffusers.engine.locks import Held, Hold
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.engine.state import ShiraState, state_of
@@ -122,7 +122,7 @@ class AdapterLibrary:
             ShiraError: the library is closed.
         """
         try:
-            for name in [names] if isinstance(names, str) else list(names):
+            for name in name_list(names):
                 self._pool.submit(self._prefetch, name).add_done_callback(_log_failure)
         except RuntimeError as error:
             raise ShiraError("the library is closed: make a new one") from error
@@ -186,12 +186,12 @@ class AdapterLibrary:
             user.resident.set(mix, method)
             undo.pop_all()
 
-    def keep(self, target: Any, names: Iterable[str]) -> Held[Any]:
+    def keep(self, target: Any, names: str | Iterable[str]) -> Held[Any]:
         """``with library.keep(pipe, ["bluefire"]) as pipe: ...``: adapters on a model for a while, none made active.
 
         What the body does with them, such as ``pipe.shira``, reads no files. Args, Raises: as ``use``.
         """
-        user, wanted = _User(target), list(names)
+        user, wanted = _User(target), name_list(names)
 
         @contextmanager
         def inside(_: Hold, versions: list[Version]) -> Iterator[Any]:

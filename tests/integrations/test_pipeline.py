@@ -488,6 +488,20 @@ def test_a_mapping_gives_names_and_weights(loaded: StableDiffusionPipeline) -> N
     tiny.assert_same_bits(loaded, base)
 
 
+def test_names_and_weights_in_other_containers(loaded: StableDiffusionPipeline) -> None:
+    mix = {"paintings": 0.5, "bluefire": 0.25}
+    loaded.set_shira(mix.keys(), mix.values())
+    assert loaded.get_active_shira() == mix
+    with pytest.raises(ShiraError, match="a set of names has no order"):
+        loaded.set_shira(set(mix), [0.1, 0.9])
+    assert loaded.get_active_shira() == mix
+    loaded.set_shira(set(mix), 0.5)
+    assert loaded.get_active_shira() == dict.fromkeys(mix, 0.5)
+    for names in (["paintings"], {"bluefire": 1.0}):
+        resident_of(loaded).remove(names)
+    assert loaded.list_shira() == {}
+
+
 def test_weights_beside_a_mapping_are_refused(loaded: StableDiffusionPipeline) -> None:
     message = r"expected strengths once, got \{'bluefire': 0\.5\} and adapter_weights=1\.0; leave adapter_weights out"
 

@@ -970,6 +970,16 @@ def test_a_closed_library(open_library: Callable[..., AdapterLibrary], model: nn
             use("a1")
 
 
+def test_adapters_are_kept_by_one_name_or_several(
+    open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential
+) -> None:
+    (folder / "a0.safetensors").rename(folder / "bluefire.safetensors")
+    library = open_library()
+    for names in ("bluefire", ["bluefire"], {"bluefire": 0.5}):
+        with library.keep(model, names):
+            assert Resident(model).names == ["bluefire"]
+
+
 def test_a_mix_must_be_a_mapping(open_library: Callable[..., AdapterLibrary], model: nn.Sequential) -> None:
     with pytest.raises(ShiraError, match=r"expected the mix as \{name: strength\}, got 'a0'"):
         open_library().set(model, "a0")
