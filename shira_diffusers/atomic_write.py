@@ -2,7 +2,26 @@
 
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def made_whole(target: Path) -> Iterator[Path]:
+    """Give a name for a new file or folder, which becomes ``target`` when the block ends.
+
+    On an error in the block what was written is removed; its files are synced by who writes them.
+    """
+    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        yield temporary
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
 
 
 def write_atomically(target: Path, content: bytes) -> None:

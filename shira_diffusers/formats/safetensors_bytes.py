@@ -37,6 +37,8 @@ _ARRAYS: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# what the library, and our own look at the header, raise for a damaged file
+_UNREADABLE = (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 _LONG_NAMES = {"B": "bfloat", "F": "float", "I": "int", "U": "uint"}
 
 
@@ -53,6 +55,34 @@ class Opened(NamedTuple):
     tensors: dict[str, Raw]
     metadata: dict[str, str]
     content: Bytes
+
+
+class Span(NamedTuple):
+    """Where a tensor is in a file: its dtype as safetensors names it, its shape, and its bytes ``[start, end)``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def spans_of(file: Path) -> dict[str, Span]:
+    """Where each tensor of a safetensors file is, by key; only the header is read.
+
+    Raises:
+        OSError: the file cannot be opened.
+        AdapterFormatError: no intact safetensors file.
+    """
+    with open(file, "rb") as raw:
+        try:
+            with safetensors.safe_open(os.fspath(file), framework="numpy"):
+                size = int.from_bytes(raw.read(8), "little")
+                header = json.loads(raw.read(size))
+        except _UNREADABLE as error:
+            raise unreadable(file, str(error)) from error
+    header.pop("__metadata__", None)
+    spans = {key: [8 + size + offset for offset in entry["data_offsets"]] for key, entry in header.items()}
+    return {key: Span(entry["dtype"], tuple(entry["shape"]), *spans[key]) for key, entry in header.items()}
 
 
 def dtype_name(dtype: str) -> str:
@@ -105,7 +135,7 @@ def _open(file: Path, read: Callable[[Path], Bytes]) -> Opened:
     try:
         with safetensors.safe_open(os.fspath(file), framework="numpy"):
             return cut(read(file))
-    except (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise unreadable(file, str(error)) from error
 
 
