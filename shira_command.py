@@ -1,8 +1,8 @@
 """Entry point of the ``shira`` command: parses first, and loads torch and diffusers only for a command that needs them.
 
 It stands outside the package because importing ``shira_diffusers`` adds methods to diffusers' pipelines, so loads
-diffusers. What needs neither, the parser and ``inspect``, is imported without running the package's ``__init__``;
-nobody's import machinery is touched.
+diffusers. What needs neither, the parser, ``inspect`` and ``diff``, is imported without running the package's
+``__init__``; nobody's import machinery is touched.
 """
 
 import sys
@@ -13,21 +13,31 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _LOADING = ("shira_diffusers", "shira_diffusers.formats")  # the packages whose ``__init__`` loads torch
+_LIGHT = ("inspect", "diff")  # the commands that need no torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """As ``shira_diffusers.cli.__main__.main``."""
     with _bare_packages():
         version = import_module("shira_diffusers._version").__version__
-        args = import_module("shira_diffusers.cli.arguments").parser(version).parse_args(argv)
-        if args.command == "inspect":
-            light: int = import_module("shira_diffusers.cli.run").run(
-                args, import_module("shira_diffusers.cli.inspect").inspect
-            )
+        args = import_module("shira_diffusers.cli.arguments").parse(version, argv)
+        if args.command in _LIGHT:
+            command = getattr(import_module(f"shira_diffusers.cli.{args.command}"), args.command)
+            light: int = import_module("shira_diffusers.cli.run").run(args, command)
             return light
+    if args.command == "train":
+        return train(args.flags, "shira train")
     from shira_diffusers.cli.__main__ import run
 
     return run(args)
+
+
+def train(flags: Sequence[str], program: str) -> int:
+    """As ``shira_diffusers.cli.train.train``."""
+    with _bare_packages():
+        start = import_module("shira_diffusers.cli.train").train
+    status: int = start(flags, program)  # what it imports is the whole package
+    return status
 
 
 @contextmanager

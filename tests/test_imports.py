@@ -40,6 +40,7 @@ APP = (
     "__main__",
 )
 TOP = ("app", "shira_command", "train_dreambooth_shira", "benchmarks")
+SHELL = "train_dreambooth_shira"  # calls the command
 KNOWS_DIFFUSERS = {"integrations", "dreambooth", "cli"}
 WRITES_WEIGHTS = {"engine", "training", "weights"}
 
@@ -86,7 +87,7 @@ def level_of(module: str) -> int:
     first, *rest = module.split(".")
     wings = [*(f"{PACKAGE}.{each}" for each in WINGS), *(f"app.{each}" for each in APP)]
     if first not in (PACKAGE, "app"):
-        return len(wings)
+        return len(wings) + (first == SHELL)
     if first == "app" and rest == ["__init__"]:
         return len(WINGS)
     levels = [

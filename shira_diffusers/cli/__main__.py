@@ -1,4 +1,4 @@
-"""Run the ``shira`` command: inspect adapters, verify them, fuse them, and demonstrate what they do.
+"""Run the ``shira`` command: inspect, verify, fuse and bake adapters, and demonstrate what they do.
 
 Exit status: 0 when all is well, 1 with one line of error on stderr, 2 for a command that cannot be understood.
 """
@@ -7,12 +7,16 @@ import argparse
 from collections.abc import Sequence
 
 from shira_diffusers import __version__
-from shira_diffusers.cli.arguments import parser
+from shira_diffusers.cli.arguments import parse
+from shira_diffusers.cli.bake import bake
 from shira_diffusers.cli.demo import PROMPTS, find_assets, run_demo
+from shira_diffusers.cli.diff import diff
+from shira_diffusers.cli.export_peft import export_peft
 from shira_diffusers.cli.fuse import DTYPES, fuse_files
 from shira_diffusers.cli.inspect import inspect
 from shira_diffusers.cli.run import run as run_command
 from shira_diffusers.cli.terminal import note, printable, say, table
+from shira_diffusers.cli.train import train
 from shira_diffusers.cli.verify import Verdict, verify_adapter
 from shira_diffusers.errors import AdapterMismatchError, counted
 from shira_diffusers.formats.inspect import inspect_adapter
@@ -20,7 +24,8 @@ from shira_diffusers.formats.inspect import inspect_adapter
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; a command that cannot be understood exits with 2 (SystemExit)."""
-    return run(parser(__version__).parse_args(argv))
+    args = parse(__version__, argv)
+    return train(args.flags, "shira train") if args.command == "train" else run(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +68,15 @@ def _demo(args: argparse.Namespace) -> None:
     say(f"wrote {args.output.resolve()}")
 
 
-_COMMANDS = {"inspect": inspect, "verify": _verify, "fuse": _fuse, "demo": _demo}
+_COMMANDS = {
+    "inspect": inspect,
+    "verify": _verify,
+    "fuse": _fuse,
+    "demo": _demo,
+    "bake": bake,
+    "export-peft": export_peft,
+    "diff": diff,
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -4,8 +4,11 @@ Needs the standard library only, so that help, version and usage errors come wit
 """
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from shira_diffusers.cli import export_arguments
 
 METHODS = ("sum",)  # those of MERGE_METHODS
 DTYPES = ("float32", "float16", "bfloat16")
@@ -25,7 +28,16 @@ EXAMPLES = {
         'shira demo --prompt "a picture of a red apple" --seed 7 -o apple.png',
         "shira demo --base ./my-model --adapters ./my-adapters",
     ),
+    **export_arguments.EXAMPLES,
 }
+
+
+def parse(version: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; all that follows ``train`` is for the trainer's own parser, as ``flags``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        return argparse.Namespace(command="train", flags=words[1:])
+    return parser(version).parse_args(words)
 
 
 def parser(version: str) -> argparse.ArgumentParser:
@@ -36,7 +48,6 @@ def parser(version: str) -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what a file holds", description="Show what a file holds.")
     inspect.set_defaults(command="inspect")
-    _show_examples(inspect, *EXAMPLES["inspect"])
     inspect.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that holds one")
     inspect.add_argument("--json", action="store_true", help="as JSON, for programs")
     inspect.add_argument("--all", action="store_true", help="list all parameters; on a terminal only the first 20 are")
@@ -47,13 +58,11 @@ def parser(version: str) -> argparse.ArgumentParser:
         description="Check names, shapes and base, apply the adapter, remove it and compare every bit.",
     )
     verify.set_defaults(command="verify")
-    _show_examples(verify, *EXAMPLES["verify"])
     verify.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that holds one")
     verify.add_argument("--base", required=True, help="a diffusers pipeline: a folder, or a Hub id")
 
     fuse = commands.add_parser("fuse", help="fuse adapters into one file", description="Fuse adapters into one file.")
     fuse.set_defaults(command="fuse")
-    _show_examples(fuse, *EXAMPLES["fuse"])
     fuse.add_argument("files", metavar="FILE", type=Path, nargs="+", help="adapter files, or folders that hold one")
     fuse.add_argument("-o", "--output", type=Path, required=True, help="a .safetensors file, or a folder for it")
     fuse.add_argument(
@@ -74,13 +83,18 @@ def parser(version: str) -> argparse.ArgumentParser:
         description="Draw a sheet, base | each style | the mix, and report how long switching took.",
     )
     demo.set_defaults(command="demo")
-    _show_examples(demo, *EXAMPLES["demo"])
     demo.add_argument("--base", help="a diffusers pipeline (the bundled emoji-diffusion)")
     demo.add_argument("--adapters", type=Path, metavar="FOLDER", help="a folder of adapters (the bundled styles)")
     demo.add_argument("-o", "--output", type=Path, default=Path("shira-demo.png"), help="the sheet (%(default)s)")
     demo.add_argument("--prompt", action="append", metavar="TEXT", help="a row of the sheet; may be repeated")
     demo.add_argument("--seed", type=_whole(0, 2**32), default=0, help="of the first row (%(default)s)")
     demo.add_argument("--steps", type=_whole(1, 1000), default=20, help="of each picture (%(default)s)")
+
+    export_arguments.add_exports(commands)
+    commands.add_parser("train", help="train an adapter from a few pictures (shira train --help)", add_help=False)
+    for name, subparser in commands.choices.items():
+        if name in EXAMPLES:
+            _show_examples(subparser, *EXAMPLES[name])
     return whole
 
 

@@ -59,7 +59,7 @@ def fuse_files(
     _compare_bases(adapters, report)
     fused = fuse(adapters, weights, method).astype(dtype)
     scales = [1.0] * len(files) if weights is None else list(weights)
-    mix = dict(zip(_titles(files), scales, strict=True))
+    mix = dict(zip(titles(files), scales, strict=True))
     return save_adapter(fused.with_metadata(mix=json.dumps(mix), method=method), output)
 
 
@@ -70,7 +70,7 @@ def _compare_bases(adapters: Sequence[ShiraAdapter], report: Callable[[str], Non
         report(f"note: the adapters name different bases: {', '.join(map(repr, bases))}")
 
 
-def _titles(files: Sequence[Path]) -> list[str]:
+def titles(files: Sequence[Path]) -> list[str]:
     """What to call each adapter: its file's name, or its folder's for the default name; the path if two are alike."""
     titles = []
     for file in files:

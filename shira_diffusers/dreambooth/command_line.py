@@ -70,18 +70,19 @@ _IGNORED_SWITCHES = {
 }  # fmt: skip
 
 
-def parse_config(arguments: Sequence[str] | None = None) -> TrainingConfig:
+def parse_config(arguments: Sequence[str] | None = None, program: str | None = None) -> TrainingConfig:
     """Read the command line.
 
     Args:
         arguments: without the program's name; None takes ``sys.argv``. Flags of diffusers' scripts that have no
             meaning here are accepted with a warning.
+        program: what ``--help`` calls it; None is the name in ``sys.argv``.
 
     Raises:
         SystemExit: unknown or missing flags, or values of another type, after one line that says so.
         ShiraError: settings out of range or at odds with each other.
     """
-    chosen = drop_ignored_flags(vars(_parser().parse_args(arguments)))
+    chosen = drop_ignored_flags(vars(_parser(program).parse_args(arguments)))
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
     return TrainingConfig(**settings)
 
@@ -93,8 +94,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; {self.prog} --help lists all flags\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
+        prog=program,
         description="Train a SHiRA adapter for Stable Diffusion from a few pictures (DreamBooth).",
         usage="%(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER --instance_prompt TEXT [flags]",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),

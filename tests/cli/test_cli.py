@@ -572,7 +572,7 @@ def test_the_parser_knows_all_choices() -> None:
     assert set(arguments.DTYPES) == fuse_command.DTYPES.keys()
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "fuse", "demo"])
+@pytest.mark.parametrize("command", arguments.EXAMPLES)
 def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -1,0 +1,49 @@
+"""Write an adapter as folders that PEFT loads: ``shira export-peft``."""
+
+import argparse
+import json
+import re
+from typing import Any
+
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.cli.terminal import note, printable, say
+from shira_diffusers.errors import counted
+from shira_diffusers.formats.opened_adapter import open_adapter
+from shira_diffusers.formats.peft_export import rank_for_peft, save_peft_adapters, split_for_peft
+
+_COMPONENT = re.compile(r"(unet|transformer|prior|text_encoder|image_encoder|controlnet)(_\d)?")
+
+
+def export_peft(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        ShiraError, OSError: see ``save_peft_adapter``; nothing is written.
+    """
+    parts = _parts(open_adapter(args.file).decode(), args.bare)
+    left_out: list[str] = []
+    if args.partial:
+        split = {part: split_for_peft(adapter) for part, adapter in parts.items()}
+        parts = {part: linear for part, (linear, _) in split.items() if linear.deltas}
+        left_out = [f"{part}.{name}".removeprefix(".") for part, (_, rest) in split.items() for name in rest]
+    folders = save_peft_adapters(parts, args.output)
+    for name in left_out:
+        note(f"note: left out {printable(name)}, which is no Linear layer's")
+    facts: list[dict[str, Any]] = [
+        {"folder": str(folder), "component": part, "r": rank_for_peft(parts[part]), "layers": len(parts[part].deltas)}
+        for part, folder in folders.items()
+    ]
+    if args.json:
+        say(json.dumps({"written": facts, "left_out": left_out}))
+        return
+    for fact in facts:
+        of = f" of {printable(fact['component'])}" if fact["component"] else ""
+        say(f"wrote {fact['folder']}: {counted(fact['layers'], 'layer')}{of}, r = {fact['r']}")
+
+
+def _parts(adapter: ShiraAdapter, bare: bool) -> dict[str, ShiraAdapter]:
+    """The part for each component; under an empty name an adapter of a bare module."""
+    names = adapter.component_names()
+    if bare or not all(map(_COMPONENT.fullmatch, names)):
+        return {"": adapter}
+    return {name: adapter.part(name) for name in names}
