@@ -12,7 +12,11 @@ from tests.test_imports import APP, WINGS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
-DOCUMENTS += [ROOT / "assets/README.md", ROOT / "examples/emoji/README.md", ROOT / "benchmarks/study/README.md"]
+DOCUMENTS += [
+    ROOT / "assets/README.md",
+    *sorted(ROOT.glob("examples/*/README.md")),
+    ROOT / "benchmarks/study/README.md",
+]
 
 
 def text_of(path: Path) -> str:
