@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from shira_diffusers.atomic_write import made_whole
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.formats.find import safetensors_in
-from shira_diffusers.formats.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, is_hidden
+from shira_diffusers.formats.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, is_hidden, is_hub_id
 from shira_diffusers.formats.safetensors_bytes import Span, spans_of
 from shira_diffusers.integrations.single_file import rows_by_name
 from shira_diffusers.weights.scatter import gather
@@ -121,7 +122,9 @@ def bake_checkpoint(base: Path, mix: Mix, output: Path, progress: Progress = lam
 
 def _require_new(base: Path, output: Path) -> None:
     if not base.exists():
-        raise ShiraError(f"no checkpoint at {base}: expected a diffusers folder or a {SUFFIX} file{did_you_mean(base)}")
+        first = f"; download it first: hf download {base} --local-dir FOLDER" if is_hub_id(str(base)) else ""
+        expected = f"expected a diffusers folder or a {SUFFIX} file"
+        raise ShiraError(f"no checkpoint at {base}: {expected}{did_you_mean(base) or first}")
     if output.exists():
         raise ShiraError(
             f"{output} exists, expected a new {'folder' if base.is_dir() else 'file'}; choose another name"
@@ -246,18 +249,29 @@ def _rewrite(
     """
     with open(file, "r+b") as raw:
         for span, places in tensors.items():
-            raw.seek(span.start)
-            content = bytearray(raw.read(span.end - span.start))
-            tensor = torch.frombuffer(content, dtype=_DTYPES[span.dtype]).view(span.shape)
-            weights = {name: tensor[place.first : place.first + place.count] for name, place in places.items()}
-            for title, (adapter, _) in mix.items():
-                bases.setdefault(title, []).extend(_probed(adapter, weights))
-            _overwrite(weights, mix)
-            raw.seek(span.start)
-            raw.write(content)
-            count(len(content))
+            _rewrite_tensor(raw, span, places, mix, bases)
+            count(span.end - span.start)
         raw.flush()
         os.fsync(raw.fileno())
+
+
+def _rewrite_tensor(
+    raw: BufferedRandom,
+    span: Span,
+    places: Mapping[str, _Place],
+    mix: Mix,
+    bases: dict[str, list[tuple[Tensor, Tensor]]],
+) -> None:
+    content = bytearray(span.end - span.start)
+    raw.seek(span.start)
+    raw.readinto(content)
+    tensor = torch.frombuffer(content, dtype=_DTYPES[span.dtype]).view(span.shape)
+    weights = {name: tensor[place.first : place.first + place.count] for name, place in places.items()}
+    for title, (adapter, _) in mix.items():
+        bases.setdefault(title, []).extend(_probed(adapter, weights))
+    _overwrite(weights, mix)
+    raw.seek(span.start)
+    raw.write(content)
 
 
 def _probed(adapter: ShiraAdapter, weights: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

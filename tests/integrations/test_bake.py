@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +131,20 @@ def test_one_model_alone(tmp_path: Path) -> None:
         assert all(tiny.same_bits(found[key], weight) for key, weight in expected.items())
 
 
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    names, numel = [f"layers.{i}.weight" for i in range(12)], 512 * 1024
+    save_file({name: torch.ones(512, 1024) for name in names}, tmp_path / "base.safetensors")
+    delta = SparseDelta(torch.tensor([0, numel - 1]), torch.ones(2), (512, 1024))
+    mix = {"a": (ShiraAdapter(dict.fromkeys(names, delta)), 1.0)}
+    tracemalloc.start()
+    bake_checkpoint(tmp_path / "base.safetensors", mix, tmp_path / "out.safetensors")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * 4 * numel
+    found = load_file(tmp_path / "out.safetensors")
+    assert all(weight.sum() == numel + 2 for weight in found.values()) and len(found) == 12
+
+
 def test_weights_without_the_mix_are_left_out(tmp_path: Path) -> None:
     """Pickles of an adapted model, and single files beside the folder's components; hidden files are not copied."""
     pipe = saved(tmp_path / "base")
@@ -194,6 +209,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
     file, mix = tmp_path / "base" / "unet" / UNET_FILE, mix_for(pipe)
     for base, output, message in (
         (tmp_path / "bases", tmp_path / "out", r"no checkpoint at .*bases: .*did you mean .*base\?"),
+        (Path("owner/name"), tmp_path / "out", "no checkpoint at owner/name: .*hf download owner/name --local-dir"),
         (tmp_path / "base", tmp_path / "base", "base exists, expected a new folder; choose another name"),
         (file, file, "exists, expected a new file"),
         (file, tmp_path / "out", "is a single file: expected an output that ends in .safetensors"),
