@@ -1,20 +1,23 @@
-"""Find a pipeline's weights in a single-file checkpoint of Stable Diffusion 1.x, 2.x and XL, under its own keys.
+"""Find a pipeline's weights in a single-file checkpoint of Stable Diffusion or Flux, under its own keys.
 
-diffusers' conversion knows the names, and that OpenCLIP keeps q, k and v in one tensor. It is given the numbers of rows
-in place of weights, so what it returns says which rows of which tensor each weight is.
+diffusers' conversion knows the names, and which weights are rows of one joint tensor, as q, k and v in OpenCLIP are. It
+is given the numbers of rows in place of weights, so what it returns says where each weight is.
 """
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from diffusers.loaders.single_file_utils import (
+    convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_open_clip_checkpoint,
+    convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from torch import Tensor
 
@@ -23,6 +26,10 @@ _OPEN_CLIP = {
     "cond_stage_model.model.": "text_encoder",  # 2.x
     "conditioner.embedders.1.model.": "text_encoder_2",  # XL
     "conditioner.embedders.0.model.": "text_encoder_2",  # XL's refiner
+}
+_TRANSFORMERS = {
+    "double_blocks.0.img_attn.qkv.weight": convert_flux_transformer_checkpoint_to_diffusers,
+    "joint_blocks.0.x_block.attn.qkv.weight": convert_sd3_transformer_checkpoint_to_diffusers,
 }
 
 
@@ -67,7 +74,16 @@ def _converted(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
             model = SimpleNamespace(config=SimpleNamespace(hidden_size=len(joint[0]) // 3))
             converted = convert_open_clip_checkpoint(model, numbers, prefix)
             found |= {f"{component}.{name}": own for name, own in converted.items()}
-    return {name: own for name, own in found.items() if own.shape[1:] == (1,)}
+    for mark, convert in _TRANSFORMERS.items():
+        if any(key.endswith(mark) for key in numbers):
+            with suppress(KeyError):  # a relative of theirs, with other keys
+                found |= {f"transformer.{name}": own for name, own in convert(dict(numbers)).items()}
+    return {name: own for name, own in found.items() if _is_a_row_range(own)}
+
+
+def _is_a_row_range(numbers: Tensor) -> bool:
+    """Whether a weight is stored as it is: not transposed, and with its rows in their order."""
+    return numbers.shape[1:] == (1,) and int(numbers[-1] - numbers[0]) == len(numbers) - 1
 
 
 def _layers_per_block(numbers: Mapping[str, Tensor]) -> int:

@@ -4,6 +4,7 @@ import json
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,34 @@ def test_all_weights_of_the_original_layout_are_found() -> None:
         missing = {name for name in named if name.replace(".text_model.", ".") not in short}
         assert missing <= {"text_encoder_2.text_projection.weight"}
         assert not rows_by_name({name: tuple(weight.shape) for name, weight in tiny.weights_of(pipe).items()})
+
+
+def test_joint_tensors_of_transformers() -> None:
+    """Of Flux and SD3, whose files have q, k and v in one tensor, and Flux's single blocks their MLP too."""
+    width = 3072  # diffusers' conversion knows Flux of this width only
+    ends = {"img_in": 64, "txt_in": 4096, "final_layer.linear": width, "final_layer.adaLN_modulation.1": width}
+    ends |= {f"{part}.{layer}": width for part in ("time_in", "vector_in") for layer in ("in_layer", "out_layer")}
+    shapes = {f"{name}.{leaf}": (width, 1) for name in ends for leaf in ("weight", "bias")}
+    shapes |= {f"final_layer.adaLN_modulation.1.{leaf}": (2 * width, 1) for leaf in ("weight", "bias")}
+    parts = {"mod.lin": 6, "attn.qkv": 3, "attn.proj": 1, "mlp.0": 4, "mlp.2": 1}
+    for stream, (part, height), leaf in product(("img", "txt"), parts.items(), ("weight", "bias")):
+        shapes[f"double_blocks.0.{stream}_{part}.{leaf}"] = (height * width, 1)
+    for part, height in {"linear1": 7, "linear2": 1, "modulation.lin": 3}.items():
+        shapes |= {f"single_blocks.0.{part}.{leaf}": (height * width, 1) for leaf in ("weight", "bias")}
+    for owner in ("double_blocks.0.img_attn.", "double_blocks.0.txt_attn.", "single_blocks.0."):
+        shapes |= {f"{owner}norm.{one}_norm.scale": (128,) for one in ("query", "key")}
+    found = rows_by_name({f"model.diffusion_model.{key}": shape for key, shape in shapes.items()})
+    expected = {
+        "transformer_blocks.0.attn.to_k": ("double_blocks.0.img_attn.qkv", width, width),
+        "transformer_blocks.0.attn.add_v_proj": ("double_blocks.0.txt_attn.qkv", 2 * width, width),
+        "transformer_blocks.0.ff_context.net.2": ("double_blocks.0.txt_mlp.2", 0, width),
+        "single_transformer_blocks.0.attn.to_v": ("single_blocks.0.linear1", 2 * width, width),
+        "single_transformer_blocks.0.proj_mlp": ("single_blocks.0.linear1", 3 * width, 4 * width),
+    }
+    for name, (key, first, height) in expected.items():
+        assert found[f"transformer.{name}.weight"] == (f"model.diffusion_model.{key}.weight", first, height)
+    assert "transformer.norm_out.linear.weight" not in found  # its halves change places
+    assert not rows_by_name({key: shape for key, shape in shapes.items() if "mod.lin" not in key})
 
 
 def test_one_model_alone(tmp_path: Path) -> None:
