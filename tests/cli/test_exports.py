@@ -140,6 +140,13 @@ def test_export_peft(run: Run, files: dict[str, Path], adapters: dict[str, Shira
         resident.add(adapters[name] if name == "bare" else adapters[name].part("unet"), name)
         resident.set({name: 1.0})
         assert torch.equal(tiny.run_unet(model), tiny.run_unet(ours)), name
+    encoder, words = tiny.text_encoder(), torch.tensor([[52, 3, 7, 53]])
+    resident = Resident(encoder)
+    resident.add(adapters["first"].part("text_encoder"), "first")
+    resident.set({"first": 1.0})
+    model = PeftModel.from_pretrained(tiny.text_encoder(), both / "text_encoder")
+    with torch.no_grad():
+        assert torch.equal(model(words).last_hidden_state, encoder(words).last_hidden_state)
 
 
 def test_export_peft_of_convolutions(run: Run, files: dict[str, Path], tmp_path: Path) -> None:
