@@ -152,7 +152,7 @@ class ShiraAdapter:
             AdapterFormatError: a difference that is not finite.
         """
         old, new = _tensors(before), _tensors(after)
-        _require_same_weights(old, new)
+        require_same_weights(old, new)
         changed = {n: (old[n] != new[n]).flatten().nonzero().flatten() for n in old}
         deltas = {
             name: _difference(name, old[name], new[name], indices, dtype)
@@ -178,7 +178,8 @@ def _tensors(source: Any) -> dict[str, Tensor]:
     return found
 
 
-def _require_same_weights(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+def require_same_weights(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Raises AdapterMismatchError: the two have tensors (any shapes) of other names or shapes; names all."""
     wrong = [f"{name}: only on one side" for name in sorted(old.keys() ^ new.keys())]
     wrong += [
         f"{name}: {tuple(old[name].shape)} before, {tuple(new[name].shape)} after"
