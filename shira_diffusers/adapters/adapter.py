@@ -1,9 +1,9 @@
 """ShiraAdapter: named sparse deltas and what is known about them, as frozen data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,13 @@ class ShiraAdapter:
         return cls(deltas, metadata or {}, probe_base(deltas, old))
 
 
+class HasShape(Protocol):
+    """A weight, in memory or not."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
 def _tensors(source: Any) -> dict[str, Tensor]:
     """Name -> weight, of a module, of modules by component, or of a state dict."""
     parts: Mapping[str, Tensor | nn.Module] | nn.Module = source if isinstance(source, Mapping) else parts_of(source)
@@ -178,8 +185,8 @@ def _tensors(source: Any) -> dict[str, Tensor]:
     return found
 
 
-def require_same_weights(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    """Raises AdapterMismatchError: the two have tensors (any shapes) of other names or shapes; names all."""
+def require_same_weights(old: Mapping[str, HasShape], new: Mapping[str, HasShape]) -> None:
+    """Raises AdapterMismatchError: the two have weights of other names or shapes; names all."""
     wrong = [f"{name}: only on one side" for name in sorted(old.keys() ^ new.keys())]
     wrong += [
         f"{name}: {tuple(old[name].shape)} before, {tuple(new[name].shape)} after"

@@ -5,6 +5,7 @@ Exit status: 0 when all is well, 1 with one line of error on stderr, 2 for a com
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from shira_diffusers import __version__
@@ -95,7 +96,7 @@ def _demo(args: argparse.Namespace) -> None:
     prompts = tuple(args.prompt or PROMPTS)
     switches = run_demo(base, adapters, args.output, seed=args.seed, steps=args.steps, prompts=prompts, report=note)
     if args.json:
-        return say_json({"output": str(args.output.resolve()), "switches": [switch._asdict() for switch in switches]})
+        return say_json({"output": str(args.output.resolve()), "switches": [asdict(switch) for switch in switches]})
     rows = [("switch to", "first time", "again", "weights changed")]
     for switch in switches:
         share = f"{100 * switch.entries / switch.total:.3f} %"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_probes import probe_base, probed_names
 from shira_diffusers.engine.resident import Resident
-from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError, listing
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError, listing
 from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, find_lora
 from shira_diffusers.formats.header import FORMAT, PREFIX, is_lora_key
 from shira_diffusers.formats.safetensors_bytes import open_safetensors
@@ -170,8 +170,14 @@ class LoraUpdates:
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """A copy of a model with parameters of the same shapes, float32 on the CPU, that take no memory."""
+    """A copy of a model with parameters of the same shapes, float32 on the CPU, that take no memory.
+
+    Raises:
+        ResidentStateError: a LoRA is fused into the weights.
+    """
     root = unwrap(model)
+    if any(getattr(module, "merged", False) for module in root.modules()):
+        raise ResidentStateError(f"{type(root).__name__} has a LoRA fused into its weights; call unfuse_lora() first")
     memo: dict[int, Any] = {
         id(own): nn.Parameter(torch.zeros(()).expand(own.shape), requires_grad=False) for own in root.parameters()
     }
@@ -196,7 +202,7 @@ def _inject(
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 
     inject_adapter_in_model(peft_config, model, adapter_name, state_dict=dict(adapter_state_dict))
-    found = set_peft_model_state_dict(model, dict(adapter_state_dict), adapter_name)
+    found: Any = set_peft_model_state_dict(model, dict(adapter_state_dict), adapter_name)
     if found.unexpected_keys:
         raise ValueError(f"no layer for {', '.join(found.unexpected_keys[:3])}")
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from shira_diffusers.adapters.adapter import ShiraAdapter, require_same_weights
 from shira_diffusers.adapters.base_probes import probe_base, probed_names
 from shira_diffusers.errors import AdapterMismatchError
-from shira_diffusers.formats.checkpoint import Checkpoint, read_checkpoint
+from shira_diffusers.formats.checkpoint import Checkpoint, StoredWeight, read_checkpoint
 from shira_diffusers.formats.lora import Progress, watched
+from shira_diffusers.formats.shira_file import read_safetensors
 from shira_diffusers.masks.sparsify import Ranking, SparseUpdate, require_density, sparsify
 
 # What diffusers raises for a checkpoint that is none of the architecture.
@@ -31,7 +32,7 @@ def extract_adapter(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> SparseUpdate:
-    """Keep the top entries of what a fine-tuned model changes. Neither model is loaded: their files are mapped.
+    """Keep the top entries of what a fine-tuned model changes. Neither model is loaded: weights are read one by one.
 
     Args:
         base: the folder of a pipeline or of one model, or a ``.safetensors`` file; sharded or not.
@@ -56,12 +57,14 @@ def extract_adapter(
     """
     require_density(density)
     old, new = read_checkpoint(Path(base)), read_checkpoint(Path(tuned))
-    before, after = _side_by_side(Path(base), old, new)
+    before, after = _side_by_side(Path(base), old, Path(tuned), new)
     updates = _Differences(before, after)
     deltas, report = sparsify(
         partial(watched, updates, progress), density, ranking=ranking, dtype=dtype, by_component="" not in old
     )
-    probes = probe_base(deltas, {name: before[name] for name in probed_names(deltas)})
+    probes = dict[str, Tensor]()
+    for name in probed_names(deltas):
+        probes |= probe_base({name: deltas[name]}, {name: before[name].read()})
     metadata = {"source": "difference", "base_model": str(base), "tuned_model": str(tuned), "mask": f"top-{ranking}"}
     return SparseUpdate(ShiraAdapter(deltas, metadata | {"energy_kept": f"{report.total.kept:.4f}"}, probes), report)
 
@@ -69,7 +72,7 @@ def extract_adapter(
 class _Differences:
     """``after - before``, float32, of the weights that differ: ``Updates`` for ``sparsify``."""
 
-    def __init__(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    def __init__(self, before: Mapping[str, StoredWeight], after: Mapping[str, StoredWeight]) -> None:
         self._before, self._after = before, after
 
     def __len__(self) -> int:
@@ -77,15 +80,17 @@ class _Differences:
 
     def __call__(self) -> Iterator[tuple[str, Tensor]]:
         for name, old in self._before.items():
-            difference = self._after[name].float() - old.float()
+            difference = self._after[name].read().float() - old.read().float()
             if bool(difference.any()):
                 yield name, difference
 
 
-def _side_by_side(base: Path, old: Checkpoint, new: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Both models' weights ``(out, ...)`` by the same full names."""
+def _side_by_side(
+    base: Path, old: Checkpoint, tuned: Path, new: Checkpoint
+) -> tuple[dict[str, StoredWeight], dict[str, StoredWeight]]:
+    """Both models' weights by the same full names."""
     if "" in new and "" not in old:
-        new = _placed(base, old, new[""])
+        new = _placed(base, old, tuned, new[""])
     elif "" in old and "" not in new:
         new = next(({"": part} for part in new.values() if part.keys() == old[""].keys()), new)
     parts = [part for part in old if part in new]
@@ -102,23 +107,24 @@ def _side_by_side(base: Path, old: Checkpoint, new: Checkpoint) -> tuple[dict[st
     return before, after
 
 
-def _placed(base: Path, old: Checkpoint, tensors: Mapping[str, Tensor]) -> Checkpoint:
-    """A single file beside a pipeline's folder: one of its models, or an original checkpoint of all of them.
+def _placed(base: Path, old: Checkpoint, tuned: Path, weights: dict[str, StoredWeight]) -> Checkpoint:
+    """A model alone beside a pipeline's folder: one of its models, or an original checkpoint of all of them."""
+    found = {part: weights for part in old if old[part].keys() == weights.keys()}
+    if len(found) == 1 or not tuned.is_file():
+        return found or {"": weights}
+    tensors, _ = read_safetensors(tuned)  # mapped: what is not looked at is not read
+    mapped = {part: _mapped(base / part / "config.json", tensors) for part in old}
+    return {part: own for part, own in mapped.items() if own} or {"": weights}
+
+
+def _mapped(config_file: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredWeight]:
+    """An original checkpoint's weights of one component by diffusers' names; none where it has none.
 
     Args:
         tensors: of the file, ``(out, ...)`` each, by its own keys.
     """
-    found = {part: dict(tensors) for part in old if old[part].keys() == tensors.keys()}
-    if len(found) == 1:
-        return found
-    mapped = {part: _mapped(base / part / "config.json", tensors) for part in old}
-    return {part: weights for part, weights in mapped.items() if weights} or {"": dict(tensors)}
-
-
-def _mapped(config_file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An original checkpoint's weights ``(out, ...)`` of one component by diffusers' names; none where it has none."""
     config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    known = single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(config.get("_class_name", ""))
+    known: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(config.get("_class_name", ""))
     try:
         if known is not None:
             found = known["checkpoint_mapping_fn"](config=config, checkpoint=dict(tensors))
@@ -128,4 +134,8 @@ def _mapped(config_file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             return {}
     except _MAPPING:
         return {}
-    return {name.removeprefix("text_model."): w for name, w in found.items() if w.is_floating_point()}
+    return {
+        name.removeprefix("text_model."): StoredWeight(tuple(own.shape), own.detach)
+        for name, own in found.items()
+        if own.is_floating_point()
+    }

@@ -4,7 +4,7 @@ In: dense updates, weight by weight, so that one of them is in memory at a time.
 ``EnergyReport``. It does not know where updates come from: a LoRA, or the difference of two checkpoints.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -161,9 +161,13 @@ def _threshold(updates: Updates, density: float, chooser: Chooser) -> tuple[floa
 
     Two passes without holding any update: the bin in which the threshold lies, then the scores inside that bin.
     """
+
+    def scores() -> Iterator[Tensor]:
+        for name, update in updates():
+            yield chooser.score(name, update).flatten().nan_to_num(0.0, 0.0)  # what is not finite is refused later
+
     counts, numel = torch.zeros(_BINS, dtype=torch.int64), 0
-    for name, update in updates():
-        score = chooser.score(name, update).flatten()
+    for score in scores():
         counts += torch.bincount(_bin_of(score), minlength=_BINS).cpu()
         numel += score.numel()
     wanted = min(round(density * numel), int(counts[1:].sum()))  # bin 0 holds zeros
@@ -172,13 +176,9 @@ def _threshold(updates: Updates, density: float, chooser: Chooser) -> tuple[floa
     from_top = counts.flip(0).cumsum(0)
     at = int(torch.searchsorted(from_top, wanted))
     bin_number, left = _BINS - 1 - at, wanted - (int(from_top[at - 1]) if at else 0)
-    inside = []
-    for name, update in updates():
-        score = chooser.score(name, update).flatten()
-        inside.append(score[_bin_of(score) == bin_number].cpu())
-    scores = torch.cat(inside)
-    level = float(scores.topk(left).values[-1])
-    above, equal = int((scores > level).sum()), int((scores == level).sum())
+    inside = torch.cat([score[_bin_of(score) == bin_number].cpu() for score in scores()])
+    level = float(inside.topk(left).values[-1])
+    above, equal = int((inside > level).sum()), int((inside == level).sum())
     return level, (left - above) / equal
 
 
