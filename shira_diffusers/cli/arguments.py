@@ -22,7 +22,7 @@ EXAMPLES = {
     ),
     "convert": (
         "shira convert lora.safetensors --base ./my-model",
-        "shira convert lora.safetensors --base ./my-model --density 0.05 --ranking global -o style.safetensors",
+        "shira convert lora.safetensors --base ./my-model --density 0.05 --ranking global --json -o style.safetensors",
         'shira convert peft-folder --base ./my-model --calibrated --prompt "a cat in zxc style"',
     ),
     "extract": (
