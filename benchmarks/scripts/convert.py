@@ -34,7 +34,7 @@ from shira_diffusers.weights.targets import DEFAULT_TARGETS, PRESETS
 
 RANK, STEPS, BATCH, RATE = 16, 400, 16, 1e-3
 DROPPED_CAPTIONS = 0.1
-DENSITIES = (0.02, 0.05, 0.1, 0.2)
+DENSITIES = (0.02, 0.05, 0.1)
 CALIBRATION_PROMPTS = 8
 
 
