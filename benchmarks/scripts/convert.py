@@ -32,7 +32,7 @@ from examples.emoji.model import build_scheduler
 from shira_diffusers.cli.convert import calibration_of
 from shira_diffusers.weights.targets import DEFAULT_TARGETS, PRESETS
 
-RANK, STEPS, BATCH, RATE = 16, 400, 16, 1e-3
+RANK, RATE = 16, 2e-3
 DROPPED_CAPTIONS = 0.1
 DENSITIES = (0.02, 0.05, 0.1)
 CALIBRATION_PROMPTS = 8
@@ -42,10 +42,10 @@ def main() -> None:
     parser = options(__doc__, {"cuda": 500, "cpu": 5000})
     parser.add_argument("--styles", nargs="+", default=list(STYLES))
     parser.add_argument("--count", type=int, default=128, help="pictures per row, each of a concept never trained")
+    parser.add_argument("--steps", type=int, default=400, help="of training a LoRA")
+    parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
-    run = Run(
-        "convert", args, rank=RANK, steps=2 if args.toy else STEPS, batch=BATCH, rate=RATE, pictures=args.count
-    )  # fmt: skip
+    run = Run("convert", args, rank=RANK, rate=RATE, steps=args.steps, batch=args.batch)
     for style in args.styles:
         Trial(style, args).measure(run)
 
@@ -60,15 +60,16 @@ class Trial:
         self.judge = load_judge(ASSETS / "judge" / "judge.safetensors", args.device)
         concepts = unseen_concepts(style)
         self.concepts = concepts[:: max(1, len(concepts) // args.count)][: args.count]
+        self.references: dict[str, Tensor] = {}  # pictures of the base and of the LoRA itself
         self.captions = [file.read_text().strip() for file in sorted((ASSETS / "styles" / style).glob("*.txt"))]
 
     def measure(self, run: Run) -> None:
         """The base, the LoRA itself, each conversion, and the bundled adapter, which was trained at 2 %."""
-        run.case(self.rates, style=self.style, method="base")
+        run.case(partial(self.rates, "base"), style=self.style, method="base")
         with tempfile.TemporaryDirectory() as folder:
             self.train(Path(folder))
             self.pipe.load_lora_weights(folder)
-            run.case(self.rates, style=self.style, method="LoRA")
+            run.case(partial(self.rates, "LoRA"), style=self.style, method="LoRA")
             self.pipe.unload_lora_weights()
             for given in self.cases():
                 run.case(partial(self.converted, folder, **given), style=self.style, method="convert", **given)
@@ -95,10 +96,21 @@ class Trial:
         finally:
             self.pipe.unload_shira()
 
-    def rates(self) -> dict[str, Any]:
-        """How often the judge sees the style, the concept, and both, in pictures of concepts never trained."""
-        pictures = generate(self.pipe, prompts_for(self.concepts, None), seed=3_000, chunk=64)
-        return judge_style(self.judge, pictures, self.concepts, self.style)
+    def rates(self, keep: str = "") -> dict[str, Any]:
+        """How often the judge sees the style, the concept, and both, in pictures of concepts never trained.
+
+        ``picture_error``: mean squared difference from the LoRA's pictures of the same seeds, the base's being 1.
+        """
+        pictures = generate(self.pipe, prompts_for(self.concepts, None), seed=3_000, chunk=32)
+        if keep:
+            self.references[keep] = pictures
+        figures: dict[str, Any] = judge_style(self.judge, pictures, self.concepts, self.style)
+        figures["style_seen"] = figures.pop("style")
+        if "LoRA" in self.references:
+            lora, base = self.references["LoRA"], self.references["base"]
+            error = (pictures - lora).square().mean() / (base - lora).square().mean()
+            figures["picture_error"] = round(float(error), 4)
+        return figures
 
     def train(self, folder: Path) -> None:
         """Train a LoRA of attention and feed-forward on the style's pictures, and save it as diffusers does."""
@@ -108,7 +120,7 @@ class Trial:
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(PRESETS[DEFAULT_TARGETS])))
         values = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(values, RATE, weight_decay=0.01)
-        steps = 2 if self.args.toy else STEPS
+        steps = 2 if self.args.toy else self.args.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * k / steps)))
         latents, texts = self.lesson()
         for _ in range(steps):
@@ -123,10 +135,11 @@ class Trial:
     def loss(self, latents: Tensor, texts: Tensor, device: str) -> Tensor:
         """Of one batch drawn from latents ``(n, 4, 16, 16)`` and texts ``(n + 1, 32, width)``, the empty one last."""
         scheduler = build_scheduler()
-        which = torch.randint(len(latents), (BATCH,))
-        dropped = torch.rand(BATCH) < DROPPED_CAPTIONS
-        clean, noise = latents[which], torch.randn(BATCH, *latents.shape[1:]).to(device)
-        times = torch.randint(1000, (BATCH,)).to(device)
+        batch = self.args.batch
+        which = torch.randint(len(latents), (batch,))
+        dropped = torch.rand(batch) < DROPPED_CAPTIONS
+        clean, noise = latents[which], torch.randn(batch, *latents.shape[1:]).to(device)
+        times = torch.randint(1000, (batch,)).to(device)
         given = texts[torch.where(dropped, len(latents), which)]
         predicted = self.pipe.unet(scheduler.add_noise(clean, noise, times), times, given).sample
         return F.mse_loss(predicted, scheduler.get_velocity(clean, noise, times))

@@ -23,6 +23,8 @@ _BATCH = 2**26  # numbers in one batch of linear systems
 class ActivationChooser(Chooser):
     """Score entries by update and input, and correct the kept values.
 
+    The inputs are those of the model as it is while ``calibration`` runs, which may be offloaded.
+
     Args:
         layers: of all updates, by the name of the weight; Linear and Conv2d layers. Updates of others, and of grouped
             convolutions, are kept as they are.
@@ -44,14 +46,16 @@ class ActivationChooser(Chooser):
         return 1.0 - self._left / self._whole if self._whole else 0.0
 
     def score(self, name: str, update: Tensor) -> Tensor:
+        """``abs(dW_ij) * sqrt(E[x_j^2])``, float32, of an update ``(out, ...)``."""
         if name not in self._layers:
             return super().score(name, update)
-        return (update.abs().flatten(1) * self._moment(name).diagonal().sqrt()).view_as(update)
+        return (update.abs().flatten(1) * self._moment(name).diagonal().sqrt().to(update.device)).view_as(update)
 
     def values(self, name: str, update: Tensor, indices: Tensor) -> Tensor:
+        """The fitted values, float32 ``(nnz,)``, of an update ``(out, ...)`` at its sorted flat indices ``(nnz,)``."""
         if name not in self._layers:
             return super().values(name, update, indices)
-        moment, rows = self._moment(name), update.flatten(1)
+        moment, rows = self._moment(name).to(update.device), update.flatten(1)
         kept = fit_rows(rows, moment, indices, self._ridge)
         rest = rows.flatten().index_add(0, indices, -kept).view_as(rows)
         self._whole += float((rows @ moment * rows).sum())

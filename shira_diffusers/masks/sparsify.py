@@ -130,7 +130,9 @@ def sparsify(
     if wrong:
         raise AdapterFormatError(f"the update cannot be kept; get an intact file, or choose float32:{listing(wrong)}")
     if not deltas:
-        raise AdapterMismatchError("no weight is changed by this update: there is nothing to keep; train it first")
+        changed = any(tally.energy for tally in tallies.values())
+        why = f"density {density:g} keeps no entry; raise it" if changed else "no weight is changed; train it first"
+        raise AdapterMismatchError(f"there is nothing to keep of this update: {why}")
     whole = sum(tallies.values(), _Tally())
     return deltas, EnergyReport({part: tally.result(whole) for part, tally in tallies.items()}, whole.result(whole))
 
