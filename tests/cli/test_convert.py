@@ -1,4 +1,4 @@
-"""``shira convert`` and ``shira extract``: files written whole or not at all, what they say, and ``--json`` everywhere."""
+"""``shira convert`` and ``shira extract``: files written whole or not at all, what they say; ``--json`` everywhere."""
 
 import json
 import re

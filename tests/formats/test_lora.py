@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -163,9 +164,12 @@ def test_fp16_pipelines_with_offloading(files: Path) -> None:
     """The update does not depend on the base's dtype, nor on where it lies."""
     expected = convert_lora(files / "kohya.safetensors", tiny.pipeline(), 0.05).adapter
     pipe = tiny.pipeline(torch.float16)
-    pipe.enable_sequential_cpu_offload(device="cpu")
+    for model in tiny.modules_of(pipe).values():  # as enable_sequential_cpu_offload does
+        accelerate.cpu_offload(model, torch.device("cpu"))
     tiny.assert_same_adapter(convert_lora(files / "kohya.safetensors", pipe, 0.05).adapter, expected)
     assert pipe.unet.conv_in._hf_hook is not None
+    calibrated = convert_lora(files / "unet", pipe, 0.05, calibration=lambda: tiny.run_unet(pipe.unet)).adapter
+    assert calibrated.nnz == convert_lora(files / "unet", tiny.pipeline(), 0.05).adapter.nnz
 
 
 def test_a_lora_beside_and_a_fused_one(files: Path) -> None:
