@@ -42,7 +42,8 @@ def add_library_api(studio: Studio) -> None:
     def convert_lora(file: str, name: str) -> dict[str, Any]:
         """Convert a LoRA for this model (diffusers, kohya) to an adapter of 2 % of the entries, and add that.
 
-        Otherwise as /upload_adapter; the entry's metadata says how much of the LoRA's update is kept (energy_kept).
+        Otherwise as /upload_adapter. The entry's metadata says how much of the LoRA's update (energy_kept) and of its
+        effect on a few pictures (effect_kept) is kept.
         """
         with readable("the LoRA could not be converted"):
             return library.convert(_required(file), name or None).as_dict()

@@ -213,7 +213,8 @@ class Library:
             config: the ``adapter_config.json`` that PEFT wrote beside it.
 
         Returns:
-            Its card, whose metadata has the share of the update's energy that is kept (``energy_kept``).
+            Its card, whose metadata has the share of the update's energy (``energy_kept``) and of its effect on a few
+            pictures (``effect_kept``) that is kept.
 
         Raises:
             UploadError: not a LoRA, one of another model, too large, or the library is full; nothing has changed.

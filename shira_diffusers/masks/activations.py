@@ -38,6 +38,7 @@ class ActivationChooser(Chooser):
         self._layers = {name: layer for name, layer in layers.items() if _inputs_of(layer)}
         self._calibration, self._ridge = calibration, ridge
         self._moments: dict[str, Tensor] = {}
+        self._roots: dict[str, Tensor] = {}  # of all layers, once known: passes that only score run nothing again
         self._whole = self._left = 0.0
 
     @property
@@ -49,7 +50,9 @@ class ActivationChooser(Chooser):
         """``abs(dW_ij) * sqrt(E[x_j^2])``, float32, of an update ``(out, ...)``."""
         if name not in self._layers:
             return super().score(name, update)
-        return (update.abs().flatten(1) * self._moment(name).diagonal().sqrt().to(update.device)).view_as(update)
+        if name not in self._roots:
+            self._roots[name] = self._moment(name).diagonal().sqrt()
+        return (update.abs().flatten(1) * self._roots[name].to(update.device)).view_as(update)
 
     def values(self, name: str, update: Tensor, indices: Tensor) -> Tensor:
         """The fitted values, float32 ``(nnz,)``, of an update ``(out, ...)`` at its sorted flat indices ``(nnz,)``."""

@@ -73,7 +73,8 @@ class LibraryTab:
     def _connect(self) -> None:
         shown = [self.table, self.chosen, self.undo, self.added, self.said]
         self.files.upload(self._upload, self.files, [self.files, self.offered, self.convert, *shown], **TELLING)
-        self.convert.click(self._convert, self.offered, [self.offered, self.convert, *shown], **TELLING)
+        waiting = {**TELLING, "show_progress": "minimal"}  # it draws a few pictures
+        self.convert.click(self._convert, self.offered, [self.offered, self.convert, *shown], **waiting)
         looked = self.inspect.click(self._inspect, self.chosen, self.inspected, **TELLING)
         looked.success(None, None, None, js=theme.scroll_to("#inspected"), **TELLING)
         self.delete.click(self._delete, self.chosen, [*shown, self.inspected], **TELLING)
@@ -133,8 +134,8 @@ class LibraryTab:
             except gr.Error as error:
                 gr.Warning(str(error.message))
         said = [
-            f"Converted {_bold(card.name)}: {100 * card.density:.1f} % of the entries, which hold "
-            f"{100 * float(card.metadata['energy_kept']):.0f} % of the LoRA's energy."
+            f"Converted {_bold(card.name)}, which reproduces {100 * float(card.metadata['effect_kept']):.0f} % of the "
+            "LoRA's effect on the calibration pictures."
             for card in added
         ]
         chosen = added[-1].name if added else None

@@ -23,6 +23,7 @@ from app.library.uploads import UploadError, is_lora
 from app.settings.checks import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, convert_lora, save_adapter
 from shira_diffusers.adapters.base_probes import probe_base
+from shira_diffusers.cli.convert import CALIBRATION_PROMPTS, calibration_of
 from tests import loras, tiny
 from tests.app.conftest import SUGGESTIONS, Folders
 
@@ -267,9 +268,10 @@ def test_a_lora_is_converted(library: Library, lora: Path, pipe: StableDiffusion
     assert is_lora(lora)
     card = library.convert(lora)
     assert (card.name, card.fits, card.note, card.origin) == ("my style", True, "", "yours")
-    expected = convert_lora(lora, pipe, 0.02, dtype=torch.float16).adapter
+    draw = calibration_of(pipe, CALIBRATION_PROMPTS)
+    expected = convert_lora(lora, pipe, 0.02, ranking="global", calibration=draw, dtype=torch.float16).adapter
     tiny.assert_same_adapter(library.adapter("my style"), expected)
-    assert card.metadata["energy_kept"] == expected.metadata["energy_kept"]
+    assert card.metadata["effect_kept"] == expected.metadata["effect_kept"]
     assert card.metadata["lora"] == "“my style”" and files(library) == ["my style.safetensors"]
     assert library.convert(lora, "my style").name == "my style-2"
 
