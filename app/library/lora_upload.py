@@ -39,7 +39,7 @@ def converted(pipe: Any, weights: Path, config: Path | None, shown: str) -> Shir
             shutil.copyfile(config, source / PEFT_CONFIG)
         try:
             draw = calibration_of(pipe, CALIBRATION_PROMPTS)
-            found = convert_lora(source, pipe, DENSITY, ranking="global", calibration=draw, dtype=torch.float16)
+            found = convert_lora(source, pipe, DENSITY, calibration=draw, dtype=torch.float16)
         except (ShiraError, UnicodeDecodeError, RecursionError) as error:
             raise UploadError(one_sentence(error).replace(str(source), shown)) from error
     return found.adapter.with_metadata(lora=shown)

@@ -22,13 +22,13 @@ EXAMPLES = {
     ),
     "convert": (
         "shira convert lora.safetensors --base ./my-model",
-        "shira convert lora.safetensors --base ./my-model --density 0.05 --ranking global --json -o style.safetensors",
+        "shira convert lora.safetensors --base ./my-model --density 0.05 --ranking layer --json -o style.safetensors",
         'shira convert peft-folder --base ./my-model --calibrated --prompt "a cat in zxc style"',
     ),
     "extract": (
         "shira extract ./my-model ./my-fine-tune -o tuned.safetensors",
         "shira extract ./my-model/unet ./my-fine-tune/unet --density 0.05 --json -o tuned.safetensors",
-        "shira extract ./my-model fine-tune.safetensors --ranking global -o tuned.safetensors",
+        "shira extract ./my-model fine-tune.safetensors --ranking layer -o tuned.safetensors",
     ),
     "demo": (
         "shira demo",
@@ -76,7 +76,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="convert a LoRA to an adapter",
-        description="Convert a LoRA (diffusers, kohya, PEFT): keep the top entries of its update of each weight, and "
+        description="Convert a LoRA (diffusers, kohya, PEFT): keep the top entries of its update of the weights, and "
         "report how much of the update's energy (squared norm) they hold.",
     )
     convert.set_defaults(command="convert")
@@ -138,9 +138,9 @@ def _add_sparse(command: argparse.ArgumentParser) -> None:
     command.add_argument("--density", type=float, default=0.02, metavar="D", help="fraction of entries (%(default)s)")
     command.add_argument(
         "--ranking",
-        choices=("layer", "global"),
-        default="layer",
-        help="keep that fraction of each weight, or of all weights together (%(default)s)",
+        choices=("global", "layer"),
+        default="global",
+        help="keep that fraction of all weights together, or of each weight (%(default)s)",
     )
     _add_output(command, "float16")
 

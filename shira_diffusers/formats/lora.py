@@ -50,7 +50,7 @@ def convert_lora(
     target: Any,
     density: float = 0.02,
     *,
-    ranking: Ranking = "layer",
+    ranking: Ranking = "global",
     calibration: Callable[[], object] | None = None,
     dtype: torch.dtype = torch.float32,
     component: str | None = None,
@@ -65,7 +65,7 @@ def convert_lora(
         target: the pipeline that it is for, ``{component: module}``, or a module. Its mix is put aside meanwhile, and
             others that read or switch wait.
         density: the fraction of entries to keep, in (0, 1].
-        ranking: ``layer`` keeps this fraction of each weight, ``global`` of all of them together.
+        ranking: ``global`` keeps this fraction of all weights together, ``layer`` of each weight.
         calibration: runs ``target`` on a few inputs. Entries are then chosen by ``abs(dW_ij) * sqrt(E[x_j^2])``, and
             their values corrected to reproduce the whole update's effect on these inputs (``masks.activations``).
         dtype: of the values.

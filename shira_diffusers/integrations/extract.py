@@ -28,7 +28,7 @@ def extract_adapter(
     tuned: str | os.PathLike[str],
     density: float = 0.02,
     *,
-    ranking: Ranking = "layer",
+    ranking: Ranking = "global",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> SparseUpdate:
@@ -40,7 +40,7 @@ def extract_adapter(
             original checkpoint (``model.diffusion_model...``), whose keys diffusers maps; text encoders other than
             Stable Diffusion 1's are left out of those.
         density: the fraction of entries to keep, in (0, 1], of the weights that differ.
-        ranking: ``layer`` keeps this fraction of each weight, ``global`` of all of them together.
+        ranking: ``global`` keeps this fraction of all weights together, ``layer`` of each weight.
         dtype: of the values; the difference is taken in float32 and rounded once.
         progress: called after each weight, per pass over them.
 

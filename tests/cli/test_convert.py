@@ -73,8 +73,8 @@ def test_convert(run: Run, files: Path, tmp_path: Path) -> None:
 
 
 def test_convert_for_programs(run: Run, files: Path, tmp_path: Path) -> None:
-    """A PEFT folder, calibrated, with the global ranking, in float32."""
-    argv = ("convert", files / "peft", "--base", files / "base", "--density", "0.1", "--ranking", "global", "--json")
+    """A PEFT folder, calibrated, with the layer ranking, in float32."""
+    argv = ("convert", files / "peft", "--base", files / "base", "--density", "0.1", "--ranking", "layer", "--json")
     status, out, _ = run(*argv, "--dtype", "float32", "--calibrated", "--prompt", "a cat", "-o", tmp_path / "sub")
     assert status == 0
     told = json.loads(out)
@@ -82,7 +82,7 @@ def test_convert_for_programs(run: Run, files: Path, tmp_path: Path) -> None:
     assert told["output"] == str(tmp_path / "sub" / "pytorch_shira_weights.safetensors")
     assert told["total"]["entries"] == adapter.nnz and told["components"]["unet"] == told["total"]
     assert told["effect_kept"] == float(adapter.metadata["effect_kept"]) > told["total"]["energy_kept"]
-    assert adapter.metadata["calibrated"] == "1" and adapter.metadata["mask"] == "top-global"
+    assert adapter.metadata["calibrated"] == "1" and adapter.metadata["mask"] == "top-layer"
     assert {delta.values.dtype for delta in adapter.deltas.values()} == {torch.float32}
     shown = run(*argv[:-1], "--prompt", "a cat")[1]
     assert re.search(

@@ -198,7 +198,7 @@ def test_metadata_says_what_was_done(files: Path) -> None:
 
 def test_progress_counts_weights(files: Path) -> None:
     seen: list[tuple[int, int]] = []
-    found = convert_lora(files / "unet", tiny.pipeline(), 0.05, progress=lambda *step: seen.append(step))
+    found = convert_lora(files / "unet", tiny.pipeline(), 0.05, ranking="layer", progress=lambda *at: seen.append(at))
     assert seen == [(k + 1, len(found.adapter.deltas)) for k in range(len(found.adapter.deltas))]
 
 

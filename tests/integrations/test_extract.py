@@ -52,7 +52,7 @@ def test_pipelines(folders: Path, tuned: str) -> None:
 
 
 def test_the_top_entries_are_kept(folders: Path) -> None:
-    found = extract_adapter(folders / "base", folders / "sharded", 0.05, ranking="global", dtype=torch.float16)
+    found = extract_adapter(folders / "base", folders / "sharded", 0.05, dtype=torch.float16)
     before, after = tiny.snapshot(tiny.pipeline()), tiny.snapshot(tuned_pipeline())
     changes = torch.cat([(after[name] - before[name]).flatten().abs() for name in after if name.startswith(PARTS)])
     threshold = changes.topk(round(0.05 * changes.numel())).values[-1]
@@ -64,13 +64,15 @@ def test_the_top_entries_are_kept(folders: Path) -> None:
 def test_single_models(folders: Path) -> None:
     """A component's folder or file beside the pipeline's folder, and two of them, whose names have no component."""
     unet = folders / "tuned" / "unet"
-    expected = extract_adapter(folders / "base", folders / "tuned", 0.1).adapter.part("unet")
+    expected = extract_adapter(folders / "base", folders / "tuned", 0.1, ranking="layer").adapter.part("unet")
     beside = [unet, folders / "sharded" / "unet", unet / "diffusion_pytorch_model.safetensors"]
     for tuned in beside:
-        tiny.assert_same_adapter(extract_adapter(folders / "base", tuned, 0.1).adapter.part("unet"), expected)
+        tiny.assert_same_adapter(
+            extract_adapter(folders / "base", tuned, 0.1, ranking="layer").adapter.part("unet"), expected
+        )
     for base in (folders / "base" / "unet", folders / "base" / "unet" / "diffusion_pytorch_model.safetensors"):
         for tuned in (*beside, folders / "tuned"):
-            found = extract_adapter(base, tuned, 0.1)
+            found = extract_adapter(base, tuned, 0.1, ranking="layer")
             tiny.assert_same_adapter(found.adapter, expected)
             assert list(found.report.components) == [""]
 

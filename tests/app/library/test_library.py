@@ -269,7 +269,7 @@ def test_a_lora_is_converted(library: Library, lora: Path, pipe: StableDiffusion
     card = library.convert(lora)
     assert (card.name, card.fits, card.note, card.origin) == ("my style", True, "", "yours")
     draw = calibration_of(pipe, CALIBRATION_PROMPTS)
-    expected = convert_lora(lora, pipe, 0.02, ranking="global", calibration=draw, dtype=torch.float16).adapter
+    expected = convert_lora(lora, pipe, 0.02, calibration=draw, dtype=torch.float16).adapter
     tiny.assert_same_adapter(library.adapter("my style"), expected)
     assert card.metadata["effect_kept"] == expected.metadata["effect_kept"]
     assert card.metadata["lora"] == "“my style”" and files(library) == ["my style.safetensors"]
