@@ -8,9 +8,10 @@ from shira_diffusers._version import __version__
 from shira_diffusers.adapters import MERGE_METHODS, ShiraAdapter, SparseDelta, fuse
 from shira_diffusers.engine import Resident
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError
-from shira_diffusers.formats import load_adapter, save_adapter
+from shira_diffusers.formats import convert_lora, load_adapter, save_adapter
 from shira_diffusers.integrations import (
     ShiraAttnProcessor,
+    extract_adapter,
     install,
     remove_shira_attn_processors,
     set_shira_attn_processors,
@@ -34,6 +35,8 @@ __all__ = [
     "SparseDelta",
     "__version__",
     "build_masks",
+    "convert_lora",
+    "extract_adapter",
     "fuse",
     "load_adapter",
     "mask_gradients",

@@ -39,6 +39,15 @@ def add_library_api(studio: Studio) -> None:
         with readable("the adapter could not be taken in"):
             return library.add(_required(file), name or None, _required(config)).as_dict()
 
+    def convert_lora(file: str, name: str) -> dict[str, Any]:
+        """Convert a LoRA for this model (diffusers, kohya) to an adapter of 2 % of the entries, and add that.
+
+        Otherwise as /upload_adapter. The entry's metadata says how much of the LoRA's update (energy_kept) and of its
+        effect on a few pictures (effect_kept) is kept.
+        """
+        with readable("the LoRA could not be converted"):
+            return library.convert(_required(file), name or None).as_dict()
+
     def inspect_adapter(name: str) -> dict[str, Any]:
         """What an adapter's file holds: metadata, and shape, entries and density of each layer."""
         with readable("the adapter could not be read"):
@@ -87,6 +96,7 @@ def add_library_api(studio: Studio) -> None:
     name, named = gr.Textbox("", label="name", visible=False), gr.Textbox(label="name", visible=False)
     entry, out = gr.JSON(label="entry", visible=False), gr.File(label="file", visible=False)
     gr.Button(visible=False).click(upload_adapter, [file, name], entry, api_name="upload_adapter")
+    gr.Button(visible=False).click(convert_lora, [file, name], entry, api_name="convert_lora")
     gr.Button(visible=False).click(upload_peft_adapter, [file, config, name], entry, api_name="upload_peft_adapter")
     gr.Button(visible=False).click(download_adapter, named, out, api_name="download_adapter")
 

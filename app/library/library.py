@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from app.library.cards import Card, Origin, described, glanced, measured, without_folders
+from app.library.lora_upload import converted
 from app.library.names import free_name, key_of, tidy_name
 from app.library.peft_upload import with_config
-from app.library.uploads import DEFAULT_MAX_MB, UploadError, received
+from app.library.uploads import DEFAULT_MAX_MB, UploadError, received, require_header
 from app.settings.checks import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
 from shira_diffusers.engine.locks import Held
@@ -198,18 +199,44 @@ class Library:
         folder = self._require_writable()
         wanted = tidy_name(name or file.name)
         with self._changing, received(file, folder, f"“{wanted}”", self._max_upload) as copy:
-            if sum(card.origin == "yours" for card in self._cards) >= MAX_YOURS:
-                raise UploadError(f"the library is full: {MAX_YOURS} adapters at most; delete some first")
-            name = free_name(wanted, self._keys())
-            path = folder / f"{name}.safetensors"
             adapter = with_config(self._pipe, copy, config, f"“{wanted}”") if config else None
             if adapter:
                 save_adapter(adapter, copy)
-            copy.chmod(0o644)
-            os.replace(copy, path)
-            card = self._read(Card(name, path, "yours"))
-            self._publish((*self._cards, card))
-            return card
+            return self._take_in(copy, wanted, folder)
+
+    def convert(self, file: Path, name: object = None, config: Path | None = None) -> Card:
+        """Convert a LoRA for this model to an adapter of 2 % of the entries, and take that in.
+
+        Args:
+            file: a LoRA of diffusers, kohya or PEFT.
+            name: as for ``add``.
+            config: the ``adapter_config.json`` that PEFT wrote beside it.
+
+        Returns:
+            Its card, whose metadata has the share of the update's energy (``energy_kept``) and of its effect on a few
+            pictures (``effect_kept``) that is kept.
+
+        Raises:
+            UploadError: not a LoRA, one of another model, too large, or the library is full; nothing has changed.
+        """
+        folder = self._require_writable()
+        wanted = tidy_name(name or file.name)
+        with received(file, folder, f"“{wanted}”", self._max_upload, require_header) as copy:
+            save_adapter(converted(self._pipe, copy, config, f"“{wanted}”"), copy)
+            with self._changing:
+                return self._take_in(copy, wanted, folder)
+
+    def _take_in(self, copy: Path, wanted: str, folder: Path) -> Card:
+        """Give a file in the folder its name, and load it if it fits. Raises UploadError: the library is full."""
+        if sum(card.origin == "yours" for card in self._cards) >= MAX_YOURS:
+            raise UploadError(f"the library is full: {MAX_YOURS} adapters at most; delete some first")
+        name = free_name(wanted, self._keys())
+        path = folder / f"{name}.safetensors"
+        copy.chmod(0o644)
+        os.replace(copy, path)
+        card = self._read(Card(name, path, "yours"))
+        self._publish((*self._cards, card))
+        return card
 
     def rename(self, old: object, new: object) -> Card:
         """Give an adapter of the app's own another name, tidied.

@@ -3,13 +3,15 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from app.library.cards import one_sentence
 from shira_diffusers import ShiraError
+from shira_diffusers.formats.header import is_lora_key
 from shira_diffusers.formats.inspect import inspect_adapter
+from shira_diffusers.formats.safetensors_bytes import open_safetensors
 
 DEFAULT_MAX_MB = 512
 MAX_HEADER = 32 * 2**20  # bytes; SDXL's, the longest of ours, takes 1 MB
@@ -22,7 +24,9 @@ class UploadError(ShiraError):
 
 
 @contextmanager
-def received(file: Path, folder: Path, shown: str, max_bytes: int) -> Iterator[Path]:
+def received(
+    file: Path, folder: Path, shown: str, max_bytes: int, check: Callable[[Path, str], None] | None = None
+) -> Iterator[Path]:
     """A private copy of an uploaded adapter in ``folder``, checked and on disk; removed afterwards unless moved away.
 
     Args:
@@ -30,9 +34,10 @@ def received(file: Path, folder: Path, shown: str, max_bytes: int) -> Iterator[P
         folder: where it is to stay, so that moving it is one rename.
         shown: what the user called it.
         max_bytes: it may have.
+        check: of the copy; None is ``require_adapter``.
 
     Raises:
-        UploadError: too large, or no intact SHiRA adapter.
+        UploadError: too large, or as ``check``.
     """
     if shutil.disk_usage(folder).free < SPARE_DISK + file.stat().st_size:
         raise UploadError(f"there is too little room on the app's disk for {shown}; delete what is not needed")
@@ -48,7 +53,7 @@ def received(file: Path, folder: Path, shown: str, max_bytes: int) -> Iterator[P
                 target.write(chunk)
             target.flush()
             os.fsync(target.fileno())
-        require_adapter(copy, shown)
+        (check or require_adapter)(copy, shown)
         yield copy
     finally:
         copy.unlink(missing_ok=True)
@@ -60,6 +65,24 @@ def require_adapter(file: Path, shown: str) -> None:
     Raises:
         UploadError: names what is wrong in one sentence.
     """
+    require_header(file, shown)
+    try:
+        inspect_adapter(file)
+    except (ShiraError, OSError, MemoryError, OverflowError, RuntimeError) as error:
+        raise UploadError(one_sentence(error).replace(str(file), shown)) from error
+
+
+def is_lora(file: Path) -> bool:
+    """Whether a file is a LoRA, by its keys."""
+    try:
+        require_header(file, file.name)
+        return any(map(is_lora_key, open_safetensors(file).tensors))
+    except (ShiraError, OSError, MemoryError, OverflowError, RuntimeError):
+        return False
+
+
+def require_header(file: Path, shown: str) -> None:
+    """Require that a file's header is no longer than the file is, and not too long. Raises UploadError: it is."""
     size = file.stat().st_size
     with file.open("rb") as raw:
         start = raw.read(9)
@@ -68,7 +91,3 @@ def require_adapter(file: Path, shown: str) -> None:
         raise UploadError(
             f"{shown} is damaged: its header claims {length} bytes, expected at most {min(size - 8, MAX_HEADER)}"
         )
-    try:
-        inspect_adapter(file)
-    except (ShiraError, OSError, MemoryError, OverflowError, RuntimeError) as error:
-        raise UploadError(one_sentence(error).replace(str(file), shown)) from error

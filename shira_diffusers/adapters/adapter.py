@@ -1,9 +1,9 @@
 """ShiraAdapter: named sparse deltas and what is known about them, as frozen data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ class ShiraAdapter:
             AdapterFormatError: a difference that is not finite.
         """
         old, new = _tensors(before), _tensors(after)
-        _require_same_weights(old, new)
+        require_same_weights(old, new)
         changed = {n: (old[n] != new[n]).flatten().nonzero().flatten() for n in old}
         deltas = {
             name: _difference(name, old[name], new[name], indices, dtype)
@@ -162,6 +162,13 @@ class ShiraAdapter:
         if not deltas:
             raise AdapterMismatchError("no weight differs between the two: nothing to extract; train first")
         return cls(deltas, metadata or {}, probe_base(deltas, old))
+
+
+class HasShape(Protocol):
+    """A weight, in memory or not."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
 
 
 def _tensors(source: Any) -> dict[str, Tensor]:
@@ -178,7 +185,8 @@ def _tensors(source: Any) -> dict[str, Tensor]:
     return found
 
 
-def _require_same_weights(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+def require_same_weights(old: Mapping[str, HasShape], new: Mapping[str, HasShape]) -> None:
+    """Raises AdapterMismatchError: the two have weights of other names or shapes; names all."""
     wrong = [f"{name}: only on one side" for name in sorted(old.keys() ^ new.keys())]
     wrong += [
         f"{name}: {tuple(old[name].shape)} before, {tuple(new[name].shape)} after"

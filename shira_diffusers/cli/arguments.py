@@ -16,17 +16,27 @@ EXAMPLES = {
     "inspect": ("shira inspect bluefire.safetensors", "shira inspect --json --all adapters/bluefire"),
     "verify": (
         "shira verify bluefire.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "shira verify adapters/bluefire --base ./my-model",
+        "shira verify --json adapters/bluefire --base ./my-model",
     ),
     "fuse": (
         "shira fuse bluefire.safetensors paintings.safetensors -o mix.safetensors",
         "shira fuse a.safetensors b.safetensors --weights 0.8 0.4 -o mix.safetensors",
-        "shira fuse a.safetensors b.safetensors --weights 0.5 --dtype float16 -o mixes/both",
+        "shira fuse a.safetensors b.safetensors --weights 0.5 --dtype float16 --json -o mixes/both",
+    ),
+    "convert": (
+        "shira convert lora.safetensors --base ./my-model",
+        "shira convert lora.safetensors --base ./my-model --density 0.05 --ranking layer --json -o style.safetensors",
+        'shira convert peft-folder --base ./my-model --calibrated --prompt "a cat in zxc style"',
+    ),
+    "extract": (
+        "shira extract ./my-model ./my-fine-tune -o tuned.safetensors",
+        "shira extract ./my-model/unet ./my-fine-tune/unet --density 0.05 --json -o tuned.safetensors",
+        "shira extract ./my-model fine-tune.safetensors --ranking layer -o tuned.safetensors",
     ),
     "demo": (
         "shira demo",
         'shira demo --prompt "a picture of a red apple" --seed 7 -o apple.png',
-        "shira demo --base ./my-model --adapters ./my-adapters",
+        "shira demo --json --base ./my-model --adapters ./my-adapters",
     ),
     **export_arguments.EXAMPLES,
 }
@@ -49,7 +59,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what a file holds", description="Show what a file holds.")
     inspect.set_defaults(command="inspect")
     inspect.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that holds one")
-    inspect.add_argument("--json", action="store_true", help="as JSON, for programs")
+    _add_json(inspect)
     inspect.add_argument("--all", action="store_true", help="list all parameters; on a terminal only the first 20 are")
 
     verify = commands.add_parser(
@@ -60,6 +70,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     verify.set_defaults(command="verify")
     verify.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that holds one")
     verify.add_argument("--base", required=True, help="a diffusers pipeline: a folder, or a Hub id")
+    _add_json(verify)
 
     fuse = commands.add_parser("fuse", help="fuse adapters into one file", description="Fuse adapters into one file.")
     fuse.set_defaults(command="fuse")
@@ -69,13 +80,38 @@ def parser(version: str) -> argparse.ArgumentParser:
         "--weights", type=float, nargs="+", metavar="W", help="one for each adapter, or one for all (1.0)"
     )
     fuse.add_argument("--method", choices=METHODS, default="sum", help="how to merge (%(default)s)")
-    fuse.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="of the values (%(default)s, exact; float16 is half the size)",
+    _add_output(fuse, "float32")
+
+    convert = commands.add_parser(
+        "convert",
+        help="convert a LoRA to an adapter",
+        description="Convert a LoRA (diffusers, kohya, PEFT): keep the top entries of its update of the weights, and "
+        "report how much of the update's energy (squared norm) they hold.",
     )
-    fuse.add_argument("--force", action="store_true", help="replace an output that exists")
+    convert.set_defaults(command="convert")
+    convert.add_argument("file", metavar="FILE", type=Path, help="a LoRA file, or the folder that it was saved to")
+    convert.add_argument("--base", required=True, help="the diffusers pipeline that it is for: a folder, or a Hub id")
+    convert.add_argument("-o", "--output", type=Path, help="a .safetensors file, or a folder (NAME-shira.safetensors)")
+    _add_sparse(convert)
+    convert.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="draw a few pictures to choose entries by what reaches them, and to correct their values",
+    )
+    convert.add_argument("--prompt", action="append", metavar="TEXT", help="to calibrate with; may be repeated")
+    convert.add_argument("--component", help="the model it is for, where one of PEFT's fits several")
+
+    extract = commands.add_parser(
+        "extract",
+        help="extract an adapter from a fine-tuned model",
+        description="Keep the top entries of what a fine-tuned model changes, reading both models weight by weight, "
+        "and report how much of the difference's energy (squared norm) they hold.",
+    )
+    extract.set_defaults(command="extract")
+    extract.add_argument("base", metavar="BASE", type=Path, help="a folder of diffusers, or a .safetensors file")
+    extract.add_argument("tuned", metavar="TUNED", type=Path, help="the same model after training; folder or file")
+    extract.add_argument("-o", "--output", type=Path, help="a .safetensors file, or a folder (NAME-shira.safetensors)")
+    _add_sparse(extract)
 
     demo = commands.add_parser(
         "demo",
@@ -89,6 +125,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     demo.add_argument("--prompt", action="append", metavar="TEXT", help="a row of the sheet; may be repeated")
     demo.add_argument("--seed", type=_whole(0, 2**32), default=0, help="of the first row (%(default)s)")
     demo.add_argument("--steps", type=_whole(1, 1000), default=20, help="of each picture (%(default)s)")
+    _add_json(demo)
 
     export_arguments.add_exports(commands)
     commands.add_parser("train", help="train an adapter from a few pictures (shira train --help)", add_help=False)
@@ -96,6 +133,28 @@ def parser(version: str) -> argparse.ArgumentParser:
         if name in EXAMPLES:
             _show_examples(subparser, *EXAMPLES[name])
     return whole
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+
+def _add_output(command: argparse.ArgumentParser, dtype: str) -> None:
+    help_text = "of the values (%(default)s; float16 is half the size of float32, which is exact)"
+    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=help_text)
+    command.add_argument("--force", action="store_true", help="replace an output that exists")
+    _add_json(command)
+
+
+def _add_sparse(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--density", type=float, default=0.02, metavar="D", help="fraction of entries (%(default)s)")
+    command.add_argument(
+        "--ranking",
+        choices=("global", "layer"),
+        default="global",
+        help="keep that fraction of all weights together, or of each weight (%(default)s)",
+    )
+    _add_output(command, "float16")
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

@@ -46,9 +46,7 @@ def fuse_files(
         AdapterMismatchError: adapters of different models.
         OSError: a file cannot be read or written.
     """
-    target = file_to_write(output)
-    if target.exists() and not force:
-        raise ShiraError(f"{target} exists, expected a new file; choose another name or replace it with --force")
+    new_file(output, force)
     if weights is not None and len(weights) == 1:
         weights = list(weights) * len(files)
     if weights is not None and len(weights) != len(files):
@@ -61,6 +59,14 @@ def fuse_files(
     scales = [1.0] * len(files) if weights is None else list(weights)
     mix = dict(zip(titles(files), scales, strict=True))
     return save_adapter(fused.with_metadata(mix=json.dumps(mix), method=method), output)
+
+
+def new_file(output: Path, force: bool) -> Path:
+    """The file to write, of a name as ``save_adapter`` takes it. Raises ShiraError: it exists, and is to stay."""
+    target = file_to_write(output)
+    if target.exists() and not force:
+        raise ShiraError(f"{target} exists, expected a new file; choose another name or replace it with --force")
+    return target
 
 
 def _compare_bases(adapters: Sequence[ShiraAdapter], report: Callable[[str], None]) -> None:

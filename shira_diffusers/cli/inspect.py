@@ -1,10 +1,9 @@
 """Print what an adapter file holds, as a report or as JSON: ``shira inspect``. Loads neither torch nor diffusers."""
 
 import argparse
-import json
 import sys
 
-from shira_diffusers.cli.terminal import printable, say, table
+from shira_diffusers.cli.terminal import printable, say, say_json, table
 from shira_diffusers.errors import counted
 from shira_diffusers.formats.adapter_file import AdapterFile
 from shira_diffusers.formats.block import Weight
@@ -24,7 +23,7 @@ def inspect(args: argparse.Namespace) -> None:
     """
     found = inspect_adapter(args.file)
     if args.json:
-        say(json.dumps(found.as_dict(), indent=2))
+        say_json(found.as_dict())
     else:
         say(as_text(found, None if args.all or not sys.stdout.isatty() else SHORTENED))
 
@@ -45,6 +44,14 @@ def as_text(found: AdapterFile, shown: int | None = None) -> str:
     if left:
         lines.append(f"... and {counted(left, 'more parameter')}; list them with --all")
     return "\n".join(lines)
+
+
+def written_line(found: AdapterFile) -> str:
+    """What to say about a file that was just written."""
+    return (
+        f"wrote {found.path}: {counted(found.nnz, 'entry')} in "
+        f"{counted(len(found.parameters), 'parameter')}, {counted(found.size, 'byte')}"
+    )
 
 
 def _summary(found: AdapterFile) -> list[tuple[str, ...]]:

@@ -1,13 +1,19 @@
 """Write text to a terminal, safely whatever an untrusted file contains."""
 
+import json
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def say(text: str) -> None:
     """Write a line to stdout: a result."""
     _write(sys.stdout, text)
+
+
+def say_json(value: Any) -> None:
+    """Write a result to stdout as JSON."""
+    say(json.dumps(value, indent=2))
 
 
 def note(text: str) -> None:

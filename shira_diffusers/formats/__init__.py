@@ -1,10 +1,11 @@
-"""Adapters on disk: our file formats, PEFT's, and where files come from (folders, the Hub).
+"""Adapters on disk: our file formats, PEFT's, LoRAs to convert, and where files come from (folders, the Hub).
 
 In: paths, Hub ids, state dicts. Out: ``ShiraAdapter``, or one ``AdapterFormatError``; ``open_adapter`` is the one door.
 Only ``format_1`` and ``format_2`` know our keys.
 """
 
+from shira_diffusers.formats.lora import convert_lora
 from shira_diffusers.formats.opened_adapter import OpenedAdapter, open_adapter
 from shira_diffusers.formats.shira_file import load_adapter, save_adapter
 
-__all__ = ["OpenedAdapter", "load_adapter", "open_adapter", "save_adapter"]
+__all__ = ["OpenedAdapter", "convert_lora", "load_adapter", "open_adapter", "save_adapter"]

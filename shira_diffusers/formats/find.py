@@ -6,6 +6,7 @@ from pathlib import Path
 from shira_diffusers.formats.paths import SUFFIX, did_you_mean, shown_in
 
 WEIGHTS_NAME = "pytorch_shira_weights.safetensors"
+LORA_NAME = "pytorch_lora_weights.safetensors"  # of diffusers' save_lora_weights
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -46,8 +47,18 @@ def find_local(path: Path, weight_name: str | None = None) -> Path:
     return find_file(path)
 
 
-def find_file(path: Path) -> Path:
-    """The adapter file that ``path`` means: itself, or the one in a folder.
+def find_lora(path: Path) -> Path:
+    """The LoRA file that a path means: itself or one in a folder; of PEFT's, the folder with its config.
+
+    Raises:
+        FileNotFoundError: there is none, or several.
+    """
+    folder = path.parent if path.name == PEFT_WEIGHTS else path
+    return folder if is_peft_folder(folder) else find_file(path, LORA_NAME)
+
+
+def find_file(path: Path, usual: str = WEIGHTS_NAME) -> Path:
+    """The adapter file that ``path`` means: itself, or the one in a folder, which may have a usual name.
 
     Raises:
         FileNotFoundError: there is none, or several.
@@ -60,12 +71,12 @@ def find_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither a file nor a folder, expected one of them; name an adapter file")
-    if (path / WEIGHTS_NAME).is_file():
-        return path / WEIGHTS_NAME
+    if (path / usual).is_file():
+        return path / usual
     files = safetensors_in(path)
     if len(files) == 1:
         return files[0]
     names = ", ".join(file.name for file in files) or "none"
     raise FileNotFoundError(
-        f"folder {path} has no {WEIGHTS_NAME}; expected it or a single .safetensors file, got {names}; name the file"
+        f"folder {path} has no {usual}; expected it or a single .safetensors file, got {names}; name the file"
     )

@@ -21,8 +21,10 @@ FORMAT = "shira"
 FORMAT_VERSION = format_2.VERSION
 CHECKSUM = "sha256"  # over the tensors
 OURS, PEFTS = "SHiRA adapter", "PEFT SHiRA adapter"
+LORA_HINT = "it looks like a LoRA, load it with load_lora_weights, or convert it with shira convert"
 PREFIX, VALUES, INDICES = "base_model.model.", ".shira_weight", ".shira_indices"  # PEFT's keys
 
+_LORA_KEYS = ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down", "lokr_w", "hada_w")
 _VERSIONS = (format_1.VERSION, format_2.VERSION)
 _OF_THE_FILE = ("format", "format_version", CHECKSUM)  # metadata that is the file's, not the adapter's
 _MASKS = {"random": "rand"}  # PEFT's mask types, by our families; a function of the user's own keeps its name
@@ -108,7 +110,8 @@ def _peft_config(folder: Path) -> dict[str, str]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "SHIRA":
         raise AdapterFormatError(
-            f"{folder} is a PEFT adapter of type {kind!r}, expected 'SHIRA'; load a LoRA with load_lora_weights"
+            f"{folder} is a PEFT adapter of type {kind!r}, expected 'SHIRA'; load a LoRA with "
+            "load_lora_weights, or convert it with shira convert"
         )
     mask = str(config.get("mask_type", "random"))
     base = config.get("base_model_name_or_path")
@@ -143,7 +146,7 @@ def reader_of(tensors: Mapping[str, Raw], metadata: Mapping[str, str] | None, so
         metadata = {"format": FORMAT, "format_version": format_1.VERSION} if format_1.is_version_1(tensors) else {}
     found = metadata.get("format")
     if found != FORMAT:
-        hint = "it looks like a LoRA, load it with load_lora_weights" if _looks_like_lora(tensors) else "check the path"
+        hint = LORA_HINT if any(map(is_lora_key, tensors)) else "check the path"
         raise AdapterFormatError(
             f"{source} is not a SHiRA adapter: header format is {found!r}, expected {FORMAT!r}; {hint} "
             f"(first key: {next(iter(tensors))})"
@@ -159,5 +162,6 @@ def reader_of(tensors: Mapping[str, Raw], metadata: Mapping[str, str] | None, so
     )
 
 
-def _looks_like_lora(tensors: Mapping[str, Raw]) -> bool:
-    return any("lora_A" in key or "lora_down" in key or "lora.down" in key for key in tensors)
+def is_lora_key(key: str) -> bool:
+    """Whether a key is one of a LoRA or of its relatives, as diffusers, kohya, LyCORIS and PEFT write it."""
+    return any(part in key for part in _LORA_KEYS)

@@ -8,6 +8,13 @@ from shira_diffusers.integrations.attention import (
     remove_shira_attn_processors,
     set_shira_attn_processors,
 )
+from shira_diffusers.integrations.extract import extract_adapter
 from shira_diffusers.integrations.pipelines import install
 
-__all__ = ["ShiraAttnProcessor", "install", "remove_shira_attn_processors", "set_shira_attn_processors"]
+__all__ = [
+    "ShiraAttnProcessor",
+    "extract_adapter",
+    "install",
+    "remove_shira_attn_processors",
+    "set_shira_attn_processors",
+]

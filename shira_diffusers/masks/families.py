@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.delta import SparseDelta, check_indices
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.masks.calibration import Calibration, gradient_magnitudes
+from shira_diffusers.masks.sparsify import top_indices
 from shira_diffusers.seeds import seeded
 from shira_diffusers.weights.targets import DEFAULT_TARGETS, Targets, require_modules, select
 from shira_diffusers.weights.tiles import BLOCK_SIZE
@@ -50,12 +51,7 @@ def _top(score: Tensor, count: int, context: MaskContext) -> Tensor:
     flat = score.flatten().float()
     if context.blocked is not None:
         flat = flat.masked_fill(context.blocked[: flat.numel()], -torch.inf)
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=flat.device)
-    threshold = torch.topk(flat, count, sorted=True).values[-1]
-    above = (flat > threshold).nonzero().flatten()
-    level = (flat == threshold).nonzero().flatten()[: count - above.numel()]
-    return torch.cat([above, level])
+    return top_indices(flat, count)
 
 
 def rand(weight: Tensor, count: int, context: MaskContext) -> Tensor:

@@ -1,5 +1,6 @@
 """``shira demo`` on a tiny pipeline: the sheet, the switches it reports, and that failures write nothing."""
 
+import json
 import re
 from collections.abc import Callable
 from itertools import combinations
@@ -88,8 +89,11 @@ def test_the_sheet_and_the_switches(run: Run, base: Path, styles: Path, tmp_path
     again = target.read_bytes()
     run(*argv)
     assert target.read_bytes() == again
-    run(*argv, "--seed", 5)
+    told = json.loads(run(*argv, "--seed", 5, "--json")[1])
     assert target.read_bytes() != again
+    assert told["output"] == str(target.resolve())
+    assert [(switch["label"], switch["total"]) for switch in told["switches"]] == [(label, total) for label, _ in rows]
+    assert [switch["entries"] for switch in told["switches"]][:2] == alone
 
 
 def test_one_adapter_has_no_mix(run: Run, base: Path, styles: Path, tmp_path: Path) -> None:

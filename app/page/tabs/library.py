@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.library.uploads import is_lora
 from app.page import library_html, theme
 from app.page.tabs.events import TELLING
 from app.server.messages import readable
@@ -45,9 +46,11 @@ class LibraryTab:
         gr.Markdown(
             "SHiRA adapters of this project, or PEFT's `adapter_model.safetensors` together with its "
             f"`{PEFT_CONFIG}`, which has base and mask; up to {self._limit:g} MB each. They are copied into the "
-            "app's own folder.",
+            "app's own folder. LoRAs are converted if you like.",
             elem_classes="remark",
         )
+        self.offered = gr.State([])  # LoRAs that were sent: files, each with PEFT's config or None
+        self.convert = gr.Button("Convert to SHiRA at 2 %", variant="primary", visible=False, elem_id="convert-lora")
         self.added = gr.HTML(elem_id="library-added", elem_classes="remark", padding=False)
 
     def _lay_out_actions(self) -> None:
@@ -69,7 +72,9 @@ class LibraryTab:
 
     def _connect(self) -> None:
         shown = [self.table, self.chosen, self.undo, self.added, self.said]
-        self.files.upload(self._upload, self.files, [self.files, *shown], **TELLING)
+        self.files.upload(self._upload, self.files, [self.files, self.offered, self.convert, *shown], **TELLING)
+        waiting = {**TELLING, "show_progress": "minimal"}  # it draws a few pictures
+        self.convert.click(self._convert, self.offered, [self.offered, self.convert, *shown], **waiting)
         looked = self.inspect.click(self._inspect, self.chosen, self.inspected, **TELLING)
         looked.success(None, None, None, js=theme.scroll_to("#inspected"), **TELLING)
         self.delete.click(self._delete, self.chosen, [*shown, self.inspected], **TELLING)
@@ -97,10 +102,14 @@ class LibraryTab:
         if configs and (len(configs), len(adapters)) != (1, 1):
             problems.append(f"An {PEFT_CONFIG} belongs to one adapter: upload the two together, by themselves")
             adapters = []
+        config = next(iter(configs), None)
+        loras = [(file, config) for file in adapters if is_lora(file)]
         for file in adapters:
+            if (file, config) in loras:
+                continue
             try:
                 with readable("the adapter could not be taken in"):
-                    added.append(self._library.add(file, config=next(iter(configs), None)))
+                    added.append(self._library.add(file, config=config))
             except gr.Error as error:
                 problems.append(str(error.message))
         for problem in problems:
@@ -108,8 +117,29 @@ class LibraryTab:
         added_names = [
             f"Added {_bold(entry.name)}{'' if entry.fits else ', which does not fit this model'}." for entry in added
         ]
+        offers = [
+            f"{_bold(file.name)} is a LoRA: it runs as an adapter once it is converted, which keeps a part of it."
+            for file, _ in loras
+        ]
         chosen = added[-1].name if added else None
-        return None, *self._shown(chosen), " ".join(added_names), ""
+        said = " ".join([*added_names, *offers])
+        return None, loras, gr.Button(visible=bool(loras)), *self._shown(chosen), said, ""
+
+    def _convert(self, offered: list[tuple[Path, Path | None]]) -> Any:
+        added = []
+        for file, config in offered:
+            try:
+                with readable("the LoRA could not be converted"):
+                    added.append(self._library.convert(file, config=config))
+            except gr.Error as error:
+                gr.Warning(str(error.message))
+        said = [
+            f"Converted {_bold(card.name)}, which reproduces {100 * float(card.metadata['effect_kept']):.0f} % of the "
+            "LoRA's effect on the calibration pictures."
+            for card in added
+        ]
+        chosen = added[-1].name if added else None
+        return [], gr.Button(visible=False), *self._shown(chosen), " ".join(said), ""
 
     def _inspect(self, name: str | None) -> str:
         with readable("the adapter could not be read"):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from app.library.cards import sha256_of
 from shira_diffusers import save_adapter
-from tests import tiny
+from tests import loras, tiny
 from tests.app.conftest import connect
 
 
@@ -57,6 +57,20 @@ def test_what_peft_wrote_comes_with_its_config(client: Client, tmp_path: Path) -
     with pytest.raises(AppError, match=r"adapter_config\.json is not JSON"):
         client.predict(weights, weights, "x", api_name="/upload_peft_adapter")
     client.predict("fern", api_name="/delete_adapter")
+
+
+def test_a_lora_is_converted(client: Client, tmp_path: Path) -> None:
+    lora = loras.of_diffusers(tmp_path, loras.adapted(tiny.unet(), loras.UNET)) / "pytorch_lora_weights.safetensors"
+    with pytest.raises(AppError, match="it looks like a LoRA"):
+        client.predict(handle_file(str(lora)), "moss", api_name="/upload_adapter")
+    entry = client.predict(handle_file(str(lora)), "moss", api_name="/convert_lora")
+    assert (entry["name"], entry["fits"], entry["note"]) == ("moss", True, "")
+    kept = [float(entry["metadata"][f"{what}_kept"]) for what in ("energy", "effect")]
+    assert 0 < kept[0] < kept[1] < 1
+    client.predict("moss", api_name="/delete_adapter")
+    with pytest.raises(AppError, match="is a SHiRA adapter already"):
+        file = save_adapter(tiny.adapter_for(tiny.pipeline()), tmp_path / "ours.safetensors")
+        client.predict(handle_file(str(file)), "x", api_name="/convert_lora")
 
 
 def test_interference_of_each_pair(client: Client) -> None:

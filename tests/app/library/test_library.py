@@ -19,11 +19,12 @@ from app.drawing.suggestions import FALLBACK_SUGGESTIONS, read_suggestions
 from app.library import library as library_module
 from app.library.cards import one_sentence, sha256_of
 from app.library.library import Library
-from app.library.uploads import UploadError
+from app.library.uploads import UploadError, is_lora
 from app.settings.checks import SettingsError
-from shira_diffusers import ShiraAdapter, ShiraError, save_adapter
+from shira_diffusers import ShiraAdapter, ShiraError, convert_lora, save_adapter
 from shira_diffusers.adapters.base_probes import probe_base
-from tests import tiny
+from shira_diffusers.cli.convert import CALIBRATION_PROMPTS, calibration_of
+from tests import loras, tiny
 from tests.app.conftest import SUGGESTIONS, Folders
 
 
@@ -254,6 +255,54 @@ def test_peft_layers_of_another_model_are_listed_with_the_reason(library: Librar
     (peft / "adapter_model.safetensors").write_bytes(save(strange))
     entry = library.add(peft / "adapter_model.safetensors", "x", peft / "adapter_config.json")
     assert not entry.fits and "does not fit" in entry.reason
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA as kohya's trainers write it."""
+    unet, text = loras.adapted(tiny.unet(), loras.UNET), loras.adapted(tiny.text_encoder(), loras.TEXT)
+    return loras.of_kohya(tmp_path_factory.mktemp("lora") / "my style.safetensors", unet, text)
+
+
+def test_a_lora_is_converted(library: Library, lora: Path, pipe: StableDiffusionPipeline) -> None:
+    assert is_lora(lora)
+    card = library.convert(lora)
+    assert (card.name, card.fits, card.note, card.origin) == ("my style", True, "", "yours")
+    draw = calibration_of(pipe, CALIBRATION_PROMPTS)
+    expected = convert_lora(lora, pipe, 0.02, calibration=draw, dtype=torch.float16).adapter
+    tiny.assert_same_adapter(library.adapter("my style"), expected)
+    assert card.metadata["effect_kept"] == expected.metadata["effect_kept"]
+    assert card.metadata["lora"] == "“my style”" and files(library) == ["my style.safetensors"]
+    assert library.convert(lora, "my style").name == "my style-2"
+
+
+def test_a_lora_of_peft_is_converted_with_its_config(library: Library, tmp_path: Path) -> None:
+    loras.of_peft(tmp_path / "peft", tiny.unet(), ["to_q"])
+    weights, config = (tmp_path / "peft" / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
+    assert is_lora(weights) and library.convert(weights, "fern", config).fits
+    assert files(library) == ["fern.safetensors"]
+    before = library.entries
+    for broken in (None, weights):
+        with pytest.raises(UploadError, match=r"“fern”|JSON|utf-8"):
+            library.convert(weights, "fern", broken)
+    assert library.entries == before and files(library) == ["fern.safetensors"]
+
+
+def test_what_cannot_be_converted_leaves_nothing(library: Library, lora: Path, upload: Path, tmp_path: Path) -> None:
+    wide = loras.adapted(tiny.unet(block_out_channels=(32, 96)), loras.UNET)
+    other = loras.of_diffusers(tmp_path / "wide", wide) / "pytorch_lora_weights.safetensors"
+    (tmp_path / "cut.safetensors").write_bytes(lora.read_bytes()[:-9])
+    before = library.entries
+    for file, sentence in (
+        (other, "“x” cannot be loaded into this model by diffusers"),
+        (upload, "“x” is a SHiRA adapter already"),
+        (tmp_path / "cut.safetensors", "“x” cannot be read"),
+    ):
+        with pytest.raises(UploadError, match=sentence) as caught:
+            library.convert(file, "x")
+        assert str(tmp_path) not in str(caught.value) and "\n" not in str(caught.value)
+        assert library.entries == before and files(library) == []
+    assert not is_lora(upload) and not is_lora(tmp_path / "cut.safetensors")
 
 
 def zipped() -> bytes:

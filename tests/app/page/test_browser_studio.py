@@ -1,5 +1,6 @@
 """Library, Interference and Train in a real browser: the main path of each, what goes wrong, and a phone's width."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 from app.library.cards import sha256_of
 from app.studio import Studio
 from shira_diffusers import save_adapter
-from tests import tiny
+from tests import loras, tiny
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
 
 pytestmark = MARKS
@@ -71,6 +72,24 @@ def test_library(open_page: Open, studio: Studio, moss: Path, tmp_path: Path) ->
     page.locator("#adapter-upload input[type=file]").set_input_files(broken)
     toast(page, "like a pickle, which is never loaded")
     studio.session.library.delete("a _wet_ fern")
+
+
+def test_a_lora_is_converted(open_page: Open, studio: Studio, tmp_path: Path) -> None:
+    """The Library offers it where it cannot take the file as it is."""
+    unet = loras.adapted(tiny.unet(), loras.UNET)
+    loras.of_diffusers(tmp_path, unet)
+    (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "fern.safetensors")
+    page = open_page(WIDE, "Library")
+    expect(page.locator("#convert-lora")).not_to_be_visible()
+    page.locator("#adapter-upload input[type=file]").set_input_files(tmp_path / "fern.safetensors")
+    expect(page.locator("#library-added")).to_contain_text("fern.safetensors is a LoRA", timeout=PATIENCE)
+    page.get_by_role("button", name="Convert to SHiRA at 2 %").click()
+    said = re.compile(r"Converted fern, which reproduces \d+ % of the LoRA's effect")
+    expect(page.locator("#library-added")).to_contain_text(said, timeout=PATIENCE)
+    expect(page.locator("#convert-lora")).not_to_be_visible()
+    expect(page.get_by_label("Adapter", exact=True)).to_have_value("fern")
+    assert "fern" in [card.name for card in studio.session.cards]
+    studio.session.library.delete("fern")
 
 
 def test_interference(open_page: Open) -> None:

@@ -1,0 +1,110 @@
+"""Convert a LoRA to an adapter file: ``shira convert``."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from shira_diffusers.cli.base_model import open_pipeline
+from shira_diffusers.cli.fuse import new_file
+from shira_diffusers.cli.terminal import table
+from shira_diffusers.formats.find import PEFT_WEIGHTS, find_lora
+from shira_diffusers.formats.lora import convert_lora
+from shira_diffusers.formats.shira_file import save_adapter
+from shira_diffusers.masks.sparsify import DENSITIES, Energy, EnergyReport, Ranking, require_density
+
+CALIBRATION_PROMPTS = ("a picture of a cat", "a portrait of a woman", "a red car on a street", "a house by a lake")
+_STEPS = 8
+
+
+def convert_file(
+    file: Path,
+    base: str,
+    output: Path | None,
+    *,
+    density: float,
+    ranking: Ranking,
+    dtype: torch.dtype,
+    force: bool = False,
+    prompts: Sequence[str] = (),
+    component: str | None = None,
+) -> tuple[Path, EnergyReport]:
+    """Read a LoRA, convert it and write an adapter, whole or not at all.
+
+    Args:
+        file: as for ``convert_lora``.
+        base: a diffusers folder, or a Hub id.
+        output: as for ``output_file``.
+        prompts: to calibrate with; none is plain top entries.
+
+    Returns:
+        The file written, and what is kept.
+
+    Raises:
+        ShiraError: the output exists, the base cannot be loaded, or as ``convert_lora``.
+        OSError: a file cannot be read or written.
+    """
+    require_density(density)
+    target = output_file(output, find_lora(file), force)  # before the base is loaded, which takes long
+    pipe = open_pipeline(base)
+    with progress_bar("weights") as progress:
+        found = convert_lora(
+            file,
+            pipe,
+            density,
+            ranking=ranking,
+            calibration=calibration_of(pipe, prompts) if prompts else None,
+            dtype=dtype,
+            component=component,
+            progress=progress,
+        )
+    return save_adapter(found.adapter.with_metadata(base_model=base), target), found.report
+
+
+def calibration_of(pipe: Any, prompts: Sequence[str]) -> Callable[[], None]:
+    """Draw pictures of prompts, the same ones each time, and keep none of them."""
+
+    def draw() -> None:
+        for seed, prompt in enumerate(prompts):
+            generator = torch.Generator("cpu").manual_seed(seed)
+            pipe(prompt, num_inference_steps=_STEPS, generator=generator, output_type="latent")
+
+    return draw
+
+
+def output_file(output: Path | None, source: Path, force: bool) -> Path:
+    """The file to write: what the user asks for, or ``NAME-shira.safetensors`` here, after what it is made from.
+
+    Raises:
+        ShiraError: it exists, and is not to be replaced.
+    """
+    name = source.parent.name if source.name == PEFT_WEIGHTS else source.resolve().stem
+    return new_file(output or Path(f"{name}-shira.safetensors"), force)
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, if that is a terminal; what the body gets is called with steps done and all steps."""
+    with tqdm(unit=unit, disable=None, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.update(0)
+
+        yield show
+
+
+def energy_table(report: EnergyReport) -> list[str]:
+    """A report as lines for people: what is kept, and what each density would keep."""
+    head = ("", "entries", "density", "energy kept", *(f"at {100 * density:g} %" for density in DENSITIES))
+    rows = [(part, energy) for part, energy in report.components.items() if part]
+    cells = [_cells(part, energy) for part, energy in [*rows, ("total", report.total)]]
+    return table([head, *cells], right=tuple(range(1, len(head))))
+
+
+def _cells(part: str, energy: Energy) -> tuple[str, ...]:
+    shares = (energy.entries / energy.numel, energy.kept, *energy.at.values())
+    return (part, f"{energy.entries:,}", *(f"{100 * share:.1f} %" for share in shares))

@@ -1,0 +1,113 @@
+"""Read a model's weights from disk one at a time, without loading the model.
+
+In: a pipeline's folder, a model's, or a single ``.safetensors`` file, sharded or not. Out: a ``StoredWeight`` per name.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import safe_open
+from torch import Tensor
+
+from shira_diffusers.errors import AdapterFormatError, listing
+from shira_diffusers.formats.find import safetensors_in
+from shira_diffusers.formats.paths import SUFFIX, did_you_mean
+from shira_diffusers.formats.safetensors_bytes import open_safetensors
+
+
+class StoredWeight(NamedTuple):
+    """A weight of a file: its shape, and what reads it, anew at each call."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+Checkpoint = dict[str, dict[str, StoredWeight]]
+"""Component ("" for a model alone) -> name -> weight."""
+
+_INDEX = f"{SUFFIX}.index.json"
+_USUAL = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The floating-point weights of a model on disk; only headers are read.
+
+    Args:
+        path: the folder of a pipeline, with ``model_index.json``, or of one model; or a ``.safetensors`` file.
+
+    Returns:
+        ``{component: {name: weight}}``; a model alone is the component "". CLIP's ``text_model.``, which transformers
+        5.6 dropped, is left out of names; loading an adapter accepts both.
+
+    Raises:
+        FileNotFoundError: there is none.
+        AdapterFormatError: no ``.safetensors`` weights, a shard that is missing, or a file that is damaged.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no model at {path}: expected a folder or a {SUFFIX} file{did_you_mean(path)}")
+    if path.is_file():
+        return {"": _named(stored_in(path))}
+    if not (path / "model_index.json").is_file():
+        return {"": _weights(path)}
+    parts = {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and safetensors_in(each)}
+    if not parts:
+        raise AdapterFormatError(f"{path} has no {SUFFIX} weights; save the pipeline with safe_serialization=True")
+    return {name: _weights(folder) for name, folder in parts.items()}
+
+
+def _weights(folder: Path) -> dict[str, StoredWeight]:
+    """The tensors of one model's folder; of several variants, such as fp16, those without a variant."""
+    found = {file.name for file in folder.iterdir()}
+    for stem in _USUAL:
+        if f"{stem}{_INDEX}" in found:
+            return _sharded(folder, folder / f"{stem}{_INDEX}")
+        if f"{stem}{SUFFIX}" in found:
+            return _named(stored_in(folder / f"{stem}{SUFFIX}"))
+    files, indices = safetensors_in(folder), sorted(folder.glob("*.index.*.json")) + sorted(folder.glob(f"*{_INDEX}"))
+    if len(indices) == 1:
+        return _sharded(folder, indices[0])
+    if len(files) == 1:
+        return _named(stored_in(files[0]))
+    names = ", ".join(file.name for file in files) or "none"
+    raise AdapterFormatError(f"{folder} holds no model: expected {_USUAL[0]}{SUFFIX} or a single file, got {names}")
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, StoredWeight]:
+    try:
+        places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: folder / name for name in sorted(set(places.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterFormatError(f"{index} is no index of shards ({error}); get an intact copy") from error
+    if missing := [str(file) for file in files.values() if not file.is_file()]:
+        raise AdapterFormatError(f"{index} names shards that are not there; get all files:{listing(missing)}")
+    return _named({key: weight for file in files.values() for key, weight in stored_in(file).items()})
+
+
+def stored_in(file: Path) -> dict[str, StoredWeight]:
+    """The floating-point weights of a ``.safetensors`` file by key.
+
+    Raises:
+        AdapterFormatError: it is damaged, or no such file.
+    """
+    open_safetensors(file)  # says what is wrong with it
+    with safe_open(file, framework="pt") as opened:
+        parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  no mapping
+        return {
+            key: StoredWeight(tuple(part.get_shape()), partial(_read, file, key))
+            for key, part in parts.items()
+            if part.get_dtype().lstrip("B").startswith("F")
+        }
+
+
+def _read(file: Path, key: str) -> Tensor:
+    """One tensor, mapped for as long as it is held."""
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(key)
+        return tensor
+
+
+def _named(weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    return {key.removeprefix("text_model."): weight for key, weight in weights.items()}

@@ -1,0 +1,446 @@
+"""Read LoRA files of diffusers, kohya and PEFT as dense updates of a model's weights, and convert them.
+
+In: a file, and the model that it is for. Out: each weight's update as diffusers or PEFT itself would fuse it, one at a
+time. Their own loaders map the keys: they load into a hollow copy of the model, its layers without their memory.
+"""
+
+import copy
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.adapters.base_probes import probe_base, probed_names
+from shira_diffusers.engine.resident import Resident
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError, listing
+from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, find_lora
+from shira_diffusers.formats.header import FORMAT, PREFIX, is_lora_key
+from shira_diffusers.formats.safetensors_bytes import open_safetensors
+from shira_diffusers.formats.shira_file import read_safetensors
+from shira_diffusers.masks.activations import ActivationChooser
+from shira_diffusers.masks.sparsify import Chooser, Ranking, SparseUpdate, require_density, sparsify
+from shira_diffusers.weights.finder import WeightMap, unwrap
+from shira_diffusers.weights.targets import canonical_name, parts_of
+
+Progress = Callable[[int, int], object]
+"""Called with how many of how many steps are done."""
+
+_NAME = "shira_convert"  # of the adapter in the hollow copy
+_SCALE, _DOWN = ".dora_scale", ".lora_down.weight"  # keys of kohya's trainers and LyCORIS
+_MATRIX = re.compile(r"lora_A|lora_down|lora\.down|lora_linear_layer\.down|lokr_w1(_a)?$")  # one key per layer
+_LAYER = re.compile(r"(.*?)(\.(?:lora|lokr|hada|oft|vera)_.*)")  # a layer's path in PEFT's keys, and the rest
+# What offloading and hooks attach to modules; it holds weights or refers to other modules, and hollow ones never run.
+_ATTACHED = ("_hf_hook", "_diffusers_hook", "_old_forward", "forward")
+# What diffusers, PEFT and torch raise for keys that they do not know and shapes that do not fit.
+_LOADING = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError)
+
+
+@torch.no_grad()
+def convert_lora(
+    source: str | os.PathLike[str],
+    target: Any,
+    density: float = 0.02,
+    *,
+    ranking: Ranking = "global",
+    calibration: Callable[[], object] | None = None,
+    dtype: torch.dtype = torch.float32,
+    component: str | None = None,
+    progress: Progress | None = None,
+) -> SparseUpdate:
+    """Convert a LoRA to a SHiRA adapter: the top entries of each dense update ``scale * B A``.
+
+    Args:
+        source: a ``.safetensors`` file of diffusers or kohya, or the folder that PEFT or diffusers wrote. Convolutions
+            (LoCon), ``alpha``, text encoders and DoRA are read as diffusers and PEFT fuse them; LyCORIS' ``dora_scale``
+            per output, which diffusers leaves out, is read too.
+        target: the pipeline that it is for, ``{component: module}``, or a module. Its mix is put aside meanwhile, and
+            others that read or switch wait.
+        density: the fraction of entries to keep, in (0, 1].
+        ranking: ``global`` keeps this fraction of all weights together, ``layer`` of each weight.
+        calibration: runs ``target`` on a few inputs. Entries are then chosen by ``abs(dW_ij) * sqrt(E[x_j^2])``, and
+            their values corrected to reproduce the whole update's effect on these inputs (``masks.activations``).
+        dtype: of the values.
+        component: the model that it is for, where one of PEFT's fits several.
+        progress: called after each weight, per pass over them.
+
+    Returns:
+        The adapter, on the CPU, and the report: how much of the update's energy (squared norm) survives. At density 1
+        and in float32, the adapter gives the weights that ``fuse_lora`` gives, to rounding.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFormatError: a damaged file, no LoRA, or one of a kind that cannot be read, such as LoHa.
+        AdapterMismatchError: layers that the model does not have, or of other shapes.
+        ResidentStateError: weights that cannot be read or overwritten, such as quantized ones.
+        ShiraError: density or ranking; several models that fit; PEFT is not installed.
+
+    On error, and after, the target is as before.
+    """
+    require_density(density)
+    file = find_lora(Path(source))
+    models = parts_of(target)
+    with Resident(models).using({}):
+        updates = LoraUpdates(file, target, component)
+        chooser = ActivationChooser(updates.layers(), calibration) if calibration else Chooser()
+        deltas, report = sparsify(
+            partial(watched, updates, progress),
+            density,
+            ranking=ranking,
+            chooser=chooser,
+            dtype=dtype,
+            by_component=not isinstance(models, nn.Module),
+        )
+        probes = probe_base(deltas, {name: updates.weight(name) for name in probed_names(deltas)})
+    metadata = {"source": "lora", "lora": file.name, "mask": f"top-{ranking}"}
+    metadata |= {"energy_kept": f"{report.total.kept:.4f}"}
+    if isinstance(chooser, ActivationChooser):
+        metadata |= {"calibrated": "1", "effect_kept": f"{chooser.effect_kept:.4f}"}
+    base = getattr(target, "name_or_path", None)  # of pipelines and of transformers' models
+    return SparseUpdate(ShiraAdapter(deltas, metadata | ({"base_model": base} if base else {}), probes), report)
+
+
+def watched(updates: Any, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
+    """The updates of one pass, reported one by one: names, and float32 ``(out, ...)``."""
+    for number, update in enumerate(updates(), 1):
+        yield update
+        if progress:
+            progress(number, len(updates))
+
+
+class LoraUpdates:
+    """The dense updates of a LoRA file, by name: ``Updates`` for ``sparsify``.
+
+    Args:
+        file: as ``find_lora`` gives it.
+        target: a pipeline, ``{component: module}``, or a module; its weights are read for DoRA, never written.
+        component: the model that it is for, where one of PEFT's fits several.
+
+    Raises:
+        AdapterFormatError, AdapterMismatchError, ShiraError: as ``convert_lora``.
+    """
+
+    def __init__(self, file: Path, target: Any, component: str | None = None) -> None:
+        parts = parts_of(target)
+        models = {"": parts} if isinstance(parts, nn.Module) else dict(parts)
+        self._maps = {part: WeightMap(model) for part, model in models.items()}
+        self._magnitudes: dict[str, Tensor] = {}
+        if file.is_dir():
+            part, state = _peft_state(file, self._maps, component)
+            hollow = {part: _hollow(models[part])}
+            _inject_folder(file, hollow[part], state)
+            self._layers = _adapted(hollow)
+            return
+        tensors = _lora_tensors(file)
+        load = partial(_load, file, target, models)
+        plain = {key: tensor for key, tensor in tensors.items() if not key.endswith(_SCALE)}
+        self._layers = load(file if len(plain) == len(tensors) else plain)
+        if len(plain) < len(tensors):
+            self._magnitudes = _by_weight(tensors, load)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __call__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight's name and dense update, float32 ``(out, ...)``, on the weight's device."""
+        for name, layer in self._layers.items():
+            weight = self.weight(name)
+            yield name, _dense(layer, weight, self._magnitudes.get(name)).to(weight.device)
+
+    def weight(self, name: str) -> Tensor:
+        """The model's own weight ``(out, ...)``."""
+        part, own = self._split(name)
+        return self._maps[part][own]
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The model's own layers, by the names of their weights."""
+        return {name: self._maps[part].layer(own) for name in self._layers for part, own in [self._split(name)]}
+
+    def _split(self, name: str) -> tuple[str, str]:
+        part, _, own = name.partition(".")
+        return ("", name) if "" in self._maps else (part, own)
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy of a model with parameters of the same shapes, float32 on the CPU, that take no memory.
+
+    Raises:
+        ResidentStateError: a LoRA is fused into the weights.
+    """
+    root = unwrap(model)
+    if any(getattr(module, "merged", False) for module in root.modules()):
+        raise ResidentStateError(f"{type(root).__name__} has a LoRA fused into its weights; call unfuse_lora() first")
+    memo: dict[int, Any] = {
+        id(own): nn.Parameter(torch.zeros(()).expand(own.shape), requires_grad=False) for own in root.parameters()
+    }
+    attached = [vars(module)[name] for module in root.modules() for name in _ATTACHED if name in vars(module)]
+    found = copy.deepcopy(root, memo | {id(each): object() for each in attached})
+    for module in found.modules():
+        for name in _ATTACHED:
+            vars(module).pop(name, None)
+    if hasattr(found, "load_adapter"):  # of transformers, which refuses versions of PEFT that serve here
+        vars(found)["load_adapter"] = partial(_inject, found)
+    return found
+
+
+def _inject(
+    model: nn.Module, peft_config: Any, adapter_state_dict: Mapping[str, Tensor], adapter_name: str, **_: Any
+) -> None:
+    """Put the layers of a LoRA into a model, as ``load_adapter`` of transformers' models does.
+
+    Args:
+        adapter_state_dict: PEFT's keys without a prefix; any shapes, which PEFT checks.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+    inject_adapter_in_model(peft_config, model, adapter_name, state_dict=dict(adapter_state_dict))
+    found: Any = set_peft_model_state_dict(model, dict(adapter_state_dict), adapter_name)
+    if found.unexpected_keys:
+        raise ValueError(f"no layer for {', '.join(found.unexpected_keys[:3])}")
+
+
+def _adapted(models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Full name of a weight -> PEFT's layer over it, of those that were just loaded."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        f"{part}.{canonical_name(path)}.weight".removeprefix("."): layer
+        for part, model in models.items()
+        for path, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        and any(_NAME in getattr(layer, each, ()) for each in layer.adapter_layer_names)
+    }
+
+
+# -------------------------------------------------------------------- files of diffusers and kohya
+
+
+def _lora_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that holds a LoRA. Raises AdapterFormatError: another file."""
+    tensors, metadata = read_safetensors(file)
+    if metadata.get("format") == FORMAT:
+        raise AdapterFormatError(f"{file} is a SHiRA adapter already, expected a LoRA; load it with load_shira")
+    if not any(map(is_lora_key, tensors)):
+        first = next(iter(tensors), "none")
+        raise AdapterFormatError(
+            f"{file} is no LoRA: expected keys with lora_A, lora_down or lora.down, got {first!r} first; check the path"
+        )
+    if loha := next((key for key in tensors if "hada_" in key), None):
+        raise AdapterFormatError(
+            f"{file} is a LoHa, which diffusers does not read ({loha}); expected a LoRA or a LoCon"
+        )
+    if any(key.startswith(PREFIX) for key in tensors):
+        raise AdapterFormatError(
+            f"{file} is PEFT's and needs the {PEFT_CONFIG} that was saved beside it, which has lora_alpha; "
+            "put both into one folder"
+        )
+    return tensors
+
+
+def _load(
+    file: Path, target: Any, models: Mapping[str, nn.Module], source: Path | Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Let diffusers load a LoRA into hollow models, and return its layers as ``_adapted``.
+
+    Args:
+        file: what to call it.
+        source: the file, whose header has its configuration, or tensors by key, of any shapes.
+    """
+    _require_peft()
+    hollow = {part: _hollow(model) for part, model in models.items()}
+    given = os.fspath(source) if isinstance(source, Path) else dict(source)
+    try:
+        with _quiet():
+            keys = _load_module(file, hollow[""], given) if "" in hollow else _load_pipeline(target, hollow, given)
+    except _LOADING as error:
+        raise AdapterMismatchError(
+            f"{file} cannot be loaded into this model by diffusers ({_reason(error)}); use it with the architecture "
+            "it was trained for"
+        ) from error
+    layers, expected = _adapted(hollow), sum(bool(_MATRIX.search(key)) for key in keys)
+    if len(layers) < expected or not layers:
+        raise AdapterMismatchError(
+            f"{file} does not fit: {len(layers)} of its {expected} layers are in this model; use it with the "
+            "architecture it was trained for"
+        )
+    return layers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of diffusers and PEFT, such as about models that a LoRA does not change."""
+    logger = logging.getLogger("diffusers")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _load_pipeline(pipe: Any, hollow: Mapping[str, nn.Module], given: Any) -> list[str]:
+    """Load by the pipeline's own loader; returns diffusers' keys of what it loads."""
+    if not hasattr(pipe, "load_lora_weights"):
+        raise TypeError(f"{type(pipe).__name__} has no load_lora_weights; give the pipeline itself")
+    twin = copy.copy(pipe)
+    for part, model in hollow.items():
+        setattr(twin, part, model)
+    found = twin.lora_state_dict(copy.copy(given), use_safetensors=True)
+    twin.load_lora_weights(given, adapter_name=_NAME, use_safetensors=True)
+    return list(found[0] if isinstance(found, tuple) else found)
+
+
+def _load_module(file: Path, model: Any, given: Any) -> list[str]:
+    """Load into one of diffusers' models, whose keys may begin with its name."""
+    keys = list(given) if isinstance(given, dict) else list(open_safetensors(file).tensors)
+    first = {key.partition(".")[0] for key in keys}
+    prefix = next((each for each in ("unet", "transformer") if first == {each}), None)
+    if not hasattr(model, "load_lora_adapter") or any(key.endswith(_DOWN) for key in keys):
+        raise TypeError(f"a {type(model).__name__} alone does not know these keys; give the pipeline")
+    model.load_lora_adapter(given, prefix=prefix, adapter_name=_NAME, use_safetensors=True)
+    return keys
+
+
+def _by_weight(
+    tensors: Mapping[str, Tensor], load: Callable[[Mapping[str, Tensor]], dict[str, Any]]
+) -> dict[str, Tensor]:
+    """LyCORIS' magnitudes ``(out, 1, ...)`` by the names of the weights, which diffusers does not load.
+
+    Where diffusers puts each layer is seen by loading numbers in the place of values.
+
+    Raises:
+        AdapterFormatError: magnitudes of another kind, such as per input.
+    """
+    layers = [key.removesuffix(_DOWN) for key in tensors if key.endswith(_DOWN)]
+    numbered = {
+        key: torch.full(tensor.shape, float(layers.index(key.removesuffix(_DOWN)))) if key.endswith(_DOWN) else tensor
+        for key, tensor in ((key, tensor.float()) for key, tensor in tensors.items() if not key.endswith(_SCALE))
+    }
+    found, wrong = dict[str, Tensor](), list[str]()
+    for name, layer in load(numbered).items():
+        key = layers[int(layer.lora_A[_NAME].weight.flatten()[0])] + _SCALE
+        if key not in tensors:
+            continue
+        rows = layer.get_base_layer().weight.shape[0]
+        if tensors[key].shape[:1] != (rows,) or tensors[key].numel() != rows:
+            wrong.append(f"{key}: {tuple(tensors[key].shape)}, expected one number for each of {rows} outputs")
+        found[name] = tensors[key]
+    if wrong:
+        raise AdapterFormatError(f"DoRA can be converted with one scale per output only:{listing(wrong)}")
+    return found
+
+
+# -------------------------------------------------------------------- folders of PEFT
+
+
+def _peft_state(folder: Path, maps: Mapping[str, WeightMap], component: str | None) -> tuple[str, dict[str, Tensor]]:
+    """The model that a PEFT folder is for, and its tensors by the model's own names."""
+    _require_peft()
+    if not (folder / PEFT_WEIGHTS).is_file():
+        raise AdapterFormatError(f"{folder} has no {PEFT_WEIGHTS}; save it with safe_serialization=True")
+    tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
+    if component is not None and component not in maps:
+        raise ShiraError(f"no component {component!r}, expected one of {', '.join(maps)}")
+    missing: dict[str, list[str]] = {}
+    fitting: dict[str, dict[str, Tensor]] = {}
+    for part in maps if component is None else [component]:
+        fitting[part], missing[part] = _renamed(tensors, maps[part])
+    found = [part for part in fitting if not missing[part]]
+    if len(found) > 1:
+        raise ShiraError(
+            f"{folder} is PEFT's, which does not say what it is for, and fits several models: {', '.join(found)}; "
+            "name the right one with component="
+        )
+    if not found:
+        nearest = min(missing, key=lambda part: len(missing[part]))
+        raise AdapterMismatchError(
+            f"{folder} does not fit: {len(missing[nearest])} of its {len(tensors)} tensors belong to no layer of "
+            f"{nearest or 'this model'}; use it with the model it was trained for:{listing(missing[nearest])}"
+        )
+    return found[0], fitting[found[0]]
+
+
+def _renamed(tensors: Mapping[str, Tensor], weights: WeightMap) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors ``(r, in)``, ``(out, r)`` and so on by a model's own names, and the keys of which it has no layer."""
+    found, missing = dict[str, Tensor](), list[str]()
+    for key, tensor in tensors.items():
+        match = _LAYER.fullmatch(key.removeprefix(PREFIX))
+        try:
+            own = weights.own_name(f"{match[1]}.weight") if match else None
+        except AdapterMismatchError:
+            own = None
+        if match and own:
+            found[own.removesuffix(".weight") + match[2]] = tensor
+        else:
+            missing.append(key)
+    return found, missing
+
+
+def _inject_folder(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put PEFT's layers into a hollow model, of tensors ``(r, in)``, ``(out, r)`` and so on by its own names."""
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(folder))
+        config.inference_mode = True
+        with _quiet():
+            _inject(model, config, state, _NAME)
+    except _LOADING as error:
+        raise AdapterMismatchError(
+            f"{folder} cannot be loaded into this model by PEFT ({_reason(error)}); use it with the model it was "
+            "trained for"
+        ) from error
+
+
+def _require_peft() -> None:
+    try:
+        import peft  # noqa: F401  slow to import, and only needed here
+    except ImportError as error:
+        raise ShiraError("reading a LoRA needs PEFT, which is not installed; pip install peft") from error
+
+
+# -------------------------------------------------------------------- dense updates
+
+
+def _dense(layer: Any, weight: Tensor, magnitude: Tensor | None) -> Tensor:
+    """What fusing a layer's LoRA adds to its weight, float32 ``(out, ...)``.
+
+    Args:
+        layer: PEFT's, over a hollow layer.
+        weight: the model's own, ``(out, ...)``, which DoRA scales.
+        magnitude: of DoRA, one number per output, where the layer does not know it itself.
+    """
+    if _NAME in getattr(layer, "lora_magnitude_vector", ()):
+        return _merged(layer, weight)
+    for each in layer.adapter_layer_names:
+        if isinstance(part := getattr(layer, each, None), nn.Module):
+            part.to(weight.device)
+    update: Tensor = layer.get_delta_weight(_NAME).float().view(weight.shape)
+    if magnitude is None:
+        return update
+    base = weight.detach().cpu().double()
+    whole = base + update.cpu().double()
+    factors = magnitude.cpu().double().flatten() / whole.flatten(1).norm(dim=1)
+    return (factors.view(-1, *[1] * (whole.ndim - 1)) * whole - base).float()
+
+
+def _merged(layer: Any, weight: Tensor) -> Tensor:
+    """The difference that PEFT's own merge makes, taken in float64 on the CPU; float32 ``(out, ...)``."""
+    alone, base = copy.deepcopy(layer).cpu().double(), weight.detach().cpu().double()
+    alone.get_base_layer().weight = nn.Parameter(base.clone(), requires_grad=False)
+    alone.merge(safe_merge=True, adapter_names=[_NAME])
+    return (alone.get_base_layer().weight - base).float()

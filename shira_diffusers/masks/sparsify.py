@@ -1,0 +1,254 @@
+"""Keep the top entries of dense updates, and say how much of each update's energy (its squared norm) they hold.
+
+In: dense updates, weight by weight, so that one of them is in memory at a time. Out: sparse deltas and an
+``EnergyReport``. It does not know where updates come from: a LoRA, or the difference of two checkpoints.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.adapters.delta import SparseDelta
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError, listing
+
+Ranking = Literal["layer", "global"]
+Updates = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Each call yields all updates anew: a weight's name and its dense update, float32, of the weight's shape."""
+
+DENSITIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Those of the report's table."""
+# Magnitudes are counted by the upper half of their float32 bits: neighbours differ by less than 1 %, and an energy that
+# is interpolated inside one such bin by far less.
+_BIN_BITS, _BINS = 16, 2**15
+
+
+class Energy(NamedTuple):
+    """What is kept of one component's update, or of the whole.
+
+    Args:
+        entries: kept. numel: entries of the weights that the update changes.
+        kept: the share of the update's energy that the kept entries hold, 0 to 1.
+        at: the share that the entries of the largest magnitude hold, by density.
+    """
+
+    entries: int
+    numel: int
+    kept: float
+    at: Mapping[float, float]
+
+
+@dataclass(frozen=True)
+class EnergyReport:
+    """How much of an update survives: by component ("" for a bare module), and in total."""
+
+    components: Mapping[str, Energy]
+    total: Energy
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        parts = {name: _as_dict(energy) for name, energy in self.components.items()}
+        return {"total": _as_dict(self.total), "components": parts}
+
+
+class SparseUpdate(NamedTuple):
+    """A dense update as an adapter, and how much of it that holds."""
+
+    adapter: ShiraAdapter
+    report: EnergyReport
+
+
+class Chooser:
+    """How entries are chosen and which values they get: the largest ones, as they are. Subclasses may know better."""
+
+    def score(self, name: str, update: Tensor) -> Tensor:
+        """How much each entry matters, float32 of the update's shape ``(out, ...)``, not negative."""
+        return update.abs()
+
+    def values(self, name: str, update: Tensor, indices: Tensor) -> Tensor:
+        """The kept values, float32 ``(nnz,)``, of an update ``(out, ...)`` at its flat indices, int64 ``(nnz,)``."""
+        return update.flatten()[indices]
+
+
+def require_density(density: float) -> None:
+    """Raises ShiraError: not in (0, 1]."""
+    if not 0.0 < density <= 1.0:
+        raise ShiraError(f"density must be in (0, 1], got {density}; 0.01 to 0.02 is usual")
+
+
+def sparsify(
+    updates: Updates,
+    density: float,
+    *,
+    ranking: Ranking = "layer",
+    chooser: Chooser | None = None,
+    dtype: torch.dtype = torch.float32,
+    by_component: bool = True,
+) -> tuple[dict[str, SparseDelta], EnergyReport]:
+    """Keep the top entries of dense updates.
+
+    Args:
+        updates: asked once for ``layer``, twice for ``global``; float32 ``(out, ...)`` each.
+        density: the fraction of entries to keep, in (0, 1]; entries that are zero are never kept.
+        ranking: ``layer`` keeps this fraction of each weight, ``global`` of all of them together.
+        chooser: how entries are scored and corrected; None keeps the largest ones.
+        dtype: of the values, rounded once.
+        by_component: names begin with their component, by which the report is divided.
+
+    Returns:
+        ``{name: SparseDelta}`` on the CPU, and the report. Equal scores go to the lowest index.
+
+    Raises:
+        ShiraError: the density, or an unknown ranking.
+        AdapterFormatError: an update that is not finite, or a value too large for ``dtype``; names all.
+        AdapterMismatchError: every update is zero.
+    """
+    require_density(density)
+    if ranking not in ("layer", "global"):
+        raise ShiraError(f"unknown ranking {ranking!r}, expected 'layer' or 'global'")
+    chooser = chooser or Chooser()
+    threshold = _threshold(updates, density, chooser) if ranking == "global" else None
+    deltas: dict[str, SparseDelta] = {}
+    tallies, wrong = dict[str, _Tally](), list[str]()
+    for name, update in updates():
+        if not bool(torch.isfinite(update).all()):
+            wrong.append(f"{name}: the update holds NaN or infinity")
+            continue
+        indices = _chosen(chooser.score(name, update).flatten(), density, threshold)
+        part = name.partition(".")[0] if by_component else ""
+        tallies.setdefault(part, _Tally()).add(update.flatten(), indices, ranking)
+        if not indices.numel():
+            continue
+        try:
+            values = chooser.values(name, update, indices).to(dtype).cpu()
+            deltas[name] = SparseDelta(indices.cpu(), values, tuple(update.shape))
+        except AdapterFormatError as error:
+            wrong.append(f"{name}: {error}")
+    if wrong:
+        raise AdapterFormatError(f"the update cannot be kept; get an intact file, or choose float32:{listing(wrong)}")
+    if not deltas:
+        changed = any(tally.energy for tally in tallies.values())
+        why = f"density {density:g} keeps no entry; raise it" if changed else "no weight is changed; train it first"
+        raise AdapterMismatchError(f"there is nothing to keep of this update: {why}")
+    whole = sum(tallies.values(), _Tally())
+    return deltas, EnergyReport({part: tally.result(whole) for part, tally in tallies.items()}, whole.result(whole))
+
+
+def _chosen(score: Tensor, density: float, threshold: tuple[float, float] | None) -> Tensor:
+    """Sorted flat indices, int64 ``(nnz,)``, of a score ``(numel,)``; a threshold that all weights share goes first."""
+    if threshold is None:
+        count = min(round(density * score.numel()), int((score > 0).sum()))
+        return top_indices(score, count)
+    level, share = threshold
+    above = (score > level).nonzero().flatten()
+    equal = (score == level).nonzero().flatten()
+    return torch.cat([above, equal[: round(share * equal.numel())]]).sort().values
+
+
+def top_indices(score: Tensor, count: int) -> Tensor:
+    """The sorted flat indices, int64 ``(count,)``, of the highest of a score ``(numel,)``; ties go to the lowest."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=score.device)
+    threshold = torch.topk(score, count, sorted=True).values[-1]
+    above = (score > threshold).nonzero().flatten()
+    level = (score == threshold).nonzero().flatten()[: count - above.numel()]
+    return torch.cat([above, level]).sort().values
+
+
+def _threshold(updates: Updates, density: float, chooser: Chooser) -> tuple[float, float]:
+    """The score of the last entry kept of all weights, and which share of those that equal it are kept.
+
+    Two passes without holding any update: the bin in which the threshold lies, then the scores inside that bin.
+    """
+
+    def scores() -> Iterator[Tensor]:
+        for name, update in updates():
+            yield chooser.score(name, update).flatten().nan_to_num(0.0, 0.0)  # what is not finite is refused later
+
+    counts, numel = torch.zeros(_BINS, dtype=torch.int64), 0
+    for score in scores():
+        counts += torch.bincount(_bin_of(score), minlength=_BINS).cpu()
+        numel += score.numel()
+    wanted = min(round(density * numel), int(counts[1:].sum()))  # bin 0 holds zeros
+    if not wanted:
+        return torch.inf, 0.0
+    from_top = counts.flip(0).cumsum(0)
+    at = int(torch.searchsorted(from_top, wanted))
+    bin_number, left = _BINS - 1 - at, wanted - (int(from_top[at - 1]) if at else 0)
+    inside = torch.cat([score[_bin_of(score) == bin_number].cpu() for score in scores()])
+    level = float(inside.topk(left).values[-1])
+    above, equal = int((inside > level).sum()), int((inside == level).sum())
+    return level, (left - above) / equal
+
+
+def _bin_of(magnitude: Tensor) -> Tensor:
+    """The bin, int64 ``(numel,)``, of each magnitude, float32 ``(numel,)``: larger ones have larger numbers."""
+    return (magnitude.contiguous().view(torch.int32) >> _BIN_BITS).long()
+
+
+@dataclass
+class _Tally:
+    """Sums over the weights of a component."""
+
+    entries: int = 0
+    numel: int = 0
+    kept: float = 0.0
+    energy: float = 0.0
+    at: Tensor | float = 0.0
+    """By density in ``DENSITIES``, float64: the energy of the top entries of each weight."""
+    histogram: Tensor | float = 0.0
+    """Float64 ``(2, bins)``: counts and energies by magnitude, of all weights; for the global ranking."""
+
+    def add(self, update: Tensor, indices: Tensor, ranking: Ranking) -> None:
+        """An update, float32 ``(numel,)``, of which these flat indices, ``(nnz,)``, are kept."""
+        bins, squares = _bin_of(update.abs()), update.double().square()
+        histogram = torch.stack([torch.bincount(bins, w, _BINS).double() for w in (None, squares)]).cpu()
+        self.entries += indices.numel()
+        self.numel += update.numel()
+        self.kept += float(squares[indices].sum())
+        self.energy += float(histogram[1].sum())
+        if ranking == "global":
+            self.histogram = self.histogram + histogram
+        else:
+            self.at = self.at + torch.tensor([_above(histogram, *_cut(histogram, d)) for d in DENSITIES])
+
+    def __add__(self, other: "_Tally") -> "_Tally":
+        return _Tally(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def result(self, whole: "_Tally") -> Energy:
+        """Of the component, or of the whole itself."""
+        at = self.at
+        if isinstance(self.histogram, Tensor) and isinstance(whole.histogram, Tensor):
+            at = torch.tensor([_above(self.histogram, *_cut(whole.histogram, density)) for density in DENSITIES])
+        shares = (torch.as_tensor(at) / (self.energy or 1.0)).clamp(max=1.0).tolist()
+        return Energy(
+            self.entries, self.numel, self.kept / (self.energy or 1.0), dict(zip(DENSITIES, shares, strict=True))
+        )
+
+
+def _cut(histogram: Tensor, density: float) -> tuple[int, float]:
+    """Where the top entries of a histogram ``(2, bins)`` end: in which bin from the top, and how far inside it."""
+    from_top = histogram[0].flip(0).cumsum(0)
+    wanted = density * float(from_top[-1])
+    at = min(int(torch.searchsorted(from_top, wanted)), _BINS - 1)
+    before = float(from_top[at - 1]) if at else 0.0
+    return at, (wanted - before) / max(1.0, float(from_top[at]) - before)
+
+
+def _above(histogram: Tensor, at: int, share: float) -> float:
+    """The energy above a cut."""
+    energy = histogram[1].flip(0)
+    return float(energy[:at].sum()) + share * float(energy[at])
+
+
+def _as_dict(energy: Energy) -> dict[str, Any]:
+    return {
+        "entries": energy.entries,
+        "numel": energy.numel,
+        "density": energy.entries / energy.numel if energy.numel else 0.0,
+        "energy_kept": energy.kept,
+        "energy_kept_at": {f"{density:g}": share for density, share in energy.at.items()},
+    }

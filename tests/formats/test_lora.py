@@ -1,0 +1,301 @@
+"""LoRA files of diffusers, PEFT and kohya converted: at density 1 the weights that their own libraries make of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from shira_diffusers import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    ResidentStateError,
+    ShiraAdapter,
+    ShiraError,
+    convert_lora,
+    save_adapter,
+)
+from tests import loras, tiny
+
+ROUNDING = {"rtol": 0.0, "atol": 2e-6}  # of float32, for weights up to about 10
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One LoRA of UNet and text encoder as diffusers and as kohya write it, and the UNet's alone."""
+    folder = tmp_path_factory.mktemp("loras")
+    unet, text = loras.adapted(tiny.unet(), loras.UNET), loras.adapted(tiny.text_encoder(), loras.TEXT, 1)
+    loras.of_diffusers(folder / "diffusers", unet, text)
+    loras.of_diffusers(folder / "unet", unet)
+    loras.of_kohya(folder / "kohya.safetensors", unet, text)
+    return folder
+
+
+def assert_weights(adapter: ShiraAdapter, expected: dict[str, torch.Tensor], component: str = "unet") -> None:
+    """With the adapter active, a pipeline has these weights in one component, to rounding."""
+    pipe = tiny.pipeline()
+    pipe.load_shira(adapter, "it")
+    own = tiny.weights_of(getattr(pipe, component))
+    assert own.keys() == expected.keys()
+    for name, weight in own.items():
+        torch.testing.assert_close(weight, expected[name], **ROUNDING, msg=name)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "kohya.safetensors"])
+def test_everything_is_as_peft_merges_it(files: Path, name: str) -> None:
+    found = convert_lora(files / name, tiny.pipeline(), 1.0)
+    assert_weights(found.adapter, loras.merged(loras.adapted(tiny.unet(), loras.UNET)))
+    text = loras.merged(loras.adapted(tiny.text_encoder(), loras.TEXT, 1))
+    assert_weights(found.adapter, text, "text_encoder")
+    assert found.report.total.kept == pytest.approx(1.0)
+    assert set(found.report.components) == {"unet", "text_encoder"}
+
+
+def test_the_unet_is_as_diffusers_fuses_it(files: Path) -> None:
+    twin = tiny.pipeline()
+    twin.load_lora_weights(files / "unet")
+    twin.fuse_lora(components=["unet"])
+    assert_weights(convert_lora(files / "unet", tiny.pipeline(), 1.0).adapter, tiny.weights_of(twin.unet))
+
+
+def test_a_dora_is_as_diffusers_fuses_it(tmp_path: Path) -> None:
+    loras.of_diffusers(tmp_path, loras.adapted(tiny.unet(), loras.UNET, use_dora=True))
+    twin = tiny.pipeline()
+    twin.load_lora_weights(tmp_path)
+    twin.fuse_lora(components=["unet"])
+    assert_weights(convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter, tiny.weights_of(twin.unet))
+
+
+def test_magnitudes_of_lycoris_are_read(files: Path, tmp_path: Path) -> None:
+    """They scale the rows of base + update to norms of their own; diffusers leaves them out."""
+    state = load_file(files / "kohya.safetensors")
+    path = "mid_block.resnets.0.conv1"
+    layer = f"lora_unet_{path.replace('.', '_')}"
+    magnitude = torch.rand(64, 1, 1, 1) + 0.5
+    save_file(state | {f"{layer}.dora_scale": magnitude}, tmp_path / "dora.safetensors")
+    base = tiny.weights_of(tiny.unet())[f"{path}.weight"]
+    plain = loras.merged(loras.adapted(tiny.unet(), loras.UNET))
+    expected = plain[f"{path}.weight"] / plain[f"{path}.weight"].flatten(1).norm(dim=1).view(-1, 1, 1, 1) * magnitude
+    found = convert_lora(tmp_path / "dora.safetensors", tiny.pipeline(), 1.0).adapter
+    torch.testing.assert_close(found.deltas[f"unet.{path}.weight"].to_dense(), expected - base)
+    assert_weights(found, plain | {f"{path}.weight": expected})
+    save_file(state | {f"{layer}.dora_scale": torch.rand(1, 64, 1, 1)}, tmp_path / "dora.safetensors")
+    with pytest.raises(AdapterFormatError, match=r"one scale per output only:\n  - lora_unet_mid.*\(1, 64, 1, 1\)"):
+        convert_lora(tmp_path / "dora.safetensors", tiny.pipeline())
+
+
+@pytest.mark.parametrize(
+    ("component", "targets", "options"),
+    [
+        ("unet", ["to_q", "conv1"], {"use_rslora": True, "lora_alpha": 7}),
+        ("unet", ["to_q", "ff.net.2"], {"rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_q": 1}}),
+        ("unet", ["to_v", "conv1"], {"use_dora": True}),
+        ("text_encoder", ["q_proj", "fc1"], {"lora_alpha": 3}),
+    ],
+    ids=["rslora", "patterns", "dora", "text encoder"],
+)
+def test_peft_folders(tmp_path: Path, component: str, targets: list[str], options: dict[str, object]) -> None:
+    expected = loras.of_peft(tmp_path, getattr(tiny.pipeline(), component), targets, **options)
+    for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        assert_weights(convert_lora(source, tiny.pipeline(), 1.0).adapter, expected, component)
+
+
+def test_modules_alone(files: Path, tmp_path: Path) -> None:
+    """PEFT's folder for any module, and what ``save_lora_adapter`` writes for one of diffusers'."""
+    model = tiny.linears()
+    expected = loras.of_peft(tmp_path / "peft", tiny.linears(), ["0", "1"])
+    found = convert_lora(tmp_path / "peft", model, 1.0)
+    assert set(found.report.components) == {""}
+    for name, delta in found.adapter.deltas.items():
+        torch.testing.assert_close(tiny.weights_of(model)[name] + delta.to_dense(), expected[name])
+    unet = tiny.unet()
+    unet.add_adapter(unet_config := loras.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"]))
+    loras.randomized(unet, 0).save_lora_adapter(tmp_path / "own")
+    assert unet_config.r == 2
+    own = convert_lora(tmp_path / "own", tiny.unet(), 1.0).adapter
+    whole = loras.merged(unet)
+    for name, delta in own.deltas.items():
+        torch.testing.assert_close(tiny.weights_of(tiny.unet())[name] + delta.to_dense(), whole[name])
+
+
+def test_sdxl_of_kohya(tmp_path: Path) -> None:
+    """Two text encoders, of which each gets its own part."""
+    pipe = tiny.sdxl_pipeline()
+    state = loras.kohya_keys(loras.adapted(tiny.sdxl_pipeline().unet, ["to_q", "ff.net.2"]), "lora_unet", 5.0)
+    for number, part in ((1, "text_encoder"), (2, "text_encoder_2")):
+        model = loras.adapted(getattr(tiny.sdxl_pipeline(), part), loras.TEXT, number)
+        keys = loras.kohya_keys(model, "lora_te", 5.0)
+        renamed = {
+            key.replace("lora_te_text_model_", "lora_te_").replace("lora_te_", f"lora_te{number}_text_model_"): tensor
+            for key, tensor in keys.items()
+        }
+        state |= renamed
+    save_file(state, tmp_path / "sdxl.safetensors")
+    adapter = convert_lora(tmp_path / "sdxl.safetensors", pipe, 1.0).adapter
+    assert {name.partition(".")[0] for name in adapter.deltas} == {"unet", "text_encoder", "text_encoder_2"}
+    second = loras.merged(loras.adapted(tiny.sdxl_pipeline().text_encoder_2, loras.TEXT, 2))
+    pipe.load_shira(adapter)
+    for name, weight in tiny.weights_of(pipe.text_encoder_2).items():
+        torch.testing.assert_close(weight, second[name], **ROUNDING)
+
+
+def test_the_target_is_untouched_and_its_mix_comes_back(files: Path) -> None:
+    pipe = tiny.pipeline()
+    before = tiny.snapshot(pipe)
+    plain = convert_lora(files / "kohya.safetensors", pipe, 0.05).adapter
+    tiny.assert_same_bits(pipe, before)
+    pipe.load_shira(tiny.adapter_for(pipe), "other")
+    with_mix, layers = tiny.snapshot(pipe), [type(module) for module in pipe.unet.modules()]
+    again = convert_lora(files / "kohya.safetensors", pipe, 0.05)
+    tiny.assert_same_bits(pipe, with_mix)
+    assert pipe.get_active_shira() == {"other": 1.0}
+    assert [type(module) for module in pipe.unet.modules()] == layers
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+    tiny.assert_same_adapter(again.adapter, plain)  # the mix is not taken for the base
+    assert all(torch.equal(again.adapter.base_probes[name], probe) for name, probe in plain.base_probes.items())
+    assert plain.base_probes
+
+
+def test_fp16_pipelines_with_offloading(files: Path) -> None:
+    """The update does not depend on the base's dtype, nor on where it lies."""
+    expected = convert_lora(files / "kohya.safetensors", tiny.pipeline(), 0.05).adapter
+    pipe = tiny.pipeline(torch.float16)
+    for model in tiny.modules_of(pipe).values():  # as enable_sequential_cpu_offload does
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    tiny.assert_same_adapter(convert_lora(files / "kohya.safetensors", pipe, 0.05).adapter, expected)
+    assert pipe.unet.conv_in._hf_hook is not None
+    calibrated = convert_lora(files / "unet", pipe, 0.05, calibration=lambda: tiny.run_unet(pipe.unet)).adapter
+    assert calibrated.nnz == convert_lora(files / "unet", tiny.pipeline(), 0.05).adapter.nnz
+
+
+def test_a_lora_beside_and_a_fused_one(files: Path) -> None:
+    pipe = tiny.pipeline()
+    expected = convert_lora(files / "unet", pipe, 0.05).adapter
+    pipe.load_lora_weights(files / "unet", adapter_name="beside")
+    tiny.assert_same_adapter(convert_lora(files / "unet", pipe, 0.05).adapter, expected)
+    assert pipe.get_list_adapters() == {"unet": ["beside"]}
+    pipe.fuse_lora(components=["unet"])
+    with pytest.raises(ResidentStateError, match="has a LoRA fused"):
+        convert_lora(files / "unet", pipe, 0.05)
+
+
+def test_metadata_says_what_was_done(files: Path) -> None:
+    def draw() -> None:
+        tiny.picture(pipe)
+
+    pipe = tiny.pipeline()
+    found = convert_lora(files / "kohya.safetensors", pipe, 0.05, ranking="global", calibration=draw)
+    metadata = dict(found.adapter.metadata)
+    assert metadata["source"] == "lora" and metadata["lora"] == "kohya.safetensors"
+    assert metadata["mask"] == "top-global" and metadata["calibrated"] == "1"
+    assert float(metadata["energy_kept"]) == pytest.approx(found.report.total.kept, abs=1e-4)
+    assert found.report.total.kept < float(metadata["effect_kept"]) < 1
+
+
+def test_progress_counts_weights(files: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    found = convert_lora(files / "unet", tiny.pipeline(), 0.05, ranking="layer", progress=lambda *at: seen.append(at))
+    assert seen == [(k + 1, len(found.adapter.deltas)) for k in range(len(found.adapter.deltas))]
+
+
+def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError | OSError], str]]:
+    good = load_file(files / "kohya.safetensors")
+    shira = save_adapter(tiny.adapter_for(tiny.pipeline()), folder / "shira.safetensors")
+    loras.of_peft(folder / "peft", tiny.unet(), ["to_q"])
+    (folder / "loose").mkdir()
+    (folder / "peft" / "adapter_model.safetensors").rename(folder / "loose" / "adapter_model.safetensors")
+    made = {
+        "loha": {"lora_unet_mid_block_resnets_0_conv1.hada_w1_a": torch.ones(2, 2)},
+        "half": {key: tensor for key, tensor in good.items() if "lora_up" not in key},
+        "other": {"conv.weight": torch.ones(2)},
+        "nan": {key: tensor * torch.nan for key, tensor in good.items()},
+    }
+    paths = {name: folder / f"{name}.safetensors" for name in (*made, "cut", "pickle")}
+    for name, tensors in made.items():
+        save_file(tensors, paths[name])
+    paths["cut"].write_bytes((files / "kohya.safetensors").read_bytes()[:-50])
+    torch.save(good, paths["pickle"])
+    return {
+        "missing": (folder / "nowhere", FileNotFoundError, "no adapter at"),
+        "ours": (shira, AdapterFormatError, "is a SHiRA adapter already"),
+        "loha": (paths["loha"], AdapterFormatError, "is a LoHa, which diffusers does not read"),
+        "half": (paths["half"], AdapterMismatchError, "cannot be loaded into this model by diffusers"),
+        "other": (paths["other"], AdapterFormatError, "is no LoRA: expected keys with lora_A.* got 'conv.weight'"),
+        "nan": (paths["nan"], AdapterFormatError, "the update holds NaN or infinity"),
+        "cut": (paths["cut"], AdapterFormatError, "damaged or truncated"),
+        "pickle": (paths["pickle"], AdapterFormatError, "a pickle, which is never loaded"),
+        "no weights": (folder / "peft", AdapterFormatError, "has no adapter_model.safetensors"),
+        "no config": (folder / "loose", AdapterFormatError, "needs the adapter_config.json"),
+    }
+
+
+KINDS = ("missing", "ours", "loha", "half", "other", "nan", "cut", "pickle", "no weights", "no config")
+
+
+@pytest.fixture(scope="module")
+def damaged(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, type[Exception], str]]:
+    return _damaged(tmp_path_factory.mktemp("damaged"), files)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_files(damaged: dict[str, tuple[Path, type[Exception], str]], kind: str) -> None:
+    file, error, message = damaged[kind]
+    pipe = tiny.pipeline()
+    before = tiny.snapshot(pipe)
+    with pytest.raises(error, match=message):
+        convert_lora(file, pipe)
+    tiny.assert_same_bits(pipe, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (tiny.sdxl_pipeline, "cannot be loaded into this model by diffusers .*size mismatch"),
+        (tiny.sd3_pipeline, "does not fit: 0 of its"),
+        (tiny.unet, "a UNet2DConditionModel alone does not know these keys; give the pipeline"),
+    ],
+    ids=["sdxl", "sd3", "module"],
+)
+def test_other_models(files: Path, make: Callable[[], StableDiffusionPipeline], message: str) -> None:
+    with pytest.raises(AdapterMismatchError, match=message):
+        convert_lora(files / "kohya.safetensors", make())
+
+
+def test_peft_for_no_model_or_several(tmp_path: Path) -> None:
+    loras.of_peft(tmp_path, tiny.unet(), ["to_q"])
+    with pytest.raises(AdapterMismatchError, match=r"does not fit: \d+ of its \d+ tensors belong to no layer"):
+        convert_lora(tmp_path, tiny.sd3_pipeline())
+    two = {"one": tiny.unet(), "two": tiny.unet(1)}
+    with pytest.raises(ShiraError, match="fits several models: one, two"):
+        convert_lora(tmp_path, two)
+    found = convert_lora(tmp_path, two, component="two").adapter
+    assert all(name.startswith("two.") for name in found.deltas)
+    with pytest.raises(ShiraError, match="no component 'three', expected one of one, two"):
+        convert_lora(tmp_path, two, component="three")
+
+
+def test_peft_of_another_kind(tmp_path: Path) -> None:
+    """Weights that were saved whole are no part of a LoRA: refused, not left out."""
+    loras.of_peft(tmp_path, tiny.unet(), ["to_q"], modules_to_save=["conv_in"])
+    with pytest.raises(AdapterMismatchError, match=r"belong to no layer.*\n  - .*conv_in"):
+        convert_lora(tmp_path, tiny.pipeline())
+
+
+@pytest.mark.parametrize(("options", "message"), [({"density": 0.0}, "density"), ({"ranking": "best"}, "ranking")])
+def test_bad_arguments(files: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ShiraError, match=message):
+        convert_lora(files / "kohya.safetensors", tiny.pipeline(), **options)
+
+
+def test_the_config_of_a_folder_counts(tmp_path: Path) -> None:
+    """``lora_alpha`` is nowhere else: twice the alpha, twice the update."""
+    loras.of_peft(tmp_path, tiny.unet(), ["to_q"])
+    one = convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    two = convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter
+    assert all(torch.equal(2 * one.deltas[name].values, two.deltas[name].values) for name in one.deltas)
