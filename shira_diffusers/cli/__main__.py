@@ -1,4 +1,4 @@
-"""Run the ``shira`` command: inspect adapters, verify them, fuse them, and demonstrate what they do.
+"""Run the ``shira`` command: inspect adapters, verify, fuse and demonstrate them, and export pipelines.
 
 Exit status: 0 when all is well, 1 with one line of error on stderr, 2 for a command that cannot be understood.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from shira_diffusers import __version__
 from shira_diffusers.cli.arguments import parser
 from shira_diffusers.cli.demo import PROMPTS, find_assets, run_demo
+from shira_diffusers.cli.export_onnx import export
 from shira_diffusers.cli.fuse import DTYPES, fuse_files
 from shira_diffusers.cli.inspect import inspect
 from shira_diffusers.cli.run import run as run_command
@@ -63,7 +64,7 @@ def _demo(args: argparse.Namespace) -> None:
     say(f"wrote {args.output.resolve()}")
 
 
-_COMMANDS = {"inspect": inspect, "verify": _verify, "fuse": _fuse, "demo": _demo}
+_COMMANDS = {"inspect": inspect, "verify": _verify, "fuse": _fuse, "demo": _demo, "export-onnx": export}
 
 if __name__ == "__main__":
     raise SystemExit(main())
