@@ -20,6 +20,7 @@ WINGS = (
     "masks",
     "engine",
     "formats",
+    "edge",
     "training",
     "integrations",
     "library",
@@ -143,6 +144,19 @@ def importers(pattern: str, sources: Sources) -> set[str]:
     }
 
 
+def needed_by(module: str, sources: Sources) -> set[str]:
+    """All that a module imports, directly or not; of ours, without what packages' ``__init__`` import for others."""
+    found: set[str] = set()
+    todo = [module]
+    while todo:
+        for name in imports_of(todo[0], sources[todo[0]]):
+            if name not in found and name in sources:
+                todo.append(name)
+            found.add(name)
+        del todo[0]
+    return found
+
+
 def wings_of(modules: set[str]) -> set[str]:
     return {module.split(".")[1] for module in modules}
 
@@ -189,6 +203,13 @@ def test_a_module_without_a_wing_is_seen() -> None:
 
 def test_few_know_diffusers_and_its_pipelines() -> None:
     assert wings_of(importers(r"diffusers(\..*)?", SOURCES)) <= KNOWS_DIFFUSERS
+
+
+def test_the_edge_needs_neither_torch_nor_diffusers() -> None:
+    needed = needed_by(f"{PACKAGE}.edge.resident", SOURCES)
+    foreign = {name.partition(".")[0] for name in needed} & {"onnx", "onnxruntime", "numpy", "torch", "diffusers"}
+    assert foreign == {"numpy", "onnxruntime"}
+    assert "torch" in needed_by(f"{PACKAGE}.edge.export", SOURCES)
 
 
 @pytest.mark.parametrize(

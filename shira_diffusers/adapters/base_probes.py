@@ -1,18 +1,17 @@
 """Recognize the base an adapter was trained on, its siblings and other models by a few of the base's values."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from shira_diffusers.adapters.base_match import ROUNDING, UNDERFLOW, BaseMatch, match
 from shira_diffusers.adapters.delta import SparseDelta
+
+__all__ = ["BaseMatch", "match_base", "probe_base", "probed_names"]
 
 _PROBED_WEIGHTS = 8  # with 64 entries each, 512 values: 1 KiB per file
 _PROBED_ENTRIES = 64
-_SIBLING_SIMILARITY = 0.8  # cosine: fine-tunes of one model stay near 1, unrelated models near 0
-
-BaseMatch = Literal["same", "sibling", "other"]
 
 
 def probe_base(deltas: Mapping[str, SparseDelta], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,18 +54,14 @@ def match_base(pairs: list[tuple[Tensor, Tensor]]) -> BaseMatch:
     allowed = torch.cat(
         [_rounding(values.dtype) * probe.double().cpu().abs() + _underflow(values) for probe, values in pairs]
     )
-    # a few values may be rounded otherwise, as by a cast through a third dtype
-    if int(((expected - got).abs() <= allowed).sum()) >= 0.99 * len(expected):
-        return "same"
-    norm = float(expected.norm() * got.norm())
-    return "sibling" if norm and float(expected @ got) / norm >= _SIBLING_SIMILARITY else "other"
+    return match(expected.numpy(), got.numpy(), allowed.numpy())
 
 
 def _rounding(dtype: torch.dtype) -> float:
     """Largest relative difference of a float16 probe and the same value stored in ``dtype``."""
-    return 2.0**-10 + (torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
+    return ROUNDING + (torch.finfo(dtype).eps if dtype.is_floating_point else 0.0)
 
 
 def _underflow(values: Tensor) -> float:
     """The largest difference by underflow: subnormals of float16 and of 8-bit floats."""
-    return 2.0**-9 if values.dtype.itemsize == 1 else 2.0**-23
+    return 2.0**-9 if values.dtype.itemsize == 1 else UNDERFLOW

@@ -1,4 +1,4 @@
-"""Run the ``shira`` command: inspect, verify, fuse, convert and bake adapters, and demonstrate what they do.
+"""Run the ``shira`` command: inspect, verify, fuse, convert and export adapters, and demonstrate what they do.
 
 Exit status: 0 when all is well, 1 with one line of error on stderr, 2 for a command that cannot be understood.
 """
@@ -14,6 +14,7 @@ from shira_diffusers.cli.bake import bake
 from shira_diffusers.cli.convert import CALIBRATION_PROMPTS, convert_file, energy_table
 from shira_diffusers.cli.demo import PROMPTS, find_assets, run_demo
 from shira_diffusers.cli.diff import diff
+from shira_diffusers.cli.export_onnx import export
 from shira_diffusers.cli.export_peft import export_peft
 from shira_diffusers.cli.extract import extract_file
 from shira_diffusers.cli.fuse import DTYPES, fuse_files
@@ -119,6 +120,7 @@ _COMMANDS = {
     "demo": _demo,
     "bake": bake,
     "export-peft": export_peft,
+    "export-onnx": export,
     "diff": diff,
 }
 

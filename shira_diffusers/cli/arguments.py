@@ -38,6 +38,10 @@ EXAMPLES = {
         'shira demo --prompt "a picture of a red apple" --seed 7 -o apple.png',
         "shira demo --json --base ./my-model --adapters ./my-adapters",
     ),
+    "export-onnx": (
+        "shira export-onnx ./my-model exported",
+        "shira export-onnx stable-diffusion-v1-5/stable-diffusion-v1-5 exported --dtype fp16",
+    ),
     **export_arguments.EXAMPLES,
 }
 
@@ -126,6 +130,17 @@ def parser(version: str) -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_whole(0, 2**32), default=0, help="of the first row (%(default)s)")
     demo.add_argument("--steps", type=_whole(1, 1000), default=20, help="of each picture (%(default)s)")
     _add_json(demo)
+
+    export = commands.add_parser(
+        "export-onnx",
+        help="export a pipeline for devices without torch",
+        description="Write UNet, text encoder and VAE decoder for ONNX Runtime, where OnnxResident switches adapters.",
+    )
+    export.set_defaults(command="export-onnx")
+    export.add_argument("base", metavar="BASE", help="a Stable Diffusion 1.x or 2.x pipeline: a folder, or a Hub id")
+    export.add_argument("output", metavar="OUT", type=Path, help="the folder to write, a new one")
+    export.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the weights (%(default)s)")
+    _add_json(export)
 
     export_arguments.add_exports(commands)
     commands.add_parser("train", help="train an adapter from a few pictures (shira train --help)", add_help=False)

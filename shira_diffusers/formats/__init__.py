@@ -4,8 +4,11 @@ In: paths, Hub ids, state dicts. Out: ``ShiraAdapter``, or one ``AdapterFormatEr
 Only ``format_1`` and ``format_2`` know our keys.
 """
 
-from shira_diffusers.formats.lora import convert_lora
-from shira_diffusers.formats.opened_adapter import OpenedAdapter, open_adapter
-from shira_diffusers.formats.shira_file import load_adapter, save_adapter
+from importlib.util import find_spec
+
+if find_spec("torch") is not None:  # without it ``edge`` uses what needs NumPy only
+    from shira_diffusers.formats.lora import convert_lora
+    from shira_diffusers.formats.opened_adapter import OpenedAdapter, open_adapter
+    from shira_diffusers.formats.shira_file import load_adapter, save_adapter
 
 __all__ = ["OpenedAdapter", "convert_lora", "load_adapter", "open_adapter", "save_adapter"]

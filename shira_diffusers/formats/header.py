@@ -119,6 +119,14 @@ def _peft_config(folder: Path) -> dict[str, str]:
     return {**metadata, **({"base_model": str(base)} if base else {})}
 
 
+def without_shapes(path: Path) -> str:
+    """What to say where one of PEFT's adapters is of no use."""
+    return (
+        f"{path} is a PEFT adapter, which does not store the weights' shapes: load it into its base with "
+        "pipe.load_shira, write it with pipe.save_shira, and use that file"
+    )
+
+
 def kept_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """A header's strings as an adapter keeps them."""
     given = metadata or {}

@@ -17,10 +17,10 @@ from shira_diffusers.adapters.delta import SparseDelta, index_dtype
 from shira_diffusers.errors import AdapterFormatError
 from shira_diffusers.formats.adapter_file import AdapterFile
 from shira_diffusers.formats.gpu_decoder import DeviceDecoder, record_stream
-from shira_diffusers.formats.header import read_header
+from shira_diffusers.formats.header import read_header, without_shapes
 from shira_diffusers.formats.peft import decode_peft_for, peft_tensors
 from shira_diffusers.formats.safetensors_bytes import Bytes, mapped
-from shira_diffusers.formats.shira_file import adapter_of, to_adapter, without_shapes
+from shira_diffusers.formats.shira_file import adapter_of, to_adapter
 
 Held = tuple[Tensor, ...]
 

@@ -31,6 +31,7 @@ from shira_diffusers.formats.header import (
     ours,
     read_header,
     reader_of,
+    without_shapes,
 )
 from shira_diffusers.formats.paths import OTHER_WEIGHTS
 from shira_diffusers.formats.safetensors_bytes import Opened, Raw, open_safetensors, to_bytes
@@ -221,14 +222,6 @@ def load_adapter(path: str | os.PathLike[str]) -> ShiraAdapter:
     if file.reader is None:
         raise AdapterFormatError(without_shapes(file.path))
     return to_adapter(file)
-
-
-def without_shapes(path: Path) -> str:
-    """What to say where one of PEFT's adapters is of no use."""
-    return (
-        f"{path} is a PEFT adapter, which does not store the weights' shapes: load it into its base with "
-        "pipe.load_shira, write it with pipe.save_shira, and use that file"
-    )
 
 
 def require_tensors(given: Mapping[Any, Any], source: str) -> None:

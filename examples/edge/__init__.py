@@ -1,0 +1,1 @@
+"""Pictures without torch: ONNX Runtime, numpy, tokenizers, and an adapter file."""
