@@ -29,7 +29,7 @@ class Draws:
         self._generator, self._share, self._groups = generator, share, groups
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal float32 numbers of the shape of ``like``, whose first dimension is the batch."""
+        """Standard normal float32 numbers of the shape of ``like``, ``(n, ...)``; n is the batch."""
         shape = (self._share.whole(len(like), self._groups), *like.shape[1:])
         return self._mine(torch.randn(shape, generator=self._generator, device=like.device))
 
