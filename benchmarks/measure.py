@@ -37,11 +37,13 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat1
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 
 
-def options(doc: str | None, budget: dict[str, int] = SECONDS) -> argparse.ArgumentParser:
+def options(
+    doc: str | None, budget: dict[str, int] = SECONDS, models: Sequence[str] = MODELS
+) -> argparse.ArgumentParser:
     """The options that all scripts share; ``budget`` has the default seconds per device."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=SECONDS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=models, default=list(models))
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default float16 on CUDA, float32 on a CPU")
     limits = f"{budget['cuda']} on CUDA, {budget['cpu']} on a CPU"
     parser.add_argument("--budget", type=float, help=f"seconds after which no further case starts; default {limits}")

@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -20,7 +21,15 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from shira_diffusers import ShiraAdapter, SparseDelta
 from shira_diffusers.weights.targets import named_weights
@@ -76,9 +85,21 @@ def unet(seed: int = 0, **options: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(config | options)).eval()
 
 
-def autoencoder() -> AutoencoderKL:
+def t5(width: int) -> T5EncoderModel:
+    torch.manual_seed(6)
+    sizes = {"vocab_size": 40, "d_ff": 37, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    return T5EncoderModel(T5Config(d_model=width, **sizes)).eval()
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5TokenizerFast(vocab=[*specials, *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz")], extra_ids=0)
+
+
+def autoencoder(**options: object) -> AutoencoderKL:
     torch.manual_seed(2)
     return AutoencoderKL(
+        **options,
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -133,21 +154,22 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
     return pipe
 
 
-def sd3_transformer() -> SD3Transformer2DModel:
+def sd3_transformer(**options: object) -> SD3Transformer2DModel:
     torch.manual_seed(4)
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        out_channels=4,
-        pos_embed_max_size=8,
-    ).eval()
+    config = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "out_channels": 4,
+        "pos_embed_max_size": 8,
+    }
+    return SD3Transformer2DModel(**(config | options)).eval()
 
 
 def sd3_pipeline() -> StableDiffusion3Pipeline:
@@ -167,19 +189,56 @@ def sd3_pipeline() -> StableDiffusion3Pipeline:
     return pipe
 
 
-def flux_transformer() -> FluxTransformer2DModel:
+def whole_sd3_pipeline(*, with_t5: bool = True, **scheduler: object) -> StableDiffusion3Pipeline:
+    """SD3 in small with an autoencoder, two CLIPs and, where asked for, a T5."""
+    encoders = []
+    for seed in (3, 8):
+        torch.manual_seed(seed)
+        encoders.append(CLIPTextModelWithProjection(text_config()).eval())
+    pipe = StableDiffusion3Pipeline(
+        transformer=sd3_transformer(joint_attention_dim=64, pooled_projection_dim=64),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **scheduler),
+        vae=autoencoder(shift_factor=0.1),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer(),
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(64) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux_transformer(**options: object) -> FluxTransformer2DModel:
     torch.manual_seed(5)
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
+    config = {
+        "patch_size": 1,
+        "in_channels": 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+    }
+    return FluxTransformer2DModel(**(config | options)).eval()
+
+
+def flux_pipeline(*, guided: bool = True) -> FluxPipeline:
+    """Flux in small: dev, which is guided, or schnell."""
+    pipe = FluxPipeline(
+        transformer=flux_transformer(in_channels=16, guidance_embeds=guided),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided),
+        vae=autoencoder(shift_factor=0.1),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(32),
+        tokenizer_2=t5_tokenizer(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def wan_transformer() -> WanTransformer3DModel:

@@ -13,15 +13,16 @@ from app.library.names import tidy_name
 from app.settings.checks import SettingsError, number, whole
 from app.settings.settings import MAX_SEED
 from app.training.pictures import tidy_caption
+from shira_diffusers.dreambooth import families
 from shira_diffusers.dreambooth.command_line import command_line
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.families import FAMILIES as TRAINABLE
 from shira_diffusers.masks.families import FAMILIES
 from shira_diffusers.weights.targets import PRESETS, select
 
 SMALL = 100_000_000  # parameters of a denoiser that learns at high rates on a CPU
 CHECKPOINTS, SAMPLES = 10, 5  # of a whole training, about: a cancelled one loses at most a tenth
 SAMPLE_PICTURES = 2
+_TRAINABLE = [kind for kind, family in families.FAMILIES.items() if family.denoiser == "unet"]
 BYTES_PER_ENTRY = 3.1  # of a file, see docs/format.md
 
 
@@ -69,9 +70,9 @@ class Base:
     @property
     def trainable(self) -> str:
         """Why it cannot be trained here, in one sentence; empty if it can."""
-        if self.kind in TRAINABLE:
+        if self.kind in _TRAINABLE:
             return ""
-        return f"{self.kind} cannot be trained here, only {' and '.join(TRAINABLE)} (Stable Diffusion 1.x, 2.x and XL)"
+        return f"{self.kind} cannot be trained here, only {' and '.join(_TRAINABLE)} (Stable Diffusion 1.x, 2.x and XL)"
 
 
 def _sizes(model: nn.Module, preset: str) -> tuple[int, ...]:

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.families import Family, Pipe, family_of, find_family
+from shira_diffusers.dreambooth.families import Family, Pipe, denoiser_of, family_of, find_family
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.formats.paths import did_you_mean
 from shira_diffusers.weights.targets import Targets, select
-
-# a DDPMScheduler: diffusers' classes are typed in part only
-Schedule = Any
 
 
 def family_of_base(config: TrainingConfig) -> Family:
@@ -46,13 +43,26 @@ def _read_index(config: TrainingConfig) -> dict[str, Any]:
 
 
 def complete(config: TrainingConfig) -> TrainingConfig:
-    """Fill in the defaults of the base's family where none is given. Idempotent.
+    """Fill in the defaults of the base's family where none is given, and reset what has no effect on it. Idempotent.
 
     Raises:
         ShiraError: as ``family_of_base``.
     """
-    defaults = family_of_base(config).defaults
-    return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+    family = family_of_base(config)
+    filled = {name: value for name, value in family.defaults.items() if getattr(config, name) is None}
+    return replace(config, **filled, **{name: getattr(TrainingConfig, name) for name in family.idle})
+
+
+def idle_settings(config: TrainingConfig) -> list[str]:
+    """List the settings that are given but have no effect on a base of this family, each with the reason.
+
+    Raises:
+        ShiraError: as ``family_of_base``.
+    """
+    family = family_of_base(config)
+    given = [name for name in family.idle if getattr(config, name) != getattr(TrainingConfig, name)]
+    reason = "a base that is trained by flow matching" if family.flow else "a base of this kind"
+    return [f"--{name} has no effect on {reason}" for name in given]
 
 
 def load_base(config: TrainingConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Pipe:
@@ -70,19 +80,27 @@ def load_base(config: TrainingConfig, device: torch.device, dtype: torch.dtype =
     options: dict[str, Any] = {"revision": config.revision, "variant": config.variant}
     if config.pretrained_vae_model_name_or_path:
         options["vae"] = _load_autoencoder(config.pretrained_vae_model_name_or_path)
-    if "safety_checker" in _read_index(config):
+    index = _read_index(config)
+    if "safety_checker" in index:
         options |= {"safety_checker": None, "requires_safety_checker": False}
+    options |= {part: None for part in family_of_base(config).optional if (index.get(part) or [None])[0] is None}
     try:
-        pipe: Pipe = DiffusionPipeline.from_pretrained(name, **options)
+        dtypes = {"default": dtype, "vae": torch.float32}
+        pipe: Pipe = DiffusionPipeline.from_pretrained(name, dtype=dtypes, **options)
     except (OSError, ValueError) as error:
         raise _not_found("base model", name, "model_index.json", error) from error
-    if config.resolution % pipe.vae_scale_factor:
-        raise ShiraError(f"resolution must be a multiple of {pipe.vae_scale_factor}, got {config.resolution}")
+    if config.resolution % (factor := side_factor(pipe)):
+        raise ShiraError(f"resolution must be a multiple of {factor}, got {config.resolution}")
     for part in _modules(pipe).values():
         part.requires_grad_(False).eval()
     cast(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def side_factor(pipe: Pipe) -> int:
+    """Return what pictures' sides, in pixels, must be multiples of."""
+    return int(pipe.vae_scale_factor) * family_of(pipe).patch
 
 
 def _load_autoencoder(name: str) -> nn.Module:
@@ -112,17 +130,18 @@ def cast(pipe: Pipe, dtype: torch.dtype) -> None:
     """Cast all components to ``dtype``, but keep the autoencoder in float32."""
     for name, part in _modules(pipe).items():
         wanted = torch.float32 if name == "vae" else dtype
-        if any(p.dtype != wanted for p in part.parameters()):
+        if next(part.parameters()).dtype != wanted:  # the first: transformers keeps some of T5's in float32
             part.to(dtype=wanted)
 
 
 def adapted_models(pipe: Pipe, config: TrainingConfig) -> dict[str, nn.Module]:
     """Return the components that are trained, by name, with gradient checkpointing if asked for."""
-    models: dict[str, nn.Module] = {"unet": pipe.unet}
+    denoiser = denoiser_of(pipe)
+    models: dict[str, nn.Module] = {family_of(pipe).denoiser: denoiser}
     if config.train_text_encoder:
         models |= {name: getattr(pipe, name) for name in family_of(pipe).text_encoders}
     if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
     if config.gradient_checkpointing and config.train_text_encoder:
         for name in family_of(pipe).text_encoders:
             encoder = getattr(pipe, name).train()  # transformers checkpoints in training mode only
@@ -133,32 +152,17 @@ def adapted_models(pipe: Pipe, config: TrainingConfig) -> dict[str, nn.Module]:
 
 def adapted_targets(pipe: Pipe, models: Mapping[str, nn.Module], config: TrainingConfig) -> Targets:
     """Return the trained weights of the models as ``build_masks`` takes them: the settings' ones that can learn."""
-    unread = [name for name in family_of(pipe).last_layer_unread if name in models]
+    unread = {part: pattern for part, pattern in family_of(pipe).unread.items() if part in models}
     if not unread and not config.include_conv:
         return config.targets
     names = list(select(models, config.targets))
     if config.include_conv:
         names += [name for name, weight in select(models, "all").items() if weight.ndim == 4 and name not in names]
-    last = {name: getattr(pipe, name).config.num_hidden_layers - 1 for name in unread}
-    dead = re.compile("|".join(rf"{name}\..*layers\.{number}\..*" for name, number in last.items()) or "(?!)")
+    last = {part: _layers(getattr(pipe, part)) - 1 for part in unread}
+    patterns = [rf"{part}\.{pattern.format(last=last[part])}" for part, pattern in unread.items()]
+    dead = re.compile("|".join(patterns) or "(?!)")
     return re.compile("|".join(re.escape(name) for name in names if not dead.fullmatch(name)))
 
 
-def training_schedule(pipe: Pipe) -> Schedule:
-    """Make the noise schedule that the base was trained with, from its own scheduler's configuration.
-
-    Raises:
-        ShiraError: a prediction type other than epsilon and v_prediction, or a schedule of EDM's noise levels.
-    """
-    if "sigma_data" in pipe.scheduler.config:
-        raise ShiraError(
-            f"the base's scheduler is a {type(pipe.scheduler).__name__}, expected one of diffusion timesteps; bases "
-            "of the EDM formulation cannot be trained here"
-        )
-    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-    if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise ShiraError(
-            f"the base predicts {schedule.config.prediction_type!r}, expected 'epsilon' or 'v_prediction'; "
-            "check prediction_type in its scheduler_config.json"
-        )
-    return schedule
+def _layers(model: Any) -> int:
+    return int(getattr(model.config, "num_hidden_layers", None) or model.config.num_layers)

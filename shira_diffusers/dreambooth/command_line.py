@@ -1,8 +1,8 @@
 """The command line of a training script, made from the settings: each field is a flag with its type, default and help.
 
-Flags of diffusers' ``train_dreambooth.py``, ``train_dreambooth_lora.py`` and ``train_dreambooth_lora_sdxl.py`` without
-meaning here are ignored with a warning, so that such a command line works as it is. ``HfArgumentParser`` does not fit:
-it knows no tuples, groups of flags or secrets, and its help prints "default: None".
+Flags of diffusers' ``train_dreambooth.py`` and ``train_dreambooth_lora*.py`` (SD, SDXL, SD3, Flux) without meaning here
+are ignored with a warning, so that such a command line works as it is. ``HfArgumentParser`` does not fit: it knows no
+tuples, groups of flags or secrets, and its help prints "default: None".
 """
 
 import argparse
@@ -60,13 +60,16 @@ _IGNORED: Mapping[str, str] = MappingProxyType(
         "crops_coords_top_left_w": _FRAMING,
         "do_edm_style_training": "the loss is that of the base's own prediction type, epsilon or v_prediction",
         "set_grads_to_none": "gradients are always freed after a step",
+        "lora_layers": "--target_modules names the layers",
+        "lora_blocks": "--target_modules names the layers, of some blocks by patterns such as *blocks.3.*to_q",
+        "upcast_before_saving": "an adapter's values are trained in float32 and saved in float16",
         "skip_save_text_encoder": "an adapter's file holds trained entries only, never a text encoder",
     }
 )
 _IGNORED_SWITCHES = {
     "output_kohya_format", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention",
     "text_encoder_use_attention_mask", "pre_compute_text_embeddings", "do_edm_style_training", "set_grads_to_none",
-    "skip_save_text_encoder",
+    "skip_save_text_encoder", "upcast_before_saving",
 }  # fmt: skip
 
 
@@ -97,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser(program: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=program,
-        description="Train a SHiRA adapter for Stable Diffusion from a few pictures (DreamBooth).",
+        description="Train a SHiRA adapter for Stable Diffusion or Flux from a few pictures (DreamBooth).",
         usage="%(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER --instance_prompt TEXT [flags]",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
     )
@@ -138,7 +141,7 @@ def command_line(config: TrainingConfig, *, public: bool = False) -> list[list[s
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    if value is True:
+    if value is True and getattr(TrainingConfig, name) is False:
         return [f"--{name}"]
     values = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
     if values[0].startswith("-"):  # which argparse would take for a flag
@@ -148,14 +151,14 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _options(setting: Field[Any], hint: Any) -> dict[str, Any]:
     help = _help(setting).replace("%", "%%")
-    if hint is bool and not setting.default:
-        return {"action": "store_true", "help": help}
-    if hint is bool:
-        return {"type": _truth, "default": True, "metavar": "true|false", "help": help}
-    options: dict[str, Any] = {"help": help}
-    options |= {"required": True} if setting.default is MISSING else {"default": setting.default}
     if get_origin(hint) is UnionType or NoneType in get_args(hint):
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
+    if hint is bool and setting.default is False:
+        return {"action": "store_true", "help": help}
+    if hint is bool:
+        return {"type": _truth, "default": setting.default, "metavar": "true|false", "help": help}
+    options: dict[str, Any] = {"help": help}
+    options |= {"required": True} if setting.default is MISSING else {"default": setting.default}
     if get_origin(hint) is Literal:
         return {**options, "choices": get_args(hint)}
     if get_origin(hint) is tuple:

@@ -34,7 +34,9 @@ class TrainingConfig:
         ShiraError: settings out of range or at odds with each other; all of them in one message.
     """
 
-    pretrained_model_name_or_path: str = _required("Stable Diffusion 1.x, 2.x or XL: a diffusers folder or a Hub id")
+    pretrained_model_name_or_path: str = _required(
+        "Stable Diffusion 1.x to 3.5 or Flux.1: a diffusers folder or a Hub id"
+    )
     pretrained_vae_model_name_or_path: str | None = _flag(None, "another autoencoder: a diffusers folder or a Hub id")
     revision: str | None = _flag(None, "branch, tag or commit of the Hub repository")
     variant: str | None = _flag(None, "variant of the model files, such as fp16")
@@ -46,6 +48,7 @@ class TrainingConfig:
     caption_column: str | None = _flag(None, "column of the data set that holds the captions; without, there are none")
     cache_dir: str | None = _flag(None, "where `datasets` keeps what it downloads and prepares")
     instance_prompt: str = _required("prompt of the pictures that have no caption of their own")
+    max_sequence_length: int | None = _of_base("tokens of a prompt that T5 reads (default: SD3 77, Flux 512)")
     resolution: int = _of_base("pixels per side to which pictures are resized and cropped (default: 512, SDXL 1024)")
     center_crop: bool = _flag(False, "crop the centre; otherwise crops are random")
     random_flip: bool = _flag(False, "mirror pictures at random")
@@ -73,8 +76,9 @@ class TrainingConfig:
     include_conv: bool = _flag(False, "adapt all convolutions (Conv2d) beside --target_modules")
     calibration_steps: int = _flag(8, "batches whose gradients choose the entries of grad, grad_mean and snip masks")
     avoid_adapters: tuple[str, ...] = _flag((), "adapter files whose entries must not be used again")
+    resume_from_adapter: str | None = _flag(None, "an adapter to go on from: its entries are trained, from its values")
     use_dora: bool = _flag(False, "train masked entries as DoRA does; the result is an ordinary adapter")
-    train_text_encoder: bool = _flag(False, "adapt the text encoder too; of SDXL both")
+    train_text_encoder: bool = _flag(False, "adapt the text encoder too; of SDXL and SD3 both CLIPs")
 
     seed: int | None = _flag(None, "the same seed gives the same adapter, bit for bit on CPU (default: random)")
     train_batch_size: int = _flag(4, "pictures per batch")
@@ -89,8 +93,10 @@ class TrainingConfig:
     allow_tf32: bool = _flag(False, "use TF32 matrix products on Ampere GPUs and later")
     dataloader_num_workers: int = _flag(0, "processes that load pictures; 0 loads in the main one")
 
-    learning_rate: float = _of_base("learning rate after warmup (default: 5e-4, SDXL 1e-4)")
-    text_encoder_lr: float | None = _of_base("learning rate of text encoders (default: --learning_rate, SDXL 5e-6)")
+    learning_rate: float = _of_base("learning rate after warmup (default: SD 1.x and 2.x 5e-4, others 1e-4)")
+    text_encoder_lr: float | None = _of_base(
+        "learning rate of text encoders (default: SD 1.x and 2.x --learning_rate, others 5e-6)"
+    )
     scale_lr: bool = _flag(False, "multiply the learning rate by processes, batch size and accumulation steps")
     optimizer: str = _flag("AdamW", "AdamW or prodigy, which must be installed (prodigyopt) and finds its step size")
     lr_scheduler: Literal[
@@ -102,9 +108,11 @@ class TrainingConfig:
     use_8bit_adam: bool = _flag(False, "AdamW of bitsandbytes, which must be installed")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
-    adam_weight_decay: float = _of_base("pulls deltas to zero, so weights to the base (default: 1e-2, SDXL 1e-4)")
+    adam_weight_decay: float = _of_base(
+        "pulls deltas to zero, so weights to the base (default: SD 1.x and 2.x 1e-2, others 1e-4)"
+    )
     adam_weight_decay_text_encoder: float | None = _of_base(
-        "that of text encoders (default: --adam_weight_decay, SDXL 1e-3)"
+        "that of text encoders (default: SD 1.x and 2.x --adam_weight_decay, others 1e-3)"
     )
     adam_epsilon: float = _flag(1e-8, "epsilon of Adam")
     prodigy_beta3: float | None = _flag(None, "decay of Prodigy's step size statistics (default: root of --adam_beta2)")
@@ -114,6 +122,16 @@ class TrainingConfig:
     max_grad_norm: float = _flag(1.0, "gradients are clipped to this norm")
     noise_offset: float = _flag(0.0, "scale of noise shared by all pixels of a channel, for dark and light pictures")
     snr_gamma: float | None = _flag(None, "min-SNR loss weighting (arXiv 2303.09556); 5.0 is recommended there")
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] | None = _of_base(
+        "how timesteps of flow matching are drawn and weighted (default: SD3 logit_normal, Flux none)"
+    )
+    logit_mean: float = _flag(0.0, "mean of the weighting scheme logit_normal")
+    logit_std: float = _flag(1.0, "standard deviation of the weighting scheme logit_normal")
+    mode_scale: float = _flag(1.29, "scale of the weighting scheme mode")
+    precondition_outputs: bool | None = _of_base(
+        "flow matching: compare clean latents rather than velocities, as EDM does (default: SD3 true, Flux false)"
+    )
+    guidance_scale: float = _flag(3.5, "what Flux.1 dev, which is distilled from guidance, is told")
 
     with_prior_preservation: bool = _flag(False, "train on pictures of the class as well, to keep it")
     prior_loss_weight: float = _flag(1.0, "weight of the class pictures' loss")
@@ -171,11 +189,13 @@ _AT_LEAST_ONE = (
     "resolution", "calibration_steps", "train_batch_size", "num_train_epochs", "max_train_steps",
     "gradient_accumulation_steps", "lr_num_cycles", "num_class_images", "sample_batch_size",
     "num_validation_images", "validation_epochs", "validation_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "max_sequence_length",
 )  # fmt: skip
 _SHARES = ("adam_beta1", "adam_beta2", "caption_dropout_rate")
 _NOT_NEGATIVE = (
     "learning_rate", "lr_warmup_steps", "lr_power", "adam_weight_decay", "adam_epsilon", "prior_loss_weight",
     "dataloader_num_workers", "noise_offset", "text_encoder_lr", "adam_weight_decay_text_encoder",
+    "logit_std", "guidance_scale",
 )  # fmt: skip
 
 
@@ -212,6 +232,9 @@ def _at_odds(config: TrainingConfig) -> list[str]:
     if config.with_prior_preservation:
         lacking = [name for name in ("class_data_dir", "class_prompt") if not getattr(config, name)]
         wrong += [f"with_prior_preservation needs {name}" for name in lacking]
+    if config.resume_from_adapter is not None:
+        names = [name for name in ("avoid_adapters", "use_dora") if getattr(config, name)]
+        wrong += [f"resume_from_adapter goes on with the adapter's own entries and values: drop {n}" for n in names]
     wrong += [*_data_at_odds(config), *_buckets_at_odds(config)]
     if config.report_to == "wandb" and config.hub_token is not None:
         wrong.append("hub_token with report_to wandb could expose the token: log in with `hf auth login` instead")

@@ -1,11 +1,12 @@
 """The model families that can be trained: one record each, found by the class of the pipeline."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from shira_diffusers.errors import ShiraError
 
@@ -21,38 +22,53 @@ class Family:
     """What the trainer must know of a model family.
 
     Args:
-        text_encoders: the components that ``train_text_encoder`` adapts beside the UNet.
-        last_layer_unread: those of which nothing reads the last layer, which therefore cannot learn.
-        embed: ``(pipe, prompts) -> conditions``, as the pipeline itself encodes prompts.
-        denoise: ``(pipe, noisy latents (n, c, h, w), timesteps (n,), conditions, time ids (n, 6)) -> prediction``.
+        denoiser: the component that predicts.
+        flow: it is trained by flow matching; otherwise by diffusion.
+        patch: latents' sides must be multiples of this.
+        text_encoders: the components that ``train_text_encoder`` adapts beside the denoiser.
+        frozen_encoders: those that a base must have as well; a T5 is never adapted.
+        optional: components that a base may lack.
+        unread: component -> pattern of the weights of its last layer, ``{last}``, that nothing reads, so that they
+            cannot learn.
+        embed: ``(pipe, prompts, max_sequence_length) -> conditions``, as the pipeline itself encodes prompts.
+        denoise: ``(pipe, noisy latents (n, c, h, w), timesteps (n,), conditions, time ids (n, 6), guidance scale)
+            -> prediction (n, c, h, w)``.
         defaults: of the settings that are not given; those of diffusers' script for this family.
+        idle: the settings that have no effect on this family.
     """
 
+    denoiser: str = "unet"
+    flow: bool = False
+    patch: int = 1
     text_encoders: tuple[str, ...]
-    last_layer_unread: tuple[str, ...] = ()
-    embed: Callable[[Pipe, Sequence[str]], Conditions]
-    denoise: Callable[[Pipe, Tensor, Tensor, Conditions, Tensor], Tensor]
+    frozen_encoders: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    unread: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    embed: Callable[[Pipe, Sequence[str], int | None], Conditions]
+    denoise: Callable[[Pipe, Tensor, Tensor, Conditions, Tensor, float], Tensor]
     defaults: Mapping[str, Any]
+    idle: tuple[str, ...]
 
     @property
     def needed(self) -> tuple[str, ...]:
         """The components that a base must have."""
-        tokenizers = (name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
-        return ("unet", "vae", "scheduler", *self.text_encoders, *tokenizers)
+        encoders = (*self.text_encoders, *self.frozen_encoders)
+        tokenizers = (name.replace("text_encoder", "tokenizer") for name in encoders)
+        return (self.denoiser, "vae", "scheduler", *encoders, *tokenizers)
 
 
-def _embed(pipe: Pipe, prompts: Sequence[str]) -> Conditions:
+def _embed(pipe: Pipe, prompts: Sequence[str], _: int | None) -> Conditions:
     """``encoder_hidden_states`` ``(n, tokens, width)``."""
     encoded = pipe.encode_prompt(list(prompts), pipe.unet.device, 1, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": encoded[0]}
 
 
-def _denoise(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, _: Tensor) -> Tensor:
+def _denoise(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, _: Tensor, __: float) -> Tensor:
     predicted: Tensor = pipe.unet(noisy, timesteps, **given, return_dict=False)[0]
     return predicted
 
 
-def _embed_xl(pipe: Pipe, prompts: Sequence[str]) -> Conditions:
+def _embed_xl(pipe: Pipe, prompts: Sequence[str], _: int | None) -> Conditions:
     """``encoder_hidden_states`` ``(n, tokens, width)`` of both encoders, ``text_embeds`` ``(n, width)`` of one."""
     hidden, _, pooled, _ = pipe.encode_prompt(
         list(prompts), device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -60,7 +76,7 @@ def _embed_xl(pipe: Pipe, prompts: Sequence[str]) -> Conditions:
     return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
 
-def _denoise_xl(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, time_ids: Tensor) -> Tensor:
+def _denoise_xl(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, time_ids: Tensor, _: float) -> Tensor:
     pooled = given["text_embeds"]
     predicted: Tensor = pipe.unet(
         noisy,
@@ -72,6 +88,74 @@ def _denoise_xl(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions,
     return predicted
 
 
+def _embed_3(pipe: Pipe, prompts: Sequence[str], tokens: int | None) -> Conditions:
+    """``encoder_hidden_states`` ``(n, tokens, width)`` of both CLIPs, then T5; ``pooled_projections`` of both CLIPs."""
+    hidden, _, pooled, _ = pipe.encode_prompt(
+        list(prompts), None, None, pipe.transformer.device, do_classifier_free_guidance=False,
+        max_sequence_length=tokens,
+    )  # fmt: skip
+    return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+
+def _denoise_3(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, _: Tensor, __: float) -> Tensor:
+    model = pipe.transformer
+    given = _cast(given, model.dtype)
+    predicted: Tensor = model(noisy.to(model.dtype), timestep=timesteps, **given, return_dict=False)[0]
+    return predicted
+
+
+def _embed_flux(pipe: Pipe, prompts: Sequence[str], tokens: int | None) -> Conditions:
+    """``encoder_hidden_states`` ``(n, tokens, width)`` of T5, ``pooled_projections`` ``(n, width)`` of CLIP."""
+    hidden, pooled, _ = pipe.encode_prompt(list(prompts), None, pipe.transformer.device, max_sequence_length=tokens)
+    return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+
+def _denoise_flux(
+    pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, _: Tensor, guidance_scale: float
+) -> Tensor:
+    model, (count, channels, height, width) = pipe.transformer, noisy.shape
+    given = _cast(given, model.dtype)
+    # (n, c, h, w) -> (n, h/2 * w/2, 4c)
+    packed = pipe._pack_latents(noisy.to(model.dtype), count, channels, height, width)
+    guidance = torch.full((count,), guidance_scale, device=noisy.device) if model.config.guidance_embeds else None
+    predicted = model(
+        packed,
+        timestep=timesteps / 1000,  # which the model multiplies by 1000
+        guidance=guidance,
+        **given,
+        txt_ids=noisy.new_zeros(given["encoder_hidden_states"].shape[1], 3),
+        img_ids=pipe._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, noisy.dtype),
+        return_dict=False,
+    )[0]
+    return unpack(pipe, predicted, height * pipe.vae_scale_factor, width * pipe.vae_scale_factor)
+
+
+def unpack(pipe: Pipe, latents: Tensor, height: int, width: int) -> Tensor:
+    """Make latents ``(n, c, h, w)`` of Flux's, ``(n, h/2 * w/2, 4c)``; others stay as they are.
+
+    Args:
+        height, width: of the picture, in pixels.
+    """
+    if latents.ndim == 4:
+        return latents
+    unpacked: Tensor = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    return unpacked
+
+
+def _cast(given: Conditions, dtype: torch.dtype) -> Conditions:
+    return {name: tensor.to(dtype) for name, tensor in given.items()}
+
+
+_OF_FLOW = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs")
+_OF_DIFFUSION = ("snr_gamma", "validation_scheduler")
+_FLOW_DEFAULTS = {
+    "resolution": 512,
+    "learning_rate": 1e-4,
+    "text_encoder_lr": 5e-6,
+    "adam_weight_decay": 1e-4,
+    "adam_weight_decay_text_encoder": 1e-3,
+}
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "StableDiffusionPipeline": Family(  # 1.x and 2.x
@@ -79,10 +163,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             embed=_embed,
             denoise=_denoise,
             defaults=MappingProxyType({"resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2}),
+            idle=(*_OF_FLOW, "max_sequence_length", "guidance_scale"),
         ),
         "StableDiffusionXLPipeline": Family(
             text_encoders=("text_encoder", "text_encoder_2"),
-            last_layer_unread=("text_encoder",),  # the UNet reads the layer before it; of the second the last is pooled
+            # the UNet reads the layer before it; of the second the last is pooled
+            unread=MappingProxyType({"text_encoder": r".*layers\.{last}\..*"}),
             embed=_embed_xl,
             denoise=_denoise_xl,
             defaults=MappingProxyType(
@@ -94,6 +180,36 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     "adam_weight_decay_text_encoder": 1e-3,
                 }
             ),
+            idle=(*_OF_FLOW, "max_sequence_length", "guidance_scale"),
+        ),
+        "StableDiffusion3Pipeline": Family(  # 3 and 3.5; without T5 its tokens are zeros
+            denoiser="transformer",
+            flow=True,
+            patch=2,
+            text_encoders=("text_encoder", "text_encoder_2"),
+            optional=("text_encoder_3", "tokenizer_3"),
+            # the last block's text is dropped, so nothing reads what it asks for
+            unread=MappingProxyType({"transformer": r"transformer_blocks\.{last}\.attn\.add_q_proj\..*"}),
+            embed=_embed_3,
+            denoise=_denoise_3,
+            defaults=MappingProxyType(
+                _FLOW_DEFAULTS
+                | {"weighting_scheme": "logit_normal", "precondition_outputs": True, "max_sequence_length": 77}
+            ),
+            idle=(*_OF_DIFFUSION, "guidance_scale"),
+        ),
+        "FluxPipeline": Family(  # dev and schnell
+            denoiser="transformer",
+            flow=True,
+            patch=2,
+            text_encoders=("text_encoder",),
+            frozen_encoders=("text_encoder_2",),
+            embed=_embed_flux,
+            denoise=_denoise_flux,
+            defaults=MappingProxyType(
+                _FLOW_DEFAULTS | {"weighting_scheme": "none", "precondition_outputs": False, "max_sequence_length": 512}
+            ),
+            idle=_OF_DIFFUSION,
         ),
     }
 )
@@ -108,7 +224,7 @@ def find_family(kind: str, base: str) -> Family:
     if kind not in FAMILIES:
         raise ShiraError(
             f"{base!r} is a {kind}, expected a {' or a '.join(FAMILIES)} "
-            "(Stable Diffusion 1.x, 2.x or XL, text to image)"
+            "(Stable Diffusion 1.x, 2.x, XL, 3.x or Flux.1, text to image)"
         )
     return FAMILIES[kind]
 
@@ -118,6 +234,21 @@ def family_of(pipe: Pipe) -> Family:
     return find_family(type(pipe).__name__, str(pipe.config.get("_name_or_path")))
 
 
-def embed(pipe: Pipe, prompts: Sequence[str]) -> Conditions:
-    """Encode prompts for the denoiser as the pipeline itself does."""
-    return family_of(pipe).embed(pipe, prompts)
+def denoiser_of(pipe: Pipe) -> Any:
+    """Return the component of a base that predicts: its UNet or transformer."""
+    return getattr(pipe, family_of(pipe).denoiser)
+
+
+def text_encoders_of(pipe: Pipe) -> list[nn.Module]:
+    """Return all text encoders of a base, those that are never trained too."""
+    parts = pipe.components.items()
+    return [part for name, part in parts if name.startswith("text_encoder") and part is not None]
+
+
+def embed(pipe: Pipe, prompts: Sequence[str], max_sequence_length: int | None = None) -> Conditions:
+    """Encode prompts for the denoiser as the pipeline itself does.
+
+    Args:
+        max_sequence_length: tokens of a T5; families without one need none.
+    """
+    return family_of(pipe).embed(pipe, prompts, max_sequence_length)

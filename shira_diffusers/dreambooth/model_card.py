@@ -23,7 +23,12 @@ logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 _TAG = "shira"
-_TAGS = {"StableDiffusionXLPipeline": ("stable-diffusion-xl",)}
+_TAGS = {
+    "StableDiffusionPipeline": ("stable-diffusion",),
+    "StableDiffusionXLPipeline": ("stable-diffusion", "stable-diffusion-xl"),
+    "StableDiffusion3Pipeline": ("stable-diffusion", "sd3", "sd3-diffusers"),
+    "FluxPipeline": ("flux", "flux-diffusers"),
+}
 _PAPER = "https://arxiv.org/abs/2406.13175"
 
 
@@ -83,7 +88,7 @@ def _data(config: TrainingConfig, images: Sequence[str], origin: Origin, licence
         datasets=None if dataset is None or Path(dataset).exists() else [dataset],
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[_TAG, "diffusers", "text-to-image", "stable-diffusion", *_TAGS.get(origin.pipeline, ())],
+        tags=[_TAG, "diffusers", "text-to-image", *_TAGS[origin.pipeline]],
         instance_prompt=config.instance_prompt,
         widget=[{"text": config.validation_prompt, "output": {"url": image}} for image in images] or None,
         **licence,

@@ -105,15 +105,15 @@ def _prodigy_class() -> Any:
 
 
 def require_optimizer(config: TrainingConfig) -> None:
-    """Check, before anything is loaded, that the optimizer's library is installed.
+    """Check, before anything is loaded, that the optimizer's library is installed and can run.
 
     Raises:
-        ShiraError: 8-bit Adam without bitsandbytes, Prodigy without prodigyopt.
+        ShiraError: 8-bit Adam without bitsandbytes or without a GPU, Prodigy without prodigyopt.
     """
     if config.uses_prodigy:
         _prodigy_class()
-    elif config.use_8bit_adam:
-        _adamw_8bit()
+    elif config.use_8bit_adam and _adamw_8bit() and not torch.cuda.is_available():
+        raise ShiraError("use_8bit_adam needs a GPU that CUDA knows, and there is none here: drop it")
 
 
 def _prodigy(config: TrainingConfig, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:

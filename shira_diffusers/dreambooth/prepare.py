@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader
 
+from shira_diffusers.dreambooth.base_model import side_factor
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import (
     INTERPOLATIONS,
@@ -25,7 +26,7 @@ from shira_diffusers.dreambooth.data import (
     pair_up,
 )
 from shira_diffusers.dreambooth.data_parallel import Parts, Share, share_of
-from shira_diffusers.dreambooth.families import Conditions, Pipe, embed
+from shira_diffusers.dreambooth.families import Conditions, Pipe, embed, text_encoders_of
 from shira_diffusers.dreambooth.interrupts import leave_to_the_main_process
 from shira_diffusers.dreambooth.loss import Objective, encode
 from shira_diffusers.dreambooth.pictures import Picture, Size
@@ -58,7 +59,7 @@ def prepare_examples(pipe: Pipe, config: TrainingConfig, groups: Groups, seed: i
         if not config.center_crop:
             _require_fixed_crops(pairings)
         reader = _encode_all(pipe, config, pairings, seed)
-    embeddings = None if config.train_text_encoder else _embed_all(pipe, groups)
+    embeddings = None if config.train_text_encoder else _embed_all(pipe, config, groups)
     data = Examples(pairings, reader, config.caption_dropout_rate, seed)
     return data, Objective(pipe, config, embeddings, config.cache_latents)
 
@@ -85,9 +86,9 @@ def load_shares(
 
 
 def _require_whole_latents(pipe: Pipe, frames: Sequence[Size]) -> None:
-    factor = pipe.vae_scale_factor
+    factor = side_factor(pipe)
     if any(side % factor for frame in frames for side in frame):
-        raise ShiraError(f"bucket_reso_steps must be a multiple of {factor}, which the autoencoder divides sides by")
+        raise ShiraError(f"bucket_reso_steps must be a multiple of {factor}, which the model divides sides by")
 
 
 def _require_fixed_crops(pairings: Sequence[Pairing]) -> None:
@@ -150,7 +151,13 @@ def _encode_all(pipe: Pipe, config: TrainingConfig, pairings: Sequence[Pairing],
 
 
 @torch.no_grad()
-def _embed_all(pipe: Pipe, groups: Groups) -> dict[str, Conditions]:
-    """What the denoiser is given for each prompt, without the first dimension, on the base's device."""
+def _embed_all(pipe: Pipe, config: TrainingConfig, groups: Groups) -> dict[str, Conditions]:
+    """What the denoiser is given for each prompt, without the first dimension, on the base's device.
+
+    Text encoders then leave the device: a T5 is larger than many a denoiser.
+    """
     prompts = dict.fromkeys(["", *(picture.prompt for group in groups for picture in group)])  # "": dropped captions
-    return {prompt: {n: t.squeeze(0) for n, t in embed(pipe, [prompt]).items()} for prompt in prompts}
+    known = {prompt: embed(pipe, [prompt], config.max_sequence_length) for prompt in prompts}
+    for encoder in text_encoders_of(pipe):
+        encoder.to("cpu")
+    return {prompt: {n: t.squeeze(0) for n, t in given.items()} for prompt, given in known.items()}

@@ -10,6 +10,7 @@ from shira_diffusers.dreambooth.config import TrainingConfig
 _PATHS = {
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "instance_data_dir", "dataset_name",
     "cache_dir", "class_data_dir", "output_dir", "logging_dir", "avoid_adapters", "resume_from_checkpoint",
+    "resume_from_adapter",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,12 +37,19 @@ class Run:
         tuner: what is trained.
         examples: the data; which of them a step takes, and its noise, depend on ``seed`` and the step alone, so a run
             that resumes goes on as if it had never stopped. Of each batch every process computes its share.
+        inherited: metadata of the adapter from an earlier one.
     """
 
     def __init__(
-        self, accelerator: Accelerator, config: TrainingConfig, tuner: SparseTuner, examples: Examples, seed: int
+        self,
+        accelerator: Accelerator,
+        config: TrainingConfig,
+        tuner: SparseTuner,
+        examples: Examples,
+        seed: int,
+        inherited: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._accelerator, self._config, self._tuner = accelerator, config, tuner
+        self._accelerator, self._config, self._tuner, self._inherited = accelerator, config, tuner, inherited
         self._examples, self._seed = examples, seed
         self._accumulation: int = accelerator.gradient_accumulation_steps
         batch = config.train_batch_size * accelerator.num_processes
@@ -147,6 +155,8 @@ class Run:
             "resolution": str(config.resolution),
             "seed": str(self._seed),
             "library_version": __version__,
+            **({"resumed_from": public_name(config.resume_from_adapter)} if config.resume_from_adapter else {}),
+            **self._inherited,
         }
 
     def state_dict(self) -> dict[str, Any]:

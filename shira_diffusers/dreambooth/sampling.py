@@ -8,13 +8,14 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers.training_utils import offload_models
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from shira_diffusers.dreambooth.base_model import load_base
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.families import Pipe
+from shira_diffusers.dreambooth.families import Pipe, denoiser_of, text_encoders_of, unpack
 from shira_diffusers.dreambooth.picture_folder import list_pictures
 from shira_diffusers.dreambooth.pictures import Picture, find_pictures
 from shira_diffusers.errors import ShiraError, counted
@@ -39,7 +40,7 @@ def sample(pipe: Pipe, prompt: str, numbers: range, seed: int, config: TrainingC
             generator=generators,
             output_type="latent",
         ).images
-        yield from decode(pipe, latents)
+        yield from decode(pipe, unpack(pipe, latents, config.resolution, config.resolution))
 
 
 @torch.no_grad()
@@ -85,7 +86,8 @@ def validate(pipe: Pipe, config: TrainingConfig, step: int, seed: int) -> list[I
     """Make the validation pictures with the model as it is now and save them in ``output_dir/validation``."""
     if config.validation_prompt is None:
         return []
-    with _scheduler(pipe, config.validation_scheduler):
+    encoders = offload_models(*text_encoders_of(pipe), device=denoiser_of(pipe).device)
+    with encoders, _scheduler(pipe, config.validation_scheduler):
         images = list(sample(pipe, config.validation_prompt, range(config.num_validation_images), seed, config))
     for path, image in zip(_validation_paths(config, step), images, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""DreamBooth training of a SHiRA adapter for Stable Diffusion 1.x, 2.x and XL."""
+"""DreamBooth training of a SHiRA adapter for Stable Diffusion 1.x to 3.5 and Flux."""
 
 import logging
 import signal
@@ -12,7 +12,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.dreambooth.base_model import adapted_models, adapted_targets, cast, complete, load_base
+from shira_diffusers.dreambooth.base_model import (
+    adapted_models,
+    adapted_targets,
+    cast,
+    complete,
+    family_of_base,
+    idle_settings,
+    load_base,
+)
 from shira_diffusers.dreambooth.checkpoints import (
     find_checkpoint,
     read_checkpoint,
@@ -24,6 +32,7 @@ from shira_diffusers.dreambooth.checkpoints import (
 from shira_diffusers.dreambooth.command_line import launch_command
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import Examples
+from shira_diffusers.dreambooth.earlier_adapter import inherited, read_earlier, require_fit, start_from
 from shira_diffusers.dreambooth.families import Pipe
 from shira_diffusers.dreambooth.interrupts import StopRequest, end_by
 from shira_diffusers.dreambooth.launch import choose_seed, close_trackers, from_main, start, start_trackers
@@ -67,7 +76,7 @@ def train(config: TrainingConfig) -> Path:
             under way was finished and a checkpoint written.
     """
     asked, config = config, complete(config)
-    for problem in config.idle:
+    for problem in [*config.idle, *idle_settings(asked)]:
         logger.warning(problem)
     require_outputs(config)
     require_optimizer(config)
@@ -93,24 +102,34 @@ def _train(asked: TrainingConfig, config: TrainingConfig, saved: list[Path]) -> 
     tell_of_other_runs(output, number)
     seed = choose_seed(accelerator, config, checkpoint)
     identity = replace(identity, held={**identity.held, "seed": seed})
+    earlier = read_earlier(config)
     avoided = [] if checkpoint else [load_adapter(path) for path in config.avoid_adapters]
     if config.with_prior_preservation:
         with accelerator.main_process_first():  # which generates those that lack
             groups.append(class_pictures(config, accelerator.device, seed))
-    pipe = load_base(config, accelerator.device)
+    half = _HALVES.get(accelerator.mixed_precision)
+    # UNets are read in float32, from which masks are chosen; transformers and T5 may not fit in that
+    resident = half if half and family_of_base(config).flow else torch.float32
+    pipe = load_base(config, accelerator.device, resident)
     examples, objective = prepare_examples(pipe, config, groups, seed)
     models = adapted_models(pipe, config)
+    if earlier:
+        require_fit(earlier, models, config)
     if checkpoint:
         masks = checkpoint["tuner"]["masks"]
+    elif earlier:
+        masks = {name: delta.indices for name, delta in earlier.deltas.items()}
     else:
         masks = from_main(accelerator, lambda: choose_masks(pipe, models, config, examples, objective, seed, avoided))
 
     with SparseTuner(models, masks, recompute=config.recompute_inputs, dora=config.use_dora) as tuner:
-        run = Run(accelerator, config, tuner, examples, seed)
+        run = Run(accelerator, config, tuner, examples, seed, inherited(earlier) if earlier else {})
         if checkpoint:
             run.load_state_dict(checkpoint)
-        if accelerator.mixed_precision in _HALVES:
-            cast(pipe, _HALVES[accelerator.mixed_precision])
+        elif earlier:
+            start_from(tuner, earlier)
+        if half:
+            cast(pipe, half)
         require_room(output, tuner.deltas.numel(), run.checkpoints)
         if problem := warm_up_problem(config, run.last):
             logger.warning(problem)

@@ -16,7 +16,10 @@ from benchmarks.measure import Run, options, python_calls, timed
 SCRIPTS = sorted(
     path.stem for path in Path("benchmarks/scripts").glob("*.py") if path.stem not in ("__init__", "compiled")
 )
-TOYS = ("overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "size", "training")
+TOYS = (
+    "overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "size", "training",
+    "train_step_flow",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -48,11 +51,13 @@ def test_a_script_refuses_an_option_that_it_does_not_have(
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What a script writes."""
     out = tmp_path / "figures.json"
-    options = ["--toy", "--models", "SD 1.5", "--out", str(out)]
+    options = ["--toy", "--models", "Flux" if request.param == "train_step_flow" else "SD 1.5", "--out", str(out)]
     if request.param != "size":  # which is the same on every device
         options += ["--device", "cpu", "--budget", "600"]
     if request.param == "training":
         options += ["--batch", "1", "--autocast", "on"]
+    if request.param == "train_step_flow":  # bitsandbytes may be missing
+        options += ["--only", "frozen", "shira rand", "shira rand recompute", "shira struct", "lora"]
     monkeypatch.setattr(sys, "argv", [request.param, *options])
     with suppress(SystemExit):  # of training, which fails if a row does
         importlib.import_module(f"benchmarks.scripts.{request.param}").main()

@@ -9,11 +9,12 @@ from diffusers import AutoencoderKL, EDMEulerScheduler, StableDiffusionXLPipelin
 from PIL import Image
 
 from shira_diffusers import ShiraError, load_adapter
-from shira_diffusers.dreambooth.base_model import cast, complete, load_base, training_schedule
+from shira_diffusers.dreambooth.base_model import cast, complete, load_base
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import Batch
 from shira_diffusers.dreambooth.families import embed
 from shira_diffusers.dreambooth.loss import Objective, encode
+from shira_diffusers.dreambooth.noising import training_schedule
 from shira_diffusers.dreambooth.sampling import decode
 from shira_diffusers.dreambooth.train import train
 from tests import tiny

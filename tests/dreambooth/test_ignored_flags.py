@@ -2,10 +2,11 @@
 
 import logging
 import shlex
+from dataclasses import replace
 
 import pytest
 
-from shira_diffusers.dreambooth.command_line import _IGNORED, parse_config
+from shira_diffusers.dreambooth.command_line import _IGNORED, command_line, parse_config
 from shira_diffusers.dreambooth.config import TrainingConfig
 
 NEEDED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "p", "--instance_prompt", "a sks cat"]
@@ -35,6 +36,25 @@ SDXL = shlex.split("""
 FULL = shlex.split("""
 --validation_steps 100 --set_grads_to_none --offset_noise --skip_save_text_encoder --validation_scheduler DDPMScheduler
 """)
+
+
+# what the scripts for SD3 and Flux have beyond those of Stable Diffusion
+FLOW = shlex.split("""
+--max_sequence_length 256 --weighting_scheme logit_normal --logit_mean 0.5 --logit_std 2.0 --mode_scale 1.0
+--precondition_outputs 0 --guidance_scale 1.0 --upcast_before_saving --lora_layers attn.to_q,attn.to_k --lora_blocks 1,2
+""")
+
+
+def test_the_command_lines_for_sd3_and_flux_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = parse_config([*NEEDED, *FLOW])
+    assert (config.max_sequence_length, config.weighting_scheme, config.guidance_scale) == (256, "logit_normal", 1.0)
+    assert (config.logit_mean, config.logit_std, config.mode_scale) == (0.5, 2.0, 1.0)
+    assert config.precondition_outputs is False
+    told = {record.getMessage().split()[0] for record in caplog.records}
+    assert told == {"--upcast_before_saving", "--lora_layers", "--lora_blocks"}
+    chosen = replace(config, precondition_outputs=True)
+    assert parse_config([part for flag in command_line(chosen) for part in flag]) == chosen
 
 
 def test_the_command_line_of_the_full_script_is_taken(caplog: pytest.LogCaptureFixture) -> None:

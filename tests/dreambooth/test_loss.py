@@ -5,11 +5,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from shira_diffusers import ShiraError
-from shira_diffusers.dreambooth.base_model import training_schedule
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import Batch
 from shira_diffusers.dreambooth.families import embed
-from shira_diffusers.dreambooth.loss import Objective, encode, snr_weights
+from shira_diffusers.dreambooth.loss import Objective, encode
+from shira_diffusers.dreambooth.noising import snr_weights, training_schedule
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 

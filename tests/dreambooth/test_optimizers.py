@@ -3,6 +3,8 @@
 import builtins
 import copy
 import logging
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 from shira_diffusers import ShiraError
 from shira_diffusers.dreambooth.config import TrainingConfig
-from shira_diffusers.dreambooth.optimizers import Slices, make_optimizer, make_schedule, resume
+from shira_diffusers.dreambooth.optimizers import Slices, make_optimizer, make_schedule, require_optimizer, resume
 
 COUNTS = {"unet.a": 700, "unet.b": 301, "text_encoder.a": 17, "text_encoder_2.a": 130}
 
@@ -137,6 +139,15 @@ def test_prodigy_without_its_package_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ShiraError, match="pip install prodigyopt, or use AdamW"):
         make(config(optimizer="prodigy"))
+
+
+def test_8_bit_adam_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=torch.optim.AdamW))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    with pytest.raises(ShiraError, match="use_8bit_adam needs a GPU"):
+        require_optimizer(config(use_8bit_adam=True))
+    require_optimizer(config())
 
 
 def test_other_optimizers_and_a_still_prodigy_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Whole runs on a tiny Stable Diffusion: what they write, and that they can be repeated and resumed."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -369,11 +370,13 @@ def test_a_run_with_dropped_captions_learns_something_else(settings: dict[str, o
 
 
 def test_other_pipelines_and_sizes_are_refused(settings: dict[str, object], tmp_path: Path) -> None:
-    tiny.sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    index = {"_class_name": "StableDiffusionInpaintPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(
-        ShiraError, match="is a StableDiffusion3Pipeline, expected a StableDiffusionPipeline or a Stable"
+        ShiraError, match="is a StableDiffusionInpaintPipeline, expected a StableDiffusionPipeline or a Stable"
     ):
-        run(settings, pretrained_model_name_or_path=str(tmp_path / "sd3"))
+        run(settings, pretrained_model_name_or_path=str(tmp_path / "other"))
     with pytest.raises(ShiraError, match="resolution must be a multiple of 2, got 17"):
         run(settings, resolution=17)
 
