@@ -1,13 +1,18 @@
 """SideBranch: the sparse product of one layer, beside a weight that stays as it is."""
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.delta import SparseDelta
+from shira_diffusers.errors import AdapterMismatchError, counted, listing
+from shira_diffusers.weights.finder import WeightMap
+from shira_diffusers.weights.targets import weight_shape
 
 
 class SideBranch:
@@ -29,9 +34,9 @@ class SideBranch:
     def __reduce__(self) -> tuple[type["SideBranch"], tuple[SparseDelta]]:
         return SideBranch, (self._delta,)  # copies of a model: a CSR tensor cannot be copied
 
-    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Forward hook: the layer's output with the branch added, of its shape and dtype."""
-        return self.add(layer, args[0], output)
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Forward hook, with keyword arguments: the layer's ``output`` with the branch added, ``(..., out)``."""
+        return self.add(layer, input_of(args, kwargs), output)
 
     def add(self, layer: nn.Module, x: Tensor, output: Tensor, scale: float = 1.0) -> Tensor:
         """``output + scale * x S^T``, of the output's shape and dtype.
@@ -81,9 +86,48 @@ def _csr(delta: SparseDelta) -> Tensor:
         return torch.sparse_csr_tensor(*parts, (rows, columns), check_invariants=False, device="cpu")
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with: AnimateDiff passes ``input=``."""
+    given: Tensor = args[0] if args else kwargs["input"]
+    return given
+
+
 def branch_of(layer: nn.Module, delta: SparseDelta) -> SideBranch:
     """The branch of a layer for the delta of its weight, as the layer stores it: ``(in, out)`` in GPT-2's Conv1D."""
     return SideBranch(_transposed(delta) if isinstance(layer, Conv1D) else delta)
+
+
+def branches_of(weights: WeightMap, adapter: ShiraAdapter) -> list[tuple[nn.Module, SideBranch]]:
+    """A branch for each layer that computes with an adapted weight: those of fused projections and tied weights too.
+
+    Raises:
+        AdapterMismatchError: parameters that are no weights of Linear, Conv2d or Conv1D layers; all are named.
+    """
+    places = weights.layers(adapter.deltas)
+    wrong = [
+        f"{name} of {type(layer).__name__}"
+        for name, layers in places.items()
+        for layer, _ in layers
+        if weight_shape(layer) is None or not name.endswith(".weight")
+    ]
+    if wrong:
+        raise AdapterMismatchError(
+            f"{counted(len(wrong), 'parameter', of=len(places))} of the adapter cannot run beside the base, "
+            f"expected weights of Linear, Conv2d and Conv1D layers only; use pipe.set_shira for it:{listing(wrong)}"
+        )
+    return [
+        (layer, branch_of(layer, _shifted(adapter.deltas[name], row, layer)))
+        for name, layers in places.items()
+        for layer, row in layers
+    ]
+
+
+def _shifted(delta: SparseDelta, row: int, layer: nn.Module) -> SparseDelta:
+    """The delta of a projection as one of the layer that it is fused into, where it begins at a row."""
+    shape = weight_shape(layer)
+    if shape is None or shape == delta.shape:
+        return delta
+    return SparseDelta(delta.indices.long() + row * delta.shape[1], delta.values, shape)
 
 
 def _transposed(delta: SparseDelta) -> SparseDelta:
