@@ -1,6 +1,7 @@
 """SideBranch: the sparse product of one layer, beside a weight that stays as it is."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class SideBranch:
         self._csr: Tensor | None = None
 
     def __reduce__(self) -> tuple[type["SideBranch"], tuple[SparseDelta]]:
-        return SideBranch, (self._delta,)  # copies of a model: a CSR tensor cannot be copied
+        return type(self), (self._delta,)  # copies of a model: a CSR tensor cannot be copied
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook, with keyword arguments: the layer's ``output`` with the branch added, ``(..., out)``."""
@@ -86,18 +87,39 @@ def _csr(delta: SparseDelta) -> Tensor:
         return torch.sparse_csr_tensor(*parts, (rows, columns), check_invariants=False, device="cpu")
 
 
+class ResidentBranch(SideBranch):
+    """One of the active mix, beside a quantized weight."""
+
+
+def hooks_of(root: nn.Module, kind: type[SideBranch]) -> list[tuple[nn.Module, SideBranch]]:
+    """The branches of one kind that are forward hooks of a module's layers."""
+    hooks = ((module, hook) for module in root.modules() for hook in module._forward_hooks.values())
+    return [(module, hook) for module, hook in hooks if type(hook) is kind]
+
+
+def replace_hooks(root: nn.Module, kind: type[SideBranch], branches: Iterable[tuple[nn.Module, SideBranch]]) -> None:
+    """Give layers of a module these branches in the place of all of one kind."""
+    for module, branch in hooks_of(root, kind):
+        key = next(key for key, hook in module._forward_hooks.items() if hook is branch)
+        del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]
+    for layer, branch in branches:
+        layer.register_forward_hook(branch, with_kwargs=True)
+
+
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a layer is called with: AnimateDiff passes ``input=``."""
     given: Tensor = args[0] if args else kwargs["input"]
     return given
 
 
-def branch_of(layer: nn.Module, delta: SparseDelta) -> SideBranch:
+def branch_of(layer: nn.Module, delta: SparseDelta, kind: type[SideBranch] = SideBranch) -> SideBranch:
     """The branch of a layer for the delta of its weight, as the layer stores it: ``(in, out)`` in GPT-2's Conv1D."""
-    return SideBranch(_transposed(delta) if isinstance(layer, Conv1D) else delta)
+    return kind(_transposed(delta) if isinstance(layer, Conv1D) else delta)
 
 
-def branches_of(weights: WeightMap, adapter: ShiraAdapter) -> list[tuple[nn.Module, SideBranch]]:
+def branches_of(
+    weights: WeightMap, adapter: ShiraAdapter, kind: type[SideBranch] = SideBranch
+) -> list[tuple[nn.Module, SideBranch]]:
     """A branch for each layer that computes with an adapted weight: those of fused projections and tied weights too.
 
     Raises:
@@ -116,7 +138,7 @@ def branches_of(weights: WeightMap, adapter: ShiraAdapter) -> list[tuple[nn.Modu
             f"expected weights of Linear, Conv2d and Conv1D layers only; use pipe.set_shira for it:{listing(wrong)}"
         )
     return [
-        (layer, branch_of(layer, _shifted(adapter.deltas[name], row, layer)))
+        (layer, branch_of(layer, _shifted(adapter.deltas[name], row, layer), kind))
         for name, layers in places.items()
         for layer, row in layers
     ]

@@ -241,6 +241,23 @@ class WeightMap:
             found[name] = [(layer, 0) for layer in tied] + self._fused_layers(path)
         return found
 
+    def quantized(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of some weights that cannot be overwritten because they are quantized, in layers that a branch fits."""
+        return frozenset(name for name in names if self._is_quantized(name))
+
+    def _is_quantized(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = self._owner(path, name)[2]
+        except AdapterMismatchError:
+            return False
+        weight = owner._parameters.get(leaf)
+        if leaf != "weight" or weight_shape(owner) is None or parametrize.is_parametrized(owner, leaf):
+            return False
+        if weight is None:
+            return getattr(owner, leaf, None) is not None
+        return not weight.is_meta and _quantized_as(weight, weight.data) not in (None, "a DTensor")
+
     @property
     def is_compiled(self) -> bool:
         """Whether the module or a part of it is compiled: hooks that are added later are not seen there."""
@@ -395,12 +412,17 @@ def _quantized_message(name: str, kind: str, got: str) -> str:
     )
 
 
-def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
+def _quantized_as(parameter: nn.Parameter, weight: Tensor) -> str | None:
+    """What a weight is stored as, if not as a plain tensor of floats."""
     odd = next((t for t in (weight, parameter) if type(t) not in (Tensor, nn.Parameter)), None)
     if odd is not None:
-        raise ResidentStateError(_quantized_message(name, "this model", f"a {type(odd).__name__}"))
-    if weight.dtype not in _FLOATS and not is_byte_dtype(weight.dtype):
-        raise ResidentStateError(_quantized_message(name, "this model", str(weight.dtype)))
+        return f"a {type(odd).__name__}"
+    return None if weight.dtype in _FLOATS or is_byte_dtype(weight.dtype) else str(weight.dtype)
+
+
+def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
+    if stored := _quantized_as(parameter, weight):
+        raise ResidentStateError(_quantized_message(name, "this model", stored))
     if weight.layout != torch.strided or not (weight.is_contiguous() or is_dense(weight)):
         raise ResidentStateError(f"{name} is not a dense strided tensor; make it contiguous first")
     if weight.numel() and not weight.untyped_storage().nbytes():
