@@ -50,16 +50,34 @@ class SideBranch:
         """
         if scale == 0:
             return output
-        x = x.to(output.device)  # offloaded layers take inputs from elsewhere
-        with torch.autocast(x.device.type, enabled=False):
-            if len(self._delta.shape) == 4:
-                weight = self._dense(x.device, output.dtype)
-                product = layer._conv_forward(x.to(output.dtype), weight, None)  # type: ignore[operator]
-            elif x.device.type == "cpu" and torch.backends.mkl.is_available():
-                product = self._sparse_product(x)
-            else:
-                product = F.linear(x.to(output.dtype), self._dense(x.device, output.dtype))
-            return torch.add(output, product, alpha=scale).to(output.dtype)
+        with torch.autocast(output.device.type, enabled=False):
+            return torch.add(output, self._product(layer, x, output), alpha=scale).to(output.dtype)
+
+    def add_to(self, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Add ``x S^T`` in place to some rows of a layer's output, for as many rows of its input.
+
+        Args:
+            layer: as for ``add``.
+            x: a view of the input, floating point, ``(copies, rows, ..., in)`` or ``(copies, rows, in, h, w)``.
+            output: a view of the output, ``(copies, rows, ..., out)`` or ``(copies, rows, out, h, w)``.
+        """
+        with torch.autocast(output.device.type, enabled=False):
+            if len(self._delta.shape) == 4 or _has_sparse_kernel(output):
+                output += self._product(layer, x, output)
+                return
+            weight = self._dense(output).t().expand(len(x), -1, -1)  # (copies, in, out)
+            rows = x.to(output).reshape(len(x), -1, x.shape[-1])
+            output.view(len(x), -1, output.shape[-1]).baddbmm_(rows, weight)  # one kernel: no product, no sum
+
+    def _product(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """``x S^T`` on the output's device (offloaded layers take inputs from elsewhere)."""
+        if len(self._delta.shape) == 4:
+            pictures = x.to(output).reshape(-1, *x.shape[-3:])
+            product: Tensor = layer._conv_forward(pictures, self._dense(output), None)  # type: ignore[operator]
+            return product.view(*x.shape[:-3], *product.shape[1:])
+        if _has_sparse_kernel(output):
+            return self._sparse_product(x.to(output.device))
+        return F.linear(x.to(output), self._dense(output))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # no CSR in graphs
     def _sparse_product(self, x: Tensor) -> Tensor:
@@ -69,11 +87,17 @@ class SideBranch:
         rows = x.reshape(-1, x.shape[-1]).float()
         return torch.sparse.mm(self._csr, rows.t()).t().unflatten(0, x.shape[:-1])
 
-    def _dense(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _dense(self, like: Tensor) -> Tensor:
         delta = self._delta
-        if delta.values.device != device:
-            self._delta = delta = SparseDelta(delta.indices.to(device), delta.values.to(device), delta.shape)
-        return delta.to_dense().to(dtype)
+        if delta.values.device != like.device:
+            indices, values = delta.indices.to(like.device), delta.values.to(like.device)
+            self._delta = delta = SparseDelta.unchecked(indices, values, delta.shape)
+        flat = torch.zeros(delta.numel, dtype=like.dtype, device=like.device)
+        return flat.index_add_(0, delta.indices, delta.values.to(like.dtype)).view(delta.shape)
+
+
+def _has_sparse_kernel(like: Tensor) -> bool:
+    return like.device.type == "cpu" and torch.backends.mkl.is_available()
 
 
 def _csr(delta: SparseDelta) -> Tensor:

@@ -115,17 +115,13 @@ class _Branches:
     """
 
     def __init__(self, batch: _Batch, branches: Sequence[tuple[list[int], SideBranch]]) -> None:
-        self._batch = batch
-        # one prompt as a slice: a view
-        self._branches = [(slice(p[0], p[0] + 1) if len(p) == 1 else p, branch) for p, branch in branches]
+        self._batch, self._branches = batch, branches
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        given = input_of(args, kwargs)
-        inputs, outputs = self._batch.by_prompt(layer, given), self._batch.by_prompt(layer, output)
+        x, added = self._batch.by_prompt(layer, input_of(args, kwargs)), self._batch.by_prompt(layer, output)
         for prompts, branch in self._branches:
-            x, base = inputs[:, prompts], outputs[:, prompts]
-            added = branch.add(layer, x.reshape(-1, *given.shape[1:]), base.reshape(-1, *output.shape[1:]))
-            outputs[:, prompts] = added.view_as(base)
+            for number in prompts:
+                branch.add_to(layer, x[:, number], added[:, number])
         return output
 
 
