@@ -16,7 +16,18 @@ from benchmarks.measure import Run, options, python_calls, timed
 SCRIPTS = sorted(
     path.stem for path in Path("benchmarks/scripts").glob("*.py") if path.stem not in ("__init__", "compiled")
 )
-TOYS = ("overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "size", "training")
+TOYS = (
+    "overwrite_vs_fuse",
+    "switch",
+    "fuse",
+    "load_many",
+    "cold_start",
+    "drift",
+    "inference",
+    "per_picture",
+    "size",
+    "training",
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

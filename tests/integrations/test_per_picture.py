@@ -198,12 +198,11 @@ def test_beside_what_diffusers_does(
     assert_each_is_the_one_alone(loaded)
 
 
-def test_without_a_sparse_kernel_the_product_is_dense(
-    loaded: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_sparse_kernel_the_product_is_dense(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     monkeypatch.setattr(torch.sparse, "mm", None)
-    assert_each_is_the_one_alone(loaded)
+    assert_each_is_the_one_alone(load(tiny.pipeline(dtype)), dtype=dtype)
 
 
 def test_a_tied_weight_is_changed_in_all_its_layers(loaded: DiffusionPipeline) -> None:
