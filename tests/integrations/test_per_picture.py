@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shira_diffusers import ResidentStateError, ShiraAdapter, ShiraError, SparseDelta, set_shira_attn_processors
 from shira_diffusers.integrations.per_picture import adapters_per_picture
 from tests import tiny
-from tests.integrations.test_pipelines import XL, build
+from tests.integrations.test_pipelines import XL, Made, build, flux, sd3
 
 ALL = ("",)
 PROMPTS = ["a red cat", "a dog", "the moon", "a red cat"]
@@ -132,6 +132,21 @@ def test_frames_of_a_video_are_rows_of_one_picture(pipe: StableDiffusionPipeline
 
     video.set_progress_bar_config(disable=True)
     assert_each_is_the_one_alone(video, frames)
+
+
+@pytest.mark.parametrize("make", [sd3, flux])
+def test_transformers_with_their_text_encoders(make: Callable[[], Made]) -> None:
+    pipe, components, _ = make()
+    pipe.set_progress_bar_config(disable=True)
+
+    def seeded(pipe: Any, prompts: list[str], latents: Tensor, **options: object) -> Tensor:
+        seeds = range(4) if len(prompts) == 4 else [PROMPTS.index(prompts[0])]
+        generators = [torch.Generator().manual_seed(seed % 3) for seed in seeds]  # the fourth prompt is the first
+        size = {"height": tiny.SIZE, "width": tiny.SIZE, "max_sequence_length": 16}
+        options |= {"num_inference_steps": 2, "output_type": "latent", "generator": generators}
+        return pipe(prompts, **size, **options).images.clone()
+
+    assert_each_is_the_one_alone(load(pipe, components), seeded)
 
 
 def test_embeddings_are_used_as_they_are() -> None:
