@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .DEFAULT_GOAL := help
 .PHONY: help app demo test nightly check format lint types bench bench-size bench-toy screenshots soak clean
 # Seconds after which a script begins no further case.
-BENCHMARKS := overwrite_vs_fuse:60 switch:220 fuse:150 inference:150 load_many:60 cold_start:60 drift:120
+BENCHMARKS := overwrite_vs_fuse:60 switch:220 fuse:150 inference:150 per_picture:120 load_many:60 cold_start:60 drift:120
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,6 +1,6 @@
 """ShiraAdapter: named sparse deltas and what is known about them, as frozen data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -88,6 +88,10 @@ class ShiraAdapter:
         """Select the deltas of one component, named without it. Empty if there are none."""
         prefix = component + "."
         return self._taken({name: name.removeprefix(prefix) for name in self.deltas if name.startswith(prefix)})
+
+    def keeping(self, names: Collection[str]) -> "ShiraAdapter":
+        """Select the deltas of some parameters. Empty if there are none."""
+        return self._taken({name: name for name in self.deltas if name in names})
 
     def prefixed(self, component: str) -> "ShiraAdapter":
         """Put every name under ``component``, in a new adapter."""

@@ -14,6 +14,7 @@ from shira_diffusers.engine.state import Part, ShiraState, owners, state_of
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.weights.finder import WeightMap, identity, unwrap, weights_beside
 from shira_diffusers.weights.scatter import gather, is_byte_dtype
+from shira_diffusers.weights.targets import weight_shape
 
 
 def join_name(component: str, name: str) -> str:
@@ -66,7 +67,7 @@ def fit(
     Raises:
         AdapterMismatchError: it fits nothing or fits in part; all offenders are named.
         ResidentStateError: weights that cannot be overwritten, or that other adapters change under another name or
-            in another model; all offenders are named.
+            in another model; all offenders are named. Quantized weights of Linear and Conv2d layers are no offenders.
     """
     fitted: dict[str, ShiraAdapter] = {}
     wrong: list[str] = []
@@ -74,26 +75,28 @@ def fit(
     own: list[Claim] = []
     for part, its_own in _split(adapter, models).items():
         weights = WeightMap(models[part])
+        quantized = weights.quantized(its_own.deltas)
         renamed: dict[str, str] = {}
         tied: dict[Any, str] = {}
         for name, delta in its_own.deltas.items():
             try:
-                holders = weights.holders(name)
+                holders = [] if name in quantized else weights.holders(name)
             except AdapterMismatchError as error:
                 wrong.append(join_name(part, str(error)))
             except ResidentStateError as error:
                 unusable.append(join_name(part, str(error)))
             else:
-                shape, own_name = tuple(holders[0][0].shape), weights.own_name(name)
+                shape = tuple(holders[0][0].shape) if holders else weight_shape(weights.layer(name))
+                own_name = weights.own_name(name)
                 if shape != delta.shape:
                     wrong.append(f"{join_name(part, name)}: expected {shape}, got {delta.shape}")
                 if own_name in renamed.values():
                     wrong.append(f"{join_name(part, name)}: means the same parameter as another name in the adapter")
-                elif its_own.deltas[twin := tied.setdefault(identity(holders[0][0]), name)] != delta:
+                elif holders and its_own.deltas[twin := tied.setdefault(identity(holders[0][0]), name)] != delta:
                     wrong.append(
                         f"{join_name(part, name)}: has different deltas from {twin}, the same tied weight here"
                     )
-                own += claims({join_name(part, own_name): holders}, _owner(models[part]))
+                own += claims({join_name(part, own_name): holders} if holders else {}, _owner(models[part]))
                 renamed[name] = own_name
         fitted[part] = its_own.renamed(renamed)
     wrong += [f"{b.name}: {_relation(a, b)} with {a.name}, which has deltas for it too" for a, b in conflicts(own)]
@@ -177,7 +180,10 @@ def compare_base(parts: Mapping[str, ShiraAdapter], models: Mapping[str, nn.Modu
     pairs = []
     for part, its_own in parts.items():
         weights, state = WeightMap(models[part]), state_of(unwrap(models[part]))
+        quantized = weights.quantized(its_own.base_probes)
         for name, probe in its_own.base_probes.items():
+            if name in quantized:
+                continue
             indices = its_own.deltas[name].indices[: probe.numel()]
             saved = state.entries.get(name) if state else None
             pairs.append((probe, base_values(weights[name], indices, saved)))

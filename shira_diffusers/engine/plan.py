@@ -54,7 +54,7 @@ def plan_entries(
 
     Args:
         adapters: in the order in which they are added.
-        live: all of their weights, each of any shape, dtype and device.
+        live: all of their weights but quantized ones, each of any shape, dtype and device.
         outgoing: names by which weights are overwritten now; a tied weight keeps that name, so that it is one tile.
 
     Raises:
@@ -132,6 +132,8 @@ def _untied(
     chosen: dict[str, str] = {}
     first: dict[str, str] = {}
     for name, delta in adapter.deltas.items():
+        if name not in live:  # quantized
+            continue
         weight = by_weight[identity(live[name])]
         twin = first.setdefault(weight, name)
         if twin == name:

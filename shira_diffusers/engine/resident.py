@@ -20,9 +20,10 @@ from shira_diffusers.engine.fit import compare_base, fit, trained_on
 from shira_diffusers.engine.locks import Held, Hold, hold, leave
 from shira_diffusers.engine.offloading import new_offloads, note_offloads
 from shira_diffusers.engine.plan import Mix
+from shira_diffusers.engine.side_branch import ResidentBranch, hooks_of
 from shira_diffusers.engine.state import ShiraState, ensure_state, state_of
 from shira_diffusers.engine.switch import plan_switch, require_in_range, require_written, run
-from shira_diffusers.errors import ShiraError, counted, listing
+from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.sweep_triton import engine_for
 from shira_diffusers.weights.targets import models_of
@@ -208,9 +209,11 @@ class Resident:
         Raises:
             ShiraError: the name is in use or empty.
             AdapterMismatchError: the adapter does not fit, wholly or in part; all offenders are named.
-            ResidentStateError: a weight that cannot be overwritten (quantized, merged, on disk, ...).
+            ResidentStateError: a weight that cannot be overwritten (merged, on disk, ...).
 
-        On error nothing has changed. Another base than the adapter's gives a warning.
+        Quantized weights of Linear and Conv2d layers stay as they are: the active mix runs beside them, which costs
+        time in every step, as a warning says. Another base than the adapter's gives a warning, too. On error nothing
+        has changed.
         """
         if not name or not isinstance(name, str):
             raise ShiraError(f"an adapter's name must be a string that is not empty, got {name!r}")
@@ -221,6 +224,7 @@ class Resident:
                 )
             parts = fit(adapter, self._models)
             self._report_base(adapter, name, compare_base(parts, self._models))
+            self._note_quantized(parts, name)
             for part, its_own in parts.items():
                 ensure_state(unwrap(self._models[part])).adapters[name] = its_own
 
@@ -239,8 +243,7 @@ class Resident:
             self.require_known([name])
             parts = fit(adapter, self._models, replacing=name)
             self._report_base(adapter, name, compare_base(parts, self._models))
-            for part in parts:
-                ensure_state(unwrap(self._models[part]))
+            self._note_quantized(parts, name)
             states = self._states()
             mixes = {part: state.mix for part, state in states.items()}
             aside = {part: state.disabled for part, state in states.items() if state.disabled is not None}
@@ -254,6 +257,21 @@ class Resident:
                 for part, state in states.items():
                     state.adapters = before[part]
                 raise
+
+    def _note_quantized(self, parts: Mapping[str, ShiraAdapter], name: str) -> None:
+        """Note which weights of an adapter get branches, and warn of the first what that costs."""
+        for part, adapter in parts.items():
+            state = ensure_state(unwrap(self._models[part]))
+            quantized = WeightMap(self._models[part]).quantized(adapter.deltas)
+            if quantized and not state.quantized:
+                warnings.warn(
+                    f"adapter {name!r}: {counted(len(quantized), 'weight', of=len(adapter.deltas))} of "
+                    f"{part or 'the model'} {verb(len(quantized), 'is', 'are')} quantized and cannot be overwritten; "
+                    "the active mix is computed beside them, which costs a sparse product per layer in every step "
+                    "(nothing on a base that is not quantized)",
+                    stacklevel=4,  # who called ``load_shira``
+                )
+            state.quantized |= quantized
 
     def check(self, adapter: ShiraAdapter) -> BaseMatch | None:
         """Whether an adapter fits, without adding it.
@@ -432,8 +450,15 @@ class Resident:
 
         Raises:
             ShiraError: sums became infinite when the model was cast to a narrower dtype; nothing has changed.
+            ResidentStateError: some of the adapters run beside quantized weights; nothing has changed.
         """
         with self.writing():
+            beside = [p for p in self._states() if hooks_of(unwrap(self._models[p]), ResidentBranch)]
+            if beside:
+                raise ResidentStateError(
+                    f"the active mix runs beside quantized weights of {', '.join(beside)}, which cannot hold it; bake "
+                    "it into the model that is not quantized, and quantize that"
+                )
             require_in_range({part: state.overwritten for part, state in self._states().items()}, self.active)
             for state in self._states().values():
                 state.overwritten, state.mix, state.disabled = (), Mix(), None

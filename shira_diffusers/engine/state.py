@@ -41,6 +41,7 @@ class ShiraState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.adapters: dict[str, ShiraAdapter] = {}
+        self.quantized: frozenset[str] = frozenset()  # of the adapters' weights; they get branches
         self.mix = Mix()
         self.disabled: Mix | None = None
         self.overwritten: tuple[SavedEntries, ...] = ()

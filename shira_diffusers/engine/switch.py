@@ -4,7 +4,7 @@ In: mixes of the components of a model. Out: their weights overwritten in place,
 Everything is planned and checked first; nothing is ever subtracted: what was overwritten is saved and written back.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.adapters.merge import Union, merge_method, sum_deltas
+from shira_diffusers.adapters.merge import Union, fuse_scaled, merge_method, sum_deltas
 from shira_diffusers.adapters.scales import Scale, scale_of
 from shira_diffusers.engine.fit import join_name
 from shira_diffusers.engine.plan import Mix, as_now, fits_now, is_one_name_each, plan_entries, plans_of
 from shira_diffusers.engine.sharing import claims, conflicts
+from shira_diffusers.engine.side_branch import ResidentBranch, SideBranch, branches_of, hooks_of, replace_hooks
 from shira_diffusers.engine.state import ShiraState, as_rounded, ensure_state, written_by_others, written_since
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
@@ -41,6 +42,7 @@ class Transaction:
         outgoing: what is restored, as the weights are now.
         plans: of what is overwritten next.
         twins: other names of the weights of these, which are tied.
+        branches: what runs beside quantized weights next; None where there are none.
         incoming: what is overwritten after it, filled on the way.
     """
 
@@ -54,12 +56,27 @@ class Transaction:
     outgoing: list[SavedEntries]
     plans: tuple[EntryPlan, ...]
     twins: dict[str, str]
+    branches: list[tuple[nn.Module, SideBranch]] | None = None
     incoming: list[SavedEntries] = field(default_factory=list)
 
     def commit(self) -> None:
         """Note that it has been carried out."""
         self.state.mix, self.state.disabled = self.mix, self.disabled
         self.state.set_overwritten(self.incoming, self.twins)
+        if self.branches is not None:
+            replace_hooks(self.module, ResidentBranch, self.branches)
+
+    def restorer(self) -> Callable[[], None]:
+        """What makes mix, saved bits and branches those of now again."""
+        restore = self.state.restorer()
+        before = None if self.branches is None else hooks_of(self.module, ResidentBranch)
+
+        def undo() -> None:
+            restore()
+            if before is not None:
+                replace_hooks(self.module, ResidentBranch, before)
+
+        return undo
 
     def notify(self) -> None:
         """Let others know, once all components are committed: what they raise comes too late to undo anything."""
@@ -88,7 +105,8 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
         state.note_untied(weights)
     outgoing_names = tuple([saved.plan.names for saved in state.overwritten])
     # as a rule a few tuples of the same names
-    live = weights.live(dict.fromkeys(chain(*outgoing_names, *[adapter.deltas for adapter in adapters])))
+    names = dict.fromkeys(chain(*outgoing_names, *[adapter.deltas for adapter in adapters]))
+    live = weights.live([name for name in names if name not in state.quantized] if state.quantized else names)
     if live:
         weights.require_not_frozen()
     version = weights.version
@@ -112,7 +130,29 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     twins: dict[str, str] = {}
     for plan in plans:
         twins |= plan.once("twins", partial(weights.twins, plan.names), version)
-    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans, twins)
+    branches = _plan_branches(component, state, mix, weights) if state.quantized else None
+    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans, twins, branches)
+
+
+def _plan_branches(
+    component: str, state: ShiraState, mix: Mix, weights: WeightMap
+) -> list[tuple[nn.Module, SideBranch]]:
+    """The branches beside quantized weights.
+
+    Raises:
+        ResidentStateError: a compiled model.
+    """
+    held = [
+        (state.adapters[name].keeping(state.quantized), partial(scale_of, scale, component))
+        for name, scale in sorted(mix.scales.items())
+    ]
+    fused = fuse_scaled(held, mix.method) if held else ShiraAdapter({})
+    if fused.deltas and weights.is_compiled:
+        raise ResidentStateError(
+            f"{component or 'the model'} is quantized and compiled: adapters run beside quantized weights as hooks, "
+            "which a compiled model does not see; expected a model that is not compiled"
+        )
+    return branches_of(weights, fused, ResidentBranch)
 
 
 def _resized(plan: EntryPlan, live: Mapping[str, Tensor], version: int) -> list[str]:
@@ -134,7 +174,7 @@ def _check_weights(
         f"{join_name(component, name)}: expected {delta.shape}, got {tuple(live[name].shape)}"
         for adapter in adapters
         for name, delta in adapter.deltas.items()
-        if delta.shape != live[name].shape
+        if name in live and delta.shape != live[name].shape
     ]
     if wrong:
         raise AdapterMismatchError(
@@ -180,7 +220,7 @@ def run(transactions: Sequence[Transaction]) -> None:
                     "other writer; stop what writes them (training, load_state_dict) and switch again"
                 )
         for one in transactions:
-            undo.callback(one.state.restorer())
+            undo.callback(one.restorer())
             one.commit()
         undo.pop_all()
     for one in transactions:

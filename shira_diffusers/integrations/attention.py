@@ -18,8 +18,8 @@ from shira_diffusers.adapters.merge import fuse_scaled
 from shira_diffusers.adapters.scales import Scale, Weights, blocks_of, check_scale, each_scale, scale_of
 from shira_diffusers.engine.fit import trained_on
 from shira_diffusers.engine.locks import hold
+from shira_diffusers.engine.side_branch import SideBranch, branch_of, replace_hooks
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
-from shira_diffusers.integrations.side_branch import SideBranch, branch_of
 from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.targets import FUSED_COPIES, require_modules, weight_shape
 
@@ -164,8 +164,9 @@ def set_shira_attn_processors(
         remove_shira_attn_processors(root)
         for attention, own in _by_attention(weights, deltas):
             attention.set_processor(ShiraAttnProcessor(attention.processor, own))
-        for layer, delta in _by_layer(weights, deltas):
-            layer.register_forward_hook(branch_of(layer, delta))
+        replace_hooks(
+            root, SideBranch, [(layer, branch_of(layer, delta)) for layer, delta in _by_layer(weights, deltas)]
+        )
 
 
 def remove_shira_attn_processors(model: nn.Module) -> None:
@@ -178,9 +179,7 @@ def remove_shira_attn_processors(model: nn.Module) -> None:
             processor = getattr(module, "processor", None)
             if isinstance(processor, ShiraAttnProcessor) and hasattr(module, "set_processor"):
                 module.set_processor(processor.processor)
-            for key, hook in list(module._forward_hooks.items()):
-                if isinstance(hook, SideBranch):
-                    del module._forward_hooks[key]
+        replace_hooks(root, SideBranch, ())
 
 
 # ---------------------------------------------------------------- what goes where

@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-_KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 _warned: WeakSet[Any] = WeakSet()
 
 
@@ -39,7 +39,7 @@ def warn_of_ignored_scale(
 
 def _scale_in(given: Mapping[str, object]) -> str | None:
     """The argument that asks for another strength than 1, as it was written."""
-    for name in _KEYWORDS:
+    for name in KEYWORDS:
         options = given.get(name)
         if isinstance(options, Mapping) and options.get("scale", 1.0) != 1.0:
             return f"{name}={{'scale': {options['scale']!r}}}"

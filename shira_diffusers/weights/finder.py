@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError
 from shira_diffusers.weights.scatter import is_byte_dtype, is_dense
-from shira_diffusers.weights.targets import FUSED_COPIES, WRAPPERS, canonical_name
+from shira_diffusers.weights.targets import FUSED_COPIES, WRAPPERS, canonical_name, weight_shape
 
 # Where `fuse_qkv_projections` copies a projection to: the copies, and the projections before it in each.
 _FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -229,6 +229,47 @@ class WeightMap:
         """
         return self._owner(name.rpartition(".")[0], name)[2]
 
+    def layers(self, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, int]]]:
+        """The layers that compute with weights, and the row at which each begins there: tied and fused ones too.
+
+        Raises:
+            AdapterMismatchError: no such layer.
+        """
+        holding: dict[int, list[nn.Module]] = {}
+        for module in self._root.modules():
+            for parameter in module._parameters.values():
+                holding.setdefault(id(parameter), []).append(module)
+        found = {}
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            path, _, owner = self._owner(path, name)
+            weight = owner._parameters.get(leaf)
+            tied = [owner] if weight is None else holding[id(weight)]
+            found[name] = [(layer, 0) for layer in tied] + self._fused_layers(path)
+        return found
+
+    def quantized(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of some weights that cannot be overwritten because they are quantized, in layers that a branch fits."""
+        return frozenset(name for name in names if self._is_quantized(name))
+
+    def _is_quantized(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = self._owner(path, name)[2]
+        except AdapterMismatchError:
+            return False
+        weight = owner._parameters.get(leaf)
+        if leaf != "weight" or weight_shape(owner) is None or parametrize.is_parametrized(owner, leaf):
+            return False
+        if weight is None:
+            return getattr(owner, leaf, None) is not None
+        return not weight.is_meta and _quantized_as(weight, weight.data) not in (None, "a DTensor")
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the module or a part of it is compiled: hooks that are added later are not seen there."""
+        return bool(self._compiled)
+
     def module(self, path: str) -> nn.Module | None:
         """The module at a path without wrappers, itself out of its wrappers."""
         found = self._at(path)
@@ -277,19 +318,24 @@ class WeightMap:
         raise ResidentStateError(f"{name} is on the meta device: it has no values; load the model's weights first")
 
     def _fused_copies(self, path: str, leaf: str, weight: Tensor) -> list[tuple[Tensor, int]]:
-        attention_path, _, projection = path.rpartition(".")
-        attention = self.module(attention_path)
-        assert attention is not None  # it holds the projection
         holders = []
-        for fused, before in _FUSED[projection]:
-            layer = attention._modules.get(fused)
-            copied = layer._parameters.get(leaf) if isinstance(layer, nn.Module) else None
-            if layer is None or copied is None:
-                continue
-            rows = sum(_out_features(attention, name) for name in before)
-            stored = self._stored(layer, leaf, copied, f"{attention_path}.{fused}.{leaf}")
-            holders.append((stored, rows * weight.shape[1:].numel()))
+        for layer, rows in self._fused_layers(path):
+            copied = layer._parameters.get(leaf)
+            if copied is not None:
+                stored = self._stored(layer, leaf, copied, f"{path}.{leaf} (fused)")
+                holders.append((stored, rows * weight.shape[1:].numel()))
         return holders
+
+    def _fused_layers(self, path: str) -> list[tuple[nn.Module, int]]:
+        """The layers that ``fuse_qkv_projections`` has copied one into, and the row at which its copy begins."""
+        attention_path, _, projection = path.rpartition(".")
+        attention = self.module(attention_path) if projection in _FUSED else None
+        if attention is None:
+            return []
+        fused = [(attention._modules.get(copy), before) for copy, before in _FUSED[projection]]
+        return [
+            (layer, sum(_out_features(attention, n) for n in before)) for layer, before in fused if layer is not None
+        ]
 
 
 _maps: WeakKeyDictionary[nn.Module, WeightMap] = WeakKeyDictionary()
@@ -329,9 +375,9 @@ def _out_features(attention: nn.Module, projection: str) -> int:
     assert layer is not None  # it was fused, so it is there
     while (base := layer._modules.get("base_layer")) is not None:
         layer = base
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    return weight.shape[0]
+    shape = weight_shape(layer)
+    assert shape is not None
+    return shape[0]
 
 
 def _accelerate_hooks(module: nn.Module) -> list[Any]:
@@ -373,12 +419,17 @@ def _quantized_message(name: str, kind: str, got: str) -> str:
     )
 
 
-def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
+def _quantized_as(parameter: nn.Parameter, weight: Tensor) -> str | None:
+    """What a weight is stored as, if not as a plain tensor of floats."""
     odd = next((t for t in (weight, parameter) if type(t) not in (Tensor, nn.Parameter)), None)
     if odd is not None:
-        raise ResidentStateError(_quantized_message(name, "this model", f"a {type(odd).__name__}"))
-    if weight.dtype not in _FLOATS and not is_byte_dtype(weight.dtype):
-        raise ResidentStateError(_quantized_message(name, "this model", str(weight.dtype)))
+        return f"a {type(odd).__name__}"
+    return None if weight.dtype in _FLOATS or is_byte_dtype(weight.dtype) else str(weight.dtype)
+
+
+def _require_plain(parameter: nn.Parameter, weight: Tensor, name: str) -> None:
+    if stored := _quantized_as(parameter, weight):
+        raise ResidentStateError(_quantized_message(name, "this model", stored))
     if weight.layout != torch.strided or not (weight.is_contiguous() or is_dense(weight)):
         raise ResidentStateError(f"{name} is not a dense strided tensor; make it contiguous first")
     if weight.numel() and not weight.untyped_storage().nbytes():

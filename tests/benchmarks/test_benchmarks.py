@@ -17,8 +17,8 @@ SCRIPTS = sorted(
     path.stem for path in Path("benchmarks/scripts").glob("*.py") if path.stem not in ("__init__", "compiled")
 )
 TOYS = (
-    "overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "size", "training",
-    "train_step_flow",
+    "overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "per_picture", "size",
+    "training", "train_step_flow",
 )  # fmt: skip
 
 

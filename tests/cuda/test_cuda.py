@@ -279,3 +279,20 @@ def test_runs_of_entries_on_cuda_give_the_same_bits() -> None:
         resident.set(mix)
         assert_mix(model, base, adapters, mix)
     assert {plan.runs for mix in model._shira.remembered for plan in mix} == {True, False}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_adapter_per_picture(dtype: torch.dtype) -> None:
+    """By dense products, in one kernel per picture."""
+    pipe = tiny.pipeline(dtype).to("cuda")
+    for seed, name in enumerate("ab"):
+        pipe.load_shira(tiny.adapter_for(pipe, seed, only=("",), size=0.1), name, activate=False)
+    prompts, entries = ["a red cat", "a dog", "the moon"], ["a", None, {"b": 0.5}]
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    options = {"cross_attention_kwargs": {"shira_adapters": entries}}
+    together = tiny.picture(pipe, prompt=prompts, latents=latents, **options)
+    for k, entry in enumerate(entries):
+        with pipe.shira(entry or []):
+            alone = tiny.picture(pipe, prompt=prompts[k], latents=latents[k : k + 1])
+        limit = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+        assert float((together[k] - alone[0]).abs().max() / alone.abs().max()) < limit

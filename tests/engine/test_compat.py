@@ -641,24 +641,8 @@ def test_a_fused_lora_is_refused(pipe: StableDiffusionPipeline, lora_folder: Pat
     load(pipe, adapter, "a")
 
 
-def test_quantized_models_are_refused(pipe: StableDiffusionPipeline) -> None:
-    from optimum.quanto import freeze, qint8, quantize
-
-    adapter = tiny.adapter_for(pipe, components=("unet",))
-    quantize(pipe.unet, weights=qint8)
-    freeze(pipe.unet)
-    before = tiny.picture(pipe)
-    with pytest.raises(
-        ResidentStateError, match=r"weights cannot be overwritten[\s\S]*unquantized.*bake_shira"
-    ) as told:
-        load(pipe, adapter, "a")
-    assert "unet." in str(told.value)
-    assert pipe.list_shira() == {}
-    assert torch.equal(tiny.picture(pipe), before)
-
-
 def test_baking_before_quantizing(pipe: StableDiffusionPipeline) -> None:
-    """The remedy that the error of a quantized model gives."""
+    """What costs nothing at each step."""
     from optimum.quanto import freeze, qint8, quantize
 
     def quantized(pipe: DiffusionPipeline) -> None:

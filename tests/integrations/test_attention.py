@@ -22,12 +22,12 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from shira_diffusers import AdapterMismatchError, Resident, ShiraAdapter, ShiraError, SparseDelta
+from shira_diffusers.engine.side_branch import SideBranch
 from shira_diffusers.integrations.attention import (
     ShiraAttnProcessor,
     remove_shira_attn_processors,
     set_shira_attn_processors,
 )
-from shira_diffusers.integrations.side_branch import SideBranch
 from tests import tiny
 
 # of the largest entry of the result; deltas here are as large as the weights
@@ -273,6 +273,26 @@ def test_an_error_leaves_the_layer_as_it_was() -> None:
     for name in deltas:
         assert layer.get_submodule(name).__dict__.keys() == children[name].keys()
         assert not layer.get_submodule(name)._forward_hooks
+
+
+def test_layers_that_are_called_by_keyword() -> None:
+    """As AnimateDiff calls ``proj_in(input=...)``."""
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    model, x = Called(), torch.ones(1, 4)
+    adapter = tiny.adapter_for(model, only=ALL)
+    expected = model(x) + x @ adapter.deltas["layer.weight"].to_dense().T
+    set_shira_attn_processors(model, adapter)
+    torch.testing.assert_close(model(x), expected)
+    remove_shira_attn_processors(model)
+    assert not model.layer._forward_hooks_with_kwargs
 
 
 def test_gradients_reach_the_input() -> None:
