@@ -1,27 +1,44 @@
-"""Fixtures of all tests; how they are made is in ``tiny``."""
+"""Fixtures of all tests; how they are made is in ``tiny``, which pytest-xdist's main process never imports."""
 
+from __future__ import annotations
+
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from diffusers import StableDiffusionPipeline
 
-from tests import tiny
+from tests import warm
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if warm.ADDRESS not in os.environ:  # workers of pytest-xdist have it from the main process
+        config.add_cleanup(warm.start())
 
 
 @pytest.fixture
 def pipe() -> StableDiffusionPipeline:
+    from tests import tiny
+
     return tiny.pipeline()
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.fixture(params=["float32", "float16", "bfloat16"], ids=["fp32", "fp16", "bf16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
+    import torch
+
+    return getattr(torch, request.param)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums of several threads are rounded in another order than those of one."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -6,6 +6,7 @@ The sources are parsed, never run. Imports inside functions and under ``TYPE_CHE
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,13 @@ def read_sources() -> Sources:
 SOURCES = read_sources()
 
 
-def imports_of(module: str, source: str) -> Iterator[str]:
+@cache
+def imports_of(module: str, source: str) -> frozenset[str]:
     """Dotted names of what a module imports, relative imports resolved; ``from a import b`` gives ``a`` and ``a.b``."""
+    return frozenset(_imports_of(module, source))
+
+
+def _imports_of(module: str, source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

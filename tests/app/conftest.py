@@ -1,10 +1,12 @@
 """A tiny pipeline on disk, a folder of adapters for it, and the app over them, served on a free port."""
 
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from app.studio import Studio
 from app.training import trainings
 from shira_diffusers import save_adapter
 from tests import tiny
-from tests.app import warm
+from tests.warm import python
 
 SUGGESTION = "a red cat"  # the tiny tokenizer spells: 16 tokens are 14 letters
 SUGGESTIONS = (SUGGESTION, "a big dog", *(f"a {word} that is too long for a phone's width" for word in ("line", "row")))
@@ -57,11 +59,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return folders
 
 
+def popen_warm(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(python(*command[1:]), **options)
+
+
 @pytest.fixture(scope="session")
-def warm_trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Trainings fork from a process that has imported the trainer; ``test_trainings`` starts some from nothing too."""
-    with pytest.MonkeyPatch.context() as patch, warm.server(tmp_path_factory.mktemp("warm")):
-        patch.setattr(trainings, "subprocess", warm.subprocess_with_forks())
+def warm_trainer() -> Iterator[None]:
+    """Trainings are forked with their imports done; ``test_trainings`` starts one from nothing too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainings, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen_warm}))
         yield
 
 

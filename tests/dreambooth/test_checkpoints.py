@@ -1,10 +1,9 @@
 """Checkpoints survive kills and full disks; a run that resumes goes on to the same bits."""
 
-import multiprocessing
-import os
 import random
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,13 @@ from PIL import Image
 
 from shira_diffusers import ShiraError, load_adapter
 from shira_diffusers.dreambooth.checkpoints import list_checkpoints, read_checkpoint, save_checkpoint, save_result
+from shira_diffusers.dreambooth.command_line import command_line
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.train import train
 from tests import tiny
+from tests.warm import python
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +39,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     }  # fmt: skip
 
 
-def resume_to_the_end(settings: dict[str, object]) -> None:
-    """Runs in another process."""
-    torch.set_num_threads(1)
-    train(TrainingConfig(**settings, resume_from_checkpoint="latest"))
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_that_is_killed_while_it_saves_loses_one_step_at_most(
     settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -50,17 +47,18 @@ def test_a_run_that_is_killed_while_it_saves_loses_one_step_at_most(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     output = tmp_path / "killed"
     options = settings | {"max_train_steps": 24, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shira_diffusers.dreambooth.train", "tests.tiny"])
+    config = TrainingConfig(**options, output_dir=str(output), resume_from_checkpoint="latest")
+    flags = [part for flag in command_line(config) for part in flag]
     moments = random.Random(3)
     for _ in range(3):
-        process = context.Process(target=resume_to_the_end, args=(options | {"output_dir": str(output)},))
-        process.start()
+        process = subprocess.Popen(
+            python("train_dreambooth_shira.py", *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         begun = first_begun(output, after=newest(output) + 2)
         time.sleep(moments.random() * 0.02)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        process.kill()
+        process.communicate()  # until nobody can write into the pipe any more
+        assert process.returncode == -signal.SIGKILL
         assert newest(output) >= begun - 1
         assert read_checkpoint(list_checkpoints(output)[-1])["step"] == newest(output)
         assert load_adapter(list_checkpoints(output)[-1]).metadata["steps"] == str(newest(output))

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from shira_diffusers.dreambooth.data_parallel import WHOLE, Parts, Share, share_
 from shira_diffusers.dreambooth.loss import Objective
 from shira_diffusers.dreambooth.train import train
 from tests import tiny
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,9 +159,9 @@ def launch(folder: Path, settings: dict[str, object], **environment: str) -> sub
     (folder / "flags.json").write_text(json.dumps(flags(settings)))
     return subprocess.run(
         [
-            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+            *python("-m", "accelerate.commands.launch"), "--multi_gpu", "--num_processes", "2",
             "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
-            str(folder / "launched.py"), str(folder / "flags.json"), str(folder / "sent.json"),
+            "--no_python", *python(*(str(folder / name) for name in ("launched.py", "flags.json", "sent.json"))),
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **environment},

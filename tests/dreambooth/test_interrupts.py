@@ -6,7 +6,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.interrupts import StopRequest
 from shira_diffusers.dreambooth.train import train
 from tests import tiny
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,7 +125,7 @@ def test_the_script_ends_without_a_traceback(settings: dict[str, object], number
     settings |= {"max_train_steps": 100_000, "dataloader_num_workers": 1 if number == signal.SIGINT else 0}
     flags = [part for flag in command_line(TrainingConfig(**settings)) for part in flag]
     process = subprocess.Popen(
-        [sys.executable, "train_dreambooth_shira.py", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        python("train_dreambooth_shira.py", *flags), cwd=ROOT, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     wait_for_a_step(Path(str(settings["output_dir"])))

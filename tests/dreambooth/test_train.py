@@ -30,6 +30,7 @@ from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.masks.families import FAMILIES
 from shira_diffusers.training.tuner import SparseTuner
 from tests import tiny
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,8 +109,8 @@ def test_script_trains_both_models_and_leaves_the_base_alone(settings: dict[str,
 def test_script_ends_with_one_line(settings: dict[str, object], wrong: list[str], message: str) -> None:
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "train_dreambooth_shira.py", *flags, *wrong], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        python("train_dreambooth_shira.py", *flags, *wrong), cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1"},
     )  # fmt: skip
     assert done.returncode == 1
     assert message in done.stderr

@@ -6,7 +6,6 @@ anything was configured: the pictures must be equal to the bit, during and after
 
 import copy
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from transformers import CLIPTextModel
 from shira_diffusers import Resident, ResidentStateError, ShiraAdapter
 from shira_diffusers.formats.shira_file import encode
 from tests import reference, tiny
+from tests.warm import python
 
 Configure = Callable[[DiffusionPipeline], object]
 CPU = torch.device("cpu")
@@ -820,7 +820,7 @@ assert picture.equal(base), "torn"
 
 
 def test_no_picture_is_torn_by_the_first_adapter_of_a_process() -> None:
-    subprocess.run([sys.executable, "-c", FIRST_ADAPTER], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run(python("-c", FIRST_ADAPTER), check=True, cwd=Path(__file__).parents[2])
 
 
 class Calls:
