@@ -40,7 +40,7 @@ EXAMPLES = {
     ),
     "export-onnx": (
         "shira export-onnx ./my-model exported",
-        "shira export-onnx stable-diffusion-v1-5/stable-diffusion-v1-5 exported --dtype fp16",
+        "shira export-onnx stable-diffusion-v1-5/stable-diffusion-v1-5 exported --dtype fp16 --json",
     ),
     **export_arguments.EXAMPLES,
 }

@@ -47,7 +47,7 @@ CHANGED = {
     "image_column": "photo", "cache_dir": "cache", "image_interpolation_mode": "box", "on_bad_image": "skip",
     "optimizer": "Prodigy", "prior_generation_precision": "bf16",
     "pretrained_vae_model_name_or_path": "vae",
-    "revision": "main", "variant": "fp16", "output_dir": "out", "mask_type": "snip", "density": 0.5,
+    "revision": "main", "variant": "fp16", "output_dir": "out", "mask_type": "snip", "mask_budget": "global", "density": 0.5,
     "target_modules": ("to_q", "*attn2.to_*"), "avoid_adapters": ("a", "b"), "mixed_precision": "bf16",
     "learning_rate": 0.1, "lr_scheduler": "cosine", "lr_power": 2.0, "adam_beta1": 0.1, "adam_beta2": 0.2,
     "adam_weight_decay": 0.0, "adam_epsilon": 1e-3, "max_grad_norm": 2.0, "snr_gamma": 5.0,
