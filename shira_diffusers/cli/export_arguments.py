@@ -8,11 +8,11 @@ EXAMPLES = {
     "bake": (
         "shira bake ./my-model bluefire.safetensors --output ./my-blue-model",
         "shira bake ./my-model bluefire.safetensors=0.7 paintings.safetensors=0.6 --output ./my-mix",
-        "shira bake v1-5-pruned.safetensors bluefire.safetensors --output v1-5-bluefire.safetensors",
+        "shira bake --json v1-5-pruned.safetensors bluefire.safetensors --output v1-5-bluefire.safetensors",
     ),
     "export-peft": (
         "shira export-peft bluefire.safetensors --output ./bluefire-peft",
-        "shira export-peft llama-maths.safetensors --bare --output ./maths-peft",
+        "shira export-peft llama-maths.safetensors --bare --json --output ./maths-peft",
         "shira export-peft all-layers.safetensors --partial --output ./linear-peft",
     ),
     "diff": (
