@@ -124,7 +124,7 @@ def test_the_docs_list_all_methods() -> None:
 def test_the_strengths_in_the_docs(pipe: StableDiffusionPipeline) -> None:
     """With the blocks of the real UNets."""
     page = (Path(__file__).parents[2] / "docs" / "coming_from_lora.md").read_text()
-    code = page.partition("```python\n")[2].partition("```")[0]
+    code = page.partition("## Strengths")[2].partition("```python\n")[2].partition("```")[0]
     pipe.unet = tiny.unet(layers_per_block=2)
     for name in "ab":
         pipe.load_shira(tiny.adapter_for(pipe), name)

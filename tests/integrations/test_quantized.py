@@ -134,7 +134,7 @@ def test_a_switch_that_fails_leaves_the_mix_before(
     loaded.set_shira("a")
     before, switches = tiny.picture(loaded), list[ShiraState]()
 
-    def fail(state: ShiraState, fresh: object) -> None:
+    def fail(state: ShiraState, *_: object) -> None:
         switches.append(state)
         if len(switches) == 2:  # the other component is committed
             raise MemoryError

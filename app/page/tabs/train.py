@@ -22,6 +22,7 @@ from shira_diffusers.weights.targets import PRESETS
 EVERY = 2.0  # seconds between two updates of a running training
 MASKS = (
     ("grad: what matters most for these pictures", "grad"),
+    ("grad_mean: what all of these pictures agree about", "grad_mean"),
     ("wm: the largest weights", "wm"),
     ("snip: between grad and wm", "snip"),
     ("rand: random ones, which hardly overlap", "rand"),
