@@ -40,11 +40,11 @@ def test_layers_are_in_the_order_of_the_model(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("overlap", "conflict", "said"),
     [
-        (0.0, 0.0, ["a and b share no entries", "full strength"]),
-        (0.03, 0.5, ["share 3 % of their entries, half of them in opposite directions", "hardly weaker than alone"]),
-        (0.4, 0.51, ["share 40 % of their entries, half of them", "weaken each other", "avoided"]),
-        (0.4, 0.3, ["30 % of them in opposite directions", "in part blended", "avoided"]),
-        (1.0, 0.0, ["share 100 % of their entries, none of them", "add up", "try 0.6 each"]),
+        (0.0, 0.0, ["a and b share no entries. How a mix looks depends on the styles", "0.7 each"]),
+        (0.03, 0.5, ["share 3 % of their entries, half of them in opposite directions", "lower guidance"]),
+        (0.4, 0.51, ["share 40 % of their entries, half of them", "they cancel"]),
+        (0.4, 0.3, ["30 % of them in opposite directions", "they cancel"]),
+        (1.0, 0.0, ["share 100 % of their entries, none of them", "twice as strong where they meet"]),
         (0.0004, 1.0, ["less than 0.1 %", "all of them"]),
     ],
 )
@@ -56,7 +56,7 @@ def test_what_to_expect_is_said_in_words(overlap: float, conflict: float, said: 
 
 def test_adapters_of_different_layers_do_not_meet() -> None:
     words = Pair("a", "b", Interference(0, 0, 0, 1, 1), {}).words
-    assert words.startswith("a and b change different layers. Expect both to show at full strength")
+    assert words.startswith("a and b change different layers. How a mix looks depends on the styles")
 
 
 @pytest.mark.parametrize(
