@@ -32,7 +32,7 @@ def build_large_unet(toy: bool = False) -> UNet2DConditionModel:
 
 
 def make_base(world: World, folder: Path, work: Path, seconds: float, *, toy: bool = False) -> None:
-    """Train a UNet on the shipped autoencoder's latents and the shipped text encoder, and write the pipeline, or leave it.
+    """Train a UNet on the shipped autoencoder's latents and text encoder, and write the pipeline, or leave it.
 
     A base that is being trained goes on from `work / "base.pt"`.
     """
