@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,15 +29,7 @@ from shira_diffusers.cli import fuse as fuse_command
 from shira_diffusers.cli.__main__ import main
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, encode
 from tests import tiny
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    tiny.pipeline().save_pretrained(folder)
-    return folder
+from tests.cli.conftest import Run
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +45,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     other = tiny.adapter_for(tiny.unet(block_out_channels=(32, 96))).prefixed("unet")
     written["wide"] = save_adapter(other, folder / "wide.safetensors")
     return written
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process: status, stdout, stderr."""
-
-    def run_it(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run_it
 
 
 def assert_fails(result: tuple[int, str, str], message: str) -> None:

@@ -2,18 +2,15 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from shira_diffusers import convert_lora, extract_adapter, load_adapter, save_adapter
-from shira_diffusers.cli.__main__ import main
 from shira_diffusers.cli.arguments import EXAMPLES, parser
 from tests import loras, tiny
-
-Run = Callable[..., tuple[int, str, str]]
+from tests.cli.conftest import Run
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +30,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a command in this process, in an empty folder: status, stdout, stderr."""
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands write where they run."""
     monkeypatch.chdir(tmp_path)
-
-    def run_it(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run_it
 
 
 def percent(share: float) -> str:

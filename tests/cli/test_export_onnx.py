@@ -12,13 +12,6 @@ from shira_diffusers.edge import OnnxResident
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    tiny.pipeline().save_pretrained(folder)
-    return folder
-
-
 def test_a_pipeline_is_exported(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export-onnx", str(base), str(tmp_path / "out"), "--dtype", "fp16", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

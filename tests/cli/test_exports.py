@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,9 @@ from shira_diffusers.cli.__main__ import main
 from shira_diffusers.formats.compare import compare_adapters
 from shira_diffusers.formats.shira_file import encode
 from tests import tiny
+from tests.cli.conftest import Run
 
 ROOT = Path(__file__).parents[2]
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    tiny.pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +41,6 @@ def adapters() -> dict[str, ShiraAdapter]:
 def files(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, ShiraAdapter]) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     return {name: save_adapter(adapter, folder / f"{name}.safetensors") for name, adapter in adapters.items()}
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process: status, stdout, stderr."""
-
-    def run_it(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run_it
 
 
 def assert_fails(result: tuple[int, str, str], message: str) -> None:
