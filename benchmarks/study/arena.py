@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.study.effects import adapter_effects
 from benchmarks.study.flat import Layout
 from benchmarks.study.masks import CALIBRATION_BATCHES, Gradients, choose
 from benchmarks.study.mixing import METHODS, always
@@ -281,6 +282,11 @@ def run_recipe(arena: Arena, recipe: Recipe, seed: int, exam: Exam) -> Row:
     seconds = round(time.monotonic() - began, 1)
     norms = {name: round(float(change.norm()), 4) for name, change in changes.items()}
     values = {name: int((change != 0).sum()) for name, change in changes.items()}
+    relations = kinship(changes, arena.layout)
+    noise = arena.draws(2000, *((1, 2) if arena.toy else (8, 16)))
+    effects = adapter_effects(arena.objective, arena.lesson("plain"), changes, noise)
+    for row in relations:
+        row |= {f"effects_{name}": round(value, 6) for name, value in effects[row["mix"]].items()}
     return {
         "recipe": asdict(recipe),
         "seed": seed,
@@ -289,6 +295,6 @@ def run_recipe(arena: Arena, recipe: Recipe, seed: int, exam: Exam) -> Row:
         "losses": losses,
         "norms": norms,
         "changed": values,
-        "kinship": kinship(changes, arena.layout),
+        "kinship": relations,
         "rows": arena.examine(changes, exam),
     }

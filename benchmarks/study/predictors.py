@@ -11,6 +11,7 @@ from pandas import Series
 from benchmarks.study.stats import Array, load, table
 
 MEASURES = ("cosine", "overlap", "conflict", "awom", "awom_rows")
+EFFECTS = ("effects_cosine", "effects_distance", "effects_opposing")  # of files since they are measured
 
 
 def outcomes(file: dict[str, Any], method: str) -> dict[str, float]:
@@ -39,7 +40,8 @@ def study(files: Iterable[dict[str, Any]], method: str = "sum") -> dict[str, Any
     kept = [outcomes(file, method) for file in files]
     pairs = sorted(kept[0])
     grid = np.array([[one[pair] for pair in pairs] for one in kept])  # (files, pairs)
-    measured = {m: np.array([_measure(file, pairs, m) for file in files]) for m in MEASURES}
+    measures = [*MEASURES, *(m for m in EFFECTS if all(m in row for file in files for row in file["kinship"]))]
+    measured = {m: np.array([_measure(file, pairs, m) for file in files]) for m in measures}
     within = {}
     for name, values in measured.items():
         each = np.array([spearman(v, k) for v, k in zip(values, grid, strict=True)])
@@ -61,7 +63,7 @@ def study(files: Iterable[dict[str, Any]], method: str = "sum") -> dict[str, Any
 
 
 def _measure(file: dict[str, Any], pairs: list[str], name: str) -> list[float]:
-    found = {row["mix"]: abs(row[name]) for row in file["kinship"]}
+    found = {row["mix"]: row[name] if name in EFFECTS else abs(row[name]) for row in file["kinship"]}
     return [found[pair] for pair in pairs]
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from benchmarks.study.arena import pack
+from benchmarks.study.effects import adapter_effects
 from benchmarks.study.flat import Layout, bind
 from benchmarks.study.mixing import METHODS, always
 from benchmarks.study.predictors import spearman
 from benchmarks.study.sampling import Sampler
 from benchmarks.study.stats import Table, area, best, interval, ratio, unpack
-from benchmarks.study.world import Prompts, World, load_world, unseen_concepts
+from benchmarks.study.training import Draws, Objective
+from benchmarks.study.world import Lesson, Prompts, World, load_world, unseen_concepts
 from examples.emoji.evaluate import GUIDANCE
 from examples.emoji.judge_mixes import MixJudge
 from examples.emoji.render import FONT
@@ -73,6 +75,22 @@ def test_splits_share_no_concept_and_show_none_that_was_taught(world: World) -> 
     val, test = unseen_concepts("val", 96), unseen_concepts("test", 96)
     assert not set(val) & set(test)
     assert "fox" not in val + test and "alien" not in val + test
+
+
+@needs_font
+def test_effects_of_equal_and_of_opposite_adapters(world: World) -> None:
+    layout = Layout.of(world.parts.unet)
+    weights = layout.flat(world.parts.unet)
+    lesson = Lesson(torch.randn(2, 3, 4, 16, 16), world.text([*WORDS, ""]))
+    change = 1e-4 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
+    objective = Objective(world, layout, weights)
+    changes = {"a": change, "twin": change.clone(), "opposite": -change}
+    found = adapter_effects(objective, lesson, changes, Draws.make(0, 1, 2, world.device))
+    assert found["a+twin"] == {"cosine": pytest.approx(1, abs=1e-4), "distance": 0.0, "opposing": 0.0}
+    assert found["a+opposite"] == found["twin+opposite"]
+    assert found["a+opposite"]["cosine"] < -0.99
+    power = (found["a+opposite"]["distance"] / 2) ** 2
+    assert found["a+opposite"]["opposing"] == pytest.approx(power, rel=0.05)
 
 
 def test_answers_come_back_as_they_were_packed() -> None:
