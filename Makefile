@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 7860
 SHOTS ?= $(or $(TMPDIR),/tmp)/shira-screenshots
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# pip compiles what it has installed on one core, compileall on all
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages hold templates of Python
 
 .DEFAULT_GOAL := help
 .PHONY: help app demo test nightly check format lint types bench bench-size bench-toy screenshots soak clean
@@ -20,12 +22,13 @@ demo: $(VENV)/.app ## the same without a browser: writes shira-demo.png
 	$(BIN)/shira demo
 
 test: $(VENV)/.dev ## run the tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 nightly: $(VENV)/.dev ## run the tests that are too slow for every change: the benchmarks on toys
 	$(BIN)/python -m pytest -m nightly -n 2 --dist loadfile
 
-check: format lint types test ## format, lint, strict types and tests, as CI runs them
+check: format lint ## format, lint, strict types and tests, as CI runs them
+	$(MAKE) --jobs 2 types test
 
 format: $(VENV)/.dev ## require formatted code (ruff format . formats it)
 	$(BIN)/ruff format --check .
@@ -68,8 +71,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.app: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[app]'
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.app
