@@ -1,9 +1,7 @@
 """The command line: its defaults, and that what goes wrong at the start is one line."""
 
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from app.page import theme
 from app.serve import ASSETS, main, parse
 from tests.app.conftest import Folders, free_port
+from tests.warm import python
 
 
 def test_the_defaults_are_the_bundled_model_on_this_machine_only() -> None:
@@ -95,16 +94,9 @@ def test_before_the_first_picture_there_are_no_figures() -> None:
     assert theme.lora(None, 64) == ""
 
 
-def test_without_what_the_app_needs_it_says_how_to_get_that(tmp_path: Path) -> None:
-    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError(\"No module named 'gradio'\", name='gradio')")
-    run = subprocess.run(
-        [sys.executable, "-m", "app"],
-        cwd=ASSETS.parent,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_without_what_the_app_needs_it_says_how_to_get_that() -> None:
+    program = "import runpy, sys; sys.modules['gradio'] = None; runpy.run_module('app', run_name='__main__')"
+    run = subprocess.run(python("-c", program), cwd=ASSETS.parent, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr == 'error: the app needs gradio, which is not installed; in a clone: pip install -e ".[app]"\n'
 

@@ -30,6 +30,7 @@ from shira_diffusers.cli.__main__ import main
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, encode
 from tests import tiny
 from tests.cli.conftest import Run
+from tests.warm import python
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +131,9 @@ def test_the_installed_command(files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_the_module_is_the_command() -> None:
-    command = [sys.executable, "-m", "shira_diffusers.cli", "--version"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(
+        python("-m", "shira_diffusers.cli", "--version"), cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, f"shira_diffusers {__version__}\n")
 
 
