@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from shira_diffusers import AdapterMismatchError, ShiraAdapter, ShiraError, SparseDelta, fuse
-from shira_diffusers.adapters.merge import MERGE_METHODS, fuse_scaled, merge_method
+from shira_diffusers.adapters.merge import MERGE_METHODS, fuse_scaled, merge_method, plan_union
 from tests import reference, tiny
 
 
@@ -155,3 +157,29 @@ def test_the_base_is_still_known_after_fusing() -> None:
 
 def test_nothing_is_said_of_the_base_where_no_adapter_does() -> None:
     assert fuse(list(adapters().values())).base_probes == {}
+
+
+# ---------------------------------------------------------------- the union of their entries
+
+sorted_indices = st.lists(st.integers(0, 40), unique=True, max_size=30).map(sorted)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(sorted_indices, min_size=1, max_size=8), st.sampled_from([torch.int32, torch.int64]))
+def test_the_union_and_the_places_in_it(parts: list[list[int]], dtype: torch.dtype) -> None:
+    union = plan_union([torch.tensor(part, dtype=dtype) for part in parts])
+    assert union.indices.tolist() == sorted(set().union(*parts))
+    assert union.indices.dtype == dtype
+    for part, place in zip(parts, union.places, strict=True):
+        if place is None:
+            assert len(part) == union.indices.numel()
+        else:
+            assert place.dtype == torch.int64
+            assert union.indices[place].tolist() == part
+
+
+def test_positions_beyond_32_bits() -> None:
+    parts = [torch.tensor([0, 2**33, 2**33 + 5]), torch.tensor([7, 2**33])]
+    union = plan_union(parts)
+    assert union.indices.tolist() == [0, 7, 2**33, 2**33 + 5]
+    assert [union.indices[place].tolist() for place in union.places if place is not None] == [p.tolist() for p in parts]
