@@ -33,6 +33,10 @@ class Version(NamedTuple):
         """Whether it is the same adapter as it was on disk before, for whatever model."""
         return self.name == other.name and self._replace(model=0) != other._replace(model=0)
 
+    def is_on_disk(self) -> bool:
+        """Whether the file is still this version."""
+        return self._replace(model=0) == _version(self.name, self.path)
+
 
 def adapters_in(folder: Path) -> list[tuple[str, Path]]:
     """All adapters in a folder: names and paths, sorted. The one list that the library, the app and the demo take.

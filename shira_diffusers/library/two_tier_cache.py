@@ -6,6 +6,7 @@ Of models it knows only what its callers pass: which adapters may be evicted.
 """
 
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -30,6 +31,8 @@ from shira_diffusers.weights.targets import named_weights
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Models = Mapping[str, nn.Module]
+
+_SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system: a younger file may change without another time
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +204,7 @@ class Store:
         self.lock = threading.RLock()
         self.ram: Tier[Version, PackedAdapter] = Tier(ram_bytes)
         self.device: Tier[Version, Decoded] = Tier(device_bytes)
-        self.refused: dict[str, tuple[Version, AdapterFormatError]] = {}
+        self.refused: dict[str, tuple[Version | None, AdapterFormatError]] = {}  # None: it may be being written
         self._decoder = None if device.type == "cpu" else DeviceDecoder(device)
         self._pin_for = device if device.type == "cuda" else None
         self._peft: dict[str, Version] = {}
@@ -330,7 +333,8 @@ class Store:
             return self._decode(version, models, may_leave, leaving)
         except AdapterFormatError as error:
             with self.lock:
-                self.refused[version.name] = version, error
+                settled = time.time_ns() - version.modified_ns > _SETTLED_NS
+                self.refused[version.name] = version if settled else None, error
             raise
         finally:
             with self.lock:
@@ -354,9 +358,13 @@ class Store:
                     self.ram.note(True)
             try:
                 decoded = Decoded(*source.unpack(self._decoder))
+                if not was_there:
+                    _require_unchanged(version)
             except BaseException:
                 with self.lock:
                     self.device.release(version)
+                    if not was_there and version in self.ram:
+                        self.ram.drop(version)
                 raise
             with self.lock:
                 self._intact[version.name] = version
@@ -448,6 +456,12 @@ class Store:
         with self.lock:
             left = self.ram.reserve(version, nbytes, lambda *_: True)
         return left is not None  # not before the lock is free: unpinning memory may wait for the GPU
+
+
+def _require_unchanged(version: Version) -> None:
+    """Refuse a file that was written to while it was read: its bytes may be of two versions."""
+    if not version.is_on_disk():
+        raise AdapterFormatError(f"{version.path} changed while it was read; use it again once it is written")
 
 
 def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool]) -> None:

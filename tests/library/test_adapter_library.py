@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -555,6 +556,7 @@ def test_prefetching_tells_no_errors_but_at_use(
 ) -> None:
     library = open_library()
     (folder / "a1.safetensors").write_bytes(b"no adapter")
+    os.utime(folder / "a1.safetensors", (1, 1))  # not as if it were being written
     fetch(library, "a1", "nobody", "a2")
     assert decoded_names(library) == ["a2"]
     with pytest.raises(AdapterFormatError, match=r"a1\.safetensors cannot be read"):
@@ -807,6 +809,60 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
     monkeypatch.setattr(shira_diffusers.library.two_tier_cache, "open_adapter", read)
     library.set(model, {"a0": 1.0})
     tiny.assert_same_bits(model, reference.apply(base, {"a0": other}, {"a0": 1.0}))
+    assert library.broken == {}
+
+
+@pytest.mark.parametrize("room", [0, 100], ids=["mapped", "in memory"])
+def test_a_file_written_in_place_while_it_is_read_is_never_half_applied(
+    open_library: Callable[..., AdapterLibrary],
+    folder: Path,
+    model: nn.Sequential,
+    adapters: dict[str, ShiraAdapter],
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+) -> None:
+    """Also where the version before was compared with its checksum, so that it would not be hashed again."""
+    library, base, file = open_library(ram=room), tiny.snapshot(model), folder / "a0.safetensors"
+    os.utime(file, (1, 1))
+    library.get("a0")
+    library.clear()
+    save_adapter(adapters["a3"], folder / "other.safetensors")
+    new, real = (folder / "other.safetensors").read_bytes(), PackedAdapter.unpack
+    assert len(new) == file.stat().st_size
+
+    def unpack(self: PackedAdapter, decoder: object = None) -> object:
+        monkeypatch.undo()
+        content = self.opened.content
+        half = bytes(content[: len(content) // 2]) + new[len(content) // 2 :]
+        file.open("r+b").write(half)  # as a reader sees it that is in the middle of a write
+        if self.memory is not None:
+            self.memory.content[:] = np.frombuffer(half, np.uint8)
+        try:
+            return real(self, decoder)
+        finally:
+            file.open("r+b").write(new)
+
+    monkeypatch.setattr(PackedAdapter, "unpack", unpack)
+    library.set(model, {"a0": 1.0})
+    tiny.assert_same_bits(model, reference.apply(base, {"a0": adapters["a3"]}, {"a0": 1.0}))
+    assert library.broken == {} and packed_names(library) == ["a0"][: bool(room)]
+
+
+def test_a_file_that_was_being_written_is_read_again_though_its_time_is_the_same(
+    open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential, adapters: dict[str, ShiraAdapter]
+) -> None:
+    """One write takes a while, and has its time from the start; only an old damaged file is not read again."""
+    library, file = open_library(), folder / "a0.safetensors"
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
+    file.open("r+b").write(bytes(len(whole)))
+    os.utime(file, ns=(written, written))
+    with pytest.raises(AdapterFormatError):
+        library.set(model, {"a0": 1.0})
+    assert list(library.broken) == ["a0"]
+    file.open("r+b").write(whole)
+    os.utime(file, ns=(written, written))
+    library.set(model, {"a0": 1.0})
+    tiny.assert_same_adapter(Resident(model).adapter("a0"), adapters["a0"])
     assert library.broken == {}
 
 
