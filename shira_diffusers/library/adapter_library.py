@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -285,8 +285,9 @@ class AdapterLibrary:
         """Pin what is active on a model, which becomes one of those served."""
         with self._store.lock:
             self._served.update(user.modules)
-            for version, decoded in self._store.device:
-                if any(_is_active(state, version) for state in user.holding(version, decoded)):
+            active = {name for module in user.modules if (state := state_of(module)) for name in _active(state)}
+            for version, decoded in self._store.device.named(active):
+                if any(version.name in _active(state) for state in user.holding(version, decoded)):
                     self._store.device.pin(version)
                     pins.callback(self._store.release, version)
 
@@ -326,21 +327,25 @@ class AdapterLibrary:
         It stays decoded, but may now be evicted while the model is busy: there is room to prefetch.
         """
         with self._store.lock:
-            tier = self._store.device
-            idle = [
-                version for version, decoded in tier if not tier.pinned(version) and self._is_idle(version, decoded)
-            ]
-            excess = sum(map(tier.size, idle)) - tier.budget // 2
-            own = [version for version, decoded in tier if version in idle and self._may_leave(user)(version, decoded)]
-            for version in own:
-                if excess > 0:
+            tier, may_leave = self._store.device, self._may_leave(user)
+            known = {name for module in self._served if (state := state_of(module)) for name in state.adapters}
+            idle = {
+                version: tier.size(version)
+                for version, decoded in tier.named(known)
+                if not tier.pinned(version) and self._is_idle(version, decoded)
+            }
+            excess = sum(idle.values()) - tier.budget // 2
+            for version, decoded in tier if excess > 0 else ():
+                if excess <= 0:
+                    break
+                if version in idle and may_leave(version, decoded):
                     user.resident.remove(version.name)
-                    excess -= tier.size(version)
+                    excess -= idle[version]
 
     def _is_idle(self, version: Version, decoded: Decoded) -> bool:
         """Whether models have it, and it is active on none."""
         states = [state for module in self._served if (state := _holds(module, version, decoded))]
-        return bool(states) and not any(_is_active(state, version) for state in states)
+        return bool(states) and not any(version.name in _active(state) for state in states)
 
     def _is_free(self, version: Version, decoded: Decoded) -> bool:
         """Whether no model has it."""
@@ -385,9 +390,9 @@ def _holds(module: nn.Module, version: Version, decoded: Decoded) -> ShiraState 
     return state if first is not None and any(first is delta for delta in decoded.adapter.deltas.values()) else None
 
 
-def _is_active(state: ShiraState, version: Version) -> bool:
-    """Whether an adapter is active in a module, or put aside by ``disable``."""
-    return version.name in state.mix.scales or (state.disabled is not None and version.name in state.disabled.scales)
+def _active(state: ShiraState) -> Set[str]:
+    """The names that are active in a module, or put aside by ``disable``."""
+    return state.mix.scales.keys() | (state.disabled.scales.keys() if state.disabled is not None else set())
 
 
 def _log_failure(done: Future[None]) -> None:

@@ -7,13 +7,13 @@ Of models it knows only what its callers pass: which adapters may be evicted.
 
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +28,16 @@ from shira_diffusers.library.folder import Version
 from shira_diffusers.library.packed_adapter import HostMemory, PackedAdapter, pack
 from shira_diffusers.weights.targets import named_weights
 
-Key = TypeVar("Key", bound=Hashable)
+
+class Named(Hashable, Protocol):
+    """What identifies an item: several may have one name."""
+
+    @property
+    def name(self) -> str:
+        """Of the adapter."""
+
+
+Key = TypeVar("Key", bound=Named)
 Item = TypeVar("Item")
 Models = Mapping[str, nn.Module]
 
@@ -72,6 +81,7 @@ class Tier(Generic[Key, Item]):
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._slots: OrderedDict[Key, _Slot[Item]] = OrderedDict()
+        self._named: defaultdict[str, dict[Key, None]] = defaultdict(dict)
         self._reserved: dict[Key, int] = {}
         self._used = self._hits = self._misses = self._evictions = 0
 
@@ -81,6 +91,11 @@ class Tier(Generic[Key, Item]):
     def __iter__(self) -> Iterator[tuple[Key, Item]]:
         """Keys and items, least recently used first: a snapshot."""
         return iter([(key, slot.item) for key, slot in self._slots.items()])
+
+    def named(self, names: Iterable[str]) -> Iterator[tuple[Key, Item]]:
+        """Keys and items of some names, in time that depends on how many those are: a snapshot."""
+        keys = [key for name in names for key in self._named.get(name, ())]
+        return iter([(key, self._slots[key].item) for key in keys])
 
     @property
     def arriving(self) -> list[Key]:
@@ -157,12 +172,16 @@ class Tier(Generic[Key, Item]):
         if nbytes > reserved:
             return False
         self._slots[key] = _Slot(item, nbytes)
+        self._named[key.name][key] = None
         self._used += nbytes
         return True
 
     def drop(self, key: Key) -> None:
         """Forget an item that is there."""
         self._used -= self._slots.pop(key).nbytes
+        del self._named[key.name][key]
+        if not self._named[key.name]:
+            del self._named[key.name]
 
     def stats(self) -> TierStats:
         """What it holds and has done."""
@@ -301,8 +320,8 @@ class Store:
     def forget_older(self, version: Version, may_leave: MayLeave) -> None:
         """Drop what is kept of earlier versions of a name, unless it is in use."""
         with self.lock:
-            _drop(self.ram, lambda key, _: key.is_older_than(version))
-            _drop(self.device, lambda key, item: key.is_older_than(version) and may_leave(key, item))
+            _drop(self.ram, lambda key, _: key.is_older_than(version), [version.name])
+            _drop(self.device, lambda key, item: key.is_older_than(version) and may_leave(key, item), [version.name])
 
     def clear(self, may_leave: MayLeave, *, packed: bool) -> None:
         """Drop all that is not in use: decoded adapters, and with ``packed`` the packed ones too."""
@@ -464,7 +483,7 @@ def _require_unchanged(version: Version) -> None:
         raise AdapterFormatError(f"{version.path} changed while it was read; use it again once it is written")
 
 
-def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool]) -> None:
-    for key, item in tier:
+def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool], names: Iterable[str] | None = None) -> None:
+    for key, item in tier if names is None else tier.named(names):
         if not tier.pinned(key) and leaves(key, item):
             tier.drop(key)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import shira_diffusers.formats.adapter_file
 import shira_diffusers.library.two_tier_cache
+from benchmarks.measure import python_calls
 from shira_diffusers import (
     AdapterFormatError,
     AdapterLibrary,
@@ -977,6 +978,29 @@ def test_a_file_whose_tensors_are_not_aligned(folder: Path, model: nn.Sequential
 
 
 # -------------------------------------------------------------------- nothing is leaked
+
+
+def test_a_use_costs_the_same_however_many_are_decoded(
+    open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential
+) -> None:
+    """Counted in calls of Python functions, so that the machine's load does not matter."""
+    for number in range(300):
+        os.link(folder / "a5.safetensors", folder / f"b{number}.safetensors")
+    library = open_library(ram=1000, device=1000)
+
+    def use() -> None:
+        for name in ("a0", "a1"):
+            with library.use(model, {name: 1.0}):
+                pass
+
+    calls = []
+    for names in (["a0", "a1"], library.names):
+        for name in names:
+            library.get(name)
+        use()
+        calls.append(python_calls(use))
+    assert len(decoded_names(library)) == 306
+    assert calls[1] < 1.1 * calls[0]
 
 
 def test_2000_loads_leak_nothing(
