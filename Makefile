@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages hold templates of Python
 
 .DEFAULT_GOAL := help
-.PHONY: help app demo test nightly check format lint types bench bench-size bench-toy screenshots soak clean
+.PHONY: help app demo test nightly check site format lint types bench bench-size bench-toy screenshots soak clean
 # Seconds after which a script begins no further case.
 BENCHMARKS := overwrite_vs_fuse:60 switch:220 fuse:150 inference:150 per_picture:120 load_many:60 cold_start:60 drift:120
 
@@ -27,14 +27,17 @@ test: $(VENV)/.dev ## run the tests, two files at a time
 nightly: $(VENV)/.dev ## run the tests that are too slow for every change: the benchmarks on toys
 	$(BIN)/python -m pytest -m nightly -n 2 --dist loadfile
 
-check: format lint ## format, lint, strict types and tests, as CI runs them
-	$(MAKE) --jobs 2 types test
+check: format lint ## format, lint, strict types, docs and tests, as CI runs them
+	$(MAKE) --jobs 2 types site test
 
 format: $(VENV)/.dev ## require formatted code (ruff format . formats it)
 	$(BIN)/ruff format --check .
 
 lint: $(VENV)/.dev ## require clean code
 	$(BIN)/ruff check .
+
+site: $(VENV)/.dev ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 types: $(VENV)/.dev ## require strict types
 	$(BIN)/mypy

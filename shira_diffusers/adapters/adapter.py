@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapters.base_probes import probe_base
 from shira_diffusers.adapters.delta import SparseDelta
+from shira_diffusers.adapters.notebook import table
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, counted, listing
 from shira_diffusers.weights.targets import named_weights, parts_of
 
@@ -51,6 +52,13 @@ class ShiraAdapter:
     def __repr__(self) -> str:
         known = "".join(f", {key}={value!r}" for key, value in self.metadata.items())
         return f"<ShiraAdapter: {counted(self.nnz, 'entry')} in {counted(len(self.deltas), 'parameter')}{known}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "entries": f"{self.nnz:,} of {self.numel:,} ({self.density:.2%})",
+            "parameters": f"{len(self.deltas):,}",
+        }
+        return table(["ShiraAdapter", ""], [*rows.items(), *self.metadata.items()])
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ShiraAdapter":
         return self  # frozen data: copies of a model share it
@@ -142,8 +150,8 @@ class ShiraAdapter:
         """Extract what training changed: the entries in which ``after`` differs from ``before``.
 
         Args:
-            before, after: modules, ``{component: module}``, pipelines, or state dicts of float tensors ``(out, ...)``;
-                the same names and shapes on both sides.
+            before: a module, ``{component: module}``, a pipeline, or a state dict of float tensors ``(out, ...)``.
+            after: the same, with the same names and shapes ``(out, ...)``.
             dtype: of the values; the difference is taken in float32 and rounded once.
             metadata: strings to keep with the adapter.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.interference import interference
+from shira_diffusers.adapters.notebook import MixTable, ReportTable
 from shira_diffusers.adapters.scales import Scale, Weights, mix_of, name_list
 from shira_diffusers.engine.locks import Held
 from shira_diffusers.engine.resident import Resident
@@ -143,7 +144,7 @@ def set_shira(
 
 def get_active_shira(self: DiffusionPipeline) -> dict[str, Scale]:
     """The active adapters and their weights as given; empty while disabled."""
-    return resident_of(self).active
+    return MixTable(resident_of(self).active)
 
 
 def list_shira(self: DiffusionPipeline) -> dict[str, list[str]]:
@@ -222,7 +223,7 @@ def fuse_report(
     if isinstance(adapter_names, str) or len(mix) < 2:
         raise ShiraError(f"expected a list of at least two adapters to compare, got {adapter_names!r}")
     adapters = {name: _at(resident, name, scale) for name, scale in mix.items()}
-    return {(a, b): interference(adapters[a], adapters[b]).as_dict() for a, b in combinations(mix, 2)}
+    return ReportTable({(a, b): interference(adapters[a], adapters[b]).as_dict() for a, b in combinations(mix, 2)})
 
 
 def _at(resident: Resident, name: str, scale: Scale) -> ShiraAdapter:

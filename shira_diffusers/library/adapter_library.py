@@ -208,8 +208,7 @@ class AdapterLibrary:
 
         What the caller keeps of it is not counted once it has left the library.
 
-        Raises:
-            As ``use``.
+        Raises as ``use``.
         """
         models = {} if target is None else _User(target).models
         version = self._store.fitted(self._find(name), models)

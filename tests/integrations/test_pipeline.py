@@ -708,6 +708,8 @@ def test_saving_what_is_not_there(loaded: StableDiffusionPipeline, tmp_path: Pat
 def test_the_report(loaded: StableDiffusionPipeline, file: Path) -> None:
     loaded.load_shira(file, "third", activate=False)
     report = loaded.fuse_report(["bluefire", "paintings"])
+    assert "<td>bluefire</td><td>paintings</td>" in report._repr_html_()
+    assert "<table>" in loaded.get_active_shira()._repr_html_()
     assert list(report) == [("bluefire", "paintings")]
     assert set(report["bluefire", "paintings"]) >= {"overlap", "sign_conflict", "awom", "awor"}
     everything = loaded.fuse_report()
