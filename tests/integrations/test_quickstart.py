@@ -47,13 +47,16 @@ def pictures_of(cell: nbformat.NotebookNode) -> list[Image.Image]:
     return [Image.open(io.BytesIO(b64decode(png))) for png in found]
 
 
-def test_the_file_is_clean() -> None:
+def test_the_file_is_stored_with_its_pictures() -> None:
     notebook = read()
     nbformat.validate(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == [] and cell.execution_count is None
-            assert len(cell.source.splitlines()) <= 35, "a cell that nobody reads"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run from top to bottom, once"
+    assert all(len(cell.source.splitlines()) <= 35 for cell in code), "a cell that nobody reads"
+    assert not [output for cell in code for output in cell.outputs if output.get("name") == "stderr"]
+    pictures = [picture for cell in code for picture in pictures_of(cell)]
+    assert [picture.width // picture.height for picture in pictures] == [1, 5, 3, 5, 3]
+    assert NOTEBOOK.stat().st_size < 1_000_000
 
 
 @pytest.mark.skipif(
