@@ -1,4 +1,4 @@
-"""The quickstart notebook runs from top to bottom, and its pictures differ where they should."""
+"""The notebooks run from top to bottom, are stored with their pictures, and these differ where they should."""
 
 import io
 import json
@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+FUSION = ROOT / "examples" / "fusion.ipynb"
 ASSETS = ROOT / "assets"
 STEPS = 2
 PROBE = """
@@ -27,8 +28,8 @@ print(json.dumps({
 """
 
 
-def read() -> nbformat.NotebookNode:
-    return nbformat.read(NOTEBOOK, as_version=4)
+def read(path: Path = NOTEBOOK) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
@@ -47,22 +48,52 @@ def pictures_of(cell: nbformat.NotebookNode) -> list[Image.Image]:
     return [Image.open(io.BytesIO(b64decode(png))) for png in found]
 
 
-def test_the_file_is_stored_with_its_pictures() -> None:
-    notebook = read()
+@pytest.mark.parametrize(
+    ("path", "shapes"), [(NOTEBOOK, [1, 5, 3, 5, 3]), (FUSION, [3, 5])], ids=lambda it: str(it)[-15:]
+)
+def test_the_file_is_stored_with_its_outputs(path: Path, shapes: list[int]) -> None:
+    notebook = read(path)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run from top to bottom, once"
     assert all(len(cell.source.splitlines()) <= 35 for cell in code), "a cell that nobody reads"
     assert not [output for cell in code for output in cell.outputs if output.get("name") == "stderr"]
     pictures = [picture for cell in code for picture in pictures_of(cell)]
-    assert [picture.width // picture.height for picture in pictures] == [1, 5, 3, 5, 3]
-    assert NOTEBOOK.stat().st_size < 1_000_000
+    assert [picture.width // picture.height for picture in pictures] == shapes
+    assert path.stat().st_size < 1_000_000
 
 
-@pytest.mark.skipif(
+needs_the_demo = pytest.mark.skipif(
     not (ASSETS / "emoji-diffusion").is_dir() or len(list((ASSETS / "adapters").glob("*.safetensors"))) < 2,
     reason="the demo model and its styles (assets/emoji-diffusion, assets/adapters) are not in this checkout",
 )
+
+
+@needs_the_demo
+def test_fusion_runs() -> None:
+    notebook = read(FUSION)
+    notebook.cells.append(
+        nbformat.v4.new_code_cell("print(json.dumps([*report.values()]), json.dumps([*worst.values()]), sep='\\n')")
+    )
+    notebook.cells[-1].source = "import json\n" + notebook.cells[-1].source
+    execute(notebook, FUSION.parent)
+    told, worst = map(json.loads, notebook.cells[-1].outputs[0].text.splitlines())
+    assert [pair["overlap"] for pair in told] == [0.0, 0.0, 0.0]
+    assert worst[0]["overlap"] == 1.0
+    assert 0.99 < worst[0]["sign_conflict"] <= 1.0, "all but the zeros"
+    html = [
+        o.data["text/html"]
+        for cell in notebook.cells
+        for o in cell.get("outputs", ())
+        if "text/html" in o.get("data", {})
+    ]
+    assert [shown.count("<tr>") for shown in html][1:] == [4, 2, 3], (
+        "a report of three pairs, one of one, and a mix of two"
+    )
+    assert any("same picture: True" in str(cell.get("outputs")) for cell in notebook.cells)
+
+
+@needs_the_demo
 def test_it_runs() -> None:
     """From examples/, where Jupyter starts it."""
     notebook = read()
