@@ -3,7 +3,7 @@
 P below is "Sparse High Rank Adapters", https://arxiv.org/abs/2406.13175 (section 3.1 and appendix B).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.delta import SparseDelta, check_indices
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.masks.calibration import Calibration, gradient_magnitudes
-from shira_diffusers.masks.sparsify import top_indices
+from shira_diffusers.masks.sparsify import require_density
+from shira_diffusers.masks.top_entries import bits_of, counts_by_bin, cutoff, top_indices
 from shira_diffusers.seeds import seeded
 from shira_diffusers.weights.targets import DEFAULT_TARGETS, Targets, require_modules, select
 from shira_diffusers.weights.tiles import BLOCK_SIZE
@@ -277,8 +278,7 @@ def build_masks(
     chosen = FAMILIES.get(family) if isinstance(family, str) else family
     if chosen is None:
         raise ShiraError(f"unknown mask family {family!r}, expected one of {', '.join(FAMILIES)} or a function")
-    if not 0.0 < density <= 1.0:
-        raise ShiraError(f"density must be in (0, 1], got {density}; 0.01 to 0.02 is usual")
+    require_density(density)
     _require_budget(budget, family)
     weights = select(model, targets)
     if family in CALIBRATED and calibration is None:
@@ -291,7 +291,7 @@ def build_masks(
         for name, weight in weights.items()
     }
     counts = {name: round(density * weight.numel()) for name, weight in weights.items()}
-    if budget == "global":
+    if budget == "global" and not any(weight.is_meta for weight in weights.values()):  # which are refused below
         counts = _global_counts(str(family), density, weights, contexts)
         weights = {name: weight for name, weight in weights.items() if counts[name]}
     masks: dict[str, Tensor] = {}
@@ -328,50 +328,26 @@ def _global_counts(
 ) -> dict[str, int]:
     """How many of the entries with the highest scores of all lie in each weight; ties go to the first weights.
 
-    Scores are compared by their bits, which order floats of zero and more as integers: a count per upper half, then
-    per lower half within the half that the threshold lies in, so no more than one weight's scores are held at a time.
-
     Raises:
-        AdapterMismatchError: weights on the meta device, or fewer entries than are needed, which ``avoid`` leaves.
+        AdapterMismatchError: fewer entries than are needed, which ``avoid`` leaves.
     """
-    meta = [name for name, weight in weights.items() if weight.is_meta]
-    if meta:
-        raise AdapterMismatchError(
-            f"{counted(len(meta), 'weight')} {verb(len(meta), 'is', 'are')} on the meta device, expected real values; "
-            f"load or onload them first:{listing(meta)}"
-        )
 
-    def bits(name: str) -> Tensor:
-        scores = _SCORES[family](weights[name], contexts[name]).flatten().view(torch.int32)
-        blocked = contexts[name].blocked
-        return scores if blocked is None else scores[~blocked]
+    def scores() -> Iterator[Tensor]:
+        for name, weight in weights.items():
+            score, blocked = _SCORES[family](weight, contexts[name]).flatten(), contexts[name].blocked
+            yield score if blocked is None else score[~blocked]
 
     total = round(density * sum(weight.numel() for weight in weights.values()))
-    upper = sum(torch.bincount(bits(name) >> 16, minlength=2**15).cpu() for name in weights)
-    free = int(torch.as_tensor(upper).sum())
-    if free < total:
+    by_bin = counts_by_bin(scores())
+    if (free := int(by_bin.sum())) < total:
         raise AdapterMismatchError(f"{counted(total, 'entry')} needed, {free:,} left free; avoid fewer adapters")
-    half, left = _from_the_top(torch.as_tensor(upper), total)
-
-    def lower(name: str) -> Tensor:
-        own = bits(name)
-        return torch.bincount(own[own >> 16 == half] & 0xFFFF, minlength=2**16).cpu()
-
-    rest, level = _from_the_top(torch.as_tensor(sum(lower(name) for name in weights)), left)
-    threshold = half << 16 | rest
+    level, ties, _ = cutoff(by_bin, scores(), total)
     counts: dict[str, int] = {}
-    for name in weights:
-        own = bits(name)
-        ties = min(level, int((own == threshold).sum()))
-        counts[name], level = int((own > threshold).sum()) + ties, level - ties
+    for name, score in zip(weights, scores(), strict=True):
+        bits = bits_of(score)
+        own = min(ties, int((bits == level).sum()))
+        counts[name], ties = int((bits > level).sum()) + own, ties - own
     return counts
-
-
-def _from_the_top(histogram: Tensor, total: int) -> tuple[int, int]:
-    """The bin in which the ``total``-th highest value lies, and how many of that bin are among them; at least one."""
-    above = histogram.flip(0).cumsum(0)
-    place = int((above < max(1, total)).sum())
-    return len(histogram) - 1 - place, total - int(above[place] - histogram.flip(0)[place])
 
 
 def _blocked(name: str, weight: Tensor, avoid: list[HasDeltas]) -> Tensor | None:

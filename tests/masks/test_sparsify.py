@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from shira_diffusers import AdapterFormatError, AdapterMismatchError, ShiraError
-from shira_diffusers.masks.sparsify import DENSITIES, sparsify, top_indices
+from shira_diffusers.masks.sparsify import DENSITIES, sparsify
+from shira_diffusers.masks.top_entries import top_indices
 
 Weights = dict[str, Tensor]
 
