@@ -3,9 +3,8 @@
 import argparse
 import json
 
-from tqdm import tqdm
-
 from shira_diffusers.cli.fuse import titles
+from shira_diffusers.cli.progress_bar import progress_bar
 from shira_diffusers.cli.terminal import note, printable, say
 from shira_diffusers.errors import counted
 from shira_diffusers.formats.opened_adapter import open_adapter
@@ -24,12 +23,7 @@ def bake(args: argparse.Namespace) -> None:
         name: (open_adapter(file).decode(), strength)
         for name, (file, strength) in zip(names, args.adapters, strict=True)
     }
-    with tqdm(desc="bake", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar(desc="bake", unit="B", unit_scale=True) as progress:
         written = bake_checkpoint(args.base, mix, args.output, progress)
     for name in written.left_out:
         note(f"note: left out {printable(name)}, weights without the mix")

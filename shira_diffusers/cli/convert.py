@@ -1,15 +1,14 @@
 """Convert a LoRA to an adapter file: ``shira convert``."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from shira_diffusers.cli.base_model import open_pipeline
 from shira_diffusers.cli.fuse import new_file
+from shira_diffusers.cli.progress_bar import progress_bar
 from shira_diffusers.cli.terminal import table
 from shira_diffusers.formats.find import PEFT_WEIGHTS, find_lora
 from shira_diffusers.formats.lora import convert_lora
@@ -50,7 +49,7 @@ def convert_file(
     require_density(density)
     target = output_file(output, find_lora(file), force)  # before the base is loaded, which takes long
     pipe = open_pipeline(base)
-    with progress_bar("weights") as progress:
+    with progress_bar(unit="weights") as progress:
         found = convert_lora(
             file,
             pipe,
@@ -83,18 +82,6 @@ def output_file(output: Path | None, source: Path, force: bool) -> Path:
     """
     name = source.parent.name if source.name == PEFT_WEIGHTS else source.resolve().stem
     return new_file(output or Path(f"{name}-shira.safetensors"), force)
-
-
-@contextmanager
-def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, if that is a terminal; what the body gets is called with steps done and all steps."""
-    with tqdm(unit=unit, disable=None, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.update(0)
-
-        yield show
 
 
 def energy_table(report: EnergyReport) -> list[str]:

@@ -1,12 +1,11 @@
 """Print how two adapter files differ, as a report or as JSON: ``shira diff``. Loads neither torch nor diffusers."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from shira_diffusers.cli.inspect import SHORTENED, percent
-from shira_diffusers.cli.terminal import printable, say, table
+from shira_diffusers.cli.terminal import printable, say, say_json, table
 from shira_diffusers.errors import counted
 from shira_diffusers.formats.compare import AdapterDifference, EntryDifference, compare_adapters
 
@@ -19,7 +18,7 @@ def diff(args: argparse.Namespace) -> None:
     """
     found = compare_adapters(args.a, args.b)
     if args.json:
-        say(json.dumps(found.as_dict(), indent=2))
+        say_json(found.as_dict())
     else:
         say(as_text(found, None if args.all or not sys.stdout.isatty() else SHORTENED))
 

@@ -1,12 +1,11 @@
 """Export a pipeline for devices without torch: ``shira export-onnx``."""
 
 import argparse
-import json
 
 import torch
 
 from shira_diffusers.cli.base_model import open_pipeline
-from shira_diffusers.cli.terminal import say
+from shira_diffusers.cli.terminal import say, say_json
 from shira_diffusers.errors import ShiraError, counted
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -26,7 +25,7 @@ def export(args: argparse.Namespace) -> None:
     folder = export_onnx(open_pipeline(args.base, _DTYPES[args.dtype]), args.output)
     sizes = {path.parent.name: path.stat().st_size for path in sorted(folder.glob("*/*.safetensors"))}
     if args.json:
-        say(json.dumps({"folder": str(folder), "dtype": args.dtype, "bytes": sizes}, indent=2))
+        say_json({"folder": str(folder), "dtype": args.dtype, "bytes": sizes})
     else:
         parts = ", ".join(f"{name} {counted(size, 'byte')}" for name, size in sizes.items())
         say(f"wrote {folder} ({args.dtype}): {parts}")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from shira_diffusers.cli.convert import output_file, progress_bar
+from shira_diffusers.cli.convert import output_file
+from shira_diffusers.cli.progress_bar import progress_bar
 from shira_diffusers.formats.shira_file import save_adapter
 from shira_diffusers.integrations.extract import extract_adapter
 from shira_diffusers.masks.sparsify import EnergyReport, Ranking
@@ -34,6 +35,6 @@ def extract_file(
         OSError: a file cannot be read or written.
     """
     target = output_file(output, tuned, force)
-    with progress_bar("weights") as progress:
+    with progress_bar(unit="weights") as progress:
         found = extract_adapter(base, tuned, density, ranking=ranking, dtype=dtype, progress=progress)
     return save_adapter(found.adapter, target), found.report
