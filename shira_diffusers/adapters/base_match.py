@@ -1,5 +1,6 @@
 """Tell by a few values of the base whether a model is the one that an adapter was trained on. NumPy only."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -32,3 +33,17 @@ def match(expected: NDArray[np.float64], got: NDArray[np.float64], allowed: NDAr
         return "same"
     norm = float(np.linalg.norm(expected) * np.linalg.norm(got))
     return "sibling" if norm and float(expected @ got) / norm >= _SIBLING_SIMILARITY else "other"
+
+
+def trained_on(metadata: Mapping[str, str]) -> str:
+    """A clause for messages that names an adapter's base, where its metadata does."""
+    base = metadata.get("base_model")
+    return f"; it was trained on {base!r}" if base else ""
+
+
+def other_base(name: str, metadata: Mapping[str, str]) -> str:
+    """What to warn of where the base is another one."""
+    return (
+        f"adapter {name!r} fits by shape but was trained on another model than this one{trained_on(metadata)}; "
+        "expect poor pictures"
+    )

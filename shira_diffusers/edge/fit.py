@@ -4,18 +4,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shira_diffusers.adapters.base_match import ROUNDING, UNDERFLOW, BaseMatch, match
+from shira_diffusers.adapters.base_match import ROUNDING, UNDERFLOW, BaseMatch, match, trained_on
 from shira_diffusers.edge.adapter import ArrayAdapter, Delta, as_float32
 from shira_diffusers.edge.exported import ExportedWeights
 from shira_diffusers.edge.switch import Entries, SwitchedWeights
 from shira_diffusers.errors import AdapterMismatchError, counted, listing, verb
 from shira_diffusers.formats.safetensors_bytes import Raw
-
-
-def trained_on(adapter: ArrayAdapter) -> str:
-    """A clause for messages that names the adapter's base, where it is known."""
-    base = adapter.metadata.get("base_model")
-    return f"; it was trained on {base!r}" if base else ""
 
 
 def fit(adapter: ArrayAdapter, models: Mapping[str, SwitchedWeights]) -> dict[str, Entries]:
@@ -40,8 +34,8 @@ def fit(adapter: ArrayAdapter, models: Mapping[str, SwitchedWeights]) -> dict[st
     if wrong:
         raise AdapterMismatchError(
             f"adapter does not fit: {counted(len(wrong), 'parameter', of=len(adapter.deltas))} "
-            f"{verb(len(wrong), 'differs', 'differ')}{trained_on(adapter)}; use it with an export of the model it was "
-            f"trained for:{listing(wrong)}"
+            f"{verb(len(wrong), 'differs', 'differ')}{trained_on(adapter.metadata)}; use it with an export of the "
+            f"model it was trained for:{listing(wrong)}"
         )
     return {component: _entries(models[component].weights, own) for component, own in deltas.items()}
 

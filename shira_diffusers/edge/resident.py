@@ -13,10 +13,11 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from shira_diffusers.adapters.base_match import other_base, trained_on
 from shira_diffusers.adapters.scales import Scale, check_scale, mix_from
 from shira_diffusers.edge.adapter import read_adapter
 from shira_diffusers.edge.exported import ABOUT, ExportedWeights
-from shira_diffusers.edge.fit import compare_base, fit, trained_on
+from shira_diffusers.edge.fit import compare_base, fit
 from shira_diffusers.edge.session import Options, open_live
 from shira_diffusers.edge.switch import SwitchedWeights
 from shira_diffusers.errors import ShiraError, counted
@@ -130,13 +131,9 @@ class OnnxResident:
             for part, entries in parts.items():
                 self._models[part].adapters[name] = entries
         if match == "sibling":
-            logger.info("adapter %r was trained on a sibling of this model%s", name, trained_on(adapter))
+            logger.info("adapter %r was trained on a sibling of this model%s", name, trained_on(adapter.metadata))
         elif match == "other":
-            warnings.warn(
-                f"adapter {name!r} fits by shape but was trained on another model than this one{trained_on(adapter)}; "
-                "expect poor pictures",
-                stacklevel=2,
-            )
+            warnings.warn(other_base(name, adapter.metadata), stacklevel=2)
 
     def set(self, scales: Mapping[str, Scale | None]) -> None:
         """Make exactly these adapters active: restore what leaves, overwrite what arrives.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.adapters.base_probes import BaseMatch, match_base
+from shira_diffusers.adapters.base_match import BaseMatch, trained_on
+from shira_diffusers.adapters.base_probes import match_base
 from shira_diffusers.engine.sharing import Claim, claims, conflicts
 from shira_diffusers.engine.state import Part, ShiraState, owners, state_of
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
@@ -20,12 +21,6 @@ from shira_diffusers.weights.targets import weight_shape
 def join_name(component: str, name: str) -> str:
     """A parameter's full name; the component is empty for a bare module."""
     return f"{component}.{name}" if component else name
-
-
-def trained_on(adapter: ShiraAdapter) -> str:
-    """A clause for messages that names the adapter's base, where it is known."""
-    base = adapter.metadata.get("base_model")
-    return f"; it was trained on {base!r}" if base else ""
 
 
 def _split(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, ShiraAdapter]:
@@ -43,7 +38,8 @@ def _split(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, 
         raise AdapterMismatchError(
             f"adapter does not fit: {counted(len(lost), 'parameter', of=len(adapter.deltas))} "
             f"{verb(len(lost), 'belongs', 'belong')} to no component of this model, "
-            f"which has {', '.join(models) or 'none'}{trained_on(adapter)}{_bare(lost[0], models)}:{listing(lost)}"
+            f"which has {', '.join(models) or 'none'}{trained_on(adapter.metadata)}"
+            f"{_bare(lost[0], models)}:{listing(lost)}"
         )
     return {part: adapter.part(part) for part in adapter.component_names()}
 
@@ -104,7 +100,7 @@ def fit(
         raise AdapterMismatchError(
             f"adapter does not fit: {counted(len(wrong), 'parameter', of=len(adapter.deltas))} "
             f"{verb(len(wrong), 'differs', 'differ')}"
-            f"{trained_on(adapter)}; use it with the model it was trained for:{listing(wrong)}"
+            f"{trained_on(adapter.metadata)}; use it with the model it was trained for:{listing(wrong)}"
         )
     if unusable:
         raise ResidentStateError(

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.adapters.base_probes import BaseMatch
+from shira_diffusers.adapters.base_match import BaseMatch, other_base, trained_on
 from shira_diffusers.adapters.merge import fuse_scaled, merge_method
 from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scale, mix_from, name_list, scale_of
 from shira_diffusers.engine.callers import stacklevel
-from shira_diffusers.engine.fit import compare_base, fit, trained_on
+from shira_diffusers.engine.fit import compare_base, fit
 from shira_diffusers.engine.locks import Held, Hold, hold, leave
 from shira_diffusers.engine.offloading import new_offloads, note_offloads
 from shira_diffusers.engine.plan import Mix
@@ -288,13 +288,9 @@ class Resident:
 
     def _report_base(self, adapter: ShiraAdapter, name: str, match: BaseMatch | None) -> None:
         if match == "sibling":
-            logger.info("adapter %r was trained on a sibling of this model%s", name, trained_on(adapter))
+            logger.info("adapter %r was trained on a sibling of this model%s", name, trained_on(adapter.metadata))
         elif match == "other":
-            warnings.warn(
-                f"adapter {name!r} fits by shape but was trained on another model than this one{trained_on(adapter)}; "
-                "expect poor pictures",
-                stacklevel=stacklevel(),
-            )
+            warnings.warn(other_base(name, adapter.metadata), stacklevel=stacklevel())
 
     def remove(self, *names: str | Iterable[str]) -> None:
         """Forget adapters, in one switch; those of the mix that are left stay active.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.adapters.base_match import trained_on
 from shira_diffusers.adapters.delta import SparseDelta
 from shira_diffusers.adapters.merge import fuse_scaled
 from shira_diffusers.adapters.scales import Scale, Weights, blocks_of, check_scale, each_scale, scale_of
-from shira_diffusers.engine.fit import trained_on
 from shira_diffusers.engine.locks import hold
 from shira_diffusers.engine.side_branch import SideBranch, branch_of, replace_hooks
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
@@ -256,7 +256,7 @@ def _require_fit(weights: WeightMap, adapter: ShiraAdapter) -> None:
         raise AdapterMismatchError(
             f"adapter does not fit: {counted(len(wrong), 'parameter', of=len(adapter.deltas))} "
             f"{verb(len(wrong), 'differs', 'differ')}"
-            f"{trained_on(adapter)}; use it with the model it was trained for:{listing(wrong)}"
+            f"{trained_on(adapter.metadata)}; use it with the model it was trained for:{listing(wrong)}"
         )
 
 

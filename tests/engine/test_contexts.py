@@ -255,16 +255,18 @@ def test_a_wait_without_an_end_is_warned_about(
 # ---------------------------------------------------------------- generators and threads
 
 
+def two_pictures(pipe: StableDiffusionPipeline) -> Iterator[Tensor]:
+    """Holds "a" from the first to the end."""
+    with pipe.shira("a"):
+        yield tiny.picture(pipe)
+        yield tiny.picture(pipe)
+
+
 def test_a_generator_may_be_resumed_in_another_thread(
     pipe: StableDiffusionPipeline, expected: dict[str, Tensor]
 ) -> None:
-    def stream() -> Iterator[Tensor]:
-        with pipe.shira("a"):
-            yield tiny.picture(pipe)
-            yield tiny.picture(pipe)
-
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
-        pictures = stream()
+        pictures = two_pictures(pipe)
         for pool in (one, two):
             assert torch.equal(ends(lambda pool=pool: pool.submit(next, pictures).result(SOON)), expected["a"])
         assert ends(lambda: two.submit(next, pictures, None).result(SOON)) is None
@@ -275,13 +277,8 @@ def test_other_jobs_of_a_pool_are_outside_of_a_suspended_generator(
 ) -> None:
     """It leaves its hold in the context of the thread that it was started in."""
 
-    def stream() -> Iterator[Tensor]:
-        with pipe.shira("a"):
-            yield tiny.picture(pipe)
-            yield tiny.picture(pipe)
-
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
-        pictures = stream()
+        pictures = two_pictures(pipe)
         assert torch.equal(one.submit(next, pictures).result(SOON), expected["a"])
         other = one.submit(tiny.picture, pipe)
         with pytest.raises(TimeoutError):
