@@ -228,7 +228,7 @@ def choose_masks(
         seed=config.mask_seed,
         calibration=_calibration(config, examples, objective, seed) if calibrated else None,
         avoid=avoided,
-        budget=config.mask_budget,
+        budget=config.mask_budget or "weight",
     )
     return {name: mask.cpu() for name, mask in masks.items()}
 
