@@ -1,6 +1,6 @@
-"""What both models go through: a base, two adapters trained on it, switched, fused, and LoRA of similar size for comparison.
+"""What both models go through: a base, two adapters on it, switched and fused, and LoRAs of similar size.
 
-The rows are those of the paper's table of language models (arXiv 2406.13175, table 4): each adapter alone, and together.
+The rows are those of the paper's table of language models (arXiv 2406.13175, table 4): adapters alone, and together.
 """
 
 import argparse
@@ -45,8 +45,8 @@ class Subject:
 class Settings:
     base_steps: int
     steps: int
-    shira_rate: float
-    lora_rate: float
+    shira_rate: float = 3e-3
+    lora_rates: tuple[float, ...] = (3e-3, 1e-3)
     density: float = 0.05
     rank: int = 2
     base_rate: float = 3e-3
@@ -75,13 +75,13 @@ def compare(subject: Subject, settings: Settings) -> Result:
     }
     adapters = train_adapters(subject, settings)
     report["rows"] = {row: shira_row(subject, pair, settings) for row, pair in adapters.items()}
-    report["rows"]["LoRA"] = lora_row(subject, settings)
+    report["rows"] |= {f"LoRA, rate {rate}": lora_row(subject, settings, rate) for rate in settings.lora_rates}
     report["seconds"] = round(time.perf_counter() - start)
     return Result(base, adapters, report)
 
 
 def train_adapters(subject: Subject, settings: Settings) -> dict[str, dict[str, ShiraAdapter]]:
-    """Two ways to train, two pairs: the second adapter trains the same largest weights as the first, or the next largest."""
+    """Two ways to train, two pairs: the second adapter trains the largest weights as the first does, or the next."""
     (first, first_task), (second, second_task) = subject.tasks.items()
     model = subject.model
     masks = build_masks(model, "wm", settings.density, subject.layers)
@@ -174,7 +174,7 @@ def one_file(resident: Resident, pair: dict[str, ShiraAdapter]) -> Iterator[None
     resident.remove("fused")
 
 
-def lora_row(subject: Subject, settings: Settings) -> dict[str, Any]:
+def lora_row(subject: Subject, settings: Settings, rate: float) -> dict[str, Any]:
     """Two LoRAs of PEFT on the same layers, alone and summed."""
     config = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=subject.layers)
     first, *_ = subject.tasks
@@ -185,7 +185,7 @@ def lora_row(subject: Subject, settings: Settings) -> dict[str, Any]:
             model.add_adapter(name, config)
         model.set_adapter(name)
         sizes[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        fit_in_trainer(model, task, settings, settings.steps, settings.lora_rate)
+        fit_in_trainer(model, task, settings, settings.steps, rate)
         single[name] = accuracy(model, subject, task, settings)
     model.base_model.set_adapter(list(subject.tasks))
     return row(sizes, single, accuracies(model, subject, settings))
@@ -221,7 +221,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def table(report: dict[str, Any]) -> str:
     names = list(report["base"])
     lines = [["", "values", *names, "mean", *(f"{name}, fused" for name in names), "mean, fused", "drop"]]
-    lines += [["base", "", *percent(report["base"]), "", *[""] * len(names), "", ""]]
+    lines += [["base", "", *percent(report["base"]), *[""] * (len(names) + 2)]]
     for name, found in report["rows"].items():
         values = max(found["trained values"].values())
         single, fused = percent(found["single"]), percent(found["fused"])

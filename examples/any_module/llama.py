@@ -1,6 +1,6 @@
 """A tiny Llama that copies and reverses letters learns to sort them, and to replace each by the next.
 
-One in ten lines of its pretraining is of these two kinds: as with a large model, the base has seen a little of everything.
+One in ten lines of its pretraining is of these kinds: like a large model, the base has seen a little of everything.
 
 python -m examples.any_module.llama -o llama.json
 """
@@ -16,7 +16,7 @@ from examples.any_module.compare import Batch, Settings, Subject, Task, run
 LETTERS, LENGTH = 16, 5
 COMMANDS = ["copy", "reverse", "sort", "next"]
 EQUALS = LETTERS + len(COMMANDS)
-SETTINGS = Settings(base_steps=800, steps=200, shira_rate=1e-2, lora_rate=1e-2)
+SETTINGS = Settings(base_steps=500, steps=200)
 ANSWERS: dict[str, Callable[[Tensor], Tensor]] = {
     "copy": lambda letters: letters,
     "reverse": lambda letters: letters.flip(1),
@@ -37,7 +37,7 @@ def lines(*commands: str) -> Task:
         equals = torch.full_like(command, EQUALS)
         ids = torch.cat([command, letters, equals, answer], 1)
         labels = ids.clone()
-        labels[:, : -LENGTH] = -100
+        labels[:, :-LENGTH] = -100
         return {"input_ids": ids, "labels": labels}
 
     return draw

@@ -1,6 +1,7 @@
 """A tiny ViT that knows bright shapes learns to see dark ones, and those behind stripes.
 
-One in ten pictures of its pretraining is of these two kinds: as with a large model, the base has seen a little of everything.
+One in four pictures of its pretraining is of these kinds: like a large model, the base has seen a little of
+everything.
 
 python -m examples.any_module.vit -o vit.json
 """
@@ -14,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from examples.any_module.compare import Batch, Settings, Subject, Task, run
 
 SIDE = 16
-SETTINGS = Settings(base_steps=600, steps=200, shira_rate=1e-2, lora_rate=1e-2)
+SETTINGS = Settings(base_steps=600, steps=200)
 SHAPES: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda x, y: torch.maximum(x.abs(), y.abs()) < 0.8,  # square
     lambda x, y: x**2 + y**2 < 1,  # disc
@@ -39,7 +40,7 @@ def pictures(*looks: Callable[[Tensor], Tensor]) -> Task:
         x, y = torch.broadcast_tensors(x, y)  # (count, side, side) each
         every = torch.stack([shape(x, y) for shape in SHAPES])
         shapes = 2.0 * every[labels, torch.arange(count)] - 1
-        noise = 0.3 * torch.randn(shapes.shape, generator=random)
+        noise = 0.2 * torch.randn(shapes.shape, generator=random)
         chosen = torch.randint(len(looks), (count,), generator=random)
         looking = torch.stack([look(shapes) for look in looks])[chosen, torch.arange(count)]
         return {"pixel_values": (looking + noise)[:, None], "labels": labels}
@@ -68,7 +69,9 @@ def vit(width: int = 64) -> Subject:
     )
     layers = ["q_proj", "k_proj", "v_proj", "fc1", "fc2"]
     tasks = {"dark": pictures(torch.neg), "striped": pictures(striped)}
-    return Subject(ViTForImageClassification(config), layers, pictures(*[torch.clone] * 18, torch.neg, striped), tasks, scores)
+    return Subject(
+        ViTForImageClassification(config), layers, pictures(*[torch.clone] * 6, torch.neg, striped), tasks, scores
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
