@@ -26,7 +26,7 @@ from shira_diffusers.training import SparseTuner
 Batch = dict[str, Tensor]
 Task = Callable[[int, torch.Generator], Batch]
 """Draws a number of examples: the model's inputs and ``labels``; -100 is not judged."""
-Mix = dict[str, float]
+Accuracies = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,12 @@ def lora_row(subject: Subject, settings: Settings, rate: float) -> dict[str, Any
     return row(sizes, single, accuracies(model, subject, settings))
 
 
-def row(sizes: dict[str, int], single: Mix, fused: Mix) -> dict[str, Any]:
+def row(sizes: dict[str, int], single: Accuracies, fused: Accuracies) -> dict[str, Any]:
     drop = mean(single) - mean(fused)
     return {"trained values": sizes, "single": single, "fused": fused, "drop": drop}
 
 
-def accuracies(model: nn.Module, subject: Subject, settings: Settings) -> Mix:
+def accuracies(model: nn.Module, subject: Subject, settings: Settings) -> Accuracies:
     return {name: accuracy(model, subject, task, settings) for name, task in subject.tasks.items()}
 
 
@@ -210,7 +210,7 @@ def accuracy(model: nn.Module, subject: Subject, task: Task, settings: Settings)
     return float(100 * (predicted == right)[judged].float().mean())
 
 
-def mean(accuracies: Mix) -> float:
+def mean(accuracies: Accuracies) -> float:
     return sum(accuracies.values()) / len(accuracies)
 
 
@@ -230,7 +230,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def percent(found: Mix) -> list[str]:
+def percent(found: Accuracies) -> list[str]:
     return [f"{value:.1f}" for value in [*found.values(), mean(found)]]
 
 
