@@ -145,7 +145,7 @@ def batches(task: Task, settings: Settings, steps: int) -> Iterator[Batch]:
 def shira_row(subject: Subject, pair: dict[str, ShiraAdapter], settings: Settings) -> dict[str, Any]:
     """Switch from adapter to adapter to both, in the resident weights, and back to the base's bits."""
     model = subject.model
-    before = copy.deepcopy(model.state_dict())
+    before = bits(model)
     resident = Resident(model)
     for name, adapter in pair.items():
         resident.add(adapter, name)
@@ -155,11 +155,11 @@ def shira_row(subject: Subject, pair: dict[str, ShiraAdapter], settings: Setting
         single[name] = accuracy(model, subject, task, settings)
     resident.set(dict.fromkeys(pair, 1.0))
     fused = accuracies(model, subject, settings)
-    together = copy.deepcopy(model.state_dict())
+    together = bits(model)
     resident.clear()
-    restored = same_bits(before, model.state_dict())
+    restored = same_bits(before, bits(model))
     with one_file(resident, pair):
-        as_one = same_bits(together, model.state_dict())
+        as_one = same_bits(together, bits(model))
     resident.remove(*pair)
     sizes = {name: adapter.nnz for name, adapter in pair.items()}
     return row(sizes, single, fused) | {"base's bits restored": restored, "fused file has the same bits": as_one}
@@ -212,6 +212,11 @@ def accuracy(model: nn.Module, subject: Subject, task: Task, settings: Settings)
 
 def mean(accuracies: Accuracies) -> float:
     return sum(accuracies.values()) / len(accuracies)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the parameters as they are now; ``state_dict`` would give the base's, whatever is active."""
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from examples.any_module import llama, vit
-from examples.any_module.compare import Result, Settings, Subject, compare, table
+from examples.any_module.compare import Result, Settings, Subject, bits, compare, table
 from shira_diffusers import Resident
 from tests import reference
 
@@ -34,17 +34,18 @@ def test_switching_restores_the_bits_of_the_base(result: Result) -> None:
 
 
 def test_fused_weights_are_those_of_the_oracle(result: Result) -> None:
-    before = {name: weight.clone() for name, weight in result.model.state_dict().items()}
+    before = bits(result.model)
     for pair in result.adapters.values():
         resident = Resident(result.model)
         for name, adapter in pair.items():
             resident.add(adapter, name)
         with resident.using(mix := dict.fromkeys(pair, 1.0)):
-            expected = reference.apply(before, pair, mix)
-            for name, weight in result.model.named_parameters():
-                assert torch.equal(weight, expected[name]), name
+            expected, fused = reference.apply(before, pair, mix), bits(result.model)
+        assert any(not torch.equal(fused[name], before[name]) for name in before)
+        for name, weight in fused.items():
+            assert torch.equal(weight, expected[name]), name
         resident.remove(*pair)
-    for name, weight in result.model.state_dict().items():
+    for name, weight in bits(result.model).items():
         assert torch.equal(weight, before[name]), name
 
 
