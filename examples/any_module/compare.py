@@ -158,15 +158,15 @@ def shira_row(subject: Subject, pair: dict[str, ShiraAdapter], settings: Setting
     together = bits(model)
     resident.clear()
     restored = same_bits(before, bits(model))
-    with one_file(resident, pair):
-        as_one = same_bits(together, bits(model))
+    with as_one(resident, pair):
+        same = same_bits(together, bits(model))
     resident.remove(*pair)
     sizes = {name: adapter.nnz for name, adapter in pair.items()}
-    return row(sizes, single, fused) | {"base's bits restored": restored, "fused file has the same bits": as_one}
+    return row(sizes, single, fused) | {"base's bits restored": restored, "fused adapter has the same bits": same}
 
 
 @contextmanager
-def one_file(resident: Resident, pair: dict[str, ShiraAdapter]) -> Iterator[None]:
+def as_one(resident: Resident, pair: dict[str, ShiraAdapter]) -> Iterator[None]:
     """The pair fused into one adapter, active until the block ends."""
     resident.add(fuse(pair), "fused")
     with resident.using({"fused": 1.0}):

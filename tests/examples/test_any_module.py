@@ -30,7 +30,7 @@ def test_each_adapter_beats_the_base_on_its_task(result: Result) -> None:
 def test_switching_restores_the_bits_of_the_base(result: Result) -> None:
     for row in result.adapters:
         assert result.report["rows"][row]["base's bits restored"]
-        assert result.report["rows"][row]["fused file has the same bits"]
+        assert result.report["rows"][row]["fused adapter has the same bits"]
 
 
 def test_fused_weights_are_those_of_the_oracle(result: Result) -> None:
