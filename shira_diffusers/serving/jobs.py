@@ -71,7 +71,7 @@ class Job:
             yield seen
 
     def cancel(self) -> bool:
-        """Give up the job before its next step; whether it was still unfinished. Idempotent."""
+        """Give the job up before its next step; False where it has ended otherwise. Idempotent."""
         return self.future.cancel()
 
     def step(self, done: int) -> None:

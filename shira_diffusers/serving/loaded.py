@@ -1,4 +1,4 @@
-"""LoadedAdapters: a library's adapters on a model while pictures are drawn with them, whatever becomes of their files."""
+"""LoadedAdapters: adapters on a model while pictures are drawn with them, whatever becomes of their files."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
