@@ -10,8 +10,6 @@ from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.library import AdapterLibrary, NoRoomError
 
-_KEPT = 8  # adapters that nobody uses; to add one again takes as long as some switches
-
 
 @dataclass(slots=True)
 class _Loaded:
@@ -35,6 +33,8 @@ class LoadedAdapters:
     def __init__(self, resident: Resident, library: AdapterLibrary, pipe: Any) -> None:
         self._resident, self._library, self._pipe = resident, library, pipe
         self._loaded: dict[str, _Loaded] = {}  # those of least recent use first
+        # unused ones stay, as adding one again costs as much as a switch, but leave room to prefetch others
+        self._unused_bytes = library.stats().device.budget // 2
         self._active: dict[str, float] | None = None
         self._serial = count()
         self._restore = resident.restorer()
@@ -77,7 +77,7 @@ class LoadedAdapters:
             yield known
         finally:
             loaded.users -= 1
-            self._drop_unused(_KEPT)
+            self._drop_unused(self._unused_bytes)
 
     def _find(self, name: str) -> str:
         """The name on the model of an adapter as its file is now, added if it is not there."""
@@ -98,10 +98,14 @@ class LoadedAdapters:
             self._drop_unused(0)
             return pin.enter_context(self._library.pinned(name, self._pipe))
 
-    def _drop_unused(self, kept: int) -> None:
-        """Take adapters that nobody uses off the model, those of the most recent use excepted."""
-        unused = [alias for alias, loaded in self._loaded.items() if not loaded.users]
-        for alias in unused[: max(0, len(unused) - kept)]:
+    def _drop_unused(self, most: int) -> None:
+        """Take adapters that nobody uses off the model, until all that are left take a number of bytes at most."""
+        unused = {alias: loaded.adapter.nbytes for alias, loaded in self._loaded.items() if not loaded.users}
+        excess = sum(unused.values()) - most
+        for alias, nbytes in unused.items():
+            if excess <= 0 < most:
+                break
+            excess -= nbytes
             if self._active and alias in self._active:
                 self._active = None
             self._resident.remove(alias)
