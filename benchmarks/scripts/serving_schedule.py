@@ -1,7 +1,8 @@
-"""Whose denoising step comes next: in turns, first come first served, or grouped by adapter; the demo model.
+"""Whose denoising step comes next in a service: in turns, first come first served, or grouped by adapter.
 
 python -m benchmarks.scripts.serving_schedule [--device cpu|cuda] [--toy] [--out FILE]
 
+The demo model on a CPU; on a GPU one of SD 1.5's size, of random weights, in float16, with adapters of 1 % at random.
 32 adapters with Zipf's popularity, 20 clients, Poisson arrivals, 8, 20 or 50 steps (5 : 4 : 1), batches of one.
 ``throughput``: requests that all wait, against plain calls of the pipeline with one adapter, active all the time: block
 by block. On a CPU all times are CPU time of this process, with one thread, so that others do not count.
@@ -24,10 +25,12 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.measure import ASSETS, Run, alternate, options, seconds_of
-from shira_diffusers import AdapterLibrary
+from benchmarks.measure import ASSETS, Run, alternate, dtype_of, options, seconds_of
+from benchmarks.models import TOY, UNETS, make_unet, shira_adapter
+from shira_diffusers import AdapterLibrary, save_adapter
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.serving.jobs import Job
 from shira_diffusers.serving.requests import ImageRequest
@@ -70,14 +73,46 @@ def main() -> None:
     torch.set_num_threads(1)
     run = Run("serving_schedule", args, adapters=ADAPTERS, clients=CLIENTS, max_running=MAX_RUNNING)
     run.until = float("inf")
-    pipe = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-diffusion").to(args.device)
+    demo = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-diffusion")
+    pipe = demo if args.device == "cpu" else of_sd15_size(demo, args)
     pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
-        bundled = sorted((ASSETS / "adapters").glob("*.safetensors"))
+        files = sorted((ASSETS / "adapters").glob("*.safetensors"))
+        if args.device != "cpu":
+            files = [save_adapter(shira_adapter(pipe.unet, "rand", 0.01, k), Path(folder, str(k))) for k in range(4)]
+        Path(folder, "offered").mkdir()
         for number in range(ADAPTERS):
-            os.link(bundled[number % len(bundled)], Path(folder, f"a{number}.safetensors"))
-        with AdapterLibrary(folder, device=args.device) as library:
+            os.link(files[number % len(files)], Path(folder, "offered", f"a{number}.safetensors"))
+        with AdapterLibrary(Path(folder, "offered"), device=args.device, device_bytes=8 * 2**30) as library:
             measure(run, pipe, library, args)
+
+
+def of_sd15_size(demo: Any, args: argparse.Namespace) -> Any:
+    config = (TOY if args.toy else UNETS)["SD 1.5"] | {"sample_size": 64}
+    unet = make_unet(config, args.device, dtype_of(args))
+    width = unet.config.cross_attention_dim
+    text = CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12, num_attention_heads=max(width // 64, 1)
+    )
+    channels = (8, 8, 8, 8) if args.toy else (128, 256, 512, 512)
+    vae = AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=2,
+        norm_num_groups=8,
+    )
+    parts = {"unet": unet, "text_encoder": CLIPTextModel(text).eval(), "vae": vae.eval()}
+    pipe = StableDiffusionPipeline(
+        **parts,
+        tokenizer=demo.tokenizer,
+        scheduler=demo.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipe.to(args.device, dtype_of(args))
 
 
 def measure(run: Run, pipe: Any, library: AdapterLibrary, args: argparse.Namespace) -> None:

@@ -76,16 +76,14 @@ class SteppedCall:
             self._inside.throw()
 
     def _pause(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        self._keep_up()
+        self._keep_up(next(iter(tensors.values()), None))
         self._outside.switch(step + 1)
         return {}
 
-    def _keep_up(self) -> None:
+    def _keep_up(self, tensor: torch.Tensor | None) -> None:
         """Wait for the GPU, but for the last step: it has work while the next step is queued, and turns stay short."""
-        if torch.cuda.is_initialized():
-            event = torch.cuda.Event()
-            event.record()
-            self._queued.append(event)
+        if tensor is not None and tensor.is_cuda:
+            self._queued.append(torch.cuda.current_stream(tensor.device).record_event())
             if len(self._queued) > 1:
                 self._queued.pop(0).synchronize()
 
