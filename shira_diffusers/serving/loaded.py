@@ -46,6 +46,7 @@ class LoadedAdapters:
         try:
             self._restore()
         finally:
+            self._unused_bytes = 0  # also for those that are still in use, after an error
             self._drop_unused(0)
 
     @contextmanager

@@ -50,7 +50,7 @@ class StepScheduler:
     Requests of one mix, size and number of steps that wait together are one batch; different mixes take turns after
     each denoising step, which costs a switch of adapters. Each picture has the bits that its settings give in a plain
     call of the pipeline with a batch of that size. When nothing is left to draw, the pipeline has the mix, and all
-    bits, that it had before.
+    bits, that it had before. Deadlines and cancelled jobs are looked at before each step.
 
     Args:
         pipe: any pipeline with ``callback_on_step_end``; not one that replaces parts of its models while it runs.
@@ -163,6 +163,8 @@ class StepScheduler:
                 self._turn(group, adapters)
 
     def _next(self) -> Group | None:
+        for job in self._jobs():
+            job.expire()
         with self._changed:
             gone = self._turns.sweep()
         for group in gone:
@@ -217,10 +219,12 @@ class StepScheduler:
             raise ClosedError("the scheduler is closed: make a new one")
 
     def _fail_all(self, error: Exception) -> None:
-        with self._changed:
-            jobs = [*self._turns.waiting, *(job for group in self._turns.running for job in group.jobs)]
-        for job in jobs:
+        for job in self._jobs():
             job.fail(error)
+
+    def _jobs(self) -> list[Job]:
+        with self._changed:
+            return self._turns.jobs()
 
     def _count(self, future: Future[list[Any]]) -> None:
         if future.cancelled():

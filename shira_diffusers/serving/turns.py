@@ -1,5 +1,6 @@
 """Decide whose denoising step comes next. No models, no clock: a simulation uses it as the scheduler does."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -42,10 +43,10 @@ class Turns:
 
     Args:
         policy: ``turns``: jobs that have not begun get every second turn, so that each shows its first step soon; the
-            other turns go to whichever job would finish first if clients shared the machine equally. So a job is
-            finished no later than by equal shares, a short one never waits for a long one, and a client with many
-            jobs delays another's by little. (Friedman and Henderson, Fairness and efficiency in web server protocols,
-            2003, of whole jobs; here preempted at steps.)
+            other turns go to whichever job would finish first if clients shared the machine equally. So jobs finish
+            about when they would by equal shares, or before; a short one never waits for a long one, and a client with
+            many delays another's by little. (After Friedman and Henderson, Fairness and efficiency in web server
+            protocols, 2003.)
             ``arrival``: one job after the other, first come, first served.
             ``grouped``: as ``arrival``, but jobs of the active mix go first: few switches, and long waits for others.
         max_batch: pictures drawn together.
@@ -68,14 +69,16 @@ class Turns:
         self.waiting.append(job)
         self._used[job.client] = max(self._virtual, self._used.get(job.client, 0.0))
 
+    def jobs(self) -> list[Job]:
+        """All jobs that wait, or are in a group that has begun."""
+        return [*self.waiting, *(job for group in self.running for job in group.jobs)]
+
     def count_waiting(self) -> int:
         """How many jobs wait."""
         return sum(not job.over for job in self.waiting)
 
     def sweep(self) -> list[Group]:
-        """Let jobs go that are over, or whose deadline has passed; the groups in which no job is left."""
-        for job in [*self.waiting, *(job for group in self.running for job in group.jobs)]:
-            job.expire()
+        """Let waiting jobs go that are over; the groups in which no job is left, which are to ``leave``."""
         self.waiting = [job for job in self.waiting if not job.over]
         return [group for group in self.running if not group.live]
 
@@ -91,7 +94,7 @@ class Turns:
 
     def ran(self, group: Group) -> None:
         """Charge clients for a turn that a group had."""
-        clients = {job.client for job in [*self.waiting, *(job for each in self.running for job in each.jobs)]}
+        clients = {job.client for job in self.jobs()}
         for job in group.jobs:
             self._used[job.client] += job.request.cost
         self._virtual += sum(job.request.cost for job in group.jobs) / len(clients)
@@ -112,7 +115,8 @@ class Turns:
         has_room = len(self.running) < self._max_running and not self._full
         if self.waiting and has_room and not (self._begun and self.running):
             return self._group(min(self.waiting, key=self._due), self.waiting)
-        return min(self.running, key=lambda group: min(map(self._due, group.live)), default=None)
+        # another thread may end the last job of a group at any time
+        return min(self.running, key=lambda group: min(map(self._due, group.live), default=math.inf), default=None)
 
     def _due(self, job: Job) -> float:
         """When a job would be finished if all clients had equal shares, in work of each."""

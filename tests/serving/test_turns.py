@@ -105,6 +105,16 @@ def test_jobs_that_are_over_are_swept() -> None:
     assert group is not None
     for each in jobs[:2]:
         assert each.cancel()
+    jobs[2].expire()
     assert turns.sweep() == [group]
     assert turns.waiting == []
-    assert jobs[2].over
+
+
+def test_a_job_may_be_cancelled_between_sweep_and_next() -> None:
+    turns, only = Turns("turns", 1, 2), job("a")
+    turns.add(only)
+    group = turns.next()
+    assert turns.sweep() == []
+    only.cancel()
+    assert turns.next() is group
+    assert turns.sweep() == [group]
