@@ -138,7 +138,7 @@ def _mean_of_passes(changes: Sequence[Tensor], strengths: Sequence[float], layou
     return lambda step, steps: passes
 
 
-def _halves(prompted: float, empty: float) -> Method:
+def _halves(prompted: float, empty: float, guidance: float = GUIDANCE) -> Method:
     """The prompted half under the sum, the other half partly under the base: (1 + w) v_mix - w v_base.
 
     `prompted` is what the base's prompted half has of the guidance, `empty` what its other half has; the sum has the
@@ -147,11 +147,22 @@ def _halves(prompted: float, empty: float) -> Method:
 
     def method(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
         mix = _sum([s * change for s, change in zip(strengths, changes, strict=True)], layout)
-        extra = GUIDANCE - 1
+        extra = guidance - 1
         passes = [
             Pass(None, prompted * extra, -empty * extra),
-            Pass(mix, GUIDANCE - prompted * extra, -(1 - empty) * extra),
+            Pass(mix, guidance - prompted * extra, -(1 - empty) * extra),
         ]
+        return lambda step, steps: passes
+
+    return method
+
+
+def _negative_at(share: float, guidance: float = GUIDANCE) -> Method:
+    """The half without a prompt under `share` of the mix's strengths: a switch between the halves, no further pass."""
+
+    def method(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
+        mix = _sum([s * change for s, change in zip(strengths, changes, strict=True)], layout)
+        passes = [Pass(share * mix, 0.0, 1 - guidance), Pass(mix, guidance, 0.0)]
         return lambda step, steps: passes
 
     return method
@@ -215,6 +226,10 @@ METHODS: dict[str, Method] = {
     "mean_of_passes": _mean_of_passes,
     "from_plain": _halves(0.0, 1.0),
     "half_from_plain": _halves(0.0, 0.5),
+    "half_from_plain_2": _halves(0.0, 0.5, 2.0),
+    "negative_half": _negative_at(0.5),
+    "negative_half_2": _negative_at(0.5, 2.0),
+    "negative_70": _negative_at(0.7),
     "base_guidance": _halves(1.0, 1.0),
     "guidance_5": _guided(5.0),
     "guidance_2": _guided(2.0),

@@ -8,6 +8,7 @@ from benchmarks.study.mixing import METHODS
 from benchmarks.study.recipes import Recipe, lora, shira
 from benchmarks.study.stats import best, load, table
 
+FOUR_WAYS = ("sum", "guidance_2", "half_from_plain", "half_from_plain_2")
 SCREEN = Exam(count=48, single=(0.8, 1.0, 1.2, 1.4, 1.7), mixed=(0.6, 0.8, 1.0, 1.2, 1.4, 1.7))
 
 
@@ -179,21 +180,57 @@ def fourth() -> list[Job]:
     return _each(tried, exam)
 
 
+EVERYWHERE = {"mask": "steady", "budget": "global"}
+
+
+def fifth() -> list[Job]:
+    """One seed on the shipped base: averaged values with higher rates, and the half without a prompt half plain."""
+    exam = Exam(count=48, single=(1.0,), mixed=(0.8, 1.0, 1.2), methods=FOUR_WAYS)
+    lasting = {"average": True, **EVERYWHERE}
+    tried = _rated(shira("steady-global-average", 0, **lasting), 1e-3)
+    tried += _rated(lora("lora16-average", 16, 0, average=True), 1e-3)
+    tried += _rated(shira("steady-global-average", 0, **lasting), 1.5e-3, 2e-3)
+    tried += _rated(lora("lora16-average", 16, 0, average=True), 2e-3)
+    tried += _rated(lora("lora16", 16, 0), 1e-3)
+    tried += _rated(shira("steady-global-average-cap25", 0, cap=0.25, **lasting), 1e-3)
+    tried += _rated(shira("steady-global-average-4%", 0, density=0.04, **lasting), 1e-3)
+    tried += _rated(shira("steady-global-average-dropout", 0, dropout=0.5, **lasting), 1e-3)
+    tried += _rated(shira("steady-global-average-1%", 0, density=0.01, **lasting), 1.5e-3)
+    return _each(tried, exam)
+
+
+def negatives() -> list[Job]:
+    """One seed: the half without a prompt under a part of the mix, which costs two switches a step and no pass."""
+    ways = ("negative_half", "negative_half_2", "negative_70")
+    exam = Exam(count=48, single=(0.8, 1.0), mixed=(0.7, 0.8, 0.9, 1.0), methods=ways)
+    lasting = shira("steady-global-average", 0, average=True, **EVERYWHERE)
+    return _each([*_rated(lasting, 1e-3), *_rated(lora("lora16-average", 16, 0, average=True), 2e-3, 1e-3)], exam)
+
+
+def confirm() -> list[Job]:
+    """Three seeds on test concepts: pairs, triples, and the subject with each style."""
+    exam = Exam("test", 64, (1.0,), (0.7, 0.85, 1.0, 1.2), methods=FOUR_WAYS[:3], sizes=(2, 3), subject=True)
+    tried = _rated(shira("steady-global-average", 0, average=True, **EVERYWHERE), 1e-3)
+    tried += _rated(lora("lora16-average", 16, 0, average=True), 1e-3)
+    tried += _rated(lora("lora16", 16, 0), 1e-3)
+    return _each(tried, exam, (0, 1, 2))
+
+
 def size() -> list[Job]:
     """One seed of four styles, for the study base: does the gap change with size?"""
     exam = Exam(
         count=48,
         single=(1.0,),
         mixed=(0.7, 0.85, 1.0, 1.2),
-        methods=("sum", "guidance_2"),
+        methods=FOUR_WAYS[:2],
         styles=("bluefire", "gold", "linework", "mosaic"),
     )
-    everywhere = {"mask": "steady", "budget": "global"}
-    tried = [*_rated(lora("lora16", 16, 0), 5e-4), *_rated(shira("steady-global", 0, **everywhere), 5e-4)]
-    tried += [*_rated(lora("lora16", 16, 0), 1e-3), *_rated(shira("steady-global", 0, **everywhere), 1e-3)]
-    tried += [*_rated(lora("lora16", 16, 0), 2e-4), *_rated(shira("steady-global", 0, **everywhere), 2.5e-4)]
-    tried += [*_rated(shira("grad", 0), 1e-3), *_rated(shira("steady-global-10%", 0, density=0.1, **everywhere), 3e-4)]
-    tried += [*_rated(shira("grad", 0), 5e-4), *_rated(shira("grad-global", 0, budget="global"), 5e-4)]
+    lasting = shira("steady-global-average", 0, average=True, **EVERYWHERE)
+    tried = [*_rated(lora("lora16-average", 16, 0, average=True), 5e-4), *_rated(lasting, 5e-4)]
+    tried += [*_rated(lora("lora16-average", 16, 0, average=True), 1e-3), *_rated(lasting, 1e-3)]
+    tried += [*_rated(lora("lora16-average", 16, 0, average=True), 2.5e-4), *_rated(lasting, 2.5e-4)]
+    tried += _rated(shira("grad", 0), 1e-3, 5e-4)
+    tried += _rated(shira("steady-global-average-10%", 0, density=0.1, average=True, **EVERYWHERE), 3e-4)
     return _each(tried, exam)
 
 
@@ -249,6 +286,9 @@ PLANS = {
     "second": second,
     "third": third,
     "fourth": fourth,
+    "fifth": fifth,
+    "negatives": negatives,
+    "confirm": confirm,
     "size": size,
 }
 

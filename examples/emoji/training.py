@@ -144,6 +144,9 @@ class Run:
         loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        for weight in self.module.parameters():
+            if weight.grad is not None:
+                weight.grad.nan_to_num_(0, 0, 0)  # one infinite gradient would make all weights NaN
         self.optimizer.step()
         return loss
 

@@ -50,7 +50,10 @@ def complete(config: TrainingConfig) -> TrainingConfig:
     """
     family = family_of_base(config)
     filled = {name: value for name, value in family.defaults.items() if getattr(config, name) is None}
-    return replace(config, **filled, **{name: getattr(TrainingConfig, name) for name in family.idle})
+    config = replace(config, **filled, **{name: getattr(TrainingConfig, name) for name in family.idle})
+    return replace(
+        config, mask_budget=config.mask_budget or ("global" if config.mask_type == "grad_mean" else "weight")
+    )
 
 
 def idle_settings(config: TrainingConfig) -> list[str]:

@@ -64,9 +64,12 @@ class TrainingConfig:
     caption_dropout_rate: float = _flag(0.0, "how often a prompt is left empty, so that guidance keeps what is learned")
     cache_latents: bool = _flag(False, "encode each picture once (mirrored too); needs crops that are not random")
 
-    mask_type: str = _flag("wm", f"which entries are trained: {', '.join(FAMILIES)}")
-    mask_budget: Literal["weight", "global"] = _flag(
-        "weight", "the same density in each weight, or the highest ranks of all weights together"
+    mask_type: str = _of_base(
+        f"which entries are trained: {', '.join(FAMILIES)} (default: SD 1.x, 2.x and XL grad_mean, others wm)"
+    )
+    mask_budget: Literal["weight", "global"] | None = _of_base(
+        "the same density in each weight, or the highest ranks of all weights together (default: global for grad_mean, "
+        "else weight)"
     )
     density: float = _flag(0.02, "fraction of each adapted weight's entries that is trained, in (0, 1]")
     mask_seed: int = _flag(0, "seed of random masks, apart from --seed")
@@ -96,6 +99,10 @@ class TrainingConfig:
     learning_rate: float = _of_base("learning rate after warmup (default: SD 1.x and 2.x 5e-4, others 1e-4)")
     text_encoder_lr: float | None = _of_base(
         "learning rate of text encoders (default: SD 1.x and 2.x --learning_rate, others 5e-6)"
+    )
+    average_from: float = _flag(
+        0.5,
+        "the adapter is the mean of its values after the steps from this part of the run on; 1 is those of the last",
     )
     scale_lr: bool = _flag(False, "multiply the learning rate by processes, batch size and accumulation steps")
     optimizer: str = _flag("AdamW", "AdamW or prodigy, which must be installed (prodigyopt) and finds its step size")
@@ -216,9 +223,11 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
         wrong.append(f"optimizer must be AdamW or prodigy, got {config.optimizer!r}")
     if config.uses_prodigy and config.learning_rate == 0:
         wrong.append("learning_rate must be above 0 for Prodigy, got 0; 1.0 is usual")
-    if config.mask_type not in FAMILIES:
+    if not 0 <= config.average_from <= 1:
+        wrong.append(f"average_from must be in [0, 1], got {config.average_from}; 0.5 is usual, 1 takes no mean")
+    if config.mask_type not in (None, *FAMILIES):
         wrong.append(f"mask_type must be one of {', '.join(FAMILIES)}, got {config.mask_type!r}")
-    if config.mask_budget == "global" and config.mask_type not in RANKED:
+    if config.mask_budget == "global" and config.mask_type not in (None, *RANKED):
         wrong.append(f"mask_budget global needs a mask_type of {', '.join(RANKED)}, got {config.mask_type!r}")
     if not config.target_modules:
         wrong.append(f"target_modules is empty, expected a preset such as {DEFAULT_TARGETS!r}, or patterns")

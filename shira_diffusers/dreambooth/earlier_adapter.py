@@ -13,7 +13,7 @@ from shira_diffusers.errors import AdapterMismatchError, ShiraError
 from shira_diffusers.formats.shira_file import load_adapter
 from shira_diffusers.training.tuner import SparseTuner
 
-_KEPT = ("mask", "mask_seed", "targets")  # metadata on the entries, which stay the earlier adapter's
+_KEPT = ("mask", "mask_budget", "mask_seed", "targets")  # metadata on the entries, which stay the earlier adapter's
 
 
 def read_earlier(config: TrainingConfig) -> ShiraAdapter | None:

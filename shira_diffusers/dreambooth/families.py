@@ -149,6 +149,7 @@ def _cast(given: Conditions, dtype: torch.dtype) -> Conditions:
 _OF_FLOW = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs")
 _OF_DIFFUSION = ("snr_gamma", "validation_scheduler")
 _FLOW_DEFAULTS = {
+    "mask_type": "wm",  # gradients of all weights, in float32, beside such a model would not fit
     "resolution": 512,
     "learning_rate": 1e-4,
     "text_encoder_lr": 5e-6,
@@ -162,7 +163,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             text_encoders=("text_encoder",),
             embed=_embed,
             denoise=_denoise,
-            defaults=MappingProxyType({"resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2}),
+            defaults=MappingProxyType(
+                {"mask_type": "grad_mean", "resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2}
+            ),
             idle=(*_OF_FLOW, "max_sequence_length", "guidance_scale"),
         ),
         "StableDiffusionXLPipeline": Family(
@@ -173,6 +176,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             denoise=_denoise_xl,
             defaults=MappingProxyType(
                 {
+                    "mask_type": "grad_mean",
                     "resolution": 1024,
                     "learning_rate": 1e-4,
                     "text_encoder_lr": 5e-6,

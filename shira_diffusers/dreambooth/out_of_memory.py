@@ -8,6 +8,7 @@ import torch
 
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.errors import ShiraError
+from shira_diffusers.masks.families import CALIBRATED
 
 # what PyTorch raises as a plain RuntimeError: its allocators, cuBLAS and cuDNN, and a killed data loader's worker
 _SIGNS = re.compile(
@@ -58,6 +59,7 @@ def remedies(config: TrainingConfig) -> list[str]:
     advice = {
         "--gradient_checkpointing": not config.gradient_checkpointing,
         f"{smaller}{2 * config.gradient_accumulation_steps}": batch > 1,
+        "--mask_type wm, which needs no gradients of whole weights": config.mask_type in CALIBRATED,
         "--mixed_precision bf16": config.mixed_precision in (None, "no"),
         "--recompute_inputs": not config.recompute_inputs,
         "no --train_text_encoder": config.train_text_encoder,

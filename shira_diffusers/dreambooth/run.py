@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from shira_diffusers._version import __version__
 from shira_diffusers.dreambooth import optimizers
@@ -58,6 +59,8 @@ class Run:
         self.checkpointing_steps = config.checkpointing_steps or checkpoint_interval(self.last)
         self.stopped = False
         self._done = 0
+        self._average = torch.zeros_like(tuner.deltas)
+        self._averaged_before = int(config.average_from * self.last)  # steps that the mean leaves out
         self._groups = 2 if config.with_prior_preservation else 1
         self._slices = optimizers.Slices(tuner.deltas, tuner.trained)
         optimizer = optimizers.make_optimizer(config, self._slices, batch * self._accumulation)
@@ -110,9 +113,28 @@ class Run:
             self._schedule.step()
         self._slices.clear_gradients()
         self._tuner.apply()
+        self._take_mean()
         summed, stopped = figures.tolist()
         self.stopped = bool(stopped)
         return summed / self._accumulation, pictures
+
+    @torch.no_grad()
+    def _take_mean(self) -> None:
+        """Stochastic weight averaging (arXiv 1803.05407): the mean of the values after each step of the run's end."""
+        if (count := self._done + 1 - self._averaged_before) > 0:
+            self._average.lerp_(self._tuner.deltas, 1 / count)
+
+    @property
+    def deltas(self) -> Tensor:
+        """What an adapter made now consists of, float32: the mean of the values, once there is one, or the last."""
+        averaged = self._averaged_before < self._done
+        return self._average if averaged else self._tuner.deltas.detach()
+
+    def finish(self) -> None:
+        """Write the adapter's values into the model, in place of the last step's."""
+        with torch.no_grad():
+            self._tuner.deltas.copy_(self.deltas)
+        self._tuner.apply()
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -143,7 +165,7 @@ class Run:
         return {
             "base_model": public_name(config.pretrained_model_name_or_path),
             "mask": config.mask_type,
-            **({"mask_budget": "global"} if config.mask_budget == "global" else {}),
+            **({"mask_budget": "global"} if config.mask_budget == "global" and not self._inherited else {}),
             "density": f"{config.density:g}",
             "mask_seed": str(config.mask_seed),
             "targets": " ".join(config.target_modules) + (" and convolutions" if config.include_conv else ""),
@@ -166,6 +188,7 @@ class Run:
             "seed": self._seed,
             "choice": choices(self._config),
             "tuner": self._tuner.state_dict(),
+            "average": self._average.cpu().clone(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
@@ -178,3 +201,4 @@ class Run:
         if self._accelerator.scaler and state["scaler"]:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._done = state["step"]
+        self._average.copy_(state.get("average", state["tuner"]["deltas"]))  # older checkpoints have none

@@ -41,7 +41,7 @@ def identity_of(config: TrainingConfig, pictures: Iterable[Picture]) -> RunIdent
 def choices(config: TrainingConfig) -> dict[str, Any]:
     """Return the settings fixed by a checkpoint: the masks and the optimizer's state follow from them."""
     masks = ("mask_type", "mask_budget", "density", "mask_seed", "target_modules", "include_conv", "train_text_encoder")
-    names = (*masks, "avoid_adapters", "use_dora", "resume_from_adapter")
+    names = (*masks, "avoid_adapters", "use_dora", "resume_from_adapter", "average_from")
     return {**{name: getattr(config, name) for name in names}, "optimizer": config.optimizer.lower()}
 
 

@@ -140,7 +140,8 @@ def _train(asked: TrainingConfig, config: TrainingConfig, saved: list[Path]) -> 
         with StopRequest() as stop:
             for step in run.steps(objective, stop):
                 if run.saves(step):
-                    adapter, limit = tuner.adapter(run.metadata()), config.checkpoints_total_limit
+                    adapter = tuner.adapter(run.metadata(), deltas=run.deltas)
+                    limit = config.checkpoints_total_limit
                     written = save_checkpoint(
                         output, step, run.state_dict(), adapter, limit, run=number, identity=identity
                     )
@@ -153,6 +154,7 @@ def _train(asked: TrainingConfig, config: TrainingConfig, saved: list[Path]) -> 
                     end_by(stop.number or signal.SIGTERM)
                 if run.validates(step):
                     try_to_validate(accelerator, pipe, config, step, seed)
+        run.finish()
         adapter = tuner.adapter(run.metadata())
         if accelerator.is_main_process:
             logger.info("wrote %s", save_result(output, adapter))  # first: what follows can fail
@@ -226,7 +228,7 @@ def choose_masks(
         seed=config.mask_seed,
         calibration=_calibration(config, examples, objective, seed) if calibrated else None,
         avoid=avoided,
-        budget=config.mask_budget,
+        budget=config.mask_budget or "weight",
     )
     return {name: mask.cpu() for name, mask in masks.items()}
 

@@ -134,14 +134,25 @@ class SparseTuner:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
-    def adapter(self, metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16) -> ShiraAdapter:
+    def adapter(
+        self,
+        metadata: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float16,
+        *,
+        deltas: Tensor | None = None,
+    ) -> ShiraAdapter:
         """Make an adapter of the deltas as they are now, on the CPU, rounded to ``dtype``; also after ``restore``.
+
+        Args:
+            deltas: float32, of the shape of ``self.deltas``, in their place: their mean over steps, say.
 
         Raises:
             AdapterFormatError: a delta that is not finite in ``dtype``.
         """
         return ShiraAdapter(
-            self._sparse(self._change.deltas(self.deltas.detach()), dtype), metadata or {}, self._probes
+            self._sparse(self._change.deltas(self.deltas.detach() if deltas is None else deltas), dtype),
+            metadata or {},
+            self._probes,
         )
 
     def state_dict(self) -> dict[str, Any]:

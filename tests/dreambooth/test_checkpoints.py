@@ -72,6 +72,26 @@ def test_a_run_that_is_killed_while_it_saves_loses_one_step_at_most(
     tiny.assert_same_adapter(last, load_adapter(train(TrainingConfig(**whole))))
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_an_adapter_is_the_mean_of_the_values_beyond_a_part_of_the_run(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    options = settings | {"max_train_steps": 5, "checkpointing_steps": 1, "average_from": 0.4}
+    averaged = load_adapter(train(TrainingConfig(**options | {"output_dir": str(tmp_path / "mean")})))
+    train(TrainingConfig(**options | {"output_dir": str(tmp_path / "last"), "average_from": 1.0}))
+    states = {n: read_checkpoint(tmp_path / "last" / f"checkpoint-{n}")["tuner"] for n in range(1, 6)}
+    each = {n: state["deltas"] for n, state in states.items()}
+    for folder, mean in (
+        ("checkpoint-2", each[2]),
+        ("checkpoint-4", torch.stack([each[3], each[4]]).mean(0)),
+        (".", torch.stack([each[3], each[4], each[5]]).mean(0)),
+    ):
+        adapter = load_adapter(tmp_path / "mean" / folder)
+        values = torch.cat([adapter.deltas[name].values for name in states[1]["masks"]])
+        torch.testing.assert_close(values, mean.half(), rtol=2e-3, atol=1e-6)
+    assert averaged.metadata["mask"] == "grad_mean" and averaged.metadata["mask_budget"] == "global"
+
+
 def first_begun(output: Path, after: int) -> int:
     """Wait until a checkpoint of a later step is being written: its step."""
     deadline = time.monotonic() + 60

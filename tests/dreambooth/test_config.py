@@ -56,6 +56,7 @@ CHANGED = {
     "hub_model_id": "me/cat", "hub_token": "hf_x", "validation_scheduler": "DDPMScheduler",
     "resume_from_checkpoint": "latest", "report_to": "none", "logging_dir": "tracks", "caption_dropout_rate": 0.25,
     "weighting_scheme": "cosmap", "precondition_outputs": False,
+    "average_from": 0.25,
 }  # fmt: skip
 
 

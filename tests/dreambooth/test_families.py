@@ -120,6 +120,8 @@ def test_defaults_are_those_of_the_familys_script(bases: Path) -> None:
     names = ("resolution", "learning_rate", "text_encoder_lr", "adam_weight_decay", "adam_weight_decay_text_encoder")
     assert [getattr(plain, name) for name in names] == [512, 5e-4, None, 1e-2, None]
     assert [getattr(xl, name) for name in names] == [1024, 1e-4, 5e-6, 1e-4, 1e-3]
+    assert {(each.mask_type, each.mask_budget) for each in (plain, xl)} == {("grad_mean", "global")}
+    assert complete(settings(bases, "sd", mask_type="grad")).mask_budget == "weight"
     assert complete(settings(bases, "xl", adam_weight_decay=0.0)).adam_weight_decay == 0.0
 
 

@@ -334,6 +334,7 @@ def test_defaults_are_those_of_the_familys_script(bases: Path) -> None:
     shared = ("resolution", "learning_rate", "text_encoder_lr", "adam_weight_decay", "adam_weight_decay_text_encoder")
     assert all([getattr(config, name) for name in shared] == [512, 1e-4, 5e-6, 1e-4, 1e-3] for config in (sd3, flux))
     assert (sd3.logit_mean, sd3.logit_std, sd3.mode_scale, flux.guidance_scale) == (0.0, 1.0, 1.29, 3.5)
+    assert {(each.mask_type, each.mask_budget) for each in (sd3, flux)} == {("wm", "weight")}
     assert complete(settings(bases, "sd3", precondition_outputs=False)).precondition_outputs is False
 
 

@@ -176,9 +176,10 @@ def test_every_mask_family_trains(settings: dict[str, object], family: str) -> N
 
 
 def test_avoided_adapters_share_no_entry(settings: dict[str, object], tmp_path: Path) -> None:
-    first = run(settings, max_train_steps=1)
+    settings = settings | {"max_train_steps": 1, "mask_type": "wm"}
+    first = run(settings)
     file = str(tmp_path / "out" / "pytorch_shira_weights.safetensors")
-    second = run(settings, max_train_steps=1, avoid_adapters=(file,), output_dir=str(tmp_path / "second"))
+    second = run(settings, avoid_adapters=(file,), output_dir=str(tmp_path / "second"))
     assert first.deltas.keys() == second.deltas.keys()
     for name, delta in first.deltas.items():
         assert not set(delta.indices.tolist()) & set(second.deltas[name].indices.tolist())
@@ -340,8 +341,8 @@ def test_cached_latents_are_those_of_the_pictures_mirrored_or_not(settings: dict
 
 
 def test_convolutions_can_be_adapted_beside_the_targets(settings: dict[str, object]) -> None:
-    alone = run(settings, target_modules=("to_q",))
-    both = run(settings, target_modules=("to_q",), include_conv=True)
+    alone = run(settings, target_modules=("to_q",), mask_type="wm")
+    both = run(settings, target_modules=("to_q",), include_conv=True, mask_type="wm")
     added = {name: delta for name, delta in both.deltas.items() if name not in alone.deltas}
     assert alone.deltas.keys() < both.deltas.keys()
     assert added and all(len(delta.shape) == 4 for delta in added.values())
