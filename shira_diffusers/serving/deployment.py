@@ -158,7 +158,10 @@ def application(settings: Settings) -> Application:
         graceful_shutdown_timeout_s=_GRACE,
     )
     ingress = deployed(serve.ingress()(Ingress)).options(
-        num_replicas=settings.ingresses, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
+        num_replicas=settings.ingresses,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,
+        graceful_shutdown_timeout_s=_GRACE,
     )
     return ingress.bind(given, replicas.bind(given))
 

@@ -88,6 +88,9 @@ def joined(address: str | None = None, cpus: float = 1) -> Iterator[None]:
     Args:
         address: of the cluster; None starts one.
         cpus: that a new one has at least.
+
+    Raises:
+        ShiraError: Ray does not start, or there is no such cluster.
     """
     if address is None:
         for name, value in _PRIVATE.items():
@@ -99,13 +102,15 @@ def joined(address: str | None = None, cpus: float = 1) -> Iterator[None]:
     if address is None:
         options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "object_store_memory": _OBJECTS}
         options |= {"include_dashboard": False}
-    ray.init(address or "local", **options)
+    try:
+        ray.init(address or "local", **options)
+    except Exception as error:  # Ray has no type for this
+        raise ShiraError(f"Ray does not start: {error}; the machine may be too busy, try again") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield
     finally:
-        serve.delete(_APP)
-        serve.shutdown()
+        serve.delete(_APP)  # Serve itself stays where others may use it, and ends with a cluster of our own
         ray.shutdown()
 
 
