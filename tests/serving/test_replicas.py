@@ -2,15 +2,20 @@
 
 import base64
 import json
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import yaml
 
+from shira_diffusers.serving import app
 from shira_diffusers.serving.local import joined, start
 from shira_diffusers.serving.settings import Settings
 from tests.serving.service import BODY, drawn_alone, make_service, pixels
@@ -35,8 +40,6 @@ def service(settings: Settings) -> Iterator[httpx.Client]:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -115,3 +118,15 @@ def test_a_rolling_restart_keeps_answering(service: httpx.Client, settings: Sett
     assert set(answers) == {200} and len(answers) > 5
     wait_for(lambda: len(set(figures(service, "running")) - before) == 2)
     assert ask(service).status_code == 200
+
+
+def test_the_documented_config_file_is_valid_and_all_settings_are_documented() -> None:
+    from ray.serve.schema import ServeDeploySchema  # not before ``joined``
+
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    config = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    assert Settings.checked(config.applications[0].args).max_replicas == 8
+    assert config.applications[0].import_path == f"{app.__module__}:app"
+    table = page.partition("## Settings")[2].partition("\n## ")[0]
+    assert set(Settings.model_fields) == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?)\|", table, re.M))))
