@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from shira_diffusers.serving.settings import Settings
 
 _APP = "shira"
+_STARTS = 3  # Ray gives up after 30 seconds, which may be too few where much else runs
 _OBJECTS = 256 * 2**20  # bytes of shared memory: pictures on their way
 _PRIVATE = {  # read by Ray when it is imported
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -58,14 +60,28 @@ def run(given: dict[str, Any], host: str, port: int, report: Callable[[str], Non
     require_model(settings.model)
     Keys(settings.keys)
     open_store(settings.adapter_source, settings.cache)
+    cluster = os.environ.get("RAY_ADDRESS")
+    if cluster is None:
+        _require_free(host, port)
+    if settings.keys is None and not host.startswith(("127.", "localhost", "::1")):
+        report(f"warning: everybody who reaches {host} can draw, upload and delete; ask for keys with --keys FILE")
     report(f"starting {settings.model} with the adapters of {settings.adapter_source}")
     _end_on_signals()
-    with suppress(KeyboardInterrupt), joined(os.environ.get("RAY_ADDRESS"), settings.replicas * settings.cpus):
+    with suppress(KeyboardInterrupt), joined(cluster, settings.replicas * settings.cpus):
         _end_on_signals()  # in the place of Ray's own handlers, which abort
         start(settings, host, port)
         report(f"ready at http://{host}:{port}")
         threading.Event().wait()
     report("ended")
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ShiraError(
+            f"cannot listen at {host}, port {port}: {error.strerror}; choose others with --host and --port"
+        ) from error
 
 
 def _end_on_signals() -> None:
@@ -102,10 +118,14 @@ def joined(address: str | None = None, cpus: float = 1) -> Iterator[None]:
     if address is None:
         options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "object_store_memory": _OBJECTS}
         options |= {"include_dashboard": False}
-    try:
-        ray.init(address or "local", **options)
-    except Exception as error:  # Ray has no type for this
-        raise ShiraError(f"Ray does not start: {error}; the machine may be too busy, try again") from error
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(address or "local", **options)
+            break
+        except Exception as error:  # Ray has no type for this
+            ray.shutdown()
+            if not left:
+                raise ShiraError(f"Ray does not start: {error}; the machine may be too busy, try again") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield

@@ -1,6 +1,7 @@
 """What can be wrong at the start of the service is one clear line, before any process is started."""
 
 import importlib.util
+import socket
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def test_bad_settings(arguments: list[str], words: list[str], model: str, capsys
     line = refusal(capsys, *own, *arguments)
     for word in words:
         assert word in line
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = refusal(capsys, model, "--port", port)
+    assert f"cannot listen at 127.0.0.1, port {port}" in line and "--port" in line
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
