@@ -27,6 +27,7 @@ WINGS = (
     "library",
     "__init__",
     "dreambooth",
+    "serving",
     "cli",
 )
 APP = (

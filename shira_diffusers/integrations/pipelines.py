@@ -50,6 +50,12 @@ def resident_of(pipe: DiffusionPipeline | ModularPipeline) -> Resident:
     return Resident(models_of(pipe))
 
 
+def unguarded(pipe: DiffusionPipeline) -> Callable[..., Any]:
+    """The pipeline's ``__call__`` that holds no models, to be given the pipeline: for callers that hold them."""
+    call = type(pipe).__call__
+    return getattr(call, "__wrapped__", call) if hasattr(call, "_shira_guarded") else call
+
+
 def load_shira(
     self: DiffusionPipeline,
     source: Source,
@@ -455,4 +461,4 @@ def _reading_by_block(run: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-__all__ = ["install", "models_of", "resident_of", *(method.__name__ for method in METHODS)]
+__all__ = ["install", "models_of", "resident_of", "unguarded", *(method.__name__ for method in METHODS)]

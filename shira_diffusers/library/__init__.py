@@ -4,5 +4,6 @@ In: a folder of files and a module. Out: the adapter asked for, active, however 
 """
 
 from shira_diffusers.library.adapter_library import AdapterLibrary
+from shira_diffusers.library.two_tier_cache import NoRoomError
 
-__all__ = ["AdapterLibrary"]
+__all__ = ["AdapterLibrary", "NoRoomError"]

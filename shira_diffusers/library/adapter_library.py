@@ -210,15 +210,26 @@ class AdapterLibrary:
 
         Raises as ``use``.
         """
+        with self.pinned(name, target) as adapter:
+            return adapter
+
+    @contextmanager
+    def pinned(self, name: str, target: Any = None) -> Iterator[ShiraAdapter]:
+        """``with library.pinned("bluefire", pipe) as adapter: ...``: an adapter by itself, not evicted meanwhile.
+
+        It is the same object as long as the file is the same and somebody has it pinned. Args, Raises: as ``get``.
+        """
         models = {} if target is None else _User(target).models
         version = self._store.fitted(self._find(name), models)
         with self._store.wanting([version]):
             version, decoded = self._newest(
                 version, models, lambda v: self._store.acquire(v, models, self._is_free, lambda *_: None)
             )
+        try:
+            record_stream(decoded.held)
+            yield decoded.adapter
+        finally:
             self._store.release(version)
-        record_stream(decoded.held)
-        return decoded.adapter
 
     def clear(self, *, packed: bool = True) -> None:
         """Give back the memory of all that is on no model; ``packed=False`` keeps the bytes of files in RAM."""

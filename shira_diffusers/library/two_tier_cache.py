@@ -29,6 +29,10 @@ from shira_diffusers.library.packed_adapter import HostMemory, PackedAdapter, pa
 from shira_diffusers.weights.targets import named_weights
 
 
+class NoRoomError(ShiraError):
+    """An adapter that there is no room for beside those in use, within the budget of the device."""
+
+
 class Named(Hashable, Protocol):
     """What identifies an item: several may have one name."""
 
@@ -264,7 +268,7 @@ class Store:
 
         Raises:
             AdapterFormatError: the file is damaged.
-            ShiraError: there is no room for it on the device.
+            NoRoomError: there is no room for it on the device.
             OSError: the file cannot be read.
         """
         while True:
@@ -402,7 +406,7 @@ class Store:
                 if arriving := [self._loading[key] for key in self.device.arriving if key in self._loading]:
                     raise _CrowdedError(arriving)
                 used = [key.name for key, item in self.device if self.device.pinned(key) or not may_leave(key, item)]
-                raise ShiraError(
+                raise NoRoomError(
                     f"no room for adapter {version.name!r}, which takes {nbytes:,} bytes decoded: device_bytes is "
                     f"{self.device.budget:,}, and in use are {', '.join(map(repr, used)) or 'none'}; "
                     "raise device_bytes, or make fewer adapters active at a time"
