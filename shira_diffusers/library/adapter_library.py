@@ -22,6 +22,7 @@ from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.formats.gpu_decoder import record_stream
 from shira_diffusers.integrations.pipelines import models_of, resident_of
 from shira_diffusers.library.folder import Catalog, Listing, Version
+from shira_diffusers.library.header_index import AdapterHeader, headers_of
 from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store, TierStats
 from shira_diffusers.weights.finder import unwrap
 
@@ -106,6 +107,15 @@ class AdapterLibrary:
         with self._store.lock:
             damaged = {name: str(error) for name, (_, error) in self._store.refused.items()}
         return {**damaged, **self._catalog.clashes()}
+
+    def headers(self, index: str | os.PathLike[str]) -> dict[str, AdapterHeader]:
+        """What the headers of all usable adapters say, by name; each version of a file is read once.
+
+        Args:
+            index: an SQLite file that keeps them between starts, made where there is none. Processes may share it; a
+                damaged one, or one of another version, is built anew.
+        """
+        return headers_of(self._catalog.versions(), Path(index))
 
     def stats(self) -> LibraryStats:
         """Hits, misses, evictions and bytes of both tiers."""

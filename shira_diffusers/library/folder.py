@@ -114,6 +114,11 @@ class Catalog:
             raise ShiraError(self._clash(name, paths) if paths else self._unknown(name))
         return version
 
+    def versions(self) -> list[Version]:
+        """What is on disk now, but for names that clash."""
+        alone = [(name, paths[0]) for name, paths in self.scan().items() if len(paths) == 1]
+        return [version for name, path in alone if (version := _version(name, path)) is not None]
+
     def clashes(self) -> dict[str, str]:
         """Names that two adapters have, and what is wrong."""
         with self._lock:
