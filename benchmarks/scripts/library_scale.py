@@ -1,0 +1,194 @@
+"""A library of 10,000 adapters: its start, memory over 100,000 requests, prefetching, and LRU against GreedyDual-Size.
+
+python -m benchmarks.scripts.library_scale [--toy] [--count 10000] [--requests 100000] [--out FILE]
+
+Small real files of 16 weights, on one CPU. Requests are Zipf-distributed; one in 50 is a use on a model, the others
+load only. Memory is that of the process, after a fifth of the requests and at the end.
+Eviction is simulated: files of 2 to 60 MB, 4 GiB, costs of 2 ms + 1 ms per MB. GDS and GDSF are GreedyDual-Size (Cao
+and Irani, 1997), without and with frequency (Cherkasova, 1998).
+"""
+
+import gc
+import os
+import random
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from benchmarks.measure import Run, options, seconds_of
+from shira_diffusers import AdapterLibrary, ShiraAdapter, SparseDelta, save_adapter
+
+LAYERS, SIDE, KEPT = 16, 16, 8
+RAM, SIZES, LOAD_MS, MS_PER_MB = 4 * 2**30, (2, 60), 2.0, 1.0
+EXPONENT = 0.9
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=100_000)
+    args = parser.parse_args()
+    args.device = "cpu"
+    if args.toy:
+        args.count, args.requests = 100, 1000
+    run = Run("library_scale", args, zipf=EXPONENT, count=args.count, requests=args.requests)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = write_files(Path(folder), args.count)
+        for name, priority in POLICIES.items():
+            run.case(partial(evict, args, priority), part="eviction", policy=name)
+        for part in (start, prefetching, requests):
+            run.case(partial(part, Path(folder), args, adapter), part=part.__name__)
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(SIDE, SIDE) for _ in range(LAYERS)))
+
+
+def write_files(folder: Path, count: int) -> ShiraAdapter:
+    """Eight adapters under so many names; the first of them."""
+    made = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        kept = {f"{at}.weight": torch.randperm(SIDE**2)[:KEPT].sort().values for at in range(LAYERS)}
+        made.append(
+            ShiraAdapter({n: SparseDelta(at, torch.randn(KEPT).half(), (SIDE, SIDE)) for n, at in kept.items()})
+        )
+    contents = [save_adapter(adapter, folder / f"a{at}.safetensors").read_bytes() for at, adapter in enumerate(made)]
+    for number in range(count):
+        (folder / f"a{number}.safetensors").write_bytes(contents[number % 8])
+    return made[0]
+
+
+def start(folder: Path, args: Namespace, adapter: ShiraAdapter) -> dict[str, Any]:
+    """CPU seconds of starts, which read no headers, and of all headers, without an index and with one."""
+    with tempfile.TemporaryDirectory() as other, AdapterLibrary(folder, device="cpu") as library:
+        index = Path(other, "index")
+        first = cpu_seconds(lambda: library.headers(index))
+        again = [cpu_seconds(lambda: library.headers(index)) for _ in range(5)]
+        size = index.stat().st_size
+    starts = [cpu_seconds(lambda: AdapterLibrary(folder, device="cpu").close()) for _ in range(5)]
+    return {
+        "start_s": round(median(starts), 3),
+        "headers_s": round(first, 3),
+        "headers_indexed_s": round(median(again), 3),
+        "first_by_indexed": round(first / median(again), 1),
+        "index_bytes": size,
+    }
+
+
+def cpu_seconds(action: Callable[[], object]) -> float:
+    """Of this process: on a machine that others use too, time of the wall would be theirs."""
+    began = time.process_time()
+    action()
+    return time.process_time() - began
+
+
+def requests(folder: Path, args: Namespace, adapter: ShiraAdapter) -> dict[str, Any]:
+    target, size = model(), (folder / "a0.safetensors").stat().st_size
+    budgets = {"ram_bytes": args.count // 5 * size, "device_bytes": max(8, args.count // 20) * adapter.nbytes}
+    before = [weight.detach().clone() for weight in target.parameters()]
+    points, times = [], []
+    with AdapterLibrary(folder, device="cpu", **budgets) as library:
+        for number, name in enumerate(trace(args.count, args.requests), 1):
+            began = time.process_time()
+            if number % 50 == 0:
+                with library.use(target, {name: 1.0}):
+                    pass
+            else:
+                library.get(name)
+            times.append(time.process_time() - began)
+            if number in (args.requests // 5, args.requests):
+                gc.collect()
+                points.append((psutil.Process().memory_info().rss, len(os.listdir("/proc/self/fd"))))
+        stats = library.stats()
+    assert all(map(torch.equal, before, target.parameters())), "weights are not what they were"
+    tenth = len(times) // 10
+    return {
+        "device_hit_rate": round(stats.device.hits / args.requests, 4),
+        "file_reads": stats.ram.misses,
+        "rss_mb": [round(rss / 2**20, 1) for rss, _ in points],
+        "open_files": [files for _, files in points],
+        "cpu_last_by_second_tenth": round(sum(times[-tenth:]) / sum(times[tenth : 2 * tenth]), 3),
+    }
+
+
+def prefetching(folder: Path, args: Namespace, adapter: ShiraAdapter) -> dict[str, Any]:
+    """Requests in a queue, each as long as five loads, with and without prefetching the next four."""
+    names, found = trace(args.count, args.requests // 50, seed=1), {}
+    for ahead in (0, 4):
+        target = model()  # what a closed library leaves on a model is not the next one's
+        budgets = {"ram_bytes": 0, "device_bytes": 16 * adapter.nbytes}
+        with AdapterLibrary(folder, device="cpu", **budgets) as library:
+            work = 5 * seconds_of(partial(library.get, "a0"))
+            for at, name in enumerate(names):
+                library.prefetch(names[at + 1 : at + 1 + ahead])
+                with library.use(target, {name: 1.0}):
+                    time.sleep(work)
+            stats = library.stats().device
+            assert stats.nbytes <= stats.budget, "the budget did not hold"
+            found[ahead] = stats.hits / (stats.hits + stats.misses)
+    return {"decoded_at_use": {f"{ahead} ahead": round(rate, 4) for ahead, rate in found.items()}}
+
+
+def trace(count: int, length: int, seed: int = 0) -> list[str]:
+    """Names by Zipf's law, the popular ones anywhere in the list."""
+    draw = random.Random(seed)
+    names = [f"a{number}" for number in range(count)]
+    draw.shuffle(names)
+    return draw.choices(names, cum_weights=list(accumulate((at + 1) ** -EXPONENT for at in range(count))), k=length)
+
+
+# -------------------------------------------------------------------- eviction
+
+Priority = Callable[[float, int, float, int], float]
+"""Of an item by the inflation, its uses, its cost in ms and its bytes."""
+
+POLICIES: dict[str, Priority | None] = {
+    "LRU": None,
+    "GDS": lambda inflation, uses, cost, size: inflation + cost / size,
+    "GDSF": lambda inflation, uses, cost, size: inflation + uses * cost / size,
+}
+
+
+def evict(args: Namespace, priority: Priority | None) -> dict[str, Any]:
+    """Hit rate, bytes read and time of loading of one policy, for the same trace."""
+    draw, budget = random.Random(2), RAM * args.count // 10_000
+    low, high = SIZES
+    sizes = {f"a{n}": int(2**20 * low * (high / low) ** draw.random()) for n in range(args.count)}
+    held: dict[str, float] = {}
+    used = hits = moved = 0
+    taken = inflation = 0.0
+    uses: dict[str, int] = {}
+    for at, name in enumerate(trace(args.count, args.requests)):
+        size, cost = sizes[name], LOAD_MS + MS_PER_MB * sizes[name] / 2**20
+        hits += name in held
+        if name not in held:
+            moved, taken = moved + size, taken + cost
+            while used + size > budget and held:
+                out = min(held, key=held.__getitem__)
+                inflation = held.pop(out)
+                uses.pop(out)
+                used -= sizes[out]
+            used += size
+        uses[name] = uses.get(name, 0) + 1
+        held[name] = at if priority is None else priority(inflation, uses[name], cost, size)
+    return {
+        "hit_rate": round(hits / args.requests, 4),
+        "gb_read": round(moved / 1e9, 2),
+        "load_s": round(taken / 1e3, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
