@@ -51,7 +51,7 @@ class AdapterLibrary:
     """The adapters of a folder, or of several, loaded when they are used.
 
     In the host's memory they are kept as in their files, byte for byte, within ``ram_bytes``; decoded, on the device,
-    within ``device_bytes``, with LRU eviction. All methods are safe to call from several threads: an
+    within ``device_bytes``; what is used often is evicted last. All methods are safe to call from several threads: an
     adapter that several clients want is read and decoded once. Files that change on disk are read again at their next
     use.
 
