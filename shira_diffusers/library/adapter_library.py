@@ -22,7 +22,7 @@ from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.formats.gpu_decoder import record_stream
 from shira_diffusers.integrations.pipelines import models_of, resident_of
 from shira_diffusers.library.folder import Catalog, Listing, Version
-from shira_diffusers.library.header_index import AdapterHeader, headers_of
+from shira_diffusers.library.header_index import AdapterHeader, HeaderIndex
 from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store, TierStats
 from shira_diffusers.weights.finder import unwrap
 
@@ -66,6 +66,8 @@ class AdapterLibrary:
         device: where decoded ones are, best that of the models' weights; None is the current CUDA device, or the CPU
             where there is none. On CUDA the host's memory is pinned and adapters are decoded by the GPU.
         threads: that prefetch.
+        index: an SQLite file that keeps ``headers`` between starts, made where there is none. Processes may share it; a
+            damaged one is built anew. None, and one that cannot be written, keeps them in memory only.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -81,12 +83,14 @@ class AdapterLibrary:
         exceed: bool = False,
         device: str | torch.device | None = None,
         threads: int = 2,
+        index: str | os.PathLike[str] | None = None,
     ) -> None:
         if ram_bytes < 0 or device_bytes < 0:
             raise ShiraError(f"budgets must be 0 bytes or more, got ram_bytes={ram_bytes}, device_bytes={device_bytes}")
         self.device = _device(device)
         folders = [folder] if isinstance(folder, str | os.PathLike) else folder
         self._catalog = Catalog(folders if callable(folders) else map(Path, folders))
+        self._index = HeaderIndex(None if index is None else Path(index))
         self._store = Store(ram_bytes, device_bytes, self.device, exceed=exceed)
         self._served: WeakSet[nn.Module] = WeakSet()
         self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
@@ -108,14 +112,12 @@ class AdapterLibrary:
             damaged = {name: str(error) for name, (_, error) in self._store.refused.items()}
         return {**damaged, **self._catalog.clashes()}
 
-    def headers(self, index: str | os.PathLike[str]) -> dict[str, AdapterHeader]:
-        """What the headers of all usable adapters say, by name; each version of a file is read once.
+    def headers(self) -> dict[str, AdapterHeader]:
+        """What the headers of all adapters in the folder say, by name, but for those that cannot be read.
 
-        Args:
-            index: an SQLite file that keeps them between starts, made where there is none. Processes may share it; a
-                damaged one, or one of another version, is built anew.
+        Each version of a file is read once, whatever is decoded, active or evicted.
         """
-        return headers_of(self._catalog.versions(), Path(index))
+        return self._index.headers(self._catalog.versions())
 
     def stats(self) -> LibraryStats:
         """Hits, misses, evictions and bytes of both tiers."""

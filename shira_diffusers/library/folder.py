@@ -2,6 +2,7 @@
 
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME
 from shira_diffusers.formats.paths import did_you_mean, shown_in
 
 _SHOWN = 20
+_SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
 
 Listing = Callable[[], Iterable[tuple[str, Path]]]
 """Gives names and paths as ``adapters_in`` does; called again whenever a name is not where it was."""
@@ -37,6 +39,10 @@ class Version(NamedTuple):
         """Whether the file is still this version."""
         return self._replace(model=0) == _version(self.name, self.path)
 
+    def is_settled(self) -> bool:
+        """Whether the file was old enough that it cannot have changed since without another time."""
+        return time.time_ns() - self.modified_ns > _SETTLED_NS
+
 
 def adapters_in(folder: Path) -> list[tuple[str, Path]]:
     """All adapters in a folder: names and paths, sorted. The one list that the library, the app and the demo take.
@@ -45,8 +51,10 @@ def adapters_in(folder: Path) -> list[tuple[str, Path]]:
     standard file, whose path is then this file's, or with what PEFT saves, whose path is the folder. Hidden files and
     folders, such as ``._NAME.safetensors``, are none. A file and a sub-folder may have one name. Nothing is read.
     """
-    files = [(path.stem, path) for path in safetensors_in(folder)]
-    return sorted(files + [(inner.name, path) for inner in shown_in(folder) if (path := _adapter_of(inner))])
+    files = safetensors_in(folder)
+    others = set(shown_in(folder)).difference(files)
+    found = [(path.stem, path) for path in files]
+    return sorted(found + [(inner.name, path) for inner in others if (path := _adapter_of(inner))])
 
 
 def _adapter_of(folder: Path) -> Path | None:

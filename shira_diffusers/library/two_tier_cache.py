@@ -7,7 +7,6 @@ Of models it knows only what its callers pass: which adapters may be evicted.
 """
 
 import threading
-import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -41,8 +40,6 @@ class Named(Hashable, Protocol):
 Key = TypeVar("Key", bound=Named)
 Item = TypeVar("Item")
 Models = Mapping[str, nn.Module]
-
-_SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system: a younger file may change without another time
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,8 +374,7 @@ class Store:
             return self._decode(version, models, may_leave, leaving)
         except AdapterFormatError as error:
             with self.lock:
-                settled = time.time_ns() - version.modified_ns > _SETTLED_NS
-                self.refused[version.name] = version if settled else None, error
+                self.refused[version.name] = version if version.is_settled() else None, error
             raise
         finally:
             with self.lock:
