@@ -148,7 +148,7 @@ def prefetching(folder: Path, args: Namespace, adapter: ShiraAdapter) -> dict[st
         target = model()  # what a closed library leaves on a model is not the next one's
         budgets = {"ram_bytes": 0, "device_bytes": 16 * adapter.nbytes}
         with AdapterLibrary(folder, device="cpu", **budgets) as library:
-            work = 5 * seconds_of(partial(library.get, "a0"))
+            work = 5 * median([seconds_of(partial(library.get, f"a{number}")) for number in range(9)])
             for at, name in enumerate(names):
                 library.prefetch(names[at + 1 : at + 1 + ahead])
                 with library.use(target, {name: 1.0}):
@@ -189,8 +189,8 @@ class Named(NamedTuple):
 
 def evict(args: Namespace, policy: str) -> dict[str, Any]:
     """Hit rate, bytes read and time of loading of one policy, for the same trace."""
-    draw, budget = random.Random(2), RAM * args.count // 10_000
-    low, high = SIZES
+    draw, (low, high) = random.Random(2), SIZES
+    budget = max(RAM * args.count // 10_000, high * 2**20)
     sizes = {f"a{n}": int(2**20 * low * (high / low) ** draw.random()) for n in range(args.count)}
     lookup = by_priority(POLICIES[policy], budget, sizes) if policy in POLICIES else of_the_library(budget, sizes)
     missed = [sizes[name] for name in trace(args.count, args.requests) if not lookup(name)]

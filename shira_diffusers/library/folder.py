@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shira_diffusers.errors import ShiraError
-from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, is_peft_folder, safetensors_in
+from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, is_peft_folder, safetensors_among
 from shira_diffusers.formats.paths import did_you_mean, shown_in
 
 _SHOWN = 20
@@ -47,13 +47,14 @@ class Version(NamedTuple):
 def adapters_in(folder: Path) -> list[tuple[str, Path]]:
     """All adapters in a folder: names and paths, sorted. The one list that the library, the app and the demo take.
 
-    An adapter ``NAME`` is a file ``NAME.safetensors`` (see ``files.safetensors_in``), or a sub-folder ``NAME`` with the
+    An adapter ``NAME`` is a file ``NAME.safetensors`` (see ``find.safetensors_in``), or a sub-folder ``NAME`` with the
     standard file, whose path is then this file's, or with what PEFT saves, whose path is the folder. Hidden files and
     folders, such as ``._NAME.safetensors``, are none. A file and a sub-folder may have one name. Nothing is read.
     """
-    files = safetensors_in(folder)
-    others = set(shown_in(folder)).difference(files)
+    shown = shown_in(folder)
+    files = safetensors_among(shown)
     found = [(path.stem, path) for path in files]
+    others = set(shown).difference(files)
     return sorted(found + [(inner.name, path) for inner in others if (path := _adapter_of(inner))])
 
 
@@ -147,10 +148,9 @@ class Catalog:
 def _version(name: str, path: Path) -> Version | None:
     """What is on disk now; None for what is gone, or is no file any more: opening a pipe could block."""
     try:
-        file = path
-        if path.is_dir():  # PEFT's; one without weights is refused at use
-            file = path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else PEFT_CONFIG)
-        found = file.stat()
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):  # PEFT's; one without weights is refused at use
+            found = (path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else PEFT_CONFIG)).stat()
     except OSError:
         return None
     if not stat.S_ISREG(found.st_mode):
