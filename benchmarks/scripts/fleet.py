@@ -167,7 +167,7 @@ def simulate(method: Method, world: dict[str, float], args: Namespace, load: flo
     names = zipf(draw, world, args.requests)
     miss_ms = method.switch_ms + method.missed_ms(world)
     holders: list[list[int]] = [[] for _ in range(int(world["adapters"]))]
-    latencies, tiers, started = [], [0, 0, 0, 0], 0.0
+    latencies, tiers, started = list[float](), [0, 0, 0, 0], 0.0
     for number, (at, name, pair) in enumerate(zip(arrivals, names, choices, strict=True)):
         if number == args.requests * 2 // 3:
             latencies, tiers, started = [], [0, 0, 0, 0], at

@@ -127,8 +127,8 @@ class AdapterLibrary:
     def prefetch(self, names: str | Iterable[str]) -> None:
         """Load adapters in the background, as far as the budgets allow; returns at once.
 
-        What is active, and what waiting clients want, is not evicted for them. Errors are raised at use. (PEFT's
-        adapters need a model and are loaded at their first use.)
+        What is active, what waiting clients want, and what was prefetched before and is not used yet is not evicted for
+        them. Errors are raised at use. (PEFT's adapters need a model and are loaded at their first use.)
 
         Raises:
             ShiraError: the library is closed.
@@ -141,7 +141,7 @@ class AdapterLibrary:
 
     def _prefetch(self, name: str) -> None:
         try:
-            self._store.warm(self._find(name), None, self._is_free)
+            self._store.warm(self._find(name), None, self._is_spare)
         except (ShiraError, OSError):
             return  # raised at use
 
@@ -361,6 +361,10 @@ class AdapterLibrary:
     def _is_free(self, version: Version, decoded: Decoded) -> bool:
         """Whether no model has it."""
         return not any(_holds(module, version, decoded) for module in self._served)
+
+    def _is_spare(self, version: Version, decoded: Decoded) -> bool:
+        """Whether it is free, and not prefetched for a use to come."""
+        return not self._store.device.expects(version) and self._is_free(version, decoded)
 
     def _may_leave(self, user: "_User") -> MayLeave:
         """What no other model has."""

@@ -96,7 +96,7 @@ class Tier(Generic[Key, Item]):
 
     def _ordered(self) -> list[tuple[Key, _Slot[Item]]]:
         def order(pair: tuple[Key, _Slot[Item]]) -> tuple[bool, int]:
-            return pair[1].expected > self._evictions, pair[1].priority
+            return self.expects(pair[0]), pair[1].priority
 
         return sorted(self._slots.items(), key=order)  # stable: of equals the least recently used first
 
@@ -134,6 +134,10 @@ class Tier(Generic[Key, Item]):
         self._slots[key].expected = self._evictions + len(self._slots)
         self._slots.move_to_end(key)
         return True
+
+    def expects(self, key: Key) -> bool:
+        """Whether an item that is there is expected to be used."""
+        return self._slots[key].expected > self._evictions
 
     def size(self, key: Key) -> int:
         """Bytes of an item that is there."""

@@ -319,6 +319,17 @@ def test_what_is_prefetched_is_there_when_it_is_used(open_library: Callable[...,
     assert {"a0", "a1", "a5"} < set(decoded_names(library))
 
 
+def test_a_queue_that_is_longer_than_the_cache_finds_its_first_prefetched(
+    open_library: Callable[..., AdapterLibrary], reads: list[str]
+) -> None:
+    library = open_library(device=3)
+    fetch(library, *NAMES)
+    for name in NAMES:
+        library.get(name)
+    stats = library.stats()
+    assert (stats.device.hits, stats.device.misses, stats.ram.hits) == (3, 3, 3) and reads == NAMES
+
+
 def test_what_is_active_is_never_put_out(open_library: Callable[..., AdapterLibrary]) -> None:
     library = open_library(device=2)
     first, second, third = tiny.linears(), tiny.linears(), tiny.linears()
@@ -345,12 +356,13 @@ def test_what_is_active_is_never_put_out(open_library: Callable[..., AdapterLibr
 
 def test_prefetching_leaves_to_waiting_clients_what_they_want(open_library: Callable[..., AdapterLibrary]) -> None:
     library = open_library(device=2)
-    fetch(library, "a0", "a1")
+    for name in ("a0", "a1"):
+        library.get(name)
     with library._store.wanting([library._find("a0")]):
         fetch(library, "a2", "a3")
-        assert decoded_names(library) == ["a0", "a3"]
-    fetch(library, "a2")
-    assert decoded_names(library) == ["a3", "a2"]
+        assert decoded_names(library) == ["a0", "a2"]
+    fetch(library, "a3")
+    assert decoded_names(library) == ["a2", "a3"]
 
 
 def test_half_of_the_device_is_left_for_prefetching(
