@@ -6,8 +6,9 @@ Times are medians measured on one H200 with SD 1.5 (benchmarks/results); what wa
 parameters overrides any of both. A replica draws one picture at a time, in the order of arrival, and has two tiers with
 LRU eviction; requests are a Poisson process, and adapters Zipf-distributed. While a request waits, its adapter is
 fetched from the store and decoded; only the switch itself holds the GPU. Routing: "any", the less busy of two random
-replicas; "warm", of two that have the adapter, unless both are busy for longer than ``patience_ms`` (as Ray Serve's
-multiplexing); "cheapest", of all four the one that is free first, where a miss counts as the time that it takes.
+replicas; "warm", of two that have the adapter, unless both are busy for longer than ``patience_ms`` (Ray Serve's
+multiplexing, where ``max_ongoing_requests`` bounds that); "cheapest", of all four the one that is free first, where a
+miss counts as the time that it takes.
 A load of 1 is what the replicas could draw if adapters cost nothing. Two thirds of the requests only fill caches.
 """
 
