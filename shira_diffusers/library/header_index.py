@@ -69,8 +69,7 @@ class HeaderIndex:
 
     def headers(self, versions: Iterable[Version]) -> dict[str, AdapterHeader]:
         """The headers of files as they are on disk now, by name, but for those that cannot be read."""
-        here = os.getcwd()
-        now = {os.path.join(here, version.path): version for version in versions}
+        now = {os.path.abspath(version.path): version for version in versions}
         with self._lock:
             if self._rows is None:
                 self._rows = self._on_file(_load) or {}
