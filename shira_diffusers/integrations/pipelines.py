@@ -32,6 +32,7 @@ from shira_diffusers.formats.peft import decode_peft_for, is_peft_state_dict
 from shira_diffusers.formats.shira_file import decode, require_tensors, save_adapter
 from shira_diffusers.integrations.lora_scale import warn_of_ignored_scale
 from shira_diffusers.integrations.per_picture import adapters_per_picture, keyword_of
+from shira_diffusers.weights.finder import unwrap, weights_beside
 from shira_diffusers.weights.targets import models_of
 
 logger = logging.getLogger(__name__)
@@ -354,7 +355,9 @@ def _read(pipe: DiffusionPipeline, source: Source, component: str | None, option
 
 def _device_of(models: Mapping[str, nn.Module], components: Sequence[str]) -> torch.device | None:
     """The CUDA device that all weights of the models are on, to decode there; None is the CPU."""
-    devices = {p.device for name in components if name in models for p in models[name].parameters()}
+    devices = {
+        device for name in components if name in models for device in weights_beside(unwrap(models[name])).devices()
+    }
     return devices.pop() if len(devices) == 1 and all(device.type == "cuda" for device in devices) else None
 
 
