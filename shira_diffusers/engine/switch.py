@@ -102,7 +102,7 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     module = unwrap(model)
     state = ensure_state(module)
     adapters = [state.adapters[name] for name in sorted(mix.scales)]
-    if state.twins:
+    if state.twins or state.quantized:  # what is not overwritten itself no glance looks at
         state.note_untied(weights_of(model))
     outgoing_names = tuple([saved.plan.names for saved in state.overwritten])
     weights, live = live_weights(model, _joined([*outgoing_names, *[a.names for a in adapters]], state.quantized))

@@ -412,7 +412,8 @@ class _Track:
         # place and its key
         self._levels: list[tuple[list[int], list[str], list[int], list[str]]] = []
         self.names: list[str] = []
-        for above, level in zip([{(): 0}, *depths], depths, strict=False):
+        root_alone: dict[tuple[str, ...], int] = {(): 0}
+        for above, level in zip([root_alone, *depths], depths, strict=False):
             own = [(place, name) for way, place in level.items() for name in held.get(way, ())]
             parents, keys = [above[way[:-1]] for way in level], [way[-1] if way else "" for way in level]
             leaves = [name.rpartition(".")[2] for _, name in own]
