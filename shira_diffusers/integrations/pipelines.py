@@ -34,6 +34,7 @@ from shira_diffusers.integrations.lora_scale import warn_of_ignored_scale
 from shira_diffusers.integrations.negative_half import KEY as NEGATIVE
 from shira_diffusers.integrations.negative_half import weaker_negative
 from shira_diffusers.integrations.per_picture import adapters_per_picture, keyword_of
+from shira_diffusers.weights.finder import unwrap, weights_beside
 from shira_diffusers.weights.targets import models_of
 
 logger = logging.getLogger(__name__)
@@ -362,7 +363,9 @@ def _read(pipe: DiffusionPipeline, source: Source, component: str | None, option
 
 def _device_of(models: Mapping[str, nn.Module], components: Sequence[str]) -> torch.device | None:
     """The CUDA device that all weights of the models are on, to decode there; None is the CPU."""
-    devices = {p.device for name in components if name in models for p in models[name].parameters()}
+    devices = {
+        device for name in components if name in models for device in weights_beside(unwrap(models[name])).devices()
+    }
     return devices.pop() if len(devices) == 1 and all(device.type == "cuda" for device in devices) else None
 
 
