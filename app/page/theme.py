@@ -11,7 +11,7 @@ from app.settings.strengths import Strength, strength_text
 
 REFUSALS_SHOWN = 3
 CSS = Path(__file__).with_name("style.css")
-ROLES = Path(__file__).parent / "js" / "roles.js"
+SCRIPTS = [Path(__file__).parent / "js" / f"{name}.js" for name in ("roles", "addresses")]
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -36,6 +36,11 @@ def theme() -> gr.themes.Base:
         checkbox_background_color_selected_dark="*primary_600",
         slider_color="*primary_500",
     )
+
+
+def scripts() -> str:
+    """The JavaScript that runs once as the page opens."""
+    return f"() => [{','.join(script.read_text(encoding='utf-8') for script in SCRIPTS)}].forEach((run) => run())"
 
 
 def header(model: str, styles: int) -> str:
