@@ -15,8 +15,10 @@ SCRIPT = Path(__file__).parent / "js" / "style_picker.js"
 TEMPLATE = """
 <div class="picker-head">
 <input type="search" class="picker-filter" placeholder="Filter styles" aria-label="Filter styles">
-<span class="picker-count" role="status"></span><button type="button" class="picker-clear">all off</button></div>
-<ul class="picker-cards" aria-label="Styles"></ul>
+<span class="picker-count" role="status"></span>
+<span class="picker-keys" aria-hidden="true">↑ ↓ other styles</span>
+<button type="button" class="picker-clear">all off</button></div>
+<ul class="picker-cards" aria-label="Styles; the arrow keys lead from one to the next"></ul>
 <button type="button" class="picker-more" hidden></button>
 <p class="picker-lost" hidden>No style has this in its name or words.</p>
 <p class="picker-none" hidden>No styles yet: no file in the adapters folder fits. Add some in Library or Train.</p>

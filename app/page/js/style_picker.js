@@ -103,7 +103,10 @@ function build(row) {
   const box = make('input', { type: 'checkbox', id: `on-${card.name}`, 'aria-label': card.name, onchange: () => { row.on = box.checked; row.show(); send() } })
   const main = dial(`strength of ${card.name}`, (value) => row.set(value))
   const fold = make('details', { class: 'parts' }, make('summary', { text: 'by part', 'aria-label': `strength of ${card.name} by part of the model` }))
-  fold.addEventListener('toggle', () => { if (fold.open && fold.children.length === 1) fold.append(...advanced(card, row)) })
+  fold.addEventListener('toggle', () => {
+    if (fold.open && fold.children.length === 1) fold.append(...advanced(card, row))
+    rove(current)
+  })
   const picture = card.thumbnail
     ? make('img', { src: card.thumbnail, alt: '', loading: 'lazy', width: 56, height: 56 })
     : make('span', { class: 'no-thumbnail', text: card.name.slice(0, 1).toUpperCase(), 'aria-hidden': 'true' })
@@ -116,7 +119,8 @@ function build(row) {
         make('span', { class: 'size', text: card.facts })),
       main.node,
       make('div', { class: 'below' }, words, fold),
-      card.note && make('p', { class: 'note', text: `⚠ ${card.note}` })))
+      card.note && make('p', { class: 'note', text: card.note })))
+  row.node.addEventListener('focusin', () => rove(row))
   row.node.querySelector('.face').addEventListener('click', () => box.click())
   row.show = () => {
     const mixed = typeof row.strength === 'object'
@@ -129,6 +133,25 @@ function build(row) {
   return row.node
 }
 
+// one card at a time is on the way of the Tab key, so that it need not cross them all; arrow keys lead to the others
+let current = null
+function rove(row) {
+  current = row
+  for (const node of cards.children) {
+    const here = node === current?.node
+    for (const part of node.querySelectorAll('input, button, summary')) part.tabIndex = here ? 0 : -1
+  }
+}
+
+cards.addEventListener('keydown', (event) => {
+  const boxes = [...cards.querySelectorAll('.name input')]
+  const at = boxes.indexOf(event.target)
+  const next = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: boxes.length - 1 }[event.key]
+  if (at < 0 || !boxes[next]) return
+  event.preventDefault()
+  boxes[next].focus()
+})
+
 // those that are on come first where there are many, and stay where they are until the list is arranged again
 function arrange() {
   const wanted = filter.value.trim().toLowerCase()
@@ -140,6 +163,7 @@ function arrange() {
   const focused = document.activeElement
   cards.replaceChildren(...shown.map((row) => row.node ?? build(row)))
   if (cards.contains(focused)) focused.focus()
+  rove(shown.includes(current) ? current : shown.find((row) => row.on) ?? shown[0])
   const left = found.length - shown.length
   more.hidden = left === 0
   more.textContent = `Show ${Math.min(left, props.page)} of ${left} more`

@@ -94,7 +94,7 @@ class MixTab:
         self.refused = gr.HTML(**self._refused(), elem_id="refused", padding=False)
         with gr.Row(elem_id="details"):
             self.seed = gr.Number(7, label="Seed", precision=0, min_width=60)
-            dice = gr.Button("🎲", elem_id="dice", min_width=40)
+            dice = gr.Button("Random seed", elem_id="dice", min_width=40)
             self.steps = gr.Slider(1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=60, buttons=[])
             self.guidance = gr.Slider(
                 0, MAX_GUIDANCE, DEFAULT_GUIDANCE, step=0.5, label="Guidance", min_width=60, buttons=[]

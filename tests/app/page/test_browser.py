@@ -1,8 +1,11 @@
 """The page in a real browser: the main path, what goes wrong, and a phone's width."""
 
 import re
+from pathlib import Path
 from typing import Any
+from unicodedata import category
 
+import app
 from app.drawing.session import Session
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
 from tests.app.conftest import SUGGESTION
@@ -74,11 +77,37 @@ def test_suggestions_dice_and_the_enter_key(open_page: Open) -> None:
     page = open_page(WIDE)
     page.get_by_role("button", name="a big dog").click()
     expect(page.get_by_label("Prompt")).to_have_value("a big dog")
-    page.get_by_role("button", name="🎲").click()
+    page.get_by_role("button", name="Random seed").click()
     expect(page.get_by_label("Seed")).not_to_have_value("7")
     page.set_viewport_size({"width": 800, "height": 900})  # two narrow columns
     card, inside = (page.locator(each).bounding_box() for each in ("#details", "#details input[type=range] >> nth=1"))
     assert inside["x"] + inside["width"] <= card["x"] + card["width"]
+
+
+def test_each_tab_has_an_address_and_the_back_button_leads_to_the_one_before(open_page: Open) -> None:
+    page = open_page(WIDE)
+    address = page.url
+    for name in ("Library", "History", "Mix"):
+        page.get_by_role("tab", name=name).click()
+        expect(page).to_have_url(f"{address}#{name.lower()}")
+    page.go_back()
+    expect(page.get_by_role("tab", name="History")).to_have_attribute("aria-selected", "true")
+    page.reload()
+    expect(page.get_by_role("tab", name="History")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#whose")).to_be_visible()
+    page.go_back()
+    expect(page.locator("#library-table")).to_be_visible()
+    page.go_back()
+    expect(page.get_by_role("tab", name="Mix")).to_have_attribute("aria-selected", "true")
+    assert page.url == address
+
+
+def test_icons_need_no_emoji_font() -> None:
+    """Symbols are drawn: a system without a font for them shows empty boxes."""
+    texts = {file: file.read_text(encoding="utf-8") for file in Path(app.__file__).parent.rglob("*.[jcp][sy]*")}
+    assert len(texts) > 50
+    symbols = [(file.name, each) for file, text in texts.items() for each in text if category(each) == "So"]
+    assert not symbols
 
 
 def test_what_is_left_out_is_shown_with_the_reason(open_page: Open) -> None:

@@ -67,7 +67,8 @@ def tab_to(page: Any, name: str, most: int = 40) -> list[tuple[str, bool]]:
 def test_a_picture_without_a_mouse(open_page: Open, session: Session) -> None:
     page = open_page()
     page.get_by_label("Prompt", exact=True).focus()
-    way = tab_to(page, "paintings")
+    way = tab_to(page, "bluefire")
+    page.keyboard.press("ArrowDown")
     page.keyboard.press("Space")
     expect(page.get_by_role("checkbox", name="paintings")).to_be_checked()
     way += tab_to(page, "strength of paintings")
@@ -80,7 +81,7 @@ def test_a_picture_without_a_mouse(open_page: Open, session: Session) -> None:
     mix = {"bluefire": 1.0, "paintings": 0.8}
     assert drawn == session.generate(SUGGESTION, mix, 7, 2).image.tobytes()
     names = [name for name, _ in way]
-    order = ["bluefire", "strength of bluefire", "paintings", "strength of paintings", "Seed", "Generate"]
+    order = ["bluefire", "strength of paintings", "Seed", "Generate"]
     assert [name for name in names if name in order] == order  # as they stand on the page, each once
     assert not [name for name, seen in way if not seen], "no focus is seen"
 
@@ -133,9 +134,11 @@ def crowded(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Itera
     root = tmp_path_factory.mktemp("crowded")
     for number in range(40):
         shutil.copy(folders.adapters / "bluefire.safetensors", root / f"style {number:02}.safetensors")
-    studio = Studio.open(str(folders.base), root, root / "data", shared=False)
-    with served(studio) as url:
-        yield url
+    studio = Studio.open(str(folders.base), root, root / "data #1, 100%?", shared=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(studio.data / "cache"))  # as main does
+        with served(studio) as url:
+            yield url
     studio.close()
     assert len(studio.galleries.of(Visitor(""))) == 0
 
@@ -158,6 +161,28 @@ def test_of_many_styles_a_page_is_shown_and_those_that_are_on(couple: tuple[Any,
         expect(page.get_by_role("checkbox", name="style 23")).to_be_focused()  # the first of those that came
         page.get_by_role("checkbox", name="style 00").uncheck()
         expect(page.locator(".picker-count")).to_have_text("1 of 40 on")
+
+
+def test_the_tab_key_crosses_one_card_on_its_way_to_generate(couple: tuple[Any, Any], crowded: str) -> None:
+    with visitor(couple[0], crowded) as page:
+        page.get_by_label("Prompt", exact=True).focus()
+        way = [name for name, _ in tab_to(page, "Generate")]
+        assert [name for name in way if name.startswith("style ")] == ["style 00"] and len(way) < 25
+        page.get_by_role("checkbox", name="style 00").focus()
+        for key, name in (("ArrowDown", "01"), ("End", "23"), ("ArrowUp", "22"), ("Home", "00")):
+            page.keyboard.press(key)
+            expect(page.get_by_role("checkbox", name=f"style {name}")).to_be_focused()
+        page.get_by_label("strength of style 05", exact=True).click()  # the card that is used is the one on the way
+        page.get_by_label("Prompt", exact=True).focus()
+        tab_to(page, "style 05")
+
+
+def test_thumbnails_come_from_a_folder_of_any_name(couple: tuple[Any, Any], crowded: str) -> None:
+    with visitor(couple[0], crowded) as page:
+        picture = page.locator(".picker-card img").first
+        expect(picture).to_be_visible(timeout=PATIENCE)
+        page.wait_for_function("image => image.complete", arg=picture.element_handle())
+        assert picture.evaluate("image => image.naturalWidth") == 128
 
 
 def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any, Any], crowded: str) -> None:
