@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.api.described_page import DescribedPage
 from app.api.library import add_library_api
 from app.api.pictures import add_api, add_pictures_api
 from app.api.training import add_training_api
@@ -14,7 +15,6 @@ from app.page.tabs.interference import InterferenceTab
 from app.page.tabs.library import LibraryTab
 from app.page.tabs.mix import MixTab
 from app.page.tabs.train import TrainTab
-from app.server.messages import Page
 from app.server.visitors import visitor_of
 from app.studio import Studio
 
@@ -23,7 +23,7 @@ CACHE_SECONDS = 24 * 60 * 60  # pictures not fetched for a day are deleted from 
 
 def build(studio: Studio) -> gr.Blocks:
     """The app over a studio, to be served with ``launch``."""
-    with Page(
+    with DescribedPage(
         title="SHiRA style studio", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as blocks:
         session = studio.session
