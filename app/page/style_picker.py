@@ -11,7 +11,7 @@ from app.library.cards import Card
 from app.server.served_files import address
 from app.settings.strengths import MAX_STRENGTH, MIN_STRENGTH, Mix
 
-SCRIPT = Path(__file__).parent / "js" / "style_picker.js"
+SCRIPTS = Path(__file__).parent / "js"
 TEMPLATE = """
 <div class="picker-head">
 <input type="search" class="picker-filter" placeholder="Filter styles" aria-label="Filter styles">
@@ -36,7 +36,7 @@ def make_style_picker(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
         mix,
         label="Styles",
         html_template=TEMPLATE,
-        js_on_load=SCRIPT.read_text(encoding="utf-8"),
+        js_on_load=script("style_picker"),
         apply_default_css=False,
         elem_id="style-picker",
         cards=list(cards),
@@ -45,6 +45,11 @@ def make_style_picker(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
         page=PAGE,
         live=False,
     )
+
+
+def script(name: str) -> str:
+    """JavaScript of a component, behind what components share."""
+    return "".join((SCRIPTS / f"{each}.js").read_text(encoding="utf-8") for each in ("make", name))
 
 
 def shown(card: Card, thumbnails: Thumbnails) -> dict[str, Any]:

@@ -8,17 +8,6 @@ const rows = new Map() // by name: {card, on, strength, text}, and what it shows
 let limit = props.page
 const PARTS = ['down', 'mid', 'up']
 
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag)
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === 'text') node.textContent = value
-    else if (name.startsWith('on')) node.addEventListener(name.slice(2), value)
-    else if (value !== null && value !== false) node.setAttribute(name, value === true ? '' : value)
-  }
-  node.append(...children.filter(Boolean))
-  return node
-}
-
 function dial(label, set, small) {
   const limits = { min: props.limits[0], max: props.limits[1], step: 0.05 }
   const range = make('input', { type: 'range', ...limits, 'aria-label': label })
@@ -107,12 +96,9 @@ function build(row) {
     if (fold.open && fold.children.length === 1) fold.append(...advanced(card, row))
     rove(current)
   })
-  const picture = card.thumbnail
-    ? make('img', { src: card.thumbnail, alt: '', loading: 'lazy', width: 56, height: 56 })
-    : make('span', { class: 'no-thumbnail', text: card.name.slice(0, 1).toUpperCase(), 'aria-hidden': 'true' })
   const words = card.trigger && make('button', { type: 'button', class: 'words', title: 'put these words into the prompt', 'aria-label': `use the words “${card.trigger}”`, text: `+ ${card.trigger}`, onclick: () => trigger('words', { words: card.trigger }) })
   row.node = make('li', { class: 'picker-card' },
-    make('label', { class: 'face', title: card.name }, picture),
+    make('label', { class: 'face', title: card.name }, thumbnail(card, 56)),
     make('div', { class: 'body' },
       make('div', { class: 'top' },
         make('label', { class: 'name' }, box, make('span', { text: card.name })),
