@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.insight.lora_timing import RANK, Timings
 from app.settings.strengths import Strength, strength_text
 
 REFUSALS_SHOWN = 3
@@ -62,7 +63,7 @@ def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
     """What a picture took, from its report; dashes before the first."""
     switch = report["switch_ms"] if report else 0.0
     cells = [
-        (f"{switch:.2g} ms" if switch < 10 else f"{switch:.0f} ms", "to switch"),
+        (milliseconds(switch), "to switch"),
         (f"{report['entries_changed']:,}" if report else "", "entries changed"),
         (f"{100 * report['share_changed']:.2f} %" if report else "", "of weights changed"),
         (f"{report['generation_s']:.1f} s" if report else "", "to draw, as a preview" if preview else "to draw"),
@@ -71,12 +72,21 @@ def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
     return "".join(f"<div><b>{value if report else '–'}</b><span>{label}</span></div>" for value, label in cells)  # noqa: RUF001
 
 
-def lora(milliseconds: float | None, rank: int) -> str:
-    """What fusing a LoRA takes here, beside the time to switch."""
-    if milliseconds is None:
+def lora(timings: Timings | None) -> str:
+    """What a switch and fusing a LoRA take here, in a fold."""
+    if timings is None:
         return ""
-    time = f"{milliseconds:.2g}" if milliseconds < 10 else f"{milliseconds:.0f}"
-    return f"<p>Fusing a LoRA of rank {rank} into the same weights: <b>{time} ms</b>, measured here at start-up.</p>"
+    switch, fuse = map(milliseconds, (timings.switch, timings.fuse))
+    return (
+        "<details><summary>Switching beside fusing a LoRA</summary>"
+        f"<p><b>{switch}</b> to switch to an adapter, <b>{fuse}</b> to fuse a LoRA of rank {RANK} into the same "
+        f"weights: medians of {timings.runs} warm runs each, by turns, here at start-up.</p></details>"
+    )
+
+
+def milliseconds(value: float) -> str:
+    """A time with two digits or more."""
+    return f"{value:.2g} ms" if value < 10 else f"{value:.0f} ms"
 
 
 def caption(report: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ from app.drawing.preview_budget import PreviewBudget
 from app.drawing.requests import Stopped
 from app.drawing.restore import restore
 from app.history.png_metadata import read_settings
-from app.insight.lora_timing import RANK
 from app.page import theme
 from app.page.style_picker import make_style_picker, shown
 from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values, at_most_often, picture
@@ -225,7 +224,7 @@ class MixTab:
         gr.Timer(WATCH_SECONDS).tick(self._watch, seen, shown, **QUIET)
 
     def _watch(self, seen: Any) -> Any:
-        now = (self._session.library.version, self._studio.thumbnails.version, self._studio.lora_ms)
+        now = (self._session.library.version, self._studio.thumbnails.version, self._studio.timings)
         if now == seen:
             return [gr.skip()] * 5
         cards = self._cards()
@@ -237,7 +236,7 @@ class MixTab:
         return {"value": theme.refusals(refused), "visible": bool(refused)}
 
     def _lora(self) -> str:
-        return theme.lora(self._studio.lora_ms, RANK)
+        return theme.lora(self._studio.timings)
 
     def _cards(self) -> list[dict[str, Any]]:
         return [shown(card, self._studio.thumbnails) for card in self._session.cards]
