@@ -161,7 +161,12 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
 
     page.locator("#train-files input[type=file]").set_input_files(sorted(pictures.iterdir()))
     expect(page.locator("#train-pictures img")).to_have_count(2, timeout=PATIENCE)
-    expect(page.get_by_label("Captions")).to_have_value("\na red cat")
+    expect(page.locator(".caption-count")).to_have_text(
+        "2 pictures, 1 caption; without one, a picture shows the words below"
+    )
+    expect(page.get_by_label("Caption of red.png")).to_have_value("a red cat")
+    page.get_by_label("Caption of blue.png").fill("a blue cat")
+    expect(page.locator(".caption-count")).to_have_text("2 pictures, 2 captions")
     page.get_by_label("Name", exact=True).fill("tiny style")
     page.get_by_label("What the pictures show").fill("a sks cat")
     page.get_by_role("button", name="How it learns").click()
@@ -174,6 +179,10 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     expect(page.locator("#progress")).to_contain_text("in the library as “tiny style”")
     expect(page.locator("#progress svg.curve")).to_be_visible()
     expect(page.locator("#samples img").first).to_be_visible()
+    training = studio.trainings.all[0]
+    assert training.recipe.sample_prompt == "a sks cat"  # what it learns, where nothing else was asked for
+    folder = studio.data / "trainings" / training.id / "pictures"
+    assert [file.read_text() for file in sorted(folder.glob("*.txt"))] == ["a blue cat", "a red cat"]
     assert "tiny style" in [card.name for card in studio.session.cards]
     page.get_by_role("button", name="Mix it").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a sks cat")
