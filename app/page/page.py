@@ -33,7 +33,7 @@ def build(studio: Studio) -> gr.Blocks:
             tabs: dict[str, Any] = {
                 "Mix": mix,
                 "Compare": CompareTab(studio, mix),
-                "Interference": InterferenceTab(studio),
+                "Interference": InterferenceTab(studio, mix),
                 "Train": TrainTab(studio, mix),
                 "Library": LibraryTab(studio),
                 "History": HistoryTab(studio, mix),

@@ -137,6 +137,9 @@ def test_interference(open_page: Open) -> None:
     page = open_page(WIDE, "Interference")
     page.get_by_role("button", name="Compare them").click()
     expect(page.locator("#interference-summary h3")).to_have_text("bluefire + paintings", timeout=PATIENCE)
+    labels = ["base", "bluefire", "paintings", "bluefire + paintings"]
+    expect(page.locator("#interference-pictures .caption-label")).to_have_text(labels, timeout=PATIENCE)
+    expect(page.locator("#interference-summary .verdict")).to_contain_text("a hint, no more", timeout=PATIENCE)
     expect(page.locator("#interference-summary")).to_contain_text("of their entries")
     cells = page.locator("#interference-heat .cells i")
     expect(cells.first).to_have_attribute("title", "text_encoder.encoder.layers.0.mlp.fc1.weight: 18.6 %")
@@ -144,6 +147,12 @@ def test_interference(open_page: Open) -> None:
     expect(page.locator("#interference-heat .legend")).to_contain_text("100 % is orthogonal")
     page.get_by_text("All layers as a table").click()
     expect(page.get_by_role("row").filter(has_text="unet.down_blocks.0.resnets.0.conv1.weight")).to_be_visible()
+    page.get_by_role("button", name="Use suggested strengths").click()
+    for name in ("bluefire", "paintings"):
+        expect(page.get_by_role("checkbox", name=name)).to_be_checked()
+        expect(page.get_by_label(f"strength of {name}, as a number")).to_have_value("1")
+    expect(page.get_by_label("number input for Guidance")).to_have_value("2")
+    expect(page.get_by_label("number input for Steps")).to_have_value("2")  # the others stay
 
 
 def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio, tmp_path: Path) -> None:
