@@ -73,5 +73,5 @@ def pages(browser: Any, url: str) -> Iterator[Open]:
     yield open_at
     for page in opened:
         page.close()
-    assert not faults
+    assert not faults, faults
     assert not [request for request in requests if not request.startswith((url, "data:", "blob:"))]

@@ -134,11 +134,9 @@ def crowded(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Itera
     root = tmp_path_factory.mktemp("crowded")
     for number in range(40):
         shutil.copy(folders.adapters / "bluefire.safetensors", root / f"style {number:02}.safetensors")
-    studio = Studio.open(str(folders.base), root, root / "data #1, 100%?", shared=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(studio.data / "cache"))  # as main does
-        with served(studio) as url:
-            yield url
+    studio = Studio.open(str(folders.base), root, root / "data", shared=False)
+    with served(studio) as url:
+        yield url
     studio.close()
     assert len(studio.galleries.of(Visitor(""))) == 0
 
@@ -177,12 +175,18 @@ def test_the_tab_key_crosses_one_card_on_its_way_to_generate(couple: tuple[Any, 
         tab_to(page, "style 05")
 
 
-def test_thumbnails_come_from_a_folder_of_any_name(couple: tuple[Any, Any], crowded: str) -> None:
-    with visitor(couple[0], crowded) as page:
+def test_thumbnails_come_from_a_folder_of_any_name(
+    couple: tuple[Any, Any], folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data #1, 100%?"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(data / "cache"))  # as main does
+    studio = Studio.open(str(folders.base), folders.adapters, data)
+    with served(studio) as url, visitor(couple[0], url) as page:
         picture = page.locator(".picker-card img").first
         expect(picture).to_be_visible(timeout=PATIENCE)
         page.wait_for_function("image => image.complete", arg=picture.element_handle())
         assert picture.evaluate("image => image.naturalWidth") == 128
+    studio.close()
 
 
 def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any, Any], crowded: str) -> None:
