@@ -144,7 +144,7 @@ def test_the_app_says_of_two_styles_what_the_results_say() -> None:
         means = [np.mean([each[pair] for each in kept]) for pair in opposing if low <= opposing[pair] < high]
         assert pairs.startswith(f"{len(means)} ") and share == f"{100 * min(means):.0f} to {100 * max(means):.0f} %"
         low = high
-    finals = [json.loads(file.read_text()) for file in sorted((results / "final").glob("steady-global*.json"))]
+    finals = [json.loads(file.read_text()) for file in sorted((results / "final").glob("steady-global@0.001-*.json"))]
 
     def of_pairs(mix: str) -> bool:
         return mix.count("+") == 1 and "subject" not in mix
