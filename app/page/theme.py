@@ -13,6 +13,7 @@ from app.settings.strengths import Strength, strength_text
 REFUSALS_SHOWN = 3
 CSS = Path(__file__).with_name("style.css")
 SCRIPTS = [Path(__file__).parent / "js" / f"{name}.js" for name in ("roles", "addresses")]
+PICTURES = (Path(__file__).parent / "js" / "pictures.js").read_text(encoding="utf-8")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -60,16 +61,36 @@ def refusals(refused: Iterable[tuple[str, str]]) -> str:
 
 
 def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
-    """What a picture took, from its report; dashes before the first."""
-    switch = report["switch_ms"] if report else 0.0
+    """What a picture took, from its report, which may be a stranger's; dashes before the first.
+
+    Seed and time first; what the switch changed is in a fold.
+    """
+    labels = ("seed", f"to draw{', as a preview' * preview}", "to switch", "entries changed", "of weights changed")
     cells = [
-        (milliseconds(switch), "to switch"),
-        (f"{report['entries_changed']:,}" if report else "", "entries changed"),
-        (f"{100 * report['share_changed']:.2f} %" if report else "", "of weights changed"),
-        (f"{report['generation_s']:.1f} s" if report else "", "to draw, as a preview" if preview else "to draw"),
-        (str(report["seed"]) if report else "", "seed"),
+        f"<div><b>{value}</b><span>{label}</span></div>"
+        for value, label in zip(_measured(report or {}), labels, strict=True)
     ]
-    return "".join(f"<div><b>{value if report else '–'}</b><span>{label}</span></div>" for value, label in cells)  # noqa: RUF001
+    switched = f"<details><summary>The switch</summary>{''.join(cells[2:])}</details>" if report else ""
+    return "".join(cells[:2]) + switched
+
+
+def _measured(report: Mapping[str, Any]) -> Iterable[str]:
+    try:
+        return (
+            f"{report['seed']:d}",
+            f"{report['generation_s']:.1f} s",
+            milliseconds(report["switch_ms"]),
+            f"{report['entries_changed']:,d}",
+            f"{100 * report['share_changed']:.2f} %",
+        )
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return ("–",) * 5  # noqa: RUF001
+
+
+def made(report: Mapping[str, Any]) -> str:
+    """A line that says how a picture was made, from checked settings."""
+    how = f"{caption(report)} · {report['steps']} steps · guidance {report['guidance']:g}"
+    return f"<p>“{html.escape(report['prompt'][:300])}” · {html.escape(how)}</p>"
 
 
 def lora(timings: Timings | None) -> str:
