@@ -110,8 +110,8 @@ def _shared(pair: Pair) -> str:
 
 
 def _expectation(whole: Interference) -> str:
-    """What follows from the sums, and no more: over the 15 pairs of benchmarks/study, overlap, sign conflict and AWOM
-    correlate at most 0.35 with how often a mix shows both styles; how far the styles oppose each other, -0.9.
+    """What follows from the sums, and no more: in docs/study.md AWOM, overlap and sign conflict correlate at most 0.37
+    with how often a mix shows both styles; how far the styles oppose each other in pictures, -0.79.
     """
     if whole.overlap < 0.1:
         text = ""

@@ -14,7 +14,7 @@ from benchmarks.study.arena import pack
 from benchmarks.study.effects import adapter_effects
 from benchmarks.study.flat import Layout, bind
 from benchmarks.study.mixing import METHODS, always
-from benchmarks.study.predictors import outcomes, spearman
+from benchmarks.study.predictors import spearman
 from benchmarks.study.sampling import Sampler
 from benchmarks.study.stats import Table, area, best, interval, ratio, table, unpack
 from benchmarks.study.training import Draws, Objective
@@ -137,20 +137,17 @@ def test_the_app_says_of_two_styles_what_the_results_say() -> None:
     """How often pairs are kept, by how far their styles oppose each other; the strength and guidance that keep most."""
     results = Path(study.__file__).parent / "results"
     opposing = {row["mix"]: row["opposing"] for row in json.loads((results / "effects.json").read_text())}
-    files = [json.loads(file.read_text()) for file in sorted((results / "screen").glob("grad*.json"))]
-    kept = [outcomes(file, "sum") for file in files if any(row["method"] == "sum" for row in file["rows"])]
+    file = json.loads((results / "fifth" / "steady-global-average@0.001-0.json").read_text())  # the trainer's default
+    kept: dict[tuple[float, float, str], float] = {}
+    for guidance, method in ((3.0, "sum"), (2.0, "guidance_2")):
+        answers = table([file], method, lambda mix: mix.count("+") == 1 and "subject" not in mix)
+        for strength, row in zip(answers.strengths, answers.kept.mean((2, 3)), strict=True):
+            kept |= {(strength, guidance, mix): float(value) for mix, value in zip(answers.mixes, row, strict=True)}
+    means = {at[:2]: np.mean([kept[*at[:2], mix] for mix in opposing]) for at in kept}
+    assert max(means, key=means.__getitem__) == (effects.STRENGTH, effects.GUIDANCE)
     low = 0.0
     for high, pairs, share in effects.STUDY:
-        means = [np.mean([each[pair] for each in kept]) for pair in opposing if low <= opposing[pair] < high]
-        assert pairs.startswith(f"{len(means)} ") and share == f"{100 * min(means):.0f} to {100 * max(means):.0f} %"
+        shares = [kept[effects.STRENGTH, effects.GUIDANCE, mix] for mix in opposing if low <= opposing[mix] < high]
+        assert pairs.startswith(f"{len(shares)} ")
+        assert share == f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
         low = high
-    finals = [json.loads(file.read_text()) for file in sorted((results / "final").glob("steady-global@0.001-*.json"))]
-
-    def of_pairs(mix: str) -> bool:
-        return mix.count("+") == 1 and "subject" not in mix
-
-    best_kept = {}
-    for guidance, method in ((3.0, "sum"), (2.0, "guidance_2"), (1.5, "guidance_15")):
-        answers = table(finals, method, of_pairs)
-        best_kept |= {(s, guidance): k for s, k in zip(answers.strengths, answers.kept.mean((1, 2, 3)), strict=True)}
-    assert max(best_kept, key=best_kept.__getitem__) == (effects.STRENGTH, effects.GUIDANCE)
