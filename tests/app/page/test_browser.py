@@ -45,7 +45,7 @@ def test_the_main_path(open_page: Open) -> None:
     assert float(fact(page, "of weights changed").split()[0]) > 0
     assert fact(page, "seed") == "7"
     expect(page.locator("#facts b").first).to_have_text("7")  # what an artist looks for comes first
-    expect(page.get_by_text("to switch")).not_to_be_visible()
+    expect(page.locator("#facts").get_by_text("to switch")).not_to_be_visible()
     page.get_by_text("The switch", exact=True).click()
     expect(page.locator("#facts").get_by_text("to switch")).to_be_visible()
     expect(page.locator("#gallery .caption-label")).to_have_text(["bluefire"])
