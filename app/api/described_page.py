@@ -18,6 +18,17 @@ SHARED = {
     "steps": f"1 to {MAX_STEPS}.",
     "guidance": f"0 to {MAX_GUIDANCE:g}: how closely the picture follows the prompt.",
     "method": f"How several adapters are merged: {', '.join(MERGE_METHODS)}.",
+    "negative": "What the picture should not show.",
+    "width": "In pixels; 0 is the model's own.",
+    "height": "In pixels; 0 is the model's own.",
+    "start_image": "The name of a picture to start from, as /add_start_image returns it.",
+    "change": "0.01 to 1: how much of the start image is drawn anew.",
+    "prompts": "A list, or text with one per line.",
+    "count": "Pictures of each prompt.",
+    "seeds": '"fixed", "next" or "random".',
+    "settings": "An object like the parameters of /generate, or its JSON text.",
+    "axes": "A list of {kind, values, style}, or its JSON text.",
+    "file": "As handle_file(path).",
     "id": "Of a training, as /trainings lists it; none is the newest.",
 }
 """Of parameters that mean the same in several endpoints; the others are in the docstrings."""
