@@ -146,9 +146,9 @@ def test_each_tab_has_an_address_and_the_back_button_leads_to_the_one_before(ope
         expect(page).to_have_url(f"{address}#{name.lower()}")
     page.go_back()
     expect(page.get_by_role("tab", name="History")).to_have_attribute("aria-selected", "true")
-    page.reload()
-    expect(page.get_by_role("tab", name="History")).to_have_attribute("aria-selected", "true")
-    expect(page.locator("#whose")).to_be_visible()
+    with page.context.new_page() as other:
+        other.goto(page.url)
+        expect(other.locator("#whose")).to_be_visible(timeout=PATIENCE)
     page.go_back()
     expect(page.locator("#library-table")).to_be_visible()
     page.go_back()
