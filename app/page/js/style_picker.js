@@ -149,7 +149,7 @@ function arrange() {
   const focused = document.activeElement
   cards.replaceChildren(...shown.map((row) => row.node ?? build(row)))
   if (cards.contains(focused)) focused.focus()
-  rove(shown.includes(current) ? current : shown.find((row) => row.on) ?? shown[0])
+  rove(shown.find((row) => row.card.name === current?.card.name) ?? shown.find((row) => row.on) ?? shown[0])
   const left = found.length - shown.length
   more.hidden = left === 0
   more.textContent = `Show ${Math.min(left, props.page)} of ${left} more`
@@ -168,12 +168,14 @@ function showMix() {
 
 function showCards() {
   const before = new Map(rows)
+  const focused = cards.contains(document.activeElement) && document.activeElement.getAttribute('aria-label')
   rows.clear()
   for (const card of props.cards) rows.set(card.name, rowOf(card, before.get(card.name)))
   filter.parentElement.classList.toggle('few', rows.size < 7)
   element.querySelector('.picker-none').hidden = rows.size > 0
   showMix()
   arrange()
+  if (focused) cards.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus()
 }
 
 filter.addEventListener('input', () => { limit = props.page; arrange() })
