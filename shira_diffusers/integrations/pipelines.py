@@ -30,6 +30,7 @@ from shira_diffusers.formats.hub import HubOptions, find_adapter
 from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.formats.peft import decode_peft_for, is_peft_state_dict
 from shira_diffusers.formats.shira_file import decode, require_tensors, save_adapter
+from shira_diffusers.integrations import negative_half
 from shira_diffusers.integrations.lora_scale import warn_of_ignored_scale
 from shira_diffusers.integrations.per_picture import adapters_per_picture, keyword_of
 from shira_diffusers.weights.targets import models_of
@@ -427,8 +428,13 @@ def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
         resident = resident_of(self)
         given = dict(zip(parameters, args, strict=False)) | kwargs
         warn_of_ignored_scale(self, given, lambda: resident.active, resident.models.values())
+        if keyword_of(given) and keyword_of(given, negative_half.KEY):
+            raise ShiraError("shira_adapters and shira_negative are both given: a call takes one of them")
         if keyword := keyword_of(given):
             with adapters_per_picture(resident, given, keyword) as given:
+                return run(self, **given)
+        if keyword := keyword_of(given, negative_half.KEY):
+            with negative_half.weaker_negative(self, resident, given, keyword) as given:
                 return run(self, **given)
         with _generating(resident):
             return run(self, *args, **kwargs)
