@@ -259,10 +259,11 @@ class TrainTab:
         return self._all(None)
 
     def _mix_it(self, id: str | None) -> Any:
-        """The adapter alone in Mix, with the words that it was trained with."""
+        """The adapter alone in Mix, with the words that it was trained with; seed, steps and the rest stay."""
         with readable("the adapter could not be sent to Mix"):
             training = self._trainings.training(id)
-            return self._mix.fill({"prompt": training.recipe.prompt, "mix": {training.adapter: 1.0}})
+            filled = self._mix.fill({"prompt": training.recipe.prompt, "mix": {training.adapter: 1.0}})
+        return [*filled[:3], *(gr.skip() for _ in filled[3:])]
 
     def _all(self, id: str | None) -> tuple[Any, ...]:
         """The choice of trainings, and the view of one; of None the newest."""
