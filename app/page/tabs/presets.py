@@ -8,6 +8,7 @@ import gradio as gr
 
 from app.drawing.restore import to_keep
 from app.history.png_metadata import parse_settings
+from app.history.presets import tidy
 from app.page import theme
 from app.page.tabs.events import TELLING, Values
 from app.server.messages import readable
@@ -21,6 +22,7 @@ ADD_ADDRESS = """(_, text) => {
   link.hash = ''
   return link.href
 }"""
+SAVE = "Save"
 READ_ADDRESS = "() => new URLSearchParams(window.location.search).get('settings') ?? ''"
 
 
@@ -38,7 +40,7 @@ class PresetsFold:
                 self.delete = gr.Button("Delete", min_width=80, size="md", elem_classes="asks")
             with gr.Row(elem_classes="line"):
                 self.name = gr.Textbox(label="Save these settings as", max_length=60, min_width=140, scale=3)
-                self.save = gr.Button("Save", min_width=80, size="md")
+                self.save = gr.Button(SAVE, min_width=80, size="md")
             with gr.Row(elem_classes="line"):
                 self.share = gr.Button("Share", min_width=100, size="md")
                 self.apply = gr.Button("Apply the JSON below", min_width=100, size="md")
@@ -61,7 +63,11 @@ class PresetsFold:
         self.chosen.select(self._choose, None, list(targets), **TELLING)
         self.delete.click(self._delete, self.chosen, self.chosen, **TELLING)
         gr.on(
-            [self.save.click, self.name.submit], self._save, {self.name, *inputs}, [self.chosen, self.name], **TELLING
+            [self.save.click, self.name.submit],
+            self._save,
+            {self.name, self.save, *inputs},
+            [self.chosen, self.name, self.save],
+            **TELLING,
         )
         shown = self.share.click(self._share, set(inputs), [self.link, self.text], **TELLING)
         shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **TELLING)
@@ -81,11 +87,16 @@ class PresetsFold:
             self._presets.delete(name)
         return gr.Dropdown(choices=self._names(), value=None)
 
-    def _save(self, values: Values) -> tuple[Any, Any]:
+    def _save(self, values: Values) -> tuple[Any, Any, str]:
+        name = tidy(values[self.name])
+        replace = f"Replace “{name}”"
+        if name in self._presets.names and values[self.save] != replace:
+            gr.Warning(theme.plain(f"There is a preset “{name}”. Press Replace to overwrite it, or change the name."))
+            return gr.skip(), gr.skip(), replace
         with readable("the preset could not be saved"):
             saved = self._presets.save(values[self.name], to_keep(self._settings(values), self._session))
         gr.Info(theme.plain(f"Saved as “{saved}”."))
-        return gr.Dropdown(choices=self._names(), value=saved), ""
+        return gr.Dropdown(choices=self._names(), value=saved), "", SAVE
 
     def _share(self, values: Values) -> tuple[Any, str]:
         with readable("the settings could not be shared"):
