@@ -16,6 +16,8 @@ MARKS = [
 ]
 WIDE, PHONE = (1280, 900), (390, 844)
 PATIENCE = 60_000  # milliseconds
+FORGET = "if (!sessionStorage.opened) { localStorage.clear(); sessionStorage.opened = true }"
+"""A tab begins as a new visitor's, and remembers when it is reloaded."""
 Open = Callable[..., Any]
 """``open_page(size=WIDE, tab="Mix")``"""
 
@@ -60,6 +62,7 @@ def pages(browser: Any, url: str) -> Iterator[Open]:
         page = _shared_context(browser, size).new_page()
         opened.append(page)
         page.set_default_timeout(PATIENCE)
+        page.add_init_script(FORGET)
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)

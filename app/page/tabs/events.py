@@ -7,13 +7,18 @@ from typing import Any
 import gradio as gr
 
 from app.drawing.requests import DrawingRequests
+from app.history.history import Kept
+from app.page import theme
 from app.server.visitors import DRAWING, visitor_of
+from app.settings.checks import SettingsError
 
 Values = Mapping[Any, Any]
 """Of components, as Gradio gives them where inputs are a set."""
 TELLING: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUIET = {**TELLING, "queue": False}  # at once, but errors and messages reach the page through the queue alone
 PREVIEWING = {**TELLING, "trigger_mode": "multiple", "concurrency_limit": None}
+
+FORGET_DRAWING = "() => { delete sessionStorage.shiraDrawing }"
 
 
 def gallery(elem_id: str, label: str = "Pictures", **options: Any) -> gr.Gallery:
@@ -46,6 +51,14 @@ def at_most_often(show: Callable[[int, int], None], seconds: float = 0.1) -> Cal
     return on_step
 
 
+def caption_of(kept: Kept) -> str:
+    """A kept picture's mix; nothing where its file was replaced by another."""
+    try:
+        return theme.caption(kept.settings)
+    except SettingsError:
+        return ""
+
+
 def picked(names: Sequence[str], event: gr.SelectData) -> str | None:
     """The name of the picture that was chosen in a gallery."""
     return names[event.index] if isinstance(event.index, int) and 0 <= event.index < len(names) else None
@@ -74,7 +87,8 @@ class DrawButtons:
         """Draw after the event that announced it; the buttons come back when it has ended, however it ended."""
         drawn = pressed.then(draw, inputs, outputs, api_visibility="private", show_progress_on=progress_on, **DRAWING)
         for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
-            ended(lambda: self._shown(busy=False), outputs=self.all, **QUIET)
+            idle = ended(lambda: self._shown(busy=False), outputs=self.all, **QUIET)
+            idle.success(None, None, None, js=FORGET_DRAWING, **QUIET)
 
     def _stop(self, request: gr.Request) -> None:
         self._requests.stop(visitor_of(request).visit)

@@ -14,13 +14,13 @@ from app.history.png_metadata import read_settings
 from app.insight.lora_timing import RANK
 from app.page import theme
 from app.page.style_picker import make_style_picker, shown
-from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values, at_most_often, picture
+from app.page.tabs.browser_memory import BrowserMemory, mix_without_lost
+from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values, at_most_often, caption_of, picture
 from app.page.tabs.presets import PresetsFold
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import visitor_of
 from app.settings.checks import SettingsError
-from app.settings.picture import Picture
 from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, Settings
 from app.studio import Studio
 
@@ -28,7 +28,7 @@ SUGGESTIONS_SHOWN = 4  # one row of chips
 GALLERY_HOLDS = 24  # pictures of this visit; History has the others
 WATCH_SECONDS = 2.0  # between two looks at what is new: quick enough for an upload in another tab, one compare if idle
 ROLL_DICE = "() => Math.floor(Math.random() * 1000000)"
-SHOW_PICTURE = theme.scroll_to("#picture")
+SHOW_PICTURE = f"() => {{ sessionStorage.shiraDrawing = true; ({theme.scroll_to('#picture')})() }}"
 
 
 class MixTab:
@@ -57,6 +57,7 @@ class MixTab:
                 with gr.Row(elem_id="actions"):
                     self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
                     self.surprise = gr.Button("Surprise me", size="lg", min_width=120)
+                    self.undo = gr.Button("Undo", size="lg", min_width=80)
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
                 self.live = gr.Checkbox(
                     False,
@@ -70,10 +71,13 @@ class MixTab:
                 self._lay_out_results()
         self.inputs = [self.prompt, self.style_picker, self.seed, self.steps, self.guidance, self.method]
         self.targets = [self._tabs, *self.inputs]
+        self._memory = BrowserMemory()
         self._connect()
         self._connect_preview()
         self._connect_watch()
         self.presets.connect(self.inputs, self.settings, self.targets, self.fill)
+        self._memory.connect(self.inputs, self.undo)
+        self._memory.reopen(self.inputs, self._reopen, [self.style_picker, self.gallery])
 
     def _lay_out_prompt(self) -> None:
         suggestions = self._session.suggestions[:SUGGESTIONS_SHOWN]
@@ -149,7 +153,7 @@ class MixTab:
 
     def _connect(self) -> None:
         buttons = DrawButtons(self._studio.requests, [self.generate, self.surprise], self.stop)
-        results = [self.picture, self.facts, self.gallery]
+        results = [self.picture, self.facts, self.gallery, self._memory.pictures]
 
         def begin_surprise(request: gr.Request) -> list[Any]:
             return [*self._filled(random_settings.settings(self._session)), *buttons.begin(request)]
@@ -157,7 +161,7 @@ class MixTab:
         starts = [self.generate.click, self.prompt.submit]
         surprised = self.surprise.click(begin_surprise, outputs=[*self.inputs, *buttons.all], js=SHOW_PICTURE, **QUIET)
         for pressed in (gr.on(starts, buttons.begin, outputs=buttons.all, js=SHOW_PICTURE, **QUIET), surprised):
-            buttons.draw_after(pressed, self._generate, {*self.inputs, self.gallery}, results, self.picture)
+            buttons.draw_after(pressed, self._generate, {*self.inputs, self._memory.pictures}, results, self.picture)
         self.dropped.upload(self._restore, self.dropped, [self.dropped, *self.targets], **TELLING)
         self.style_picker.words(self._add_words, self.prompt, self.prompt, **QUIET)
 
@@ -175,14 +179,20 @@ class MixTab:
                 settings = self.settings(values)
                 drawn, path = await self._studio.requests.draw(visitor_of(request), settings, at_most_often(on_step))
         except Stopped:
-            return gr.skip(), gr.skip(), gr.skip()
-        return self._results(drawn, path, values[self.gallery])
+            return [gr.skip()] * 4
+        names = [path.name, *(values[self._memory.pictures] or [])][:GALLERY_HOLDS]
+        return cached(self.gallery, path), theme.facts(drawn.report), self._strip(names, request), names
 
-    def _results(self, drawn: Picture, path: Path, gallery: Any) -> tuple[Any, Any, Any]:
-        """Picture, facts and gallery after a new picture, the newest first."""
-        file = cached(self.gallery, path)
-        newest_first = [(file, theme.caption(drawn.report)), *(gallery or [])][:GALLERY_HOLDS]
-        return file, theme.facts(drawn.report), gr.Gallery(newest_first, visible=True)
+    def _strip(self, names: Any, request: gr.Request) -> gr.Gallery:
+        """This visit's pictures, those that History still has."""
+        kept = self._studio.galleries.of(visitor_of(request)).among(names)[:GALLERY_HOLDS]
+        items = [(cached(self.gallery, each.path), caption_of(each)) for each in kept]
+        return gr.Gallery(items, visible=bool(items))
+
+    def _reopen(self, kept: Any, names: Any, lost: Any, request: gr.Request) -> list[Any]:
+        if lost:
+            gr.Warning("The page was loaded again before its picture was drawn. Generate draws it again.")
+        return [mix_without_lost(kept, self._session.adapter_names), self._strip(names, request)]
 
     def _restore(self, file: str | None) -> list[Any]:
         with readable("the picture could not be read"):

@@ -3,6 +3,9 @@
 import re
 from typing import Any
 
+import pytest
+
+from app.drawing import random_settings
 from app.drawing.session import Session
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
 from tests.app.conftest import SUGGESTION
@@ -43,6 +46,37 @@ def test_the_main_path(open_page: Open) -> None:
     generate(page)
     assert fact(page, "of weights changed") == "0.00 %"
     expect(page.locator("#gallery .caption-label")).to_have_text(["base", "bluefire"])  # the newest first
+
+
+def test_a_reload_loses_nothing_and_changes_are_undone(
+    open_page: Open, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surprise = session.checked("a big dog", {"paintings": 0.9}, 5, 2)
+    monkeypatch.setattr(random_settings, "settings", lambda session: surprise)  # some suggestions here are too long
+    page = open_page(WIDE)
+    prompt, seed = page.get_by_label("Prompt"), page.get_by_label("Seed")
+    undo = page.get_by_role("button", name="Undo", exact=True)
+    prompt.fill("a big cat")
+    page.get_by_role("checkbox", name="paintings").check()
+    page.get_by_label("strength of paintings, as a number").fill("0.6")
+    seed.fill("23")
+    generate(page)
+    prompt.fill("")  # cannot be drawn, and is kept as well
+    page.wait_for_timeout(1500)
+    page.get_by_role("button", name="Surprise me").click()
+    expect(page.locator("#gallery .grid-container button")).to_have_count(2, timeout=PATIENCE)
+    undo.click()
+    for _ in range(2):  # as it was, then after a reload
+        expect(prompt).to_have_value("")
+        expect(seed).to_have_value("23")
+        expect(page.get_by_role("checkbox", name="bluefire")).to_be_checked()
+        expect(page.get_by_label("strength of paintings, as a number")).to_have_value("0.6")
+        expect(page.get_by_label("number input for Steps")).to_have_value("2")
+        expect(page.locator("#gallery .caption-label").last).to_have_text("bluefire + paintings 0.6")
+        page.reload()
+    expect(page.locator("#gallery .grid-container button")).to_have_count(2, timeout=PATIENCE)
+    undo.click()
+    expect(prompt).to_have_value("a big cat")
 
 
 def test_side_by_side(open_page: Open) -> None:

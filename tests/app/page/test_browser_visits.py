@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.history.png_metadata import write_png
 from app.studio import Studio
-from tests.app.browsing import MARKS, PATIENCE, WIDE, Open, expect, new_context
+from tests.app.browsing import FORGET, MARKS, PATIENCE, WIDE, Open, expect, new_context
 from tests.app.conftest import SUGGESTION, Folders, served
 
 pytestmark = MARKS
@@ -102,6 +103,7 @@ def visitor(context: Any, url: str) -> Iterator[Any]:
     """A page of one of them."""
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
+    page.add_init_script(FORGET)
     page.goto(url)
     page.get_by_role("button", name="Generate").wait_for()
     page.get_by_label("number input for Steps").fill("4")
@@ -173,6 +175,23 @@ def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any
         expect(ada.locator("#kept .grid-container button")).to_have_count(1)
 
 
+def test_a_page_that_is_loaded_again_tells_of_a_drawing_that_was_lost(
+    couple: tuple[Any, Any], url: str, session: Session
+) -> None:
+    hold = Event()
+    with visitor(couple[0], url) as page:
+        page.get_by_label("Prompt", exact=True).fill("a big dog")
+        session.queue.submit("another visitor", hold.wait)
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        page.reload()
+        hold.set()
+        expect(page.get_by_text("Generate draws it again")).to_be_visible(timeout=PATIENCE)
+        expect(page.get_by_label("Prompt", exact=True)).to_have_value("a big dog")
+        page.get_by_role("button", name="Generate").click()
+        wait_for_picture(page)
+
+
 # -------------------------------------------------------------------- presets and sharing
 
 
@@ -202,6 +221,13 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
     expect(page.get_by_label("Preset", exact=True)).to_have_value("night dog")
     expect(page.get_by_text("Saved as “night dog”.")).to_be_visible()
     page.get_by_label("Seed").fill("98")
+    for button, seed in (("Save", 21), ("Replace “night dog”", 98)):  # overwritten only when asked again
+        page.get_by_label("Save these settings as").fill(" night  dog")
+        assert studio.presets.get("night dog")["seed"] == 21
+        page.get_by_role("button", name=button, exact=True).click()
+        expect(page.get_by_role("button", name="Replace “night dog”")).to_have_count(int(seed == 21))
+        assert studio.presets.get("night dog")["seed"] == seed
+    studio.presets.save("night dog", studio.presets.get("night dog") | {"seed": 21})
     page.get_by_label("Preset", exact=True).focus()
     expect(page.get_by_role("option", name="night dog")).to_be_visible()
     page.keyboard.press("Tab")  # changes nothing
