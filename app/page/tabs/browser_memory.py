@@ -1,6 +1,7 @@
 """What a browser keeps of Mix: the settings, those before them, and which pictures are of this visit."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -8,50 +9,63 @@ import gradio as gr
 from app.page.tabs.events import QUIET, TELLING
 
 SECRET = "shira"  # the same after a restart: what is kept is no secret, but Gradio reads it back only with one
-KEEP = """(kept, prompt, mix, seed, steps, guidance, method) => {
-  const now = { prompt, mix, seed, steps, guidance, method }
-  if (!window.shiraReopened || JSON.stringify(now) === JSON.stringify(kept?.now)) return kept
-  const [at, before] = [Date.now(), kept?.before ?? []]
+# NAMES are the fields of the settings, in the order of the inputs
+KEEP = """(kept, ...values) => {
+  const now = Object.fromEntries(NAMES.map((name, place) => [name, values[place]]))
+  const same = (other) => JSON.stringify(other) === JSON.stringify(now)
+  if (!window.shiraReopened || same(kept?.now)) return kept
+  const at = Date.now()
   const apart = kept?.now && at - (window.shiraChanged ?? 0) > 500  // what changes together is undone together
   window.shiraChanged = at
-  return { now, before: apart ? [kept.now, ...before].slice(0, 50) : before }
+  const before = apart ? [kept.now, ...kept.before].slice(0, 50) : kept?.before ?? []
+  return { now, before: same(before[0]) ? before.slice(1) : before }  // it came field by field, as the page loaded
 }"""
-UNDO = """(kept, ...inputs) => {
+UNDO = """(kept, ...values) => {
   const [last, ...before] = kept?.before ?? []
-  if (!last) return [kept, ...inputs]
-  return [{ now: last, before }, last.prompt, last.mix, last.seed, last.steps, last.guidance, last.method]
+  if (!last) return [kept, ...values]
+  window.shiraChanged = Date.now()
+  return [{ now: last, before }, ...NAMES.map((name, place) => name in last ? last[name] : values[place])]
 }"""
-REOPEN = """(kept, ...inputs) => {
+REOPEN = """(kept, ...values) => {
   window.shiraReopened = true
-  const now = kept?.now
-  return now ? [now.prompt, now.mix, now.seed, now.steps, now.guidance, now.method] : inputs
-}"""
-LOST = """(...kept) => {
-  const lost = sessionStorage.shiraDrawing ?? ''
+  window.shiraLost = sessionStorage.shiraDrawing ?? ''
   delete sessionStorage.shiraDrawing
-  return [...kept.slice(0, 2), lost]
+  window.shiraChanged = Date.now()
+  const now = kept?.now ?? {}
+  return NAMES.map((name, place) => name in now ? now[name] : values[place])
 }"""
+LOST = "(...kept) => [...kept.slice(0, -1), window.shiraLost]"
 
 
 class BrowserMemory:
-    """Keeps the settings in the browser's storage, so that a reload or a restart of the server changes nothing."""
+    """Keeps the settings in the browser's storage, so that a reload or a restart of the server changes nothing.
 
-    def __init__(self) -> None:
+    Args:
+        fields: the components that hold the settings, by field.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._names, self._inputs = json.dumps(list(fields)), list(fields.values())
         self._settings = gr.BrowserState(None, storage_key="shira-settings", secret=SECRET)
         self.pictures = gr.BrowserState([], storage_key="shira-pictures", secret=SECRET)
         """Names in History, as the gallery of this visit shows them."""
 
-    def connect(self, inputs: Sequence[Any], undo: gr.Button) -> None:
-        """Keep ``inputs`` with each change; ``undo`` goes back by one."""
-        changed = [each.change for each in inputs]
-        gr.on(changed, None, [self._settings, *inputs], self._settings, js=KEEP, **QUIET)
-        undo.click(None, [self._settings, *inputs], [self._settings, *inputs], js=UNDO, **QUIET)
+    def connect(self, undo: gr.Button) -> None:
+        """Keep the settings with each change; ``undo`` goes back by one."""
+        changed = [each.change for each in self._inputs]
+        kept = [self._settings, *self._inputs]
+        gr.on(changed, None, kept, self._settings, js=self._named(KEEP), **QUIET, trigger_mode="multiple")
+        undo.click(None, kept, kept, js=self._named(UNDO), **QUIET)
 
-    def reopen(self, inputs: Sequence[Any], show: Callable[..., Any], outputs: Sequence[Any]) -> None:
-        """As the page loads, fill ``inputs`` in the browser, then call ``show`` with what is kept."""
-        loaded = gr.on(None, None, [self._settings, *inputs], list(inputs), js=REOPEN, **QUIET)
+    def reopen(self, show: Callable[..., Any], outputs: Sequence[Any]) -> None:
+        """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept."""
+        kept = [self._settings, *self._inputs]
+        loaded = gr.on(None, None, kept, self._inputs, js=self._named(REOPEN), **QUIET)
         lost = gr.Textbox(visible=False)  # a drawing, by this very load
         loaded.then(show, [self._settings, self.pictures, lost], list(outputs), js=LOST, **TELLING)
+
+    def _named(self, script: str) -> str:
+        return script.replace("NAMES", self._names)
 
 
 def mix_without_lost(kept: Any, names: Sequence[str]) -> Any:

@@ -21,8 +21,9 @@ from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import visitor_of
 from app.settings.checks import SettingsError
-from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, Settings
+from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, Settings
 from app.studio import Studio
+from shira_diffusers.adapters.merge import MERGE_METHODS
 
 SUGGESTIONS_SHOWN = 4  # one row of chips
 GALLERY_HOLDS = 24  # pictures of this visit; History has the others
@@ -50,34 +51,36 @@ class MixTab:
         with gr.Row(elem_id="mixer"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_out_prompt()
+                self._lay_out_actions()
+                self._lay_out_details()
+                self.presets = PresetsFold(self._studio)
+                self.presets.lay_out()
+                with gr.Accordion("More settings", open=False, elem_id="more"):
+                    more = self._lay_out_more()
                 self.style_picker = make_style_picker(
                     self._cards(), {name: 1.0 for name in self._session.names_first[:1]}
                 )
-                self._lay_out_details()
-                with gr.Row(elem_id="actions"):
-                    self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
-                    self.surprise = gr.Button("Surprise me", size="lg", min_width=120)
-                    self.undo = gr.Button("Undo", size="lg", min_width=80)
-                    self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
-                self.live = gr.Checkbox(
-                    False,
-                    label="Live preview: draw a rough picture while something is moved",
-                    container=False,
-                    elem_id="live",
-                )
-                self.presets = PresetsFold(self._studio)
-                self.method = self.presets.lay_out()
-            with gr.Column(scale=6, min_width=320):
+                self.refused = gr.HTML(**self._refused(), elem_id="refused", padding=False)
+                self.presets.lay_out_sharing()
+            with gr.Column(scale=6, min_width=320, elem_id="results"):
                 self._lay_out_results()
-        self.inputs = [self.prompt, self.style_picker, self.seed, self.steps, self.guidance, self.method]
+        self.fields = {
+            "prompt": self.prompt,
+            "mix": self.style_picker,
+            "seed": self.seed,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            **more,
+        }
+        self.inputs = list(self.fields.values())
         self.targets = [self._tabs, *self.inputs]
-        self._memory = BrowserMemory()
+        self._memory = BrowserMemory(self.fields)
         self._connect()
         self._connect_preview()
         self._connect_watch()
         self.presets.connect(self.inputs, self.settings, self.targets, self.fill)
-        self._memory.connect(self.inputs, self.undo)
-        self._memory.reopen(self.inputs, self._reopen, [self.style_picker, self.gallery])
+        self._memory.connect(self.undo)
+        self._memory.reopen(self._reopen, [self.style_picker, self.gallery])
 
     def _lay_out_prompt(self) -> None:
         suggestions = self._session.suggestions[:SUGGESTIONS_SHOWN]
@@ -94,8 +97,15 @@ class MixTab:
         )
         chips.click(lambda row: row[0], chips, self.prompt, **QUIET)
 
+    def _lay_out_actions(self) -> None:
+        with gr.Row(elem_id="actions"):
+            self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=120)
+            self.stop = gr.Button("Stop", variant="stop", size="lg", scale=2, min_width=120, visible=False)
+            self.surprise = gr.Button("Surprise me", size="lg", min_width=110)
+            self.undo = gr.Button("Undo", size="lg", min_width=70)
+            self.live = gr.Checkbox(False, label="Live preview", container=False, min_width=110, elem_id="live")
+
     def _lay_out_details(self) -> None:
-        self.refused = gr.HTML(**self._refused(), elem_id="refused", padding=False)
         with gr.Row(elem_id="details"):
             self.seed = gr.Number(7, label="Seed", precision=0, min_width=60)
             dice = gr.Button("🎲", elem_id="dice", min_width=40)
@@ -105,8 +115,14 @@ class MixTab:
             )
         dice.click(None, None, self.seed, js=ROLL_DICE, **QUIET)
 
+    def _lay_out_more(self) -> dict[str, Any]:
+        """The settings that few change, by their field in ``Settings``."""
+        method = gr.Dropdown(list(MERGE_METHODS), value=DEFAULT_METHOD, label="Merge method", interactive=True)
+        return {"method": method}
+
     def _lay_out_results(self) -> None:
-        self.picture = picture("picture", "Picture")
+        with gr.Column(elem_id="stage"):
+            self.picture = picture("picture", "Picture")
         self.facts = gr.HTML(theme.facts(None), elem_id="facts", padding=False)
         self.lora = gr.HTML(self._lora(), elem_id="lora", padding=False)
         self.gallery = gr.Gallery(
@@ -124,8 +140,8 @@ class MixTab:
 
     def settings(self, values: Values) -> Settings:
         """Checked settings from the values of ``inputs``; raises SettingsError."""
-        prompt, mix, *rest = (values[each] for each in self.inputs)
-        return self._session.checked(prompt, mix or {}, *rest)
+        given = {name: values[each] for name, each in self.fields.items()}
+        return self._session.checked(**{**given, "mix": given["mix"] or {}})
 
     def fill(self, given: Mapping[str, Any]) -> list[Any]:
         """Updates of ``targets``, in their order, that show settings as in a picture's metadata, in front.
@@ -146,8 +162,8 @@ class MixTab:
             return self.fill(self._studio.galleries.of(visitor_of(request)).get(name).settings)
 
     def _filled(self, settings: Settings) -> list[Any]:
-        mix = gr.HTML(value=dict(settings.mix))
-        return [settings.prompt, mix, settings.seed, settings.steps, settings.guidance, settings.method]
+        shown = settings.as_dict() | {"mix": gr.HTML(value=dict(settings.mix))}
+        return [shown[name] for name in self.fields]
 
     # ---------------------------------------------------------------- what the buttons do
 
@@ -209,7 +225,7 @@ class MixTab:
 
     def _connect_preview(self) -> None:
         self.live.change(lambda live: gr.HTML(live=live), self.live, self.style_picker, **QUIET)
-        changes: list[Any] = [self.live, self.style_picker, self.prompt, self.guidance, self.method]
+        changes: list[Any] = [self.live, self.style_picker, self.prompt, self.guidance, self.fields["method"]]
         moved = [*(each.input for each in changes), self.seed.change]
         gr.on(moved, self._preview, {self.live, *self.inputs}, [self.picture, self.facts], **PREVIEWING)
 

@@ -79,6 +79,21 @@ def test_a_reload_loses_nothing_and_changes_are_undone(
     expect(prompt).to_have_value("a big cat")
 
 
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_the_picture_stays_in_view_beside_whatever_is_moved(open_page: Open, size: tuple[int, int]) -> None:
+    page = open_page(size)
+    if size == WIDE:  # above the fold
+        for control in (page.get_by_label("Seed"), page.get_by_label("number input for Steps"),
+                        page.get_by_label("Preset", exact=True), page.get_by_label("Live preview")):  # fmt: skip
+            expect(control).to_be_in_viewport(ratio=1)
+    generate(page)
+    slider = page.get_by_label("strength of paintings", exact=True)
+    slider.evaluate("slider => window.scrollTo(0, slider.getBoundingClientRect().top + scrollY - innerHeight / 2)")
+    for seen in (page.locator("#picture img"), slider, page.get_by_role("button", name="Generate")):
+        expect(seen).to_be_in_viewport(ratio=1)
+    slider.click()  # nothing lies over it
+
+
 def test_side_by_side(open_page: Open) -> None:
     page = open_page(WIDE)
     page.get_by_label("strength of paintings", exact=True).press("ArrowLeft")  # whoever moves a style, sees it

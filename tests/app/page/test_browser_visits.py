@@ -68,20 +68,22 @@ def tab_to(page: Any, name: str, most: int = 40) -> list[tuple[str, bool]]:
 def test_a_picture_without_a_mouse(open_page: Open, session: Session) -> None:
     page = open_page()
     page.get_by_label("Prompt", exact=True).focus()
-    way = tab_to(page, "paintings")
+    way = tab_to(page, "Generate", most=6)  # not across all styles
+    way += tab_to(page, "paintings")
     page.keyboard.press("Space")
     expect(page.get_by_role("checkbox", name="paintings")).to_be_checked()
     way += tab_to(page, "strength of paintings")
     for _ in range(4):
         page.keyboard.press("ArrowLeft")
     expect(page.get_by_label("strength of paintings, as a number")).to_have_value("0.8")
-    way += tab_to(page, "Generate")
+    page.get_by_label("Prompt", exact=True).focus()
+    tab_to(page, "Generate")
     page.keyboard.press("Enter")
     drawn = wait_for_picture(page)
     mix = {"bluefire": 1.0, "paintings": 0.8}
     assert drawn == session.generate(SUGGESTION, mix, 7, 2).image.tobytes()
     names = [name for name, _ in way]
-    order = ["bluefire", "strength of bluefire", "paintings", "strength of paintings", "Seed", "Generate"]
+    order = ["Generate", "Seed", "bluefire", "strength of bluefire", "paintings", "strength of paintings"]
     assert [name for name in names if name in order] == order  # as they stand on the page, each once
     assert not [name for name, seen in way if not seen], "no focus is seen"
 
@@ -215,7 +217,6 @@ def expect_mix(page: Any) -> None:
 def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: str, studio: Studio) -> None:
     page = open_page()
     set_mix(page)
-    page.get_by_role("button", name="Presets, sharing").click()
     page.get_by_label("Save these settings as").fill("night dog")
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.get_by_label("Preset", exact=True)).to_have_value("night dog")
@@ -231,12 +232,13 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
     page.get_by_label("Preset", exact=True).focus()
     expect(page.get_by_role("option", name="night dog")).to_be_visible()
     page.keyboard.press("Tab")  # changes nothing
-    page.get_by_role("button", name="Share").click()
+    page.get_by_role("button", name="Share, delete a preset").click()
+    page.get_by_role("button", name="Share", exact=True).click()
     expect(page.get_by_label("Settings as JSON")).to_have_value(re.compile('"seed": 98'))
     page.get_by_label("Preset", exact=True).click()
     page.get_by_role("option", name="night dog").click()
     expect(page.get_by_label("Seed")).to_have_value("21")
-    page.get_by_role("button", name="Share").click()
+    page.get_by_role("button", name="Share", exact=True).click()
     expect(page.get_by_label("Settings as JSON")).to_have_value(re.compile('"seed": 21'))
     link = page.get_by_label("Link").input_value()
     text = page.get_by_label("Settings as JSON").input_value()
@@ -245,11 +247,11 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
     with visitor(couple[0], link) as other:  # the link holds all
         expect_mix(other)
     with visitor(couple[1], url) as other:  # presets are there for all
-        other.get_by_role("button", name="Presets, sharing").click()
         other.get_by_label("Preset", exact=True).click()
         other.get_by_role("option", name="night dog").click()
         expect_mix(other)
         other.get_by_label("Seed").fill("1")
+        other.get_by_role("button", name="Share, delete a preset").click()
         other.get_by_label("Settings as JSON").fill(text)
         other.get_by_role("button", name="Apply the JSON below").click()
         expect_mix(other)
@@ -260,7 +262,7 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
         other.get_by_role("button", name="Apply the JSON below").click()
         expect(other.get_by_test_id("toast-body").filter(has_text="JSON")).to_be_visible()
         other.once("dialog", lambda dialog: dialog.accept())
-        other.get_by_role("button", name="Delete", exact=True).click()
+        other.get_by_role("button", name="Delete the preset").click()
         expect(other.get_by_label("Preset", exact=True)).to_have_value("")
     assert studio.presets.names == ()
 
