@@ -12,6 +12,7 @@ from app.settings.strengths import Strength, strength_text
 REFUSALS_SHOWN = 3
 CSS = Path(__file__).with_name("style.css")
 ROLES = Path(__file__).parent / "js" / "roles.js"
+PICTURES = (Path(__file__).parent / "js" / "pictures.js").read_text(encoding="utf-8")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -54,16 +55,32 @@ def refusals(refused: Iterable[tuple[str, str]]) -> str:
 
 
 def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
-    """What a picture took, from its report; dashes before the first."""
-    switch = report["switch_ms"] if report else 0.0
-    cells = [
-        (f"{switch:.2g} ms" if switch < 10 else f"{switch:.0f} ms", "to switch"),
-        (f"{report['entries_changed']:,}" if report else "", "entries changed"),
-        (f"{100 * report['share_changed']:.2f} %" if report else "", "of weights changed"),
-        (f"{report['generation_s']:.1f} s" if report else "", "to draw, as a preview" if preview else "to draw"),
-        (str(report["seed"]) if report else "", "seed"),
-    ]
-    return "".join(f"<div><b>{value if report else '–'}</b><span>{label}</span></div>" for value, label in cells)  # noqa: RUF001
+    """What a picture took, from its report, which may be a stranger's; dashes before the first."""
+    labels = ("to switch", "entries changed", "of weights changed", f"to draw{', as a preview' * preview}", "seed")
+    values = _measured(report or {})
+    return "".join(
+        f"<div><b>{value}</b><span>{label}</span></div>" for value, label in zip(values, labels, strict=True)
+    )
+
+
+def _measured(report: Mapping[str, Any]) -> Iterable[str]:
+    try:
+        switch = report["switch_ms"]
+        return (
+            f"{switch:.2g} ms" if switch < 10 else f"{switch:.0f} ms",
+            f"{report['entries_changed']:,d}",
+            f"{100 * report['share_changed']:.2f} %",
+            f"{report['generation_s']:.1f} s",
+            f"{report['seed']:d}",
+        )
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return ("–",) * 5  # noqa: RUF001
+
+
+def made(report: Mapping[str, Any]) -> str:
+    """A line that says how a picture was made, from checked settings."""
+    how = f"{caption(report)} · {report['steps']} steps · guidance {report['guidance']:g}"
+    return f"<p>“{html.escape(report['prompt'][:300])}” · {html.escape(how)}</p>"
 
 
 def lora(milliseconds: float | None, rank: int) -> str:

@@ -183,14 +183,3 @@ watch('value', () => {
   if (rows.size > props.page && JSON.stringify(props.value) !== JSON.stringify(sent)) arrange()
 })
 showCards()
-
-// a picture dropped anywhere on the page goes to the box that restores settings
-document.addEventListener('dragover', (event) => event.preventDefault())
-document.addEventListener('drop', (event) => {
-  const files = event.dataTransfer?.files
-  const box = document.querySelector('#restore input[type=file]')
-  if (!files?.length || !box || event.target.closest('.block')?.querySelector('input[type=file]')) return
-  event.preventDefault()
-  box.files = files
-  box.dispatchEvent(new Event('change', { bubbles: true }))
-})

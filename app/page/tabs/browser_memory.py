@@ -34,6 +34,19 @@ REOPEN = """(kept, ...values) => {
   const now = kept?.now ?? {}
   return NAMES.map((name, place) => name in now ? now[name] : values[place])
 }"""
+AGREE = """(shown, ...values) => {
+  const plain = (value) => typeof value === 'string' ? value.trim() : value
+  const sorted = (value) => value && typeof value === 'object'
+    ? Object.keys(value).sort().map((key) => [key, sorted(value[key])])
+    : plain(value)
+  const on = (mix) => Object.fromEntries(Object.entries(mix ?? {}).filter(([, strength]) => strength !== 0))
+  const said = (name, value) => JSON.stringify(sorted(name === 'mix' ? on(value) : value))
+  const then = shown?.settings ?? {}
+  const changed = NAMES.filter((name, place) => name in then && said(name, then[name]) !== said(name, values[place]))
+  const words = { mix: 'styles', method: 'merge method' }
+  const text = changed.map((name) => words[name] ?? name.replaceAll('_', ' ')).join(', ')
+  return [text && `Changed since drawn: ${text}`, { __type__: 'update', visible: changed.length > 0 }]
+}"""
 LOST = "(...kept) => [...kept.slice(0, -1), window.shiraLost]"
 
 
@@ -49,20 +62,28 @@ class BrowserMemory:
         self._settings = gr.BrowserState(None, storage_key="shira-settings", secret=SECRET)
         self.pictures = gr.BrowserState([], storage_key="shira-pictures", secret=SECRET)
         """Names in History, as the gallery of this visit shows them."""
+        self.shown = gr.BrowserState(None, storage_key="shira-shown", secret=SECRET)
+        """The picture that is looked at: its name in History, if it has one, and its settings."""
 
     def connect(self, undo: gr.Button) -> None:
         """Keep the settings with each change; ``undo`` goes back by one."""
-        changed = [each.change for each in self._inputs]
+        changes = [each.change for each in self._inputs]
         kept = [self._settings, *self._inputs]
-        gr.on(changed, None, kept, self._settings, js=self._named(KEEP), **QUIET, trigger_mode="multiple")
+        gr.on(changes, None, kept, self._settings, js=self._named(KEEP), **QUIET, trigger_mode="multiple")
         undo.click(None, kept, kept, js=self._named(UNDO), **QUIET)
+
+    def compare(self, changed: gr.HTML, use: gr.Button) -> None:
+        """Say what is no longer as in the picture that is shown, and show ``use`` then."""
+        changes = [self.shown.change, *(each.change for each in self._inputs)]
+        script, compared = self._named(AGREE), [self.shown, *self._inputs]
+        gr.on(changes, None, compared, [changed, use], js=script, **QUIET, trigger_mode="multiple")
 
     def reopen(self, show: Callable[..., Any], outputs: Sequence[Any]) -> None:
         """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept."""
         kept = [self._settings, *self._inputs]
         loaded = gr.on(None, None, kept, self._inputs, js=self._named(REOPEN), **QUIET)
         lost = gr.Textbox(visible=False)  # a drawing, by this very load
-        loaded.then(show, [self._settings, self.pictures, lost], list(outputs), js=LOST, **TELLING)
+        loaded.then(show, [self._settings, self.pictures, self.shown, lost], list(outputs), js=LOST, **TELLING)
 
     def _named(self, script: str) -> str:
         return script.replace("NAMES", self._names)

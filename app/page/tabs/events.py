@@ -1,5 +1,6 @@
 """Share what the events of the tabs have in common: arguments of ``click`` and the like, starting and stopping."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,11 @@ TELLING: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden
 QUIET = {**TELLING, "queue": False}  # at once, but errors and messages reach the page through the queue alone
 PREVIEWING = {**TELLING, "trigger_mode": "multiple", "concurrency_limit": None}
 
-FORGET_DRAWING = "() => { delete sessionStorage.shiraDrawing }"
+# in the browser, as the server may be gone
+IDLE = """() => {
+  delete sessionStorage.shiraDrawing
+  return SHOWN.map((visible) => ({ __type__: 'update', visible }))
+}"""
 
 
 def gallery(elem_id: str, label: str = "Pictures", **options: Any) -> gr.Gallery:
@@ -81,17 +86,14 @@ class DrawButtons:
     def begin(self, request: gr.Request) -> list[Any]:
         """Announce a drawing; updates of ``all``."""
         self._requests.announce(visitor_of(request).visit)
-        return self._shown(busy=True)
+        return [*(gr.Button(visible=False) for _ in self.all[:-1]), gr.Button(visible=True)]
 
     def draw_after(self, pressed: Any, draw: Any, inputs: Any, outputs: Sequence[Any], progress_on: Any) -> None:
         """Draw after the event that announced it; the buttons come back when it has ended, however it ended."""
         drawn = pressed.then(draw, inputs, outputs, api_visibility="private", show_progress_on=progress_on, **DRAWING)
         for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
-            idle = ended(lambda: self._shown(busy=False), outputs=self.all, **QUIET)
-            idle.success(None, None, None, js=FORGET_DRAWING, **QUIET)
+            shown = json.dumps([True] * (len(self.all) - 1) + [False])
+            ended(None, None, self.all, js=IDLE.replace("SHOWN", shown), **QUIET)
 
     def _stop(self, request: gr.Request) -> None:
         self._requests.stop(visitor_of(request).visit)
-
-    def _shown(self, *, busy: bool) -> list[Any]:
-        return [*(gr.Button(visible=not busy) for _ in self.all[:-1]), gr.Button(visible=busy)]
