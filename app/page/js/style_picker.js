@@ -138,8 +138,9 @@ function arrange() {
   const first = many ? [...found.filter((row) => row.on), ...found.filter((row) => !row.on)] : found
   const shown = first.slice(0, Math.max(limit, found.filter((row) => row.on).length))
   const focused = document.activeElement
+  const label = cards.contains(focused) && focused.getAttribute('aria-label')
   cards.replaceChildren(...shown.map((row) => row.node ?? build(row)))
-  if (cards.contains(focused)) focused.focus()
+  if (label) cards.querySelector(`[aria-label="${CSS.escape(label)}"]`)?.focus() // of a new row, if the cards are new
   const left = found.length - shown.length
   more.hidden = left === 0
   more.textContent = `Show ${Math.min(left, props.page)} of ${left} more`
