@@ -147,8 +147,9 @@ function arrange() {
   const first = many ? [...found.filter((row) => row.on), ...found.filter((row) => !row.on)] : found
   const shown = first.slice(0, Math.max(limit, found.filter((row) => row.on).length))
   const focused = document.activeElement
+  const label = cards.contains(focused) && focused.getAttribute('aria-label')
   cards.replaceChildren(...shown.map((row) => row.node ?? build(row)))
-  if (cards.contains(focused)) focused.focus()
+  if (label) cards.querySelector(`[aria-label="${CSS.escape(label)}"]`)?.focus() // of a new row, if the cards are new
   rove(shown.find((row) => row.card.name === current?.card.name) ?? shown.find((row) => row.on) ?? shown[0])
   const left = found.length - shown.length
   more.hidden = left === 0
@@ -168,14 +169,12 @@ function showMix() {
 
 function showCards() {
   const before = new Map(rows)
-  const focused = cards.contains(document.activeElement) && document.activeElement.getAttribute('aria-label')
   rows.clear()
   for (const card of props.cards) rows.set(card.name, rowOf(card, before.get(card.name)))
   filter.parentElement.classList.toggle('few', rows.size < 7)
   element.querySelector('.picker-none').hidden = rows.size > 0
   showMix()
   arrange()
-  if (focused) cards.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus()
 }
 
 filter.addEventListener('input', () => { limit = props.page; arrange() })

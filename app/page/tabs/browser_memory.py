@@ -26,13 +26,13 @@ UNDO = """(kept, ...values) => {
   window.shiraChanged = Date.now()
   return [{ now: last, before }, ...NAMES.map((name, place) => name in last ? last[name] : values[place])]
 }"""
-REOPEN = """(kept, ...values) => {
+REOPEN = """(kept) => {
   window.shiraReopened = true
   window.shiraLost = sessionStorage.shiraDrawing ?? ''
   delete sessionStorage.shiraDrawing
   window.shiraChanged = Date.now()
   const now = kept?.now ?? {}
-  return NAMES.map((name, place) => name in now ? now[name] : values[place])
+  return NAMES.map((name) => name in now ? now[name] : { __type__: 'update' })
 }"""
 AGREE = """(shown, ...values) => {
   const plain = (value) => typeof value === 'string' ? value.trim() : value
@@ -78,12 +78,11 @@ class BrowserMemory:
         script, compared = self._named(AGREE), [self.shown, *self._inputs]
         gr.on(changes, None, compared, [changed, use], js=script, **QUIET, trigger_mode="multiple")
 
-    def reopen(self, show: Callable[..., Any], outputs: Sequence[Any]) -> None:
-        """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept."""
-        kept = [self._settings, *self._inputs]
-        loaded = gr.on(None, None, kept, self._inputs, js=self._named(REOPEN), **QUIET)
+    def reopen(self, show: Callable[..., Any], outputs: Sequence[Any]) -> Any:
+        """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept; that event."""
+        loaded = gr.on(None, None, self._settings, self._inputs, js=self._named(REOPEN), **QUIET)
         lost = gr.Textbox(visible=False)  # a drawing, by this very load
-        loaded.then(show, [self._settings, self.pictures, self.shown, lost], list(outputs), js=LOST, **TELLING)
+        return loaded.then(show, [self._settings, self.pictures, self.shown, lost], list(outputs), js=LOST, **TELLING)
 
     def _named(self, script: str) -> str:
         return script.replace("NAMES", self._names)

@@ -22,7 +22,7 @@ PREVIEWING = {**TELLING, "trigger_mode": "multiple", "concurrency_limit": None}
 # in the browser, as the server may be gone
 IDLE = """() => {
   delete sessionStorage.shiraDrawing
-  return SHOWN.map((visible) => ({ __type__: 'update', visible }))
+  return SHOWN.map((visible) => ({ __type__: 'update', visible, interactive: true }))
 }"""
 
 
@@ -91,7 +91,11 @@ class DrawButtons:
     def draw_after(self, pressed: Any, draw: Any, inputs: Any, outputs: Sequence[Any], progress_on: Any) -> None:
         """Draw after the event that announced it; the buttons come back when it has ended, however it ended."""
         drawn = pressed.then(draw, inputs, outputs, api_visibility="private", show_progress_on=progress_on, **DRAWING)
-        for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
+        self.idle_after(drawn)
+
+    def idle_after(self, event: Any) -> None:
+        """Let a drawing be started when an event has ended, however it ended."""
+        for ended in (event.then, event.failure):  # after an error, browsers follow failure only
             shown = json.dumps([True] * (len(self.all) - 1) + [False])
             ended(None, None, self.all, js=IDLE.replace("SHOWN", shown), **QUIET)
 

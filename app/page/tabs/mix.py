@@ -94,7 +94,8 @@ class MixTab:
         self.presets.connect(self.inputs, self.settings, self.targets, self.fill)
         self._memory.connect(self.undo)
         self._memory.compare(self.changed, self.use)
-        self._memory.reopen(self._reopen, [self.style_picker, self.gallery, *self._stage])
+        reopened = self._memory.reopen(self._reopen, [self.style_picker, self.gallery, *self._stage])
+        self._buttons.idle_after(reopened)  # what is drawn before that would be covered by what was kept
 
     def _lay_out_prompt(self) -> None:
         suggestions = self._session.suggestions[:SUGGESTIONS_SHOWN]
@@ -113,9 +114,11 @@ class MixTab:
 
     def _lay_out_actions(self) -> None:
         with gr.Row(elem_id="actions"):
-            self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=120)
+            self.generate = gr.Button(
+                "Generate", variant="primary", size="lg", scale=2, min_width=120, interactive=False
+            )
             self.stop = gr.Button("Stop", variant="stop", size="lg", scale=2, min_width=120, visible=False)
-            self.surprise = gr.Button("Surprise me", size="lg", min_width=110)
+            self.surprise = gr.Button("Surprise me", size="lg", min_width=110, interactive=False)
             self.undo = gr.Button("Undo", size="lg", min_width=70)
             self.live = gr.Checkbox(False, label="Live preview", container=False, min_width=110, elem_id="live")
 
@@ -204,7 +207,7 @@ class MixTab:
     # ---------------------------------------------------------------- what the buttons do
 
     def _connect(self) -> None:
-        buttons = DrawButtons(self._studio.requests, [self.generate, self.surprise], self.stop)
+        self._buttons = buttons = DrawButtons(self._studio.requests, [self.generate, self.surprise], self.stop)
         results = [*self._stage, self.gallery, self._memory.pictures]
 
         def begin_surprise(request: gr.Request) -> list[Any]:

@@ -67,7 +67,14 @@ def test_a_picture_is_shown_with_its_settings_and_says_what_has_changed_since(op
     expect_facts(page, 11, "bluefire")
     expect(changed).to_have_text("Changed since drawn: prompt, styles, seed")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a big dog")  # looking changes nothing
+    held: list[Any] = []
+    page.route("**/queue/join*", lambda route: held.append(route))
     page.reload()
+    expect(page.get_by_role("button", name="Generate")).to_be_disabled()  # or what is kept would cover what it draws
+    page.unroute_all()
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
     expect(changed).to_have_text("Changed since drawn: prompt, styles, seed")
     expect(page.locator("#picture img")).to_have_attribute("src", first)
     use.click()
