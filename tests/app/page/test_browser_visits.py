@@ -67,6 +67,7 @@ def tab_to(page: Any, name: str, most: int = 40) -> list[tuple[str, bool]]:
 
 def test_a_picture_without_a_mouse(open_page: Open, session: Session) -> None:
     page = open_page()
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
     page.get_by_label("Prompt", exact=True).focus()
     way = tab_to(page, "Generate", most=6)  # not across all styles
     way += tab_to(page, "bluefire")
@@ -167,6 +168,7 @@ def test_of_many_styles_a_page_is_shown_and_those_that_are_on(couple: tuple[Any,
 
 def test_the_tab_key_crosses_one_card_of_many(couple: tuple[Any, Any], crowded: str) -> None:
     with visitor(couple[0], crowded) as page:
+        expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
         page.get_by_label("Prompt", exact=True).focus()
         way = [name for name, _ in tab_to(page, "Show 16 of 16 more")]
         assert "Generate" in way and [name for name in way if name.startswith("style ")] == ["style 00"]
