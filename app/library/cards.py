@@ -9,6 +9,7 @@ from typing import Any, Literal
 from shira_diffusers import ShiraAdapter, ShiraError
 from shira_diffusers.adapters.base_probes import BaseMatch
 from shira_diffusers.cli.terminal import printable
+from shira_diffusers.formats.header import LORA_HINT
 from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.library.folder import weights_file
 from shira_diffusers.library.header_index import AdapterHeader
@@ -60,6 +61,11 @@ class Card:
     def fits(self) -> bool:
         """Whether it can be mixed, as far as is known."""
         return not self.reason
+
+    @property
+    def lora(self) -> bool:
+        """Whether it is left out as a LoRA, which can be converted."""
+        return LORA_HINT in self.reason
 
     @property
     def file(self) -> Path:

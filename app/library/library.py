@@ -125,6 +125,11 @@ class Library:
             raise SettingsError(f"no adapter named {str(name)[:80]!r} in the library; there are {known}")
         return found
 
+    def twin(self, card: Card) -> str:
+        """The name of another file of the same content, as far as files were read in full; or nothing."""
+        same = (each.name for each in self._cards if card.sha256 and each.sha256 == card.sha256)
+        return next((name for name in same if name != card.name), "")
+
     def inspect(self, name: object) -> AdapterFile:
         """What the file of a name holds, as ``shira inspect`` prints it.
 
@@ -277,15 +282,27 @@ class Library:
         trash = self._require_writable().with_name("trash")
         with self._changing:
             leaving = {card.name: card for card in [self._own(name, "deleted") for name in names]}
+            now = time.time_ns()
             for card in leaving.values():
                 self._forget(card)
-                os.replace(card.path, trash / f"{time.time_ns()}{_BETWEEN}{card.path.stem}{SUFFIX}")
-                self._publish(each for each in self._cards if each is not card)
+                os.replace(card.path, trash / f"{now}{_BETWEEN}{card.path.stem}{SUFFIX}")
+            self._publish(each for each in self._cards if each.name not in leaving)
 
     @property
     def deleted(self) -> tuple[str, ...]:
         """Names of the adapters that ``undo`` can bring back, the newest first."""
         return tuple(path.stem.partition(_BETWEEN)[2] for path in self._in_trash())
+
+    @property
+    def deleted_last(self) -> tuple[str, ...]:
+        """Names of the adapters that were deleted last, together."""
+        trash = self._in_trash()
+        last = [path for path in trash if _deleted_at(path) == _deleted_at(trash[0])]
+        return tuple(sorted(path.stem.partition(_BETWEEN)[2] for path in last))
+
+    def undo_all(self) -> tuple[Card, ...]:
+        """Bring back the adapters that were deleted last, together. Raises SettingsError: there are none."""
+        return tuple(self.undo(name) for name in self.deleted_last or [None])
 
     def undo(self, name: str | None = None) -> Card:
         """Bring back the adapter that was deleted last, or the last of a name; numbered, if its name is taken.
@@ -360,7 +377,7 @@ class Library:
         if not self._folder:
             return []
         deleted = self._folder.with_name("trash").glob(f"*{_BETWEEN}*.safetensors")
-        return sorted(deleted, key=_deleted_at, reverse=True)
+        return sorted(deleted, key=lambda path: (-_deleted_at(path), path.name))
 
     def _keys(self) -> set[str]:
         return {key_of(card.name) for card in self._cards}
