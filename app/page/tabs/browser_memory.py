@@ -10,8 +10,8 @@ from app.page.tabs.events import QUIET, TELLING
 
 SECRET = "shira"  # the same after a restart: what is kept is no secret, but Gradio reads it back only with one
 # NAMES are the fields of the settings, in the order of the inputs
-KEEP = """(kept, ...values) => {
-  const now = Object.fromEntries(NAMES.map((name, place) => [name, values[place]]))
+KEEP = """(kept, ...inputs) => {
+  const now = Object.fromEntries(NAMES.map((name, place) => [name, inputs[place]]))
   const same = (other) => JSON.stringify(other) === JSON.stringify(now)
   if (!window.shiraReopened || same(kept?.now)) return kept
   const at = Date.now()
@@ -20,11 +20,11 @@ KEEP = """(kept, ...values) => {
   const before = apart ? [kept.now, ...kept.before].slice(0, 50) : kept?.before ?? []
   return { now, before: same(before[0]) ? before.slice(1) : before }  // it came field by field, as the page loaded
 }"""
-UNDO = """(kept, ...values) => {
+UNDO = """(kept, ...inputs) => {
   const [last, ...before] = kept?.before ?? []
-  if (!last) return [kept, ...values]
+  if (!last) return [kept, ...inputs]
   window.shiraChanged = Date.now()
-  return [{ now: last, before }, ...NAMES.map((name, place) => name in last ? last[name] : values[place])]
+  return [{ now: last, before }, ...NAMES.map((name, place) => name in last ? last[name] : inputs[place])]
 }"""
 REOPEN = """(kept) => {
   window.shiraReopened = true
@@ -34,7 +34,7 @@ REOPEN = """(kept) => {
   const now = kept?.now ?? {}
   return NAMES.map((name) => name in now ? now[name] : { __type__: 'update' })
 }"""
-AGREE = """(shown, ...values) => {
+AGREE = """(shown, ...inputs) => {
   const plain = (value) => typeof value === 'string' ? value.trim() : value
   const sorted = (value) => value && typeof value === 'object'
     ? Object.keys(value).sort().map((key) => [key, sorted(value[key])])
@@ -42,7 +42,7 @@ AGREE = """(shown, ...values) => {
   const on = (mix) => Object.fromEntries(Object.entries(mix ?? {}).filter(([, strength]) => strength !== 0))
   const said = (name, value) => JSON.stringify(sorted(name === 'mix' ? on(value) : value))
   const then = shown?.settings ?? {}
-  const changed = NAMES.filter((name, place) => name in then && said(name, then[name]) !== said(name, values[place]))
+  const changed = NAMES.filter((name, place) => name in then && said(name, then[name]) !== said(name, inputs[place]))
   const words = { mix: 'styles', method: 'merge method' }
   const text = changed.map((name) => words[name] ?? name.replaceAll('_', ' ')).join(', ')
   return [text && `Changed since drawn: ${text}`, { __type__: 'update', visible: changed.length > 0 }]

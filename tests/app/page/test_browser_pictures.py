@@ -67,13 +67,10 @@ def test_a_picture_is_shown_with_its_settings_and_says_what_has_changed_since(op
     expect_facts(page, 11, "bluefire")
     expect(changed).to_have_text("Changed since drawn: prompt, styles, seed")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a big dog")  # looking changes nothing
-    held: list[Any] = []
-    page.route("**/queue/join*", lambda route: held.append(route))
+    page.route("**/queue/join*", lambda route: None)  # held until the route is gone
     page.reload()
     expect(page.get_by_role("button", name="Generate")).to_be_disabled()  # or what is kept would cover what it draws
     page.unroute_all()
-    for route in held:
-        route.continue_()
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
     expect(changed).to_have_text("Changed since drawn: prompt, styles, seed")
     expect(page.locator("#picture img")).to_have_attribute("src", first)
@@ -156,10 +153,11 @@ def start(folders: Folders, tmp_path: Path) -> Iterator[Callable[[], tuple[subpr
     def start() -> tuple[subprocess.Popen[bytes], str]:
         named = {"--base": folders.base, "--adapters": folders.adapters, "--data": tmp_path, "--port": port}
         options = [str(each) for pair in named.items() for each in pair]
-        processes.append(popen_warm(["", "-m", "app", *options], stdout=subprocess.PIPE))
-        while b"Running on" not in processes[-1].stdout.readline():
-            assert processes[-1].poll() is None
-        return processes[-1], f"http://127.0.0.1:{port}"
+        process = popen_warm(["", "-m", "app", *options], stdout=subprocess.PIPE)
+        processes.append(process)
+        while process.stdout and b"Running on" not in process.stdout.readline():
+            assert process.poll() is None
+        return process, f"http://127.0.0.1:{port}"
 
     yield start
     for process in processes:
