@@ -32,3 +32,6 @@ function release() {
 }
 for (const pressed of ['pointerdown', 'keydown']) document.addEventListener(pressed, hold)
 for (const let_go of ['pointerup', 'pointercancel', 'keyup', 'blur']) window.addEventListener(let_go, release)
+
+// What a click changes is undone by itself, however soon it came after another change: see browser_memory.py.
+document.addEventListener('click', () => { window.shiraChanged = 0 }, true)
