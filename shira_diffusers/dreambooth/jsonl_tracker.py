@@ -11,8 +11,8 @@ JSONL_NAME = "steps.jsonl"
 
 
 class JsonlTracker(GeneralTracker):
-    """Appends ``{"step": 1, "time": ..., "loss": ..., "lr": ..., "images_per_second": ..., "peak_memory_gib": ...}`` for
-    each step; the time is in seconds since 1970.
+    """Appends for each step ``{"step": 1, "time": ..., "loss": ..., "lr": ..., "images_per_second": ...,
+    "peak_memory_gib": ...}``; the time is in seconds since 1970.
 
     A run that resumes from a checkpoint writes the steps after it once more: of a step, the last line counts.
 
