@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 7860
+SERVE_PORT ?= 8000
 SHOTS ?= $(or $(TMPDIR),/tmp)/shira-screenshots
 # pip compiles what it has installed on one core, compileall on all
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages hold templates of Python
 
 .DEFAULT_GOAL := help
-.PHONY: help app demo test nightly check site format lint types bench bench-size bench-toy screenshots soak clean
+.PHONY: help app demo serve test nightly check site format lint types bench bench-size bench-toy screenshots soak clean
 # Seconds after which a script begins no further case.
 BENCHMARKS := overwrite_vs_fuse:60 switch:220 fuse:150 inference:150 per_picture:120 load_many:60 cold_start:60 drift:120
 
@@ -20,6 +21,10 @@ app: $(VENV)/.app ## mix styles in the browser, on the bundled demo model: http:
 
 demo: $(VENV)/.app ## the same without a browser: writes shira-demo.png
 	$(BIN)/shira demo
+
+serve: $(VENV)/.serve ## serve pictures over HTTP, on the bundled demo model: http://127.0.0.1:8000 (SERVE_PORT=N for another port)
+	mkdir -p build/served && cp -u assets/adapters/*.safetensors build/served/ # uploads and deletions stay out of assets
+	$(BIN)/shira serve assets/emoji-diffusion --adapters build/served --port $(SERVE_PORT)
 
 test: $(VENV)/.dev ## run the tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -77,7 +82,12 @@ $(VENV)/.app: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(COMPILE)
 	@touch $@
 
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[serve]'
+	$(COMPILE)
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	$(COMPILE)
-	@touch $@ $(VENV)/.app
+	@touch $@ $(VENV)/.app $(VENV)/.serve

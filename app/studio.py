@@ -16,7 +16,7 @@ from app.history.galleries import Galleries
 from app.history.history import MOST
 from app.history.presets import Presets
 from app.insight.interference import Comparer
-from app.insight.lora_timing import fuse_ms
+from app.insight.lora_timing import Timings, timings
 from app.library.uploads import DEFAULT_MAX_MB
 from app.training.estimate import Estimator
 from app.training.recipe import Base
@@ -41,7 +41,7 @@ class Studio:
         galleries: the pictures that were drawn, ``presets`` the settings that were saved, in the data folder.
         thumbnails: of the adapters.
         requests: draws for visits.
-        lora: milliseconds that fusing a LoRA takes here; measured when nobody draws.
+        measured: what a switch and a LoRA's fuse take here; measured when nobody draws.
     """
 
     session: Session
@@ -53,14 +53,14 @@ class Studio:
     presets: Presets
     thumbnails: Thumbnails
     requests: DrawingRequests
-    lora: Future[float]
+    measured: Future[Timings | None]
     max_upload_mb: float = DEFAULT_MAX_MB
 
     @property
-    def lora_ms(self) -> float | None:
-        """Milliseconds that fusing a LoRA takes here, of the same weights; None while that is not known."""
-        known = self.lora.done() and not self.lora.cancelled() and not self.lora.exception()
-        return (self.lora.result() or None) if known else None
+    def timings(self) -> Timings | None:
+        """What a switch and a LoRA's fuse of the same weights take here; None while that is not known."""
+        known = self.measured.done() and not self.measured.cancelled() and not self.measured.exception()
+        return self.measured.result() if known else None
 
     @classmethod
     def open(
@@ -106,7 +106,7 @@ class Studio:
             presets=Presets(data / "presets.json"),
             thumbnails=Thumbnails(session, data / "thumbnails"),
             requests=DrawingRequests(session, galleries),
-            lora=session.queue.submit(BACKGROUND, lambda: fuse_ms(session.pipe, session.library.adapted)),
+            measured=session.queue.submit(BACKGROUND, lambda: timings(session)),
             max_upload_mb=max_upload_mb,
         )
 

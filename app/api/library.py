@@ -25,8 +25,11 @@ def add_library_api(studio: Studio) -> None:
     def upload_adapter(file: str, name: str) -> dict[str, Any]:
         """Add a .safetensors file (this project's, or PEFT's SHiRA adapter_model.safetensors) to the library.
 
-        The name is tidied, and numbered if it is taken; an empty one is the file's. Returns the entry; an adapter that
-        does not fit the model is kept, with fits = false and the reason.
+        Returns the entry; an adapter that does not fit the model is kept, with fits = false and the reason.
+
+        Args:
+            file: The .safetensors file, as handle_file(path).
+            name: That it is to have; tidied, and numbered if it is taken; an empty one is the file's.
         """
         with readable("the adapter could not be taken in"):
             return library.add(_required(file), name or None).as_dict()
@@ -35,6 +38,11 @@ def add_library_api(studio: Studio) -> None:
         """Add PEFT's SHiRA adapter_model.safetensors with its adapter_config.json, which has base and mask.
 
         The two become one file of this project. Otherwise as /upload_adapter.
+
+        Args:
+            file: The .safetensors file, as handle_file(path).
+            config: The adapter_config.json, as handle_file(path).
+            name: That it is to have; tidied, and numbered if it is taken; an empty one is the file's.
         """
         with readable("the adapter could not be taken in"):
             return library.add(_required(file), name or None, _required(config)).as_dict()
@@ -44,35 +52,60 @@ def add_library_api(studio: Studio) -> None:
 
         Otherwise as /upload_adapter. The entry's metadata says how much of the LoRA's update (energy_kept) and of its
         effect on a few pictures (effect_kept) is kept.
+
+        Args:
+            file: The .safetensors file, as handle_file(path).
+            name: That it is to have; tidied, and numbered if it is taken; an empty one is the file's.
         """
         with readable("the LoRA could not be converted"):
             return library.convert(_required(file), name or None).as_dict()
 
     def inspect_adapter(name: str) -> dict[str, Any]:
-        """What an adapter's file holds: metadata, and shape, entries and density of each layer."""
+        """What an adapter's file holds: metadata, and shape, entries and density of each layer.
+
+        Args:
+            name: Of the adapter.
+        """
         with readable("the adapter could not be read"):
             found = library.inspect(name).as_dict()
         path = Path(found.pop("path"))  # clients take whatever has a path for a file to fetch
         return {"name": path.stem, **found, "metadata": shown_metadata(found["metadata"])}
 
     def rename_adapter(name: str, new_name: str) -> dict[str, Any]:
-        """Give an adapter that was added in the app another name; returns its entry."""
+        """Give an adapter that was added in the app another name; returns its entry.
+
+        Args:
+            name: Of the adapter.
+            new_name: Tidied; refused if it is taken.
+        """
         with readable("the adapter could not be renamed"):
             return library.rename(name, new_name).as_dict()
 
     def delete_adapter(name: str) -> list[str]:
-        """Delete an adapter that was added in the app; returns the names that /undo_delete can bring back."""
+        """Delete an adapter that was added in the app; returns the names that /undo_delete can bring back.
+
+        Args:
+            name: Of the adapter.
+        """
         with readable("the adapter could not be deleted"):
             library.delete(name)
         return list(library.deleted)
 
     def undo_delete(name: str = "") -> dict[str, Any]:
-        """Bring back the adapter that was deleted last, or the last of a name; returns its entry."""
+        """Bring back the adapter that was deleted last, or the last of a name; returns its entry.
+
+        Args:
+            name: Of the adapter; an empty one is that of the last.
+        """
         with readable("the adapter could not be brought back"):
             return library.undo(name or None).as_dict()
 
     def download_adapter(name: str) -> str:
-        """The file of an adapter."""
+        """The file of an adapter.
+
+        Args:
+            name: Of the adapter.
+        """
         with readable("the adapter could not be read"):
             return cached(out, library.entry(name).file)
 
@@ -82,6 +115,9 @@ def add_library_api(studio: Studio) -> None:
         In words and figures, over all and per layer: overlap (shared entries, as a fraction of the smaller one's),
         sign_conflict (of those, the fraction that pull in opposite directions), awom and awor (norm and empty share of
         the product of the two changes), l2 (distance).
+
+        Args:
+            adapters: Their names.
         """
         with readable("the adapters could not be compared"):
             return [pair.as_dict() for pair in studio.comparer.compare(adapters)]

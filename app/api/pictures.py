@@ -41,10 +41,7 @@ def add_api(studio: Studio) -> None:
         guidance: float = DEFAULT_GUIDANCE,
         method: str = DEFAULT_METHOD,
     ) -> tuple[gr.FileData, dict[str, Any]]:
-        """Draw one picture with a mix {adapter: strength}, given as an object or as its JSON text; none is the base.
-
-        A strength is a number from -1 to 2, or {component: number}, or {"unet": {"down" | "mid" | "up": number}}.
-        """
+        """Draw one picture with a mix of adapters; returns its file and a report."""
         with readable():
             settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method)
             picture, _ = await studio.requests.draw(visitor_of(request), settings)
@@ -73,7 +70,7 @@ def add_pictures_api(studio: Studio) -> None:
     async def compare(
         request: gr.Request,
         prompt: str,
-        mix: Any,
+        mix: Any = None,
         seed: float | None = None,
         steps: float = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
@@ -100,6 +97,12 @@ def add_pictures_api(studio: Studio) -> None:
         """Draw a style at a list of strengths, at one seed, beside the rest of a mix: a list of {label, file, report}.
 
         With another style and its strengths, a grid, row by row: the first style changes across, the other down.
+
+        Args:
+            adapter: Its name.
+            strengths: Of it, a list of numbers like [0, 0.5, 1], or its JSON text.
+            other: Another adapter's name, for a grid.
+            other_strengths: Of the other one.
         """
         with readable():
             across = Axis.checked(adapter, as_object(strengths, "strengths"))
@@ -116,14 +119,23 @@ def add_pictures_api(studio: Studio) -> None:
         return {name: studio.presets.get(name) for name in studio.presets.names}
 
     def save_preset(name: str, settings: Any) -> str:
-        """Keep settings (an object with prompt, mix, seed, steps, guidance, method) under a name; returns the name."""
+        """Keep settings under a name; returns the name.
+
+        Args:
+            name: 1 to 60 characters.
+            settings: An object with prompt, mix, seed, steps, guidance and method, or its JSON text.
+        """
         with readable():
             given = require_mapping("settings", as_object(settings, "settings"))
             session.require_known(checked_mix(given.get("mix", {})))
             return studio.presets.save(name, to_keep(restore(given, session).settings, session))
 
     def delete_preset(name: str) -> list[str]:
-        """Forget a preset; returns the names of those that are left."""
+        """Forget a preset; returns the names of those that are left.
+
+        Args:
+            name: Of the preset.
+        """
         with readable():
             studio.presets.delete(name)
         return list(studio.presets.names)
@@ -132,6 +144,9 @@ def add_pictures_api(studio: Studio) -> None:
         """A page of the pictures that were drawn, the newest first: a list of {name, file, settings}.
 
         Where histories are not shared: of those that this user, or else this client, has drawn.
+
+        Args:
+            page: From 1, the newest.
         """
         with readable():
             return [
@@ -140,7 +155,11 @@ def add_pictures_api(studio: Studio) -> None:
             ]
 
     def delete_picture(request: gr.Request, name: str) -> int:
-        """Remove a picture from the history for good; returns how many are left."""
+        """Remove a picture from the history for good; returns how many are left.
+
+        Args:
+            name: Of the picture, as /history lists it.
+        """
         history = studio.galleries.of(visitor_of(request))
         with readable():
             history.delete(name)

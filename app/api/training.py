@@ -33,14 +33,15 @@ def add_training_api(studio: Studio) -> None:
         ]
         return {**progress.as_dict(), "samples": samples}
 
-    def train(pictures: list[str], settings: Any, captions: Any) -> dict[str, Any]:
+    def train(pictures: list[str], settings: Any, captions: Any = None) -> dict[str, Any]:
         """Start to train an adapter on pictures; follow it with /training_status, its end is in the library.
 
-        pictures: up to 200 files (PNG, JPEG, WEBP, BMP, GIF, TIFF), and .txt or .caption files of the same
-        names as captions; those of no picture are listed under "left" in what is returned.
-        settings: what differs from the defaults of /estimate_training, such as {"name": "moss", "prompt":
-        "a picture in sks style", "steps": 200}; a prompt is needed. captions: a list, in the order of the pictures, in
-        place of .txt files. One training at a time.
+        One training at a time. Captions of no picture are listed under "left" in what is returned.
+
+        Args:
+            pictures: Up to 200 files (PNG, JPEG, WEBP, BMP, GIF, TIFF), and .txt or .caption files of the same names.
+            settings: What differs from the defaults of /estimate_training, like {"prompt": "a picture in sks style"}.
+            captions: A list of texts in the order of the pictures, in place of .txt files.
         """
         with readable("the training could not be started"):
             sent = sort_out([(Path(file).name, Path(file)) for file in pictures or []])
@@ -54,6 +55,9 @@ def add_training_api(studio: Studio) -> None:
 
         The estimate: entries trained, megabytes of the file, seconds, memory_gib beside the app's, and whether these
         were measured in an earlier training.
+
+        Args:
+            settings: Those that differ from the defaults, like {"steps": 200}.
         """
         with readable("the training could not be estimated"):
             whole = recipe(settings)
@@ -86,7 +90,11 @@ def add_training_api(studio: Studio) -> None:
             return trainings.keep(id or None)
 
     def discard_training(id: str) -> list[dict[str, Any]]:
-        """Remove a training that has ended with its pictures and checkpoints; returns those that are left."""
+        """Remove a training that has ended with its pictures and checkpoints; returns those that are left.
+
+        Args:
+            id: Of the training, as /trainings lists it.
+        """
         with readable("the training could not be discarded"):
             trainings.discard(id)
         return listed()

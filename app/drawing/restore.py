@@ -10,9 +10,15 @@ from app.settings.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Settings that can be drawn, and what is different from then, a sentence each."""
+    """Settings that can be drawn, and what is different from then, a sentence each.
+
+    Args:
+        settings: without the adapters that are missing here.
+        then: with them, under the names that the others have now.
+    """
 
     settings: Settings
+    then: Settings
     notes: tuple[str, ...]
 
 
@@ -34,7 +40,8 @@ def restore(given: Mapping[str, Any], session: Session) -> Restored:
     mix = {now: settings.mix[name] for name, now in named.items()}
     kept = session.drawable(replace(settings, mix=mix))
     notes = (note for name in settings.mix if (note := _note(name, named.get(name), then.get(name, ""), hashes)))
-    return Restored(kept, (*notes, *_model(given, session)))
+    then_named = replace(settings, mix={named.get(name, name): mix for name, mix in settings.mix.items()})
+    return Restored(kept, then_named, (*notes, *_model(given, session)))
 
 
 def to_keep(settings: Settings, session: Session) -> dict[str, Any]:

@@ -98,6 +98,12 @@ class History:
             raise SettingsError(f"no picture named {str(name)[:80]!r} in the history")
         return Kept(name, self.folder / name)
 
+    def among(self, names: object) -> tuple[Kept, ...]:
+        """The pictures of a list of names that are still here, in its order."""
+        here = set(self._names())
+        wanted = names if isinstance(names, list) else []
+        return tuple(Kept(name, self.folder / name) for name in wanted if isinstance(name, str) and name in here)
+
     def delete(self, name: object) -> None:
         """Remove a picture for good. Raises SettingsError: there is none."""
         self.get(name).path.unlink(missing_ok=True)

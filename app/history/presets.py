@@ -49,14 +49,14 @@ class Presets:
             SettingsError: no name, a name too long, or too many presets; nothing has changed.
             OSError: the file cannot be written; nothing has changed.
         """
-        tidy = " ".join(name.split()) if isinstance(name, str) else ""
-        if not tidy or len(tidy) > MAX_NAME or not tidy.isprintable():
+        kept = tidy(name)
+        if not kept or len(kept) > MAX_NAME or not kept.isprintable():
             raise SettingsError(f"a preset needs a name of 1 to {MAX_NAME} characters, got {str(name)[:80]!r}")
         with self._changing:
-            if tidy not in self._presets and len(self._presets) >= MAX_PRESETS:
+            if kept not in self._presets and len(self._presets) >= MAX_PRESETS:
                 raise SettingsError(f"there are {MAX_PRESETS} presets, which is the most; delete one first")
-            self._write({**self._presets, tidy: dict(settings)})
-        return tidy
+            self._write({**self._presets, kept: dict(settings)})
+        return kept
 
     def delete(self, name: object) -> None:
         """Forget a preset.
@@ -72,6 +72,11 @@ class Presets:
     def _write(self, presets: Mapping[str, Mapping[str, Any]]) -> None:
         write_atomically(self._path, json.dumps(presets, indent=1).encode())
         self._presets = presets
+
+
+def tidy(name: object) -> str:
+    """A preset's name without needless space; empty where it is no text."""
+    return " ".join(name.split()) if isinstance(name, str) else ""
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

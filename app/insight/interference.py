@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from app.drawing.session import Session
+from app.insight.effects import GUIDANCE, STRENGTH
 from app.library.cards import Card
 from app.settings.checks import SettingsError
 from shira_diffusers.adapters.interference import Interference, interference_in_all
@@ -109,8 +110,8 @@ def _shared(pair: Pair) -> str:
 
 
 def _expectation(whole: Interference) -> str:
-    """What follows from the sums, and no more: over the 15 pairs of benchmarks/study, overlap, sign conflict and AWOM
-    correlate at most 0.35 with how often a mix shows both styles; how far the styles oppose each other, -0.9.
+    """What follows from the sums, and no more: in docs/study.md AWOM, overlap and sign conflict correlate at most 0.37
+    with how often a mix shows both styles; how far the styles oppose each other in pictures, -0.79.
     """
     if whole.overlap < 0.1:
         text = ""
@@ -119,9 +120,9 @@ def _expectation(whole: Interference) -> str:
     else:
         text = "They pull the same way, so added at 1.0 they are twice as strong where they meet. "
     return (
-        f"{text}How a mix looks depends on the styles more than on these figures: try 0.7 each and adjust by eye; "
-        "where one is lost, a lower guidance brings more of it back than a higher strength. "
-        f"Their products are {_percent(whole.awor)} empty (AWOR; 100 % is orthogonal)."
+        f"{text}How a mix looks depends on the styles more than on these figures: start with {STRENGTH:g} each at "
+        f"guidance {GUIDANCE:g}, and adjust by eye; where one is lost, a lower guidance brings more of it back than a "
+        f"higher strength. Their products are {_percent(whole.awor)} empty (AWOR; 100 % is orthogonal)."
     )
 
 

@@ -1,38 +1,66 @@
-"""Time what fusing a LoRA takes here: the step that SHiRA's switching replaces, on this pipeline's own weights."""
+"""Time switching an adapter and fusing a LoRA here, alike: warm runs by turns on this pipeline's own weights."""
 
 import statistics
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from app.drawing.session import Session
 from shira_diffusers.integrations.pipelines import models_of
 
 RANK = 64
-ROUNDS = 3  # the first one warms up, and the median leaves it out
+WARM = 2  # runs that are not counted: the first plans the switch and touches new memory
+FEWEST, MOST, SECONDS = 3, 15, 2.0  # runs that are; a large model has few, so that visitors do not wait
 
 
-def fuse_ms(pipe: Any, weights: Iterable[str], rank: int = RANK) -> float:
-    """Milliseconds to fuse a LoRA: ``W + B A`` of all weights that adapters change; the median of a few rounds.
-
-    The sums go to memory of their own, a weight at a time, so resident weights are only read.
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Medians of warm runs, in milliseconds.
 
     Args:
-        pipe: the resident pipeline.
-        weights: full names of the weights that adapters change.
-        rank: of the LoRA.
+        switch: to an adapter, from the base.
+        fuse: a LoRA into all weights that adapters change.
+        runs: of each.
     """
-    adapted = sorted(weights)
+
+    switch: float
+    fuse: float
+    runs: int
+
+
+def timings(session: Session, rank: int = RANK) -> Timings | None:
+    """Time both by turns; None if there is no adapter to switch to. For a job that has its turn to draw.
+
+    The LoRA's sums go to memory of their own, a weight at a time, so resident weights are only read.
+    """
+    name = next(iter(session.names_first), None)
+    if name is None:
+        return None
+    with session.library.using([name]):
+        taken: list[tuple[float, float]] = []
+        while len(taken) < WARM + FEWEST or (len(taken) < MOST and sum(map(sum, taken)) < SECONDS):
+            taken.append((_switch(session.pipe, name), _fuse(session.pipe, session.library.adapted, rank)))
+    switches, fuses = zip(*taken[WARM:], strict=True)
+    return Timings(1000 * statistics.median(switches), 1000 * statistics.median(fuses), len(switches))
+
+
+def _switch(pipe: Any, name: str) -> float:
+    _wait(pipe.device)
+    start = time.perf_counter()
+    with pipe.shira([name], [1.0]):
+        _wait(pipe.device)
+        return time.perf_counter() - start
+
+
+def _fuse(pipe: Any, weights: Iterable[str], rank: int) -> float:
+    """Seconds to add ``B A`` to all weights of these full names."""
     models = models_of(pipe)
-    rounds = []
-    for _ in range(ROUNDS):
-        rounds.append(0.0)
-        for full_name in adapted:
-            component, _, name = full_name.partition(".")
-            rounds[-1] += _fuse_one(models[component].get_parameter(name), rank)
-    return 1000 * statistics.median(rounds)
+    parts = (name.partition(".") for name in sorted(weights))
+    return sum(_fuse_one(models[component].get_parameter(name), rank) for component, _, name in parts)
 
 
 @torch.no_grad()
@@ -41,14 +69,14 @@ def _fuse_one(weight: Tensor, rank: int) -> float:
     generator = torch.Generator(flat.device).manual_seed(0)
     up = torch.randn(flat.shape[0], rank, generator=generator, device=flat.device).to(flat.dtype)
     down = torch.randn(rank, flat.shape[1], generator=generator, device=flat.device).to(flat.dtype)
-    fused = torch.empty_like(flat)
-    _wait(flat)
+    fused = torch.zeros_like(flat)  # written to once: a weight's own memory is there already
+    _wait(flat.device)
     start = time.perf_counter()
     torch.addmm(flat, up, down, out=fused)
-    _wait(flat)
+    _wait(flat.device)
     return time.perf_counter() - start
 
 
-def _wait(tensor: Tensor) -> None:
-    if not tensor.is_cpu:
-        torch.accelerator.synchronize(tensor.device)
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

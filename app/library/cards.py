@@ -9,8 +9,10 @@ from typing import Any, Literal
 from shira_diffusers import ShiraAdapter, ShiraError
 from shira_diffusers.adapters.base_probes import BaseMatch
 from shira_diffusers.cli.terminal import printable
+from shira_diffusers.formats.header import LORA_HINT
 from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.library.folder import weights_file
+from shira_diffusers.library.header_index import AdapterHeader
 
 Origin = Literal["bundled", "yours"]
 """Of the folder that the app was started with, which it never writes to; or uploaded or trained in the app."""
@@ -61,6 +63,11 @@ class Card:
         return not self.reason
 
     @property
+    def lora(self) -> bool:
+        """Whether it is left out as a LoRA, which can be converted."""
+        return LORA_HINT in self.reason
+
+    @property
     def file(self) -> Path:
         """The file that holds the values: ``path``, or in a folder that PEFT saved."""
         return weights_file(self.path)
@@ -96,19 +103,19 @@ def measured(card: Card) -> Card:
         return replace(card, reason=card.reason or without_folders(error, card.path))
 
 
-def glanced(card: Card) -> Card:
-    """The card by the header of its file alone, which is cheap to read and may lie."""
+def glanced(card: Card, header: AdapterHeader | None = None) -> Card:
+    """The card by the header of its file alone, which is cheap to read and may lie; read here if it is not given."""
     try:
-        opened = open_adapter(card.path)
+        header = header or AdapterHeader.of(open_adapter(card.path))
     except (ShiraError, OSError) as error:
         return measured(replace(card, reason=without_folders(error, card.path)))
     return replace(
         card,
-        megabytes=opened.size / 1e6,
-        density=opened.density or 0.0,
-        entries=opened.nnz,
-        metadata=shown_metadata(opened.metadata),
-        components=tuple(opened.components),
+        megabytes=header.size / 1e6,
+        density=header.density or 0.0,
+        entries=header.nnz,
+        metadata=shown_metadata(header.metadata),
+        components=tuple(header.components),
         opened=False,
     )
 

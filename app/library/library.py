@@ -74,7 +74,12 @@ class Library:
         self._paths: dict[str, Path] = {}
         # no copies of files in RAM: the system's page cache has them
         self._adapters = AdapterLibrary(
-            lambda: self._paths.items(), ram_bytes=0, device_bytes=room, exceed=True, device=pipe.device
+            lambda: self._paths.items(),
+            ram_bytes=0,
+            device_bytes=room,
+            exceed=True,
+            device=pipe.device,
+            index=data and data / "headers.sqlite",
         )
         self._changing = threading.RLock()
         self._cards: tuple[Card, ...] = ()
@@ -82,12 +87,13 @@ class Library:
         self.adapted: frozenset[str] = frozenset()
         """Names of the weights that adapters change, of those that were read so far."""
         self._folder = data / "adapters" if data else None
-        cards = self._read_all("bundled", adapters_in(bundled), ())
         if self._folder:
             trash = self._folder.with_name("trash")
             for folder in (self._folder, trash):
                 folder.mkdir(parents=True, exist_ok=True)
             _sweep(self._folder, trash)
+        cards = self._read_all("bundled", adapters_in(bundled), ())
+        if self._folder:
             found = [(path.stem, path) for path in safetensors_in(self._folder)]  # uploads are files, never folders
             cards += self._read_all("yours", found, cards)
         self._publish(cards)
@@ -118,6 +124,11 @@ class Library:
             known = ", ".join(repr(card.name) for card in self._cards) or "none"
             raise SettingsError(f"no adapter named {str(name)[:80]!r} in the library; there are {known}")
         return found
+
+    def twin(self, card: Card) -> str:
+        """The name of another file of the same content, as far as files were read in full; or nothing."""
+        same = (each.name for each in self._cards if card.sha256 and each.sha256 == card.sha256)
+        return next((name for name in same if name != card.name), "")
 
     def inspect(self, name: object) -> AdapterFile:
         """What the file of a name holds, as ``shira inspect`` prints it.
@@ -271,15 +282,27 @@ class Library:
         trash = self._require_writable().with_name("trash")
         with self._changing:
             leaving = {card.name: card for card in [self._own(name, "deleted") for name in names]}
+            now = time.time_ns()
             for card in leaving.values():
                 self._forget(card)
-                os.replace(card.path, trash / f"{time.time_ns()}{_BETWEEN}{card.path.stem}{SUFFIX}")
-                self._publish(each for each in self._cards if each is not card)
+                os.replace(card.path, trash / f"{now}{_BETWEEN}{card.path.stem}{SUFFIX}")
+            self._publish(each for each in self._cards if each.name not in leaving)
 
     @property
     def deleted(self) -> tuple[str, ...]:
         """Names of the adapters that ``undo`` can bring back, the newest first."""
         return tuple(path.stem.partition(_BETWEEN)[2] for path in self._in_trash())
+
+    @property
+    def deleted_last(self) -> tuple[str, ...]:
+        """Names of the adapters that were deleted last, together."""
+        trash = self._in_trash()
+        last = [path for path in trash if _deleted_at(path) == _deleted_at(trash[0])]
+        return tuple(sorted(path.stem.partition(_BETWEEN)[2] for path in last))
+
+    def undo_all(self) -> tuple[Card, ...]:
+        """Bring back the adapters that were deleted last, together. Raises SettingsError: there are none."""
+        return tuple(self.undo(name) for name in self.deleted_last or [None])
 
     def undo(self, name: str | None = None) -> Card:
         """Bring back the adapter that was deleted last, or the last of a name; numbered, if its name is taken.
@@ -305,18 +328,19 @@ class Library:
     def _read_all(
         self, origin: Origin, files: Iterable[tuple[str, Path]], beside: tuple[Card, ...]
     ) -> tuple[Card, ...]:
-        cards = beside
+        cards, taken = list[Card](), {key_of(card.name) for card in beside}
         for stem, path in sorted(files, key=lambda file: tidy_name(file[0]) != file[0]):  # what is tidy keeps its name
-            taken = {key_of(card.name) for card in cards}
-            name = tidy_name(stem)
-            if key_of(name) in taken:
-                reason = f"the name {name!r} is in use by another file; rename one of the two"
-                cards += (measured(Card(free_name(name, taken), path, origin, reason=reason)),)
-            else:
-                self._paths = {**self._paths, name: path}
-                read = self._read if len(cards) < self._at_once else glanced
-                cards += (read(Card(name, path, origin)),)
-        return cards[len(beside) :]
+            card = Card(tidy_name(stem), path, origin)
+            if key_of(card.name) in taken:
+                reason = f"the name {card.name!r} is in use by another file; rename one of the two"
+                card = measured(replace(card, name=free_name(card.name, taken), reason=reason))
+            taken.add(key_of(card.name))
+            cards.append(card)
+        self._paths = {**self._paths, **{card.name: card.path for card in cards if card.fits}}
+        at_once = max(0, self._at_once - len(beside))
+        headers = self._adapters.headers() if len(cards) > at_once else {}
+        opened = tuple(self._read(card) if card.fits else card for card in cards[:at_once])
+        return opened + tuple(glanced(card, headers.get(card.name)) if card.fits else card for card in cards[at_once:])
 
     def _read(self, card: Card) -> Card:
         """Read a file in full; on failure the card has the reason."""
@@ -353,7 +377,7 @@ class Library:
         if not self._folder:
             return []
         deleted = self._folder.with_name("trash").glob(f"*{_BETWEEN}*.safetensors")
-        return sorted(deleted, key=_deleted_at, reverse=True)
+        return sorted(deleted, key=lambda path: (-_deleted_at(path), path.name))
 
     def _keys(self) -> set[str]:
         return {key_of(card.name) for card in self._cards}

@@ -1,9 +1,10 @@
 """Interference as HTML: figures of each pair, and a heat map, a row per pair and a cell per layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
 
+from app.insight.effects import hint
 from app.insight.interference import Pair, stage_of
 from shira_diffusers.adapters.interference import Interference
 
@@ -15,18 +16,24 @@ MEASURES = {
 }
 
 
-def summary(pairs: Sequence[Pair]) -> str:
-    """Words and figures of each pair."""
-    return "".join(map(_pair, pairs))
+def summary(pairs: Sequence[Pair], opposing: Mapping[tuple[str, ...], float] | None = None) -> str:
+    """What to expect of each pair, with figures.
+
+    Args:
+        opposing: how far each pushes pictures in opposite directions, once they are drawn.
+    """
+    return "".join(_pair(pair, (opposing or {}).get((pair.first, pair.second))) for pair in pairs)
 
 
-def _pair(pair: Pair) -> str:
+def _pair(pair: Pair, opposing: float | None) -> str:
     figures = "".join(
         f'<div title="{escape(meaning)}"><dt>{label}</dt><dd>{_figure(pair.whole, key)}</dd></div>'
         for label, (key, meaning) in MEASURES.items()
     )
     title = f"{escape(pair.first)} + {escape(pair.second)}"
-    return f'<section class="pair"><h3>{title}</h3><p>{escape(pair.words)}</p><dl>{figures}</dl></section>'
+    said, why = map(escape, hint(opposing)) if opposing is not None else ("", "")
+    verdict = f'<p class="verdict"><b>{said}</b> {why}</p>' if said else ""
+    return f'<section class="pair"><h3>{title}</h3>{verdict}<p>{escape(pair.words)}</p><dl>{figures}</dl></section>'
 
 
 def heat_map(pairs: Sequence[Pair], measure: str) -> str:

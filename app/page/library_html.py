@@ -1,4 +1,4 @@
-"""Show the library and what an adapter holds, as HTML. All text of files is escaped."""
+"""Show what an adapter holds, as HTML. All text of files is escaped."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -10,43 +10,6 @@ from shira_diffusers.formats.adapter_file import AdapterFile
 from shira_diffusers.formats.block import Weight
 
 LAYERS_SHOWN = 400
-
-
-def table(cards: Sequence[Card]) -> str:
-    """All adapters, one per row; those that were left out with the reason."""
-    if not cards:
-        return "<p>No adapters yet: upload one here, or train one.</p>"
-    head = "".join(
-        f'<th scope="col">{title}</th>' for title in ("Name", "Mask", "Density", "Size", "Base", "Trained on", "Origin")
-    )
-    rows = "".join(map(_row, cards))
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _row(card: Card) -> str:
-    name = f'<th scope="row">{escape(card.name)}</th>'
-    size, origin = _cell("Size", f"{card.megabytes:.2f} MB"), _cell("Origin", card.origin)
-    if not card.fits:
-        reason = f'<td colspan="2" class="reason">Left out: {escape(card.reason)}</td>'
-        return f'<tr class="refused">{name}<td colspan="2"></td>{size}{reason}{origin}</tr>'
-    note = f'<span class="note">{escape(card.note)}</span>' if card.note else ""
-    cells = [
-        _cell("Mask", card.mask or "unknown"),
-        _cell("Density", f"{100 * card.density:.2g} %"),
-        size,
-        f'<td data-label="Base">{escape(_short(card.base) or "unknown")}{note}</td>',
-        _cell("Trained on", f"“{card.trigger}”" if card.trigger else "unknown"),
-        origin,
-    ]
-    return f"<tr>{name}{''.join(cells)}</tr>"
-
-
-def _cell(label: str, text: str) -> str:
-    return f'<td data-label="{label}">{escape(text)}</td>'
-
-
-def _short(base: str) -> str:
-    return base.rstrip("/").rpartition("/")[2] if base.startswith("/") else base
 
 
 def inspection(card: Card, found: AdapterFile) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.api.described_page import DescribedPage
 from app.api.library import add_library_api
 from app.api.pictures import add_api, add_pictures_api
 from app.api.training import add_training_api
@@ -14,7 +15,7 @@ from app.page.tabs.interference import InterferenceTab
 from app.page.tabs.library import LibraryTab
 from app.page.tabs.mix import MixTab
 from app.page.tabs.train import TrainTab
-from app.server.messages import Page
+from app.server.visitors import visitor_of
 from app.studio import Studio
 
 CACHE_SECONDS = 24 * 60 * 60  # pictures not fetched for a day are deleted from the disk
@@ -22,7 +23,7 @@ CACHE_SECONDS = 24 * 60 * 60  # pictures not fetched for a day are deleted from 
 
 def build(studio: Studio) -> gr.Blocks:
     """The app over a studio, to be served with ``launch``."""
-    with Page(
+    with DescribedPage(
         title="SHiRA style studio", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as blocks:
         session = studio.session
@@ -32,7 +33,7 @@ def build(studio: Studio) -> gr.Blocks:
             tabs: dict[str, Any] = {
                 "Mix": mix,
                 "Compare": CompareTab(studio, mix),
-                "Interference": InterferenceTab(studio),
+                "Interference": InterferenceTab(studio, mix),
                 "Train": TrainTab(studio, mix),
                 "Library": LibraryTab(studio),
                 "History": HistoryTab(studio, mix),
@@ -46,6 +47,12 @@ def build(studio: Studio) -> gr.Blocks:
         add_pictures_api(studio)
         add_library_api(studio)
         add_training_api(studio)
+
+        def leave(request: gr.Request) -> None:
+            """End what a page or a client that is gone waits for."""
+            studio.requests.stop(visitor_of(request).visit)
+
+        blocks.unload(leave)
     return blocks
 
 
@@ -55,7 +62,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, **options: Any) -> str:
         server_name=host,
         server_port=port,
         theme=theme.theme(),
-        js=theme.ROLES.read_text(encoding="utf-8"),
+        js=theme.scripts(),
         css_paths=[theme.CSS, *sorted(theme.CSS.parent.glob("css/*.css"))],
         footer_links=["api"],
         ssr_mode=False,

@@ -11,12 +11,14 @@ from app.library.cards import Card
 from app.server.served_files import address
 from app.settings.strengths import MAX_STRENGTH, MIN_STRENGTH, Mix
 
-SCRIPT = Path(__file__).parent / "js" / "style_picker.js"
+SCRIPTS = Path(__file__).parent / "js"
 TEMPLATE = """
 <div class="picker-head">
 <input type="search" class="picker-filter" placeholder="Filter styles" aria-label="Filter styles">
-<span class="picker-count" role="status"></span><button type="button" class="picker-clear">all off</button></div>
-<ul class="picker-cards" aria-label="Styles"></ul>
+<span class="picker-count" role="status"></span>
+<span class="picker-keys" aria-hidden="true">↑ ↓ other styles</span>
+<button type="button" class="picker-clear">all off</button></div>
+<ul class="picker-cards" aria-label="Styles; the arrow keys lead from one to the next"></ul>
 <button type="button" class="picker-more" hidden></button>
 <p class="picker-lost" hidden>No style has this in its name or words.</p>
 <p class="picker-none" hidden>No styles yet: no file in the adapters folder fits. Add some in Library or Train.</p>
@@ -34,7 +36,7 @@ def make_style_picker(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
         mix,
         label="Styles",
         html_template=TEMPLATE,
-        js_on_load=SCRIPT.read_text(encoding="utf-8"),
+        js_on_load=script("style_picker"),
         apply_default_css=False,
         elem_id="style-picker",
         cards=list(cards),
@@ -43,6 +45,11 @@ def make_style_picker(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
         page=PAGE,
         live=False,
     )
+
+
+def script(name: str) -> str:
+    """JavaScript of a component, behind what components share."""
+    return "".join((SCRIPTS / f"{each}.js").read_text(encoding="utf-8") for each in ("make", name))
 
 
 def shown(card: Card, thumbnails: Thumbnails) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from typing import Any
 
 import gradio as gr
 
+from app.insight.lora_timing import RANK, Timings
 from app.settings.strengths import Strength, strength_text
 
 REFUSALS_SHOWN = 3
 CSS = Path(__file__).with_name("style.css")
-ROLES = Path(__file__).parent / "js" / "roles.js"
+SCRIPTS = [Path(__file__).parent / "js" / f"{name}.js" for name in ("roles", "addresses")]
+PICTURES = (Path(__file__).parent / "js" / "pictures.js").read_text(encoding="utf-8")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -38,6 +40,11 @@ def theme() -> gr.themes.Base:
     )
 
 
+def scripts() -> str:
+    """The JavaScript that runs once as the page opens."""
+    return f"() => [{','.join(script.read_text(encoding='utf-8') for script in SCRIPTS)}].forEach((run) => run())"
+
+
 def header(model: str, styles: int) -> str:
     """The page's title line."""
     count = f"{styles} style{'' if styles == 1 else 's'}"
@@ -54,24 +61,53 @@ def refusals(refused: Iterable[tuple[str, str]]) -> str:
 
 
 def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
-    """What a picture took, from its report; dashes before the first."""
-    switch = report["switch_ms"] if report else 0.0
+    """What a picture took, from its report, which may be a stranger's; dashes before the first.
+
+    Seed and time first; what the switch changed is in a fold.
+    """
+    labels = ("seed", f"to draw{', as a preview' * preview}", "to switch", "entries changed", "of weights changed")
     cells = [
-        (f"{switch:.2g} ms" if switch < 10 else f"{switch:.0f} ms", "to switch"),
-        (f"{report['entries_changed']:,}" if report else "", "entries changed"),
-        (f"{100 * report['share_changed']:.2f} %" if report else "", "of weights changed"),
-        (f"{report['generation_s']:.1f} s" if report else "", "to draw, as a preview" if preview else "to draw"),
-        (str(report["seed"]) if report else "", "seed"),
+        f"<div><b>{value}</b><span>{label}</span></div>"
+        for value, label in zip(_measured(report or {}), labels, strict=True)
     ]
-    return "".join(f"<div><b>{value if report else '–'}</b><span>{label}</span></div>" for value, label in cells)  # noqa: RUF001
+    switched = f"<details><summary>The switch</summary>{''.join(cells[2:])}</details>" if report else ""
+    return "".join(cells[:2]) + switched
 
 
-def lora(milliseconds: float | None, rank: int) -> str:
-    """What fusing a LoRA takes here, beside the time to switch."""
-    if milliseconds is None:
+def _measured(report: Mapping[str, Any]) -> Iterable[str]:
+    try:
+        return (
+            f"{report['seed']:d}",
+            f"{report['generation_s']:.1f} s",
+            milliseconds(report["switch_ms"]),
+            f"{report['entries_changed']:,d}",
+            f"{100 * report['share_changed']:.2f} %",
+        )
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return ("–",) * 5  # noqa: RUF001
+
+
+def made(report: Mapping[str, Any]) -> str:
+    """A line that says how a picture was made, from checked settings."""
+    how = f"{caption(report)} · {report['steps']} steps · guidance {report['guidance']:g}"
+    return f"<p>“{html.escape(report['prompt'][:300])}” · {html.escape(how)}</p>"
+
+
+def lora(timings: Timings | None) -> str:
+    """What a switch and fusing a LoRA take here, in a fold."""
+    if timings is None:
         return ""
-    time = f"{milliseconds:.2g}" if milliseconds < 10 else f"{milliseconds:.0f}"
-    return f"<p>Fusing a LoRA of rank {rank} into the same weights: <b>{time} ms</b>, measured here at start-up.</p>"
+    switch, fuse = map(milliseconds, (timings.switch, timings.fuse))
+    return (
+        "<details><summary>Switching beside fusing a LoRA</summary>"
+        f"<p><b>{switch}</b> to switch to an adapter, <b>{fuse}</b> to fuse a LoRA of rank {RANK} into the same "
+        f"weights: medians of {timings.runs} warm runs each, by turns, here at start-up.</p></details>"
+    )
+
+
+def milliseconds(value: float) -> str:
+    """A time with two digits or more."""
+    return f"{value:.2g} ms" if value < 10 else f"{value:.0f} ms"
 
 
 def caption(report: Mapping[str, Any]) -> str:

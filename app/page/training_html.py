@@ -49,9 +49,9 @@ def _sentence(state: Progress) -> str:
     if training.state == "failed":
         return f"{training.problem[:1].upper()}{training.problem[1:]}. It can be resumed {at}."
     if training.state == "running":
-        return (
-            "Learning." if state.steps.done else "Getting ready: the trainer loads the model and looks at the pictures."
-        )
+        onward = f" It goes on {at}." if state.steps.done else ""
+        ready = f"Getting ready: the trainer loads the model and looks at the pictures.{onward}"
+        return ready if state.loading else "Learning."
     kept = f" What it had learned is in the library as “{training.adapter}”." if training.adapter else ""
     why = "It was cancelled" if training.state == "cancelled" else "The app was closed while it trained"
     return f"{why}. It can be resumed {at}.{kept}"

@@ -1,5 +1,6 @@
 """Decide who may reach the app, and what the server refuses to everybody."""
 
+import asyncio
 import ipaddress
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import secrets
 import stat
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -103,7 +105,11 @@ def protection(studio: Studio) -> dict[str, Any]:
         "blocked_paths": [str(studio.data.resolve() / name) for name in ("adapters", "trash", "trainings", "pictures")],
         "enable_monitoring": False,
         "app_kwargs": {
-            "middleware": [Middleware(NothingElsewhere), *([] if studio.galleries.shared else [Middleware(Known)])]
+            "middleware": [
+                Middleware(NothingElsewhere),
+                Middleware(CancelsOne),
+                *([] if studio.galleries.shared else [Middleware(Known)]),
+            ]
         },
     }
 
@@ -150,6 +156,35 @@ class Known:
             await send(message)
 
         await self._app(scope, receive, send_with_cookie)
+
+
+class CancelsOne:
+    """ASGI middleware that ends the call named in a request to ``/cancel``, and no other of the same client.
+
+    Gradio by itself ends all calls of a client to the same endpoint.
+    """
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, without the endpoint: Gradio tells the client and forgets the call."""
+        if scope["type"] == "http" and scope["method"] == "POST" and str(scope["path"]).endswith("/cancel"):
+            body = await _read(receive) or b""
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # Gradio refuses it
+                call = json.loads(body)
+                await _cancel(f"{call['session_hash']}_{call['fn_index']}<gradio-sep>{call['event_id']}")
+                body = json.dumps(call | {"fn_index": -1}).encode()
+            receive = _again(body, receive)
+        await self._app(scope, receive, send)
+
+
+async def _cancel(name: str) -> None:
+    """Cancel the task of a name that Gradio has given it, and wait for its end."""
+    ended = [task for task in asyncio.all_tasks() if task.get_name() == name]
+    for task in ended:
+        task.cancel()
+    await asyncio.gather(*ended, return_exceptions=True)
 
 
 def _has_cookie(scope: Scope) -> bool:

@@ -10,6 +10,7 @@ import gradio as gr
 from gradio.exceptions import InvalidPathError
 from pydantic import ValidationError
 
+from app.drawing.requests import Stopped
 from app.library.cards import one_sentence
 from shira_diffusers import ShiraError
 
@@ -44,6 +45,8 @@ class Page(gr.Blocks):
             return await super().process_api(*args, **kwargs)
         except gr.Error:
             raise
+        except Stopped as error:
+            raise gr.Error("The drawing was stopped", print_exception=False) from error
         except (InvalidPathError, ValidationError) as error:
             logger.info("refused: %s", one_sentence(error))
             sentence = "A file must be uploaded first: send it as gradio_client's handle_file(path) does, not as a path"

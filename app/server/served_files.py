@@ -1,6 +1,7 @@
 """Files handed to browsers: copies in Gradio's cache, so that none of the app's own folders is ever served."""
 
 from pathlib import Path
+from urllib.parse import quote
 
 from gradio.components.base import Component
 from gradio.processing_utils import save_file_to_cache
@@ -14,4 +15,4 @@ def cached(component: Component, file: Path) -> str:
 
 def address(file: Path) -> str:
     """Where a browser gets a copy, relative to the page."""
-    return f"gradio_api/file={save_file_to_cache(file, get_upload_folder())}"
+    return f"gradio_api/file={quote(save_file_to_cache(file, get_upload_folder()))}"

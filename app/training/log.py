@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -25,16 +25,31 @@ class Steps:
         losses: by step, in order.
         speed: pictures per second, of the last steps; 0 before the first.
         peak_gib: memory that the trainer took at most.
+        times: when each step ended, in seconds since 1970, by step; of old logs none.
     """
 
     losses: Mapping[int, float]
     speed: float = 0.0
     peak_gib: float = 0.0
+    times: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
         """The last step."""
         return max(self.losses, default=0)
+
+    def since(self, begun: float) -> tuple[int, ...]:
+        """The steps that ended after a time, in order."""
+        return tuple(step for step, ended in self.times.items() if ended > begun)
+
+    def seconds_per_step(self, begun: float, most: int) -> float | None:
+        """As the clock says, samples and all that takes time between included: a mean over the last steps since then.
+
+        Args:
+            most: that it looks at.
+        """
+        steps = self.since(begun)[-most:]
+        return (self.times[steps[-1]] - self.times[steps[0]]) / (len(steps) - 1) if len(steps) > 1 else None
 
 
 def read_steps(output: Path) -> Steps:
@@ -46,7 +61,8 @@ def read_steps(output: Path) -> Steps:
         return Steps({})
     speed = median(float(line.get("images_per_second", 0)) for line in steps[-RECENT:])
     peak = max(float(line.get("peak_memory_gib", 0)) for line in steps)
-    return Steps({int(line["step"]): float(line["loss"]) for line in steps}, speed, peak)
+    times = {int(line["step"]): float(line["time"]) for line in steps if "time" in line}
+    return Steps({int(line["step"]): float(line["loss"]) for line in steps}, speed, peak, times)
 
 
 def _lines(file: Path) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -19,9 +20,9 @@ import psutil
 from app.library.cards import one_sentence
 from app.library.library import Library
 from app.settings.checks import SettingsError
-from app.training.log import Steps, last_checkpoint, last_line, read_steps, samples
+from app.training.log import RECENT, Steps, last_checkpoint, last_line, read_steps, samples
 from app.training.pictures import Sent, write_pictures
-from app.training.recipe import Base, Recipe
+from app.training.recipe import SAMPLES, Base, Recipe
 from shira_diffusers import ShiraError
 from shira_diffusers.atomic_write import write_atomically
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
@@ -45,6 +46,7 @@ class Training:
         base: the model that it trains.
         created: when it was started first, in seconds since 1970.
         pid: of the trainer's process, and ``begun``, when that began: a later process may get the same number.
+        launched: when the trainer was started or resumed last, in seconds since 1970.
         adapter: what it is called in the library, once it is there.
         problem: why it failed, in one sentence.
     """
@@ -57,6 +59,7 @@ class Training:
     state: State = "running"
     pid: int = 0
     begun: float = 0.0
+    launched: float = 0.0
     adapter: str = ""
     problem: str = ""
 
@@ -75,6 +78,7 @@ class Progress:
         seconds_left: about; None before the first step, and when it has ended.
         samples: pictures that show what was learned, by step.
         checkpoint: the step from which it can be resumed, 0 if from the beginning.
+        loading: whether the trainer that is running has not come to a step yet.
     """
 
     training: Training
@@ -82,6 +86,7 @@ class Progress:
     seconds_left: float | None
     samples: tuple[tuple[int, Path], ...]
     checkpoint: int
+    loading: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -94,6 +99,7 @@ class Progress:
             "peak_memory_gib": self.steps.peak_gib,
             "seconds_left": self.seconds_left,
             "checkpoint": self.checkpoint,
+            "loading": self.loading,
         }
 
 
@@ -149,10 +155,17 @@ class Trainings:
         output = self._folder / training.id / "output"
         steps = read_steps(output)
         checkpoint = last_checkpoint(output)
-        left = None
-        if training.state == "running" and steps.speed:
-            left = (training.recipe.steps - steps.done) * self.pictures_per_step(training.recipe) / steps.speed
-        return Progress(training, steps, left, tuple(samples(output)), checkpoint[0] if checkpoint else 0)
+        running = training.state == "running"
+        loading = running and not steps.since(training.launched)
+        left = self._seconds_left(training, steps) if running and not loading else None
+        return Progress(training, steps, left, tuple(samples(output)), checkpoint[0] if checkpoint else 0, loading)
+
+    def _seconds_left(self, training: Training, steps: Steps) -> float:
+        recipe = training.recipe
+        between_samples = math.ceil(recipe.steps / SAMPLES)  # so that each mean has the time of one
+        measured = steps.seconds_per_step(training.launched, max(RECENT, between_samples + 1))
+        alone = self.pictures_per_step(recipe) / steps.speed if steps.speed else 0.0
+        return (recipe.steps - steps.since(training.launched)[-1]) * (alone if measured is None else measured)
 
     def past(self, recipe: Recipe) -> Steps | None:
         """The steps of the last training like this one, which predict how long it takes."""
@@ -286,13 +299,15 @@ class Trainings:
         folder = self._folder / training.id
         flags = self._flags(training.recipe, folder, resume=resume)
         command = [sys.executable, "-m", "app.training.supervised_run", str(TRAINER), *flags]
+        launched = time.time()
         with (folder / "log.txt").open("ab", buffering=0) as log:
             log.write(b"\n")  # a trainer that was killed leaves half a line
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=self._environment(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
             )
         self._ending = "failed"
-        self._keep(replace(training, pid=self._process.pid, begun=_begun(self._process.pid)))
+        pid = self._process.pid
+        self._keep(replace(training, pid=pid, begun=_begun(pid), launched=launched))
         self._watcher = threading.Thread(target=self._watch, args=(training.id, self._process), daemon=True)
         self._watcher.start()
 
@@ -351,7 +366,8 @@ class Trainings:
         watcher.join(PATIENCE)
 
     def _keep(self, training: Training) -> None:
-        fields = {**training.as_dict(), "base": training.base, "pid": training.pid, "begun": training.begun}
+        own = {name: getattr(training, name) for name in ("base", "pid", "begun", "launched")}
+        fields = {**training.as_dict(), **own}
         write_atomically(self._folder / training.id / "training.json", json.dumps(fields, indent=1).encode())
         self._trainings[training.id] = training
 

@@ -7,7 +7,7 @@ python -m benchmarks.study run screen --claims /tmp/claims     # each of several
 python -m benchmarks.study table benchmarks/study/results/screen        # what came out
 python -m benchmarks.study effects                    # what the styles themselves do to pictures
 python -m benchmarks.study predict benchmarks/study/results/screen      # what foretells how much a pair keeps
-python -m benchmarks.study curves benchmarks/study/results/final --work docs      # the plot
+python -m benchmarks.study curves benchmarks/study/results/size --ways sum      # the plot
 python -m benchmarks.study sheet lora16@0.001=1.15 steady-global@0.001=1.0   # pictures, unpicked
 """
 
@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, help="a new folder that all processes of one run share")
     parser.add_argument("--wait", action="store_true", help="for the judge, that another process trains")
     parser.add_argument("--until", type=float, help="Unix time after which no job is begun")
+    parser.add_argument("--recipes", nargs="+", default=(), help="for curves: names of recipes; default: all")
+    parser.add_argument("--ways", nargs="+", default=(), help="for curves: ways to mix; default: all")
     parser.add_argument("--toy", action="store_true", help="next to nothing, to try the code on a CPU")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -130,7 +132,7 @@ def main() -> None:
         rows = style_effects(world_of(args), 4 if args.toy else 48)
         (args.results / "effects.json").write_text(json.dumps(rows, indent=1) + "\n")
     elif args.step == "curves":
-        draw_curves([Path(folder) for folder in args.plan], args.work / "study-curves.svg")
+        draw_curves([Path(folder) for folder in args.plan], args.work / "study-curves.svg", args.recipes, args.ways)
     else:
         {"judge": judge, "base": make_base, "run": run, "sheet": sheet}[args.step](args)
 

@@ -1,14 +1,18 @@
 """The plot: styles seen against concept kept, a curve a recipe and way to mix, a point a strength."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from benchmarks.study.stats import best, load, table
 from benchmarks.study.tables import grouped, kinds
 
 
-def draw_curves(folders: Iterable[Path], file: Path) -> None:
-    """Write an SVG with a panel for single styles and one for pairs; the point of the highest "kept" is larger."""
+def draw_curves(folders: Iterable[Path], file: Path, recipes: Collection[str] = (), ways: Collection[str] = ()) -> None:
+    """Write an SVG with a panel for single styles and one for pairs; the point of the highest "kept" is larger.
+
+    Args:
+        recipes, ways: names of those to draw; empty is all.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -18,7 +22,10 @@ def draw_curves(folders: Iterable[Path], file: Path) -> None:
         figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
         for folder in folders:
             for files in grouped(load(folder)):
-                for method in dict.fromkeys(row["method"] for row in files[0]["rows"] if row["strengths"]):
+                found = dict.fromkeys(row["method"] for row in files[0]["rows"] if row["strengths"])
+                if recipes and files[0]["recipe"]["name"] not in recipes:
+                    continue
+                for method in [way for way in found if not ways or way in ways]:
                     for axes, size in zip(panels, (1, 2), strict=True):
                         answers = table(files, method, kinds(size))
                         seen, concept = (part.mean((1, 2, 3)) for part in (answers.seen, answers.concept))

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -87,6 +88,11 @@ class ShiraAdapter:
     def nbytes(self) -> int:
         """Bytes of all tensors in memory."""
         return sum(delta.nbytes for delta in self.deltas.values())
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that it changes, sorted."""
+        return tuple(self.deltas)
 
     def component_names(self) -> list[str]:
         """List the first parts of the names, sorted: the components, for an adapter of a pipeline."""

@@ -20,6 +20,7 @@ from shira_diffusers.cli.extract import extract_file
 from shira_diffusers.cli.fuse import DTYPES, fuse_files
 from shira_diffusers.cli.inspect import inspect, written_line
 from shira_diffusers.cli.run import run as run_command
+from shira_diffusers.cli.serve import serve
 from shira_diffusers.cli.terminal import note, printable, say, say_json, table
 from shira_diffusers.cli.train import train
 from shira_diffusers.cli.verify import Verdict, verify_adapter
@@ -122,6 +123,7 @@ _COMMANDS = {
     "export-peft": export_peft,
     "export-onnx": export,
     "diff": diff,
+    "serve": serve,
 }
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ EXAMPLES = {
         'shira demo --prompt "a picture of a red apple" --seed 7 -o apple.png',
         "shira demo --json --base ./my-model --adapters ./my-adapters",
     ),
+    "serve": (
+        "shira serve",
+        "shira serve ./my-model --adapters ./styles --keys keys.txt --port 8000",
+        "shira serve ./my-model --adapters s3://bucket/styles --device cuda --replicas 4 --set max_steps=50",
+    ),
     "export-onnx": (
         "shira export-onnx ./my-model exported",
         "shira export-onnx stable-diffusion-v1-5/stable-diffusion-v1-5 exported --dtype fp16 --json",
@@ -131,6 +136,8 @@ def parser(version: str) -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_whole(1, 1000), default=20, help="of each picture (%(default)s)")
     _add_json(demo)
 
+    _add_serve(commands)
+
     export = commands.add_parser(
         "export-onnx",
         help="export a pipeline for devices without torch",
@@ -148,6 +155,26 @@ def parser(version: str) -> argparse.ArgumentParser:
         if name in EXAMPLES:
             _show_examples(subparser, *EXAMPLES[name])
     return whole
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve pictures over HTTP",
+        description="Serve pictures of one model with any mix of many adapters, for many clients, by Ray Serve.",
+    )
+    serve.set_defaults(command="serve")
+    serve.add_argument("model", metavar="MODEL", nargs="?", help="a diffusers pipeline (the bundled emoji-diffusion)")
+    serve.add_argument("--adapters", metavar="FOLDER", help="or s3://..., hf://... (the bundled styles, read-only)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    serve.add_argument("--port", type=_whole(1, 65535), default=8000, help="port to listen on (%(default)s)")
+    serve.add_argument("--keys", metavar="FILE", help="lines CLIENT:KEY or CLIENT:KEY:admin; without it all are admins")
+    serve.add_argument("--replicas", type=_whole(1, 10_000), help="processes that draw (1)")
+    serve.add_argument("--device", help="cpu or cuda (cpu)")
+    serve.add_argument("--dtype", choices=DTYPES, help="of the weights (float32)")
+    serve.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, see docs/serving.md"
+    )
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

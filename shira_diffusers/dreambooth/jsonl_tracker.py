@@ -1,6 +1,7 @@
 """``--report_to jsonl``: the figures of each step as a line of JSON, for programs that follow a run."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ JSONL_NAME = "steps.jsonl"
 
 
 class JsonlTracker(GeneralTracker):
-    """Appends ``{"step": 1, "loss": ..., "lr": ..., "images_per_second": ..., "peak_memory_gib": ...}`` for each step.
+    """Appends for each step ``{"step": 1, "time": ..., "loss": ..., "lr": ..., "images_per_second": ...,
+    "peak_memory_gib": ...}``; the time is in seconds since 1970.
 
     A run that resumes from a checkpoint writes the steps after it once more: of a step, the last line counts.
 
@@ -34,4 +36,4 @@ class JsonlTracker(GeneralTracker):
         """Append a line, so that concurrent readers see whole lines and at most one unfinished at the end."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")

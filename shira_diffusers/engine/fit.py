@@ -13,7 +13,7 @@ from shira_diffusers.adapters.base_probes import match_base
 from shira_diffusers.engine.sharing import Claim, claims, conflicts
 from shira_diffusers.engine.state import Part, ShiraState, owners, state_of
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
-from shira_diffusers.weights.finder import WeightMap, identity, unwrap, weights_beside
+from shira_diffusers.weights.finder import WeightMap, identity, unwrap, weights_beside, weights_of
 from shira_diffusers.weights.scatter import gather, is_byte_dtype
 from shira_diffusers.weights.targets import weight_shape
 
@@ -70,30 +70,33 @@ def fit(
     unusable: list[str] = []
     own: list[Claim] = []
     for part, its_own in _split(adapter, models).items():
-        weights = WeightMap(models[part])
-        quantized = weights.quantized(its_own.deltas)
+        weights, owner = weights_of(models[part]), _owner(models[part])
+        known = weights.known(its_own.names)
         renamed: dict[str, str] = {}
+        own_names: set[str] = set()
         tied: dict[Any, str] = {}
         for name, delta in its_own.deltas.items():
             try:
-                holders = [] if name in quantized else weights.holders(name)
+                holders = _holders_of(weights, name, known)
             except AdapterMismatchError as error:
                 wrong.append(join_name(part, str(error)))
             except ResidentStateError as error:
                 unusable.append(join_name(part, str(error)))
             else:
                 shape = tuple(holders[0][0].shape) if holders else weight_shape(weights.layer(name))
+                twin = tied.setdefault(identity(holders[0][0]), name) if holders else name
                 own_name = weights.own_name(name)
                 if shape != delta.shape:
                     wrong.append(f"{join_name(part, name)}: expected {shape}, got {delta.shape}")
-                if own_name in renamed.values():
+                if own_name in own_names:
                     wrong.append(f"{join_name(part, name)}: means the same parameter as another name in the adapter")
-                elif holders and its_own.deltas[twin := tied.setdefault(identity(holders[0][0]), name)] != delta:
+                elif twin != name and its_own.deltas[twin] != delta:
                     wrong.append(
                         f"{join_name(part, name)}: has different deltas from {twin}, the same tied weight here"
                     )
-                own += claims({join_name(part, own_name): holders} if holders else {}, _owner(models[part]))
+                own += claims({join_name(part, own_name): holders} if holders else {}, owner)
                 renamed[name] = own_name
+                own_names.add(own_name)
         fitted[part] = its_own.renamed(renamed)
     wrong += [f"{b.name}: {_relation(a, b)} with {a.name}, which has deltas for it too" for a, b in conflicts(own)]
     if wrong:
@@ -107,7 +110,24 @@ def fit(
             f"{counted(len(unusable), 'weight', of=len(adapter.deltas))} cannot be overwritten:{listing(unusable)}"
         )
     _require_unshared(own, models, replacing)
+    for part, its_own in fitted.items():
+        weights = weights_of(models[part])
+        if not weights.known(its_own.names):
+            weights.track(its_own.names)
+        weights.apart = weights.version, frozenset(its_own.names)
     return fitted
+
+
+def _holders_of(weights: WeightMap, name: str, known: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
+    """As ``WeightMap.holders``; nothing for a quantized weight, which gets a branch."""
+    if name in known:
+        return [(known[name], 0)]
+    try:
+        return weights.holders(name)
+    except ResidentStateError:
+        if weights.is_quantized(name):
+            return []
+        raise
 
 
 def _owner(model: nn.Module) -> object:
@@ -175,7 +195,7 @@ def compare_base(parts: Mapping[str, ShiraAdapter], models: Mapping[str, nn.Modu
     """
     pairs = []
     for part, its_own in parts.items():
-        weights, state = WeightMap(models[part]), state_of(unwrap(models[part]))
+        weights, state = weights_of(models[part]), state_of(unwrap(models[part]))
         quantized = weights.quantized(its_own.base_probes)
         for name, probe in its_own.base_probes.items():
             if name in quantized:

@@ -237,6 +237,10 @@ def _is_beside(hold: Hold, outer: Hold, caller: Caller) -> bool:
 
 
 def _wait(hold: Hold) -> None:
+    with _changed:
+        if not _waiting and not _conflicts(hold):  # as a rule: nobody is there
+            _active.append(hold)
+            return
     impatient: float | None = time.monotonic() + PATIENCE
     with _changed, _queued(hold):
         while not _may_enter(hold):

@@ -24,7 +24,7 @@ from shira_diffusers.engine.side_branch import ResidentBranch, hooks_of
 from shira_diffusers.engine.state import ShiraState, ensure_state, state_of
 from shira_diffusers.engine.switch import plan_switch, require_in_range, require_written, run
 from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
-from shira_diffusers.weights.finder import WeightMap, unwrap
+from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
 from shira_diffusers.weights.sweep_triton import engine_for
 from shira_diffusers.weights.targets import models_of
 
@@ -262,7 +262,7 @@ class Resident:
         """Note which weights of an adapter get branches, and warn of the first what that costs."""
         for part, adapter in parts.items():
             state = ensure_state(unwrap(self._models[part]))
-            quantized = WeightMap(self._models[part]).quantized(adapter.deltas)
+            quantized = weights_of(self._models[part]).quantized(adapter.deltas)
             if quantized and not state.quantized:
                 warnings.warn(
                     f"adapter {name!r}: {counted(len(quantized), 'weight', of=len(adapter.deltas))} of "

@@ -4,7 +4,7 @@ In: mixes of the components of a model. Out: their weights overwritten in place,
 Everything is planned and checked first; nothing is ever subtracted: what was overwritten is saved and written back.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,7 @@ from shira_diffusers.engine.sharing import claims, conflicts
 from shira_diffusers.engine.side_branch import ResidentBranch, SideBranch, branches_of, hooks_of, replace_hooks
 from shira_diffusers.engine.state import ShiraState, as_rounded, ensure_state, written_by_others, written_since
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
-from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
+from shira_diffusers.weights.finder import WeightMap, live_weights, unwrap, weights_of
 from shira_diffusers.weights.scatter import cast, overwrite
 from shira_diffusers.weights.steps import EntryPlan, Kind, SavedEntries, SwitchStep
 from shira_diffusers.weights.sweep_cpu import TorchSweep
@@ -43,6 +43,7 @@ class Transaction:
         plans: of what is overwritten next.
         twins: other names of the weights of these, which are tied.
         branches: what runs beside quantized weights next; None where there are none.
+        again: plans it anew.
         incoming: what is overwritten after it, filled on the way.
     """
 
@@ -56,7 +57,8 @@ class Transaction:
     outgoing: list[SavedEntries]
     plans: tuple[EntryPlan, ...]
     twins: dict[str, str]
-    branches: list[tuple[nn.Module, SideBranch]] | None = None
+    branches: list[tuple[nn.Module, SideBranch]] | None
+    again: Callable[[], "Transaction"]
     incoming: list[SavedEntries] = field(default_factory=list)
 
     def commit(self) -> None:
@@ -100,28 +102,28 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     module = unwrap(model)
     state = ensure_state(module)
     adapters = [state.adapters[name] for name in sorted(mix.scales)]
-    weights = weights_of(model)
-    if state.twins:
-        state.note_untied(weights)
+    if state.twins or state.quantized:  # what is not overwritten itself no glance looks at
+        state.note_untied(weights_of(model))
     outgoing_names = tuple([saved.plan.names for saved in state.overwritten])
-    # as a rule a few tuples of the same names
-    names = dict.fromkeys(chain(*outgoing_names, *[adapter.deltas for adapter in adapters]))
-    live = weights.live([name for name in names if name not in state.quantized] if state.quantized else names)
+    weights, live = live_weights(model, _joined([*outgoing_names, *[a.names for a in adapters]], state.quantized))
     if live:
         weights.require_not_frozen()
     version = weights.version
     _require_ours(component, [n for saved in state.overwritten for n in _resized(saved.plan, live, version)])
     outgoing = [part for saved in state.overwritten for part in as_now(saved, live, version)]
     known = plans_of(adapters, [tuple([saved.plan for saved in outgoing]), *state.remembered])
-    usable = ("usable", outgoing_names)  # once per version: all weights are looked at
+    usable = ("usable", outgoing_names, state.quantized)  # once per version: all weights are looked at
 
     def is_usable(plans: tuple[EntryPlan, ...]) -> bool:
+        if not (weights.confirm() and fits_now(plans, live, version)):
+            return False
         _check_weights(component, adapters, weights, live)
         return is_one_name_each(plans, outgoing_names, live)
 
-    fitting = (plans for plans in known if fits_now(plans, live, version))
-    plans = next((plans for plans in fitting if plans[0].once(usable, partial(is_usable, plans), version)), ())
+    plans = next((plans for plans in known if plans[0].once(usable, partial(is_usable, plans), version)), ())
     if adapters and not plans:
+        if not weights.confirm():
+            return plan_switch(component, model, mix, disabled)
         _check_weights(component, adapters, weights, live)
         plans = plan_entries(adapters, live, outgoing_names)
         if plans:
@@ -131,7 +133,16 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
     for plan in plans:
         twins |= plan.once("twins", partial(weights.twins, plan.names), version)
     branches = _plan_branches(component, state, mix, weights) if state.quantized else None
-    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans, twins, branches)
+    again = partial(plan_switch, component, model, mix, disabled)
+    return Transaction(component, module, state, mix, disabled, weights, live, outgoing, plans, twins, branches, again)
+
+
+def _joined(groups: Sequence[tuple[str, ...]], without: Collection[str]) -> tuple[str, ...]:
+    """All names of some groups, as a rule those of one: adapters change the same weights."""
+    apart = list(dict.fromkeys(groups))
+    if len(apart) == 1 and not without:
+        return apart[0]
+    return tuple([name for name in dict.fromkeys(chain(*apart)) if name not in without])
 
 
 def _plan_branches(
@@ -190,6 +201,9 @@ def _require_apart(component: str, weights: WeightMap, names: Iterable[str]) -> 
     Raises:
         ResidentStateError: names the weights.
     """
+    version, apart = weights.apart
+    if version == weights.version and apart.issuperset(names):
+        return
     held = {name: weights.holders(name) for name in names}
     shared = [f"{join_name(component, b.name)} and {a.name}" for a, b in conflicts(claims(held))]
     if shared:
@@ -212,6 +226,7 @@ def run(transactions: Sequence[Transaction]) -> None:
     with ExitStack() as undo:
         if not _carry_out(transactions, undo):
             undo.close()
+            transactions = [one.again() for one in transactions]
             for one in transactions:
                 one.outgoing = read_current(one.component, one.outgoing, one.live)
             if not _carry_out(transactions, undo):
@@ -231,16 +246,20 @@ def _carry_out(transactions: Sequence[Transaction], undo: ExitStack) -> bool:
     """Restore what leaves, save what is overwritten next, overwrite it.
 
     Returns:
-        Whether all that left was what had been written; if not, ``undo`` is due.
+        Whether all that left was what had been written, in the weights that the models have; if not, ``undo`` is due.
 
     Raises:
         ShiraError: sums that are too large for the weights' dtype; ``undo`` is due.
     """
     finite = True
+
+    def confirm() -> bool:
+        return all([one.weights.confirm() for one in transactions])
+
     for steps, sweeps in _prepare(transactions):
         for sweep in sweeps:
             undo.callback(sweep.undo)
-            if not sweep.run():
+            if not sweep.run(confirm):
                 return False
             finite &= sweep.finite
         for step in steps:
@@ -370,8 +389,8 @@ def _undo_copies(step: SwitchStep) -> None:
 
 
 def _write_all(step: SwitchStep, plan: EntryPlan, values: Tensor) -> None:
-    copied = step.weights.copied(plan.names)
-    if copied:
+    version = step.weights.version
+    if copied := plan.once("copied", lambda: step.weights.copied(plan.names), version):
         parts = zip(plan.names, plan.indices.split(plan.sizes), values.split(plan.sizes), strict=True)
         for name, indices, bits in parts:
             for tensor, offset in step.weights.holders(name)[1:] if name in copied else ():

@@ -16,12 +16,15 @@ import shira_diffusers.formats.format_1 as format_1
 import shira_diffusers.formats.format_2 as format_2
 from shira_diffusers.errors import AdapterFormatError
 from shira_diffusers.formats.block import Block, Weight, require_intact
-from shira_diffusers.formats.safetensors_bytes import Bytes, Raw, body_of, dtype_name
+from shira_diffusers.formats.safetensors_bytes import Bytes, Identity, Raw, body_of, dtype_name, identity_of
 
 _THREADED = 2**18  # bytes from which on a thread is worth starting: below, hashing takes less than 0.2 ms
 
 Reader = format_1.Reader | format_2.Reader
 T = TypeVar("T")
+
+_REMEMBERED = 1024  # files
+_verified: dict[Identity, str] = {}  # the checksums that this process has computed
 
 
 def digest(*parts: Bytes) -> str:
@@ -47,6 +50,7 @@ class AdapterFile:
         tensors: by key.
         content: all bytes of the file.
         reader: of our own format.
+        identity: of the file that the bytes were read from; None where another file may have the same.
     """
 
     path: Path
@@ -59,6 +63,7 @@ class AdapterFile:
     tensors: Mapping[str, Raw]
     content: Bytes
     reader: Reader | None
+    identity: Identity | None = None
 
     @property
     def tells_base(self) -> bool:
@@ -146,7 +151,8 @@ class AdapterFile:
     def compared(self, compare: bool = True) -> Iterator[None]:
         """Compare the tensors with the checksum while the block runs, in a thread; it ends before the block does.
 
-        (SHA-256 takes 0.75 ms per MB on a CPU with SHA instructions, which a thread hides where a core is free.)
+        A file that was compared before and has not been written since is not hashed again. (SHA-256 takes 0.75 ms per
+        MB on a CPU with SHA instructions, which a thread hides where a core is free.)
 
         Args:
             compare: False where that was done before.
@@ -157,16 +163,36 @@ class AdapterFile:
         if self.sha256 is None or not compare:
             yield
             return
-        running = _started(self._checked_bytes())
+        running = None if self._is_verified() else _started(self._checked_bytes())
         try:
             yield
         finally:
-            wait([running])  # it reads the mapped file, which may change once this has returned, error or not
-        if running.result() != self.sha256:
+            if running:
+                wait([running])  # it reads the mapped file, which may change once this has returned, error or not
+        if running is None and self._is_verified():
+            return  # nor was it written while it was decoded
+        found = running.result() if running else digest(*self._checked_bytes())
+        if found != self.sha256:
             raise AdapterFormatError(
-                f"{self.path} is damaged: the SHA-256 of its tensors is {running.result()}, expected {self.sha256} as "
+                f"{self.path} is damaged: the SHA-256 of its tensors is {found}, expected {self.sha256} as "
                 "its header says; get an intact copy"
             )
+        self._remember()
+
+    def _is_verified(self) -> bool:
+        return _verified.get(self.identity or ()) == self.sha256 and self._is_unchanged()
+
+    def _is_unchanged(self) -> bool:
+        try:
+            return identity_of(self.path) == self.identity
+        except OSError:
+            return False  # gone
+
+    def _remember(self) -> None:
+        if self.identity and self.sha256 and self._is_unchanged():
+            if len(_verified) >= _REMEMBERED:
+                _verified.clear()
+            _verified[self.identity] = self.sha256
 
     def _checked_bytes(self) -> Sequence[Bytes]:
         if self.format_version == format_2.VERSION:

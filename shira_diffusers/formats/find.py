@@ -1,6 +1,7 @@
 """Find an adapter's file on this machine: by its own name, or in a folder, as written by us or by PEFT."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from shira_diffusers.formats.paths import SUFFIX, did_you_mean, shown_in
@@ -26,7 +27,12 @@ def safetensors_in(folder: Path) -> list[Path]:
     Hidden ones are left out, such as the side files ``._NAME.safetensors`` that macOS makes. The suffix counts in any
     case, but beside ``NAME.safetensors`` another spelling of it does not.
     """
-    files = [path for path in shown_in(folder) if path.suffix.lower() == SUFFIX and os.path.isfile(path)]
+    return safetensors_among(shown_in(folder))
+
+
+def safetensors_among(shown: Iterable[Path]) -> list[Path]:
+    """Those of the paths of a folder that ``safetensors_in`` lists."""
+    files = [path for path in shown if path.suffix.lower() == SUFFIX and os.path.isfile(path)]
     usual = {path.stem for path in files if path.suffix == SUFFIX}
     return [path for path in files if path.suffix == SUFFIX or path.stem not in usual]
 

@@ -136,7 +136,10 @@ def _row(row: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 def _is_text(name: str) -> bool:
     """Whether a name can be written again: not empty, and no half of a surrogate pair, which JSON can spell."""
-    return bool(name) and not any("\ud800" <= letter <= "\udfff" for letter in name)
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _sums(parts: Mapping[str, tuple[Raw, Sequence[int]]]) -> list[str]:

@@ -75,6 +75,7 @@ def ours(reader: Reader, opened: Opened, path: Path) -> AdapterFile:
         opened.tensors,
         opened.content,
         reader,
+        opened.identity,
     )
 
 

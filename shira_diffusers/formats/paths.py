@@ -77,4 +77,5 @@ def is_hidden(name: str) -> bool:
 
 def shown_in(folder: Path) -> list[Path]:
     """What a folder holds, sorted, but for hidden entries; nothing where there is no such folder."""
-    return sorted(path for path in folder.iterdir() if not is_hidden(path.name)) if folder.is_dir() else []
+    names = sorted(name for name in os.listdir(folder) if not is_hidden(name)) if folder.is_dir() else []
+    return [folder / name for name in names]

@@ -8,6 +8,7 @@ in this module, nor in what it imports, needs torch.
 import json
 import mmap
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from shira_diffusers.formats.contents import guess
 from shira_diffusers.formats.paths import SUFFIX
 
 Bytes = NDArray[np.uint8]
+Identity = tuple[int, ...]
 
 _ARRAYS: dict[str, Any] = {
     "F64": np.float64,
@@ -39,6 +41,7 @@ _ARRAYS: dict[str, Any] = {
 }
 # what the library, and our own look at the header, raise for a damaged file
 _UNREADABLE = (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
+_TICK = 50_000_000  # nanoseconds
 _LONG_NAMES = {"B": "bfloat", "F": "float", "I": "int", "U": "uint"}
 
 
@@ -50,11 +53,15 @@ class Raw(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """An intact safetensors file: tensors by key, which are parts of ``content``, and the header's strings."""
+    """An intact safetensors file: tensors by key, which are parts of ``content``, and the header's strings.
+
+    ``identity`` is which file the bytes were read from, see ``identity_of``; None where another may have the same.
+    """
 
     tensors: dict[str, Raw]
     metadata: dict[str, str]
     content: Bytes
+    identity: Identity | None = None
 
 
 class Span(NamedTuple):
@@ -112,22 +119,28 @@ def open_safetensors(file: Path, read: Callable[[Path], Bytes] = mapped) -> Open
         AdapterFormatError: the file is truncated, is a pickle, or is otherwise no safetensors file.
     """
     for last in (False, False, True):
-        before = _identity(file)
+        before = identity_of(file)
+        settled = _is_settled(before)
         try:
             found = _open(file, read)
         except AdapterFormatError:
-            if last or _identity(file) == before:
+            if last or identity_of(file) == before:
                 raise
         else:
-            if _identity(file) == before:
-                return found
+            if identity_of(file) == before:
+                return found._replace(identity=before if settled else None)
     raise AdapterFormatError(f"{file} changed each time it was read, expected a whole file; wait until it is written")
 
 
-def _identity(file: Path) -> tuple[int, ...]:
-    """Which file a path means now: it is opened several times, and may be replaced in between."""
+def identity_of(file: Path) -> Identity:
+    """Which file a path means now, and its last change: each write, rename and ``utime`` sets ``st_ctime`` to now."""
     stat = file.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _is_settled(identity: Identity) -> bool:
+    """Whether a write from now on gives another identity: clocks of file systems tick every few milliseconds."""
+    return os.name == "posix" and time.time_ns() - identity[-1] > _TICK  # elsewhere that is when it was created
 
 
 def _open(file: Path, read: Callable[[Path], Bytes]) -> Opened:

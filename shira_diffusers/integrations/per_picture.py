@@ -22,14 +22,24 @@ _COMPONENTS = ("unet", "transformer", "controlnet", "text_encoder")  # whose bat
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 
 
-def keyword_of(given: Mapping[str, object]) -> str | None:
-    """The argument of a call that asks for an adapter per picture, if any.
+def keyword_of(given: Mapping[str, object], key: str = KEY) -> str | None:
+    """The argument of a call that holds an option of ours, if any.
 
     Args:
         given: the arguments of the call by name.
+        key: the option: an adapter per picture, unless another is named.
     """
     options = ((name, given.get(name)) for name in KEYWORDS)
-    return next((name for name, option in options if isinstance(option, Mapping) and KEY in option), None)
+    return next((name for name, option in options if isinstance(option, Mapping) and key in option), None)
+
+
+def pictures_of(given: Mapping[str, Any]) -> int:
+    """How many pictures a call draws.
+
+    Raises:
+        ShiraError: there are no prompts.
+    """
+    return _prompts(given) * next((given[name] for name in _PER_PROMPT if given.get(name)), 1)
 
 
 @contextmanager
@@ -55,7 +65,7 @@ def adapters_per_picture(resident: Resident, given: Mapping[str, Any], keyword: 
     """
     options = dict(given[keyword])
     entries, prompts = options.pop(KEY), _prompts(given)
-    pictures = prompts * next((given[name] for name in _PER_PROMPT if given.get(name)), 1)
+    pictures = pictures_of(given)
     with resident.writing():
         planned = _plan(resident, _mixes(resident, entries, prompts), pictures)
         with resident.using({}), ExitStack() as undo:
@@ -131,7 +141,7 @@ def _prompts(given: Mapping[str, Any]) -> int:
     if prompt is None:
         prompt = given.get("prompt_embeds")
     if prompt is None:
-        raise ShiraError(f"{KEY} has an adapter per prompt, and there are none: give prompt or prompt_embeds")
+        raise ShiraError("adapters per picture and shira_negative need prompts: give prompt or prompt_embeds")
     return 1 if isinstance(prompt, str) else len(prompt)
 
 

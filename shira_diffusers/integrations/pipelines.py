@@ -31,7 +31,10 @@ from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.formats.peft import decode_peft_for, is_peft_state_dict
 from shira_diffusers.formats.shira_file import decode, require_tensors, save_adapter
 from shira_diffusers.integrations.lora_scale import warn_of_ignored_scale
+from shira_diffusers.integrations.negative_half import KEY as NEGATIVE
+from shira_diffusers.integrations.negative_half import weaker_negative
 from shira_diffusers.integrations.per_picture import adapters_per_picture, keyword_of
+from shira_diffusers.weights.finder import unwrap, weights_beside
 from shira_diffusers.weights.targets import models_of
 
 logger = logging.getLogger(__name__)
@@ -360,7 +363,9 @@ def _read(pipe: DiffusionPipeline, source: Source, component: str | None, option
 
 def _device_of(models: Mapping[str, nn.Module], components: Sequence[str]) -> torch.device | None:
     """The CUDA device that all weights of the models are on, to decode there; None is the CPU."""
-    devices = {p.device for name in components if name in models for p in models[name].parameters()}
+    devices = {
+        device for name in components if name in models for device in weights_beside(unwrap(models[name])).devices()
+    }
     return devices.pop() if len(devices) == 1 and all(device.type == "cuda" for device in devices) else None
 
 
@@ -433,8 +438,13 @@ def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
         resident = resident_of(self)
         given = dict(zip(parameters, args, strict=False)) | kwargs
         warn_of_ignored_scale(self, given, lambda: resident.active, resident.models.values())
+        if keyword_of(given) and keyword_of(given, NEGATIVE):
+            raise ShiraError("shira_adapters and shira_negative are both given: a call takes one of them")
         if keyword := keyword_of(given):
             with adapters_per_picture(resident, given, keyword) as given:
+                return run(self, **given)
+        if keyword := keyword_of(given, NEGATIVE):
+            with weaker_negative(self, resident, given, keyword) as given:
                 return run(self, **given)
         with _generating(resident):
             return run(self, *args, **kwargs)

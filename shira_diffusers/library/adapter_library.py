@@ -22,6 +22,7 @@ from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.formats.gpu_decoder import record_stream
 from shira_diffusers.integrations.pipelines import models_of, resident_of
 from shira_diffusers.library.folder import Catalog, Listing, Version
+from shira_diffusers.library.header_index import AdapterHeader, HeaderIndex
 from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store, TierStats
 from shira_diffusers.weights.finder import unwrap
 
@@ -50,7 +51,7 @@ class AdapterLibrary:
     """The adapters of a folder, or of several, loaded when they are used.
 
     In the host's memory they are kept as in their files, byte for byte, within ``ram_bytes``; decoded, on the device,
-    within ``device_bytes``, with LRU eviction. All methods are safe to call from several threads: an
+    within ``device_bytes``; what is used often is evicted last. All methods are safe to call from several threads: an
     adapter that several clients want is read and decoded once. Files that change on disk are read again at their next
     use.
 
@@ -65,6 +66,8 @@ class AdapterLibrary:
         device: where decoded ones are, best that of the models' weights; None is the current CUDA device, or the CPU
             where there is none. On CUDA the host's memory is pinned and adapters are decoded by the GPU.
         threads: that prefetch.
+        index: an SQLite file that keeps ``headers`` between starts, made where there is none. Processes may share it; a
+            damaged one is built anew. None, and one that cannot be written, keeps them in memory only.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -80,12 +83,14 @@ class AdapterLibrary:
         exceed: bool = False,
         device: str | torch.device | None = None,
         threads: int = 2,
+        index: str | os.PathLike[str] | None = None,
     ) -> None:
         if ram_bytes < 0 or device_bytes < 0:
             raise ShiraError(f"budgets must be 0 bytes or more, got ram_bytes={ram_bytes}, device_bytes={device_bytes}")
         self.device = _device(device)
         folders = [folder] if isinstance(folder, str | os.PathLike) else folder
         self._catalog = Catalog(folders if callable(folders) else map(Path, folders))
+        self._index = HeaderIndex(None if index is None else Path(index))
         self._store = Store(ram_bytes, device_bytes, self.device, exceed=exceed)
         self._served: WeakSet[nn.Module] = WeakSet()
         self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
@@ -107,6 +112,13 @@ class AdapterLibrary:
             damaged = {name: str(error) for name, (_, error) in self._store.refused.items()}
         return {**damaged, **self._catalog.clashes()}
 
+    def headers(self) -> dict[str, AdapterHeader]:
+        """What the headers of all adapters in the folder say, by name, but for those that cannot be read.
+
+        Each version of a file is read once, whatever is decoded, active or evicted.
+        """
+        return self._index.headers(self._catalog.versions())
+
     def stats(self) -> LibraryStats:
         """Hits, misses, evictions and bytes of both tiers."""
         with self._store.lock:
@@ -115,8 +127,8 @@ class AdapterLibrary:
     def prefetch(self, names: str | Iterable[str]) -> None:
         """Load adapters in the background, as far as the budgets allow; returns at once.
 
-        What is active, and what waiting clients want, is not evicted for them. Errors are raised at use. (PEFT's
-        adapters need a model and are loaded at their first use.)
+        What is active, what waiting clients want, and what was prefetched before and is not used yet is not evicted for
+        them. Errors are raised at use. (PEFT's adapters need a model and are loaded at their first use.)
 
         Raises:
             ShiraError: the library is closed.
@@ -129,7 +141,7 @@ class AdapterLibrary:
 
     def _prefetch(self, name: str) -> None:
         try:
-            self._store.warm(self._find(name), None, self._is_free)
+            self._store.warm(self._find(name), None, self._is_spare)
         except (ShiraError, OSError):
             return  # raised at use
 
@@ -360,6 +372,10 @@ class AdapterLibrary:
     def _is_free(self, version: Version, decoded: Decoded) -> bool:
         """Whether no model has it."""
         return not any(_holds(module, version, decoded) for module in self._served)
+
+    def _is_spare(self, version: Version, decoded: Decoded) -> bool:
+        """Whether it is free, and not prefetched for a use to come."""
+        return not self._store.device.expects(version) and self._is_free(version, decoded)
 
     def _may_leave(self, user: "_User") -> MayLeave:
         """What no other model has."""

@@ -2,15 +2,17 @@
 
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from shira_diffusers.errors import ShiraError
-from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, is_peft_folder, safetensors_in
+from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, is_peft_folder, safetensors_among
 from shira_diffusers.formats.paths import did_you_mean, shown_in
 
 _SHOWN = 20
+_SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
 
 Listing = Callable[[], Iterable[tuple[str, Path]]]
 """Gives names and paths as ``adapters_in`` does; called again whenever a name is not where it was."""
@@ -37,16 +39,23 @@ class Version(NamedTuple):
         """Whether the file is still this version."""
         return self._replace(model=0) == _version(self.name, self.path)
 
+    def is_settled(self) -> bool:
+        """Whether the file was old enough that it cannot have changed since without another time."""
+        return time.time_ns() - self.modified_ns > _SETTLED_NS
+
 
 def adapters_in(folder: Path) -> list[tuple[str, Path]]:
     """All adapters in a folder: names and paths, sorted. The one list that the library, the app and the demo take.
 
-    An adapter ``NAME`` is a file ``NAME.safetensors`` (see ``files.safetensors_in``), or a sub-folder ``NAME`` with the
+    An adapter ``NAME`` is a file ``NAME.safetensors`` (see ``find.safetensors_in``), or a sub-folder ``NAME`` with the
     standard file, whose path is then this file's, or with what PEFT saves, whose path is the folder. Hidden files and
     folders, such as ``._NAME.safetensors``, are none. A file and a sub-folder may have one name. Nothing is read.
     """
-    files = [(path.stem, path) for path in safetensors_in(folder)]
-    return sorted(files + [(inner.name, path) for inner in shown_in(folder) if (path := _adapter_of(inner))])
+    shown = shown_in(folder)
+    files = safetensors_among(shown)
+    found = [(path.stem, path) for path in files]
+    others = set(shown).difference(files)
+    return sorted(found + [(inner.name, path) for inner in others if (path := _adapter_of(inner))])
 
 
 def _adapter_of(folder: Path) -> Path | None:
@@ -114,6 +123,11 @@ class Catalog:
             raise ShiraError(self._clash(name, paths) if paths else self._unknown(name))
         return version
 
+    def versions(self) -> list[Version]:
+        """What is on disk now, but for names that clash."""
+        alone = [(name, paths[0]) for name, paths in self.scan().items() if len(paths) == 1]
+        return [version for name, path in alone if (version := _version(name, path)) is not None]
+
     def clashes(self) -> dict[str, str]:
         """Names that two adapters have, and what is wrong."""
         with self._lock:
@@ -134,10 +148,9 @@ class Catalog:
 def _version(name: str, path: Path) -> Version | None:
     """What is on disk now; None for what is gone, or is no file any more: opening a pipe could block."""
     try:
-        file = path
-        if path.is_dir():  # PEFT's; one without weights is refused at use
-            file = path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else PEFT_CONFIG)
-        found = file.stat()
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):  # PEFT's; one without weights is refused at use
+            found = (path / (PEFT_WEIGHTS if (path / PEFT_WEIGHTS).is_file() else PEFT_CONFIG)).stat()
     except OSError:
         return None
     if not stat.S_ISREG(found.st_mode):

@@ -1,12 +1,12 @@
 """Cache the adapters of a folder in two tiers: packed bytes in host memory, decoded ones on the weights' device.
 
-A tier holds items by key within a budget of bytes, with LRU eviction.
+A tier holds items by key within a budget of bytes. Eviction is by frequency and recency: GreedyDual-Size with frequency
+(Cherkasova, 1998), where a load takes a time in proportion to its bytes, as was measured (benchmarks: library_scale).
 
 Of models it knows only what its callers pass: which adapters may be evicted.
 """
 
 import threading
-import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -45,8 +45,6 @@ Key = TypeVar("Key", bound=Named)
 Item = TypeVar("Item")
 Models = Mapping[str, nn.Module]
 
-_SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system: a younger file may change without another time
-
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
@@ -73,6 +71,9 @@ class TierStats:
 class _Slot(Generic[Item]):
     item: Item
     nbytes: int
+    priority: int
+    expected: int = 0  # until so many evictions
+    uses: int = 0
     pins: int = 0
 
 
@@ -87,14 +88,21 @@ class Tier(Generic[Key, Item]):
         self._slots: OrderedDict[Key, _Slot[Item]] = OrderedDict()
         self._named: defaultdict[str, dict[Key, None]] = defaultdict(dict)
         self._reserved: dict[Key, int] = {}
+        self._age = 0  # the priority of what was evicted last: what is used from now on is above it
         self._used = self._hits = self._misses = self._evictions = 0
 
     def __contains__(self, key: Key) -> bool:
         return key in self._slots
 
     def __iter__(self) -> Iterator[tuple[Key, Item]]:
-        """Keys and items, least recently used first: a snapshot."""
-        return iter([(key, slot.item) for key, slot in self._slots.items()])
+        """Keys and items in the order in which they are evicted: a snapshot."""
+        return iter([(key, slot.item) for key, slot in self._ordered()])
+
+    def _ordered(self) -> list[tuple[Key, _Slot[Item]]]:
+        def order(pair: tuple[Key, _Slot[Item]]) -> tuple[bool, int]:
+            return self.expects(pair[0]), pair[1].priority
+
+        return sorted(self._slots.items(), key=order)  # stable: of equals the least recently used first
 
     def named(self, names: Iterable[str]) -> Iterator[tuple[Key, Item]]:
         """Keys and items of some names, in time that depends on how many those are: a snapshot."""
@@ -111,12 +119,29 @@ class Tier(Generic[Key, Item]):
         self._hits, self._misses = self._hits + hit, self._misses + (not hit)
 
     def find(self, key: Key) -> Item | None:
-        """The item, which becomes the most recently used; None if it is not there."""
+        """The item, which has been used once more; None if it is not there."""
         slot = self._slots.get(key)
         if slot is None:
             return None
+        slot.uses, slot.expected = slot.uses + 1, 0
+        slot.priority = self._age + slot.uses
         self._slots.move_to_end(key)
         return slot.item
+
+    def expect(self, key: Key) -> bool:
+        """Whether an item is there; it is then evicted after all others, for as many evictions as there are items.
+
+        This keeps what is prefetched from being evicted for the next before it is used; ``find`` ends it.
+        """
+        if key not in self._slots:
+            return False
+        self._slots[key].expected = self._evictions + len(self._slots)
+        self._slots.move_to_end(key)
+        return True
+
+    def expects(self, key: Key) -> bool:
+        """Whether an item that is there is expected to be used."""
+        return self._slots[key].expected > self._evictions
 
     def size(self, key: Key) -> int:
         """Bytes of an item that is there."""
@@ -150,7 +175,7 @@ class Tier(Generic[Key, Item]):
         """
         leaving: list[tuple[Key, Item]] = []
         free = self.budget - self._used
-        for candidate, slot in self._slots.items():
+        for candidate, slot in self._ordered() if free < nbytes else ():
             if free >= nbytes or (nbytes > self.budget and not exceed):
                 break
             if not slot.pins and may_leave(candidate, slot.item):
@@ -159,6 +184,7 @@ class Tier(Generic[Key, Item]):
         if free < nbytes and not exceed:
             return None
         for candidate, _ in leaving:
+            self._age = max(self._age, self._slots[candidate].priority)
             self.drop(candidate)
         self._evictions += len(leaving)
         self._reserved[key] = nbytes
@@ -170,15 +196,15 @@ class Tier(Generic[Key, Item]):
         self._used -= self._reserved.pop(key, 0)
 
     def put(self, key: Key, item: Item, nbytes: int) -> bool:
-        """Put an item into the room reserved for it; whether it fits there."""
+        """Put an item into the room reserved for it, as one that is expected; whether it fits there."""
         reserved = self._reserved.get(key, 0)
         self.release(key)
         if nbytes > reserved:
             return False
-        self._slots[key] = _Slot(item, nbytes)
+        self._slots[key] = _Slot(item, nbytes, self._age)
         self._named[key.name][key] = None
         self._used += nbytes
-        return True
+        return self.expect(key)
 
     def drop(self, key: Key) -> None:
         """Forget an item that is there."""
@@ -300,7 +326,7 @@ class Store:
         for _ in range(2):  # once more where a file has turned out to be PEFT's
             version = self.fitted(version, models)
             with self.lock:
-                if self.device.find(version) is not None:
+                if self.device.expect(version):
                     break
             self._load(version, models, unwanted, None)
             if self.fitted(version, models) == version:
@@ -356,8 +382,7 @@ class Store:
             return self._decode(version, models, may_leave, leaving)
         except AdapterFormatError as error:
             with self.lock:
-                settled = time.time_ns() - version.modified_ns > _SETTLED_NS
-                self.refused[version.name] = version if settled else None, error
+                self.refused[version.name] = version if version.is_settled() else None, error
             raise
         finally:
             with self.lock:
@@ -393,6 +418,7 @@ class Store:
                 self._intact[version.name] = version
                 self.device.put(version, decoded, source.opened.decoded_nbytes)
                 if leaving is not None:
+                    self.device.find(version)
                     self.device.pin(version)
             return decoded if leaving is not None else None
 
@@ -460,6 +486,7 @@ class Store:
             raise
         with self.lock:
             if has_room and self.ram.put(version, found, found.nbytes):
+                self.ram.find(version)
                 self.ram.pin(version)
         return found
 
@@ -471,6 +498,7 @@ class Store:
         if self._reserve_ram(version, found.nbytes):
             with self.lock:
                 self.ram.put(version, found, found.nbytes)
+                self.ram.find(version)
                 self.ram.pin(version)
         return found
 

@@ -4,8 +4,9 @@ In: a module and parameter names. Out: tensors, and a version that changes when 
 What diffusers does to weights is in docs/compatibility.md.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import count
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -23,6 +24,8 @@ _FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     for name in {name for parts in FUSED_COPIES.values() for name in parts}
 }
 _versions = count(1)
+_TRACKS = 8  # groups of weights that a map remembers the way to
+_LAYERS, _PARAMETERS = itemgetter("_modules"), itemgetter("_parameters")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -57,12 +60,15 @@ class WeightMap:
         self._model, self._top = ref(module), ref(unwrap(module))
         self._modules: dict[str, ref[nn.Module]] = {}
         self._seen: list[tuple[ref[nn.Module], int, tuple[int, ...]]] = []
-        # of weights that are nothing but a contiguous parameter: the layer, the parameter, address, dtype and shape
-        self._plain: dict[str, tuple[ref[nn.Module], str, int, torch.dtype, torch.Size]] = {}
+        self._plain: set[str] = set()  # weights that are nothing but a contiguous parameter
+        self._tracks: dict[tuple[str, ...], _Track] = {}  # by names that were looked at together
+        self._unconfirmed: _Track | None = None
         self._places: dict[str, tuple[Any, ...]] = {}
         self._compiled = [self._model] if _is_compiled(module.__dict__) else []
         self._offloaded: dict[int, Tensor] = {}
         self._hooked = False
+        self.apart: tuple[int, frozenset[str]] = 0, frozenset()
+        """A version, and weights that were found to share no memory in it."""
         self._walk()
 
     @property
@@ -137,28 +143,56 @@ class WeightMap:
         """Look at weights, in the one pass that a switch makes over them.
 
         Returns:
-            The live tensor of each (the stored one, where accelerate has offloaded it). To hold them keeps their memory
-            in place.
+            The live tensor of each (the stored one, where accelerate has offloaded it). On a CPU to hold them keeps
+            their memory in place; on a GPU what is launched comes before what frees it.
 
         Raises:
             AdapterMismatchError, ResidentStateError: as ``holders``.
         """
-        found: dict[str, Tensor] = {}
-        for name in names:  # hundreds at each switch: a plain weight costs no call of Python
-            known = self._plain.get(name)
-            if known is not None and (layer := known[0]()) is not None:
-                parameter = layer.__dict__["_parameters"].get(known[1])
-                if (
-                    type(parameter) is nn.Parameter
-                    and parameter.data_ptr() == known[2]
-                    and parameter.dtype == known[3]
-                    and parameter.shape == known[4]
-                    and parameter.is_contiguous()
-                ):
-                    found[name] = parameter.data
-                    continue
-            found[name] = self[name]
-        return found
+        names = tuple(names)
+        self._unconfirmed = None
+        if found := self.known(names):
+            return found | {name: self[name] for name in names if name not in found}
+        live = {name: self[name] for name in names}
+        self.track(names)
+        return live
+
+    def known(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Those of some weights that are known to be nothing but a parameter; all of them or none, after ``track``."""
+        track = self._tracks.get(names)
+        if track is None or not track.leads_there(self._root):
+            return {}
+        track.version = self.version
+        return track.look() or {}
+
+    def track(self, names: tuple[str, ...]) -> None:
+        """Remember the way to weights, as they were looked at before."""
+        if len(self._tracks) == _TRACKS:
+            self._tracks.clear()
+        plain = [name for name in names if name in self._plain]
+        self._tracks[names] = _Track(self._root, plain, self.version)
+
+    def glance(self, module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor] | None:
+        """As ``live``, if these parameters are what they were when they were looked at in this version, else None.
+
+        Whether the module still has them is left to ``confirm``, so that a GPU can work meanwhile.
+        """
+        track = self._unconfirmed = self._tracks.get(names)
+        if track is None or track.version != self.version or len(track.names) < len(names):
+            return None
+        return None if self._hooked or module is not self._model() else track.look()
+
+    def confirm(self) -> bool:
+        """Whether the module still has what ``glance`` gave, in layers to which nothing was added.
+
+        If not, the next ``live_weights`` looks at everything anew, and what was computed since belongs to no version.
+        """
+        if self._unconfirmed is None or self._unconfirmed.leads_there(self._root):
+            self._unconfirmed = None
+            return True
+        self._tracks.clear()
+        self.version = next(_versions)
+        return False
 
     def __getitem__(self, name: str) -> Tensor:
         """The live tensor of a weight; raises as ``holders``."""
@@ -170,10 +204,23 @@ class WeightMap:
 
     def twins(self, names: Iterable[str]) -> dict[str, str]:
         """Other names of some weights -> these, where the module has one parameter under several names."""
+        all_ids = list(map(id, self._parameters()))
+        if len(set(all_ids)) == len(all_ids):
+            return {}
         parameters = self._root.named_parameters(remove_duplicate=False)
         ids = {canonical_name(name): id(parameter) for name, parameter in parameters}
         first = {ids[name]: name for name in names if name in ids}
         return {name: first[own] for name, own in ids.items() if first.get(own, name) != name}
+
+    def devices(self) -> set[torch.device]:
+        """Where the module's parameters are."""
+        return {parameter.device for parameter in self._parameters()}
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, those in several layers as many times."""
+        layers = (layer() for layer, _, _ in self._seen)
+        held = chain.from_iterable(layer._parameters.values() for layer in layers if layer is not None)
+        return (parameter for parameter in held if parameter is not None)
 
     def own_name(self, name: str) -> str:
         """The name that the module itself has for a weight; raises as ``holders``."""
@@ -205,18 +252,12 @@ class WeightMap:
         if path.rpartition(".")[2] in _FUSED:
             holders += self._fused_copies(path, leaf, weight)
         is_plain = parent is owner and len(holders) == 1 and not parameter.is_meta and weight.is_contiguous()
-        known = (ref(owner), leaf, weight.data_ptr(), weight.dtype, weight.shape) if is_plain else None
-        self._note(name, known, tuple((*identity(tensor), offset) for tensor, offset in holders))
+        (self._plain.add if is_plain else self._plain.discard)(name)
+        self._note(name, tuple((*identity(tensor), offset) for tensor, offset in holders))
         return holders
 
-    def _note(
-        self, name: str, known: tuple[ref[nn.Module], str, int, torch.dtype, torch.Size] | None, places: Any
-    ) -> None:
+    def _note(self, name: str, places: Any) -> None:
         """Remember where a weight lies, and count a new version if that was elsewhere."""
-        if known is None:
-            self._plain.pop(name, None)
-        else:
-            self._plain[name] = known
         if self._places.setdefault(name, places) != places:
             self._places[name] = places
             self.version = next(_versions)
@@ -249,10 +290,14 @@ class WeightMap:
         return found
 
     def quantized(self, names: Iterable[str]) -> frozenset[str]:
-        """Those of some weights that cannot be overwritten because they are quantized, in layers that a branch fits."""
-        return frozenset(name for name in names if self._is_quantized(name))
+        """Those of some weights that cannot be overwritten because they are quantized, in layers that a branch fits.
 
-    def _is_quantized(self, name: str) -> bool:
+        Of those that ``holders`` has looked at before only what could not be overwritten then.
+        """
+        return frozenset(name for name in names if name not in self._plain and self.is_quantized(name))
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight is one of ``quantized``."""
         path, _, leaf = name.rpartition(".")
         try:
             owner = self._owner(path, name)[2]
@@ -338,6 +383,93 @@ class WeightMap:
         ]
 
 
+class _Track:
+    """Weights that are nothing but contiguous parameters: what they were, and the way to them from the module.
+
+    Modules and parameters are referenced weakly. A switch looks at hundreds of layers, so it goes level by level with
+    functions of C: a loop over the layers takes twice as long.
+
+    Args:
+        root: the module, unwrapped.
+        names: the weights.
+        version: of the map, when they were looked at.
+    """
+
+    def __init__(self, root: nn.Module, names: Iterable[str], version: int) -> None:
+        self.version = version
+        named = [path for path, _ in root.named_modules(remove_duplicate=False)]
+        real = {canonical_name(path): path for path in reversed(named)}  # with ``_orig_mod`` in it
+        held: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            path = real.get(name.rpartition(".")[0])
+            if path is not None:
+                held.setdefault(tuple(path.split(".")) if path else (), []).append(name)
+        depths: list[dict[tuple[str, ...], int]] = [{} for _ in range(1 + max(map(len, held), default=0))]
+        for way in held:
+            for depth in range(len(way) + 1):
+                depths[depth].setdefault(way[:depth], len(depths[depth]))
+        # by level: of each layer its parent's place in the level above and its key there, of each weight its layer's
+        # place and its key
+        self._levels: list[tuple[list[int], list[str], list[int], list[str]]] = []
+        self.names: list[str] = []
+        root_alone: dict[tuple[str, ...], int] = {(): 0}
+        for above, level in zip([root_alone, *depths], depths, strict=False):
+            own = [(place, name) for way, place in level.items() for name in held.get(way, ())]
+            parents, keys = [above[way[:-1]] for way in level], [way[-1] if way else "" for way in level]
+            leaves = [name.rpartition(".")[2] for _, name in own]
+            self._levels.append((parents, keys, [place for place, _ in own], leaves))
+            self.names += [name for _, name in own]
+        parameters, self._counts = self._walk(root)
+        self._ids = list(map(id, parameters))
+        self._parameters = [ref(parameter) for parameter in parameters]
+        self._on_cpu = any(parameter.is_cpu for parameter in parameters)
+        self._seen = _looks_of(parameters)
+
+    def look(self) -> dict[str, Tensor] | None:
+        """The weights, if each parameter is as it was, else None."""
+        parameters: list[Any] = [parameter() for parameter in self._parameters]
+        if _looks_of(parameters) != self._seen:
+            return None
+        held = [parameter.data for parameter in parameters] if self._on_cpu else parameters
+        return dict(zip(self.names, held, strict=True))
+
+    def leads_there(self, root: nn.Module) -> bool:
+        """Whether the module has these parameters where it had them, in layers with as many attributes and layers.
+
+        Compiling, hooks and offloading add attributes to a layer.
+        """
+        try:
+            parameters, counts = self._walk(root)
+        except (AttributeError, TypeError):
+            return False  # a layer is gone
+        return counts == self._counts and list(map(id, parameters)) == self._ids
+
+    def _walk(self, root: nn.Module) -> tuple[list[Any], list[int]]:
+        """The parameters, and how many attributes and layers each layer on the way has."""
+        parameters: list[Any] = []
+        counts: list[int] = []
+        inside: list[dict[str, Any]] = [{"": root}]
+        for parents, keys, places, leaves in self._levels:
+            level = map(dict.get, map(inside.__getitem__, parents), keys)
+            own = [layer.__dict__ for layer in level]  # read past nn.Module.__getattr__
+            inside = list(map(_LAYERS, own))
+            counts += map(len, own)
+            counts += map(len, inside)
+            parameters += map(dict.get, map(_PARAMETERS, map(own.__getitem__, places)), leaves)
+        return parameters, counts
+
+
+def _looks_of(parameters: Sequence[Any]) -> list[Any]:
+    """What parameters (any shape) are: the address, dtype and shape of each, and whether it is contiguous."""
+    if set(map(type, parameters)) - {nn.Parameter}:
+        return [None]  # gone, or of another type
+    looks: list[Any] = list(map(Tensor.data_ptr, parameters))
+    looks += [parameter.dtype for parameter in parameters]
+    looks += [parameter.shape for parameter in parameters]
+    looks += map(Tensor.is_contiguous, parameters)
+    return looks
+
+
 _maps: WeakKeyDictionary[nn.Module, WeightMap] = WeakKeyDictionary()
 
 
@@ -352,6 +484,20 @@ def weights_of(module: nn.Module) -> WeightMap:
     if found is None or not found.is_current(module):
         found = _maps[root] = WeightMap(module)
     return found
+
+
+def live_weights(module: nn.Module, names: tuple[str, ...]) -> tuple[WeightMap, dict[str, Tensor]]:
+    """The map of a module, as ``weights_of``, and what its ``live`` gives; its ``confirm`` is due.
+
+    Raises:
+        AdapterMismatchError, ResidentStateError: as ``WeightMap.holders``.
+    """
+    found = _maps.get(unwrap(module))
+    live = None if found is None else found.glance(module, names)
+    if found is None or live is None:
+        found = weights_of(module)
+        live = found.live(names)
+    return found, live
 
 
 def weights_beside(root: nn.Module) -> WeightMap:

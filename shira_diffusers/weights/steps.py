@@ -5,7 +5,7 @@ In: names, positions and values, whatever they mean. Out: the data that ``sweep_
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -49,14 +49,14 @@ class EntryPlan:
     values: tuple[Tensor, ...] = ()
     places: tuple[Tensor | None, ...] = ()
     runs: bool = False
-    found: dict[Hashable, tuple[int, Any]] = field(default_factory=dict, repr=False)
+    found: dict[Hashable, tuple[Hashable, Any]] = field(default_factory=dict, repr=False)
 
     def __reduce__(self) -> tuple[type["EntryPlan"], tuple[Any, ...]]:
         """What was found holds addresses of this process and versions of its weights: copies begin without."""
         return EntryPlan, tuple(getattr(self, one.name) for one in fields(self) if one.name != "found")
 
-    def once(self, key: Hashable, make: Callable[[], T], version: int = 0) -> T:
-        """The result of ``make``, cached per version of the weights; version 0 if it does not depend on them."""
+    def once(self, key: Hashable, make: Callable[[], T], version: Hashable = 0) -> T:
+        """The result of ``make``, cached for the last version of what it depends on, as a rule of the weights."""
         known = self.found.get(key)
         if known is None or known[0] != version:
             known = self.found[key] = version, make()
@@ -92,8 +92,7 @@ class EntryPlan:
 
     def starts(self, grid: Mapping[str, int], tile: int) -> Tensor:
         """Where each tile's entries begin, int32 ``(tiles + 1,)``; see ``tiles.find_starts``."""
-        names = tuple(grid)
-        key = ("starts", () if names == self.names else names, tile)
+        key = ("starts", () if len(grid) == len(self.names) else tuple(grid), tile)
         return self.once(key, lambda: find_starts(grid, tile, self.names, self.bounds, self.indices))
 
     def read(self, live: Mapping[str, Tensor]) -> Tensor:
@@ -197,16 +196,8 @@ class SwitchStep:
             How many tiles each weight has, by sorted name, and how many positions per tile.
         """
         first, last = self.plans[0], self.plans[-1]
-        numels = dict(zip(first.names, first.numels, strict=True))
-        if first.names != last.names:
-            numels = dict(sorted({**numels, **dict(zip(last.names, last.numels, strict=True))}.items()))
-        if entries is None:
-            tile = max(1, *numels.values())
-        else:
-            longest = _IN_RUNS if first.runs and last.runs else 1
-            density = max(first.bounds[-1], last.bounds[-1]) / sum(numels.values())
-            tile = tile_for(longest * entries, density)
-        return {name: -(-numel // tile) for name, numel in numels.items()}, tile
+        cut = partial(_cut, first, last, entries)
+        return last.once(("grid", entries), cut, (first.names, first.numels, first.bounds[-1], first.runs))
 
     def scale(self, names: Mapping[str, int]) -> list[float]:
         """The scale of each of the weights."""
@@ -214,3 +205,17 @@ class SwitchStep:
         if isinstance(scales, int | float):
             return [float(scales)] * len(names)
         return [scales.get(name, 0.0) for name in names]
+
+
+def _cut(first: EntryPlan, last: EntryPlan, entries: int | None) -> tuple[dict[str, int], int]:
+    """As ``SwitchStep.grid``, for the plans of what leaves and of what arrives."""
+    numels = dict(zip(first.names, first.numels, strict=True))
+    if first.names != last.names:
+        numels = dict(sorted({**numels, **dict(zip(last.names, last.numels, strict=True))}.items()))
+    if entries is None:
+        tile = max(1, *numels.values())
+    else:
+        longest = _IN_RUNS if first.runs and last.runs else 1
+        density = max(first.bounds[-1], last.bounds[-1]) / sum(numels.values())
+        tile = tile_for(longest * entries, density)
+    return {name: -(-numel // tile) for name, numel in numels.items()}, tile

@@ -100,12 +100,17 @@ class TorchSweep:
         self._undo: list[tuple[Write, Tensor, Tensor]] = []  # what to write where, last first
         self.finite = True
 
-    def run(self) -> bool:
+    def run(self, confirm: Callable[[], bool] = lambda: True) -> bool:
         """Restore what leaves, then read, mix and overwrite what arrives.
 
+        Args:
+            confirm: whether these are the weights to write; asked first, on a GPU while that works.
+
         Returns:
-            Whether all that left still held the bits in ``written``; if not, ``undo`` is due.
+            Whether that is so and all that left still held the bits in ``written``; if not, ``undo`` is due.
         """
+        if not confirm():
+            return False
         if self._threads == 1:
             return self._run(self._tiles)
         size = max(1, -(-len(self._tiles) // self._threads))

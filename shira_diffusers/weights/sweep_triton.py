@@ -6,7 +6,7 @@ says whether it is there, and ``sweeps_of`` chooses. Training reads and writes i
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -79,9 +79,11 @@ class TritonSweep:
         self._begun: list[SwitchStep] = []
         self.finite = True
 
-    def run(self) -> bool:
+    def run(self, confirm: Callable[[], bool] = lambda: True) -> bool:
         """As ``TorchSweep.run``. Waits for the device, to read whether what left was unmodified and all is finite."""
         found = [self._launch(steps, *key) for key, steps in self._groups.items()]
+        if not confirm():
+            return False
         flags = [one.tolist() for one in found]
         self.finite = not any(infinite for _, infinite in flags)
         return not any(differs for differs, _ in flags)
@@ -94,7 +96,8 @@ class TritonSweep:
         from shira_diffusers.weights.triton_kernels import sweep as kernel
 
         rows, parts, counts = _table(steps, [self._seen.get(id(step)) for step in steps])
-        table = torch.from_numpy(np.concatenate([rows.ravel(), parts.ravel(), np.zeros(2, np.int64)])).to(device)
+        table = torch.from_numpy(np.concatenate([rows.ravel(), parts.ravel(), np.zeros(2, np.int64)]))
+        table = table.to(device, non_blocking=True)  # CUDA has copied what is not pinned once the call returns
         owners = _owners(counts, device)
         cut = rows.size, rows.size + parts.size
         how = _IN_RUNS if all([_in_runs(plan, step) for step in steps for plan in step.plans]) else _SCATTERED
@@ -153,10 +156,7 @@ def _table(
     first = 0
     for number, (step, own_seen) in enumerate(zip(steps, seen, strict=True)):
         grid, tile = step.grid(_ENTRIES)
-        own = np.empty((len(grid), 3), np.int64)
-        own[:, 0], own[:, 1] = _weights(step, tuple(grid)), number
-        own[:, 2] = np.asarray(step.scale(grid), np.float32).view(np.int32)
-        rows.append(own)
+        rows.append(_rows(step, number, grid))
         tiles = sum(grid.values())
         none = _none(tiles, step.first.device).data_ptr()
         left = _addresses(step, step.outgoing, none, own_seen, grid, tile)
@@ -167,14 +167,19 @@ def _table(
     return np.concatenate(rows), np.asarray(parts, np.int64), tuple(counts)
 
 
-def _weights(step: SwitchStep, names: tuple[str, ...]) -> np.ndarray[Any, Any]:
-    """The addresses of weights, int64 ``(weights,)``."""
-    plan = step.plans[-1]
+def _rows(step: SwitchStep, number: int, grid: Mapping[str, int]) -> np.ndarray[Any, Any]:
+    """The table ``weights`` of one step, int64 ``(weights, 3)``."""
 
-    def look() -> np.ndarray[Any, Any]:
-        return np.array([step.live[name].data_ptr() for name in names], np.int64)
+    def make() -> np.ndarray[Any, Any]:
+        rows = np.empty((len(grid), 3), np.int64)
+        rows[:, 0], rows[:, 1] = [step.live[name].data_ptr() for name in grid], number
+        rows[:, 2] = np.asarray(step.scale(grid), np.float32).view(np.int32)
+        return rows
 
-    return plan.once("addresses", look, step.weights.version) if plan.names == names else look()
+    if not isinstance(step.scales, float):
+        return make()
+    version = (step.weights.version, number, step.scales, step.plans[0].names)
+    return step.plans[-1].once("rows", make, version)
 
 
 def _addresses(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from app.insight.lora_timing import Timings
 from app.page import theme
 from app.serve import ASSETS, main, parse
 from tests.app.conftest import Folders, free_port
@@ -86,12 +87,12 @@ def test_times_have_a_sensible_number_of_digits(milliseconds: float, text: str) 
     assert f"<b>{text}</b>" in cells
     assert "<b>1.23 %</b>" in cells and "<b>1.3 s</b>" in cells
     assert "<b>1,234</b>" in cells
-    assert f"<b>{text}</b>" in theme.lora(milliseconds, 64)
+    assert f"<b>{text}</b>" in theme.lora(Timings(milliseconds, 33, 5))
 
 
 def test_before_the_first_picture_there_are_no_figures() -> None:
     assert not any(digit in theme.facts(None) for digit in "0123456789")
-    assert theme.lora(None, 64) == ""
+    assert theme.lora(None) == ""
 
 
 def test_without_what_the_app_needs_it_says_how_to_get_that() -> None:

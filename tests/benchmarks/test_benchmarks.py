@@ -18,7 +18,7 @@ SCRIPTS = sorted(
 )
 TOYS = (
     "overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "per_picture", "size",
-    "training", "train_step_flow",
+    "library_scale", "fleet", "training", "train_step_flow",
 )  # fmt: skip
 
 

@@ -1,19 +1,22 @@
 """The arena of benchmarks/study: what it draws is what the pipeline draws, and its figures are what they say."""
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from app.insight import effects
+from benchmarks import study
 from benchmarks.study.arena import pack
 from benchmarks.study.effects import adapter_effects
 from benchmarks.study.flat import Layout, bind
 from benchmarks.study.mixing import METHODS, always
 from benchmarks.study.predictors import spearman
 from benchmarks.study.sampling import Sampler
-from benchmarks.study.stats import Table, area, best, interval, ratio, unpack
+from benchmarks.study.stats import Table, area, best, interval, ratio, table, unpack
 from benchmarks.study.training import Draws, Objective
 from benchmarks.study.world import Lesson, Prompts, World, load_world, unseen_concepts
 from examples.emoji.evaluate import GUIDANCE
@@ -128,3 +131,23 @@ def test_ratio_to_itself_is_one_whatever_is_drawn_and_other_prompts_are_refused(
 def test_equal_values_share_a_rank() -> None:
     assert spearman(np.array([1.0, 1.0, 2.0]), np.array([5.0, 5.0, 9.0])) == pytest.approx(1)
     assert spearman(np.array([1.0, 1.0, 1.0]), np.array([1.0, 2.0, 3.0])) == 0
+
+
+def test_the_app_says_of_two_styles_what_the_results_say() -> None:
+    """How often pairs are kept, by how far their styles oppose each other; the strength and guidance that keep most."""
+    results = Path(study.__file__).parent / "results"
+    opposing = {row["mix"]: row["opposing"] for row in json.loads((results / "effects.json").read_text())}
+    file = json.loads((results / "fifth" / "steady-global-average@0.001-0.json").read_text())  # the trainer's default
+    kept: dict[tuple[float, float, str], float] = {}
+    for guidance, method in ((3.0, "sum"), (2.0, "guidance_2")):
+        answers = table([file], method, lambda mix: mix.count("+") == 1 and "subject" not in mix)
+        for strength, row in zip(answers.strengths, answers.kept.mean((2, 3)), strict=True):
+            kept |= {(strength, guidance, mix): float(value) for mix, value in zip(answers.mixes, row, strict=True)}
+    means = {at[:2]: np.mean([kept[*at[:2], mix] for mix in opposing]) for at in kept}
+    assert max(means, key=means.__getitem__) == (effects.STRENGTH, effects.GUIDANCE)
+    low = 0.0
+    for high, pairs, share in effects.STUDY:
+        shares = [kept[effects.STRENGTH, effects.GUIDANCE, mix] for mix in opposing if low <= opposing[mix] < high]
+        assert pairs.startswith(f"{len(shares)} ")
+        assert share == f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %"
+        low = high

@@ -1,5 +1,7 @@
 """What only an NVIDIA GPU can show: the same bits as on a CPU, moves with adapters active, graphs that stay valid."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -294,5 +296,25 @@ def test_an_adapter_per_picture(dtype: torch.dtype) -> None:
     for k, entry in enumerate(entries):
         with pipe.shira(entry or []):
             alone = tiny.picture(pipe, prompt=prompts[k], latents=latents[k : k + 1])
-        limit = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+        limit = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+        # cuDNN's convolutions take TF32 for float32 by default
         assert float((together[k] - alone[0]).abs().max() / alone.abs().max()) < limit
+
+
+def test_a_layer_in_the_place_of_one_that_lives_on_is_written_alone() -> None:
+    model = tiny.linears()
+    adapters = {name: tiny.adapter_for(model, seed, only=("",)) for seed, name in enumerate("ab")}
+    resident = Resident(model.to("cuda"))
+    base = on_cpu(model)
+    for name, adapter in adapters.items():
+        resident.add(adapter, name)
+    for name in "abab":
+        resident.set({name: 1.0})
+    old, model[2] = model[2], copy.deepcopy(model[2])  # a switch sees this only after its launch
+    before = tiny.snapshot(old)
+    resident.set({"a": 1.0})
+    tiny.assert_same_bits(old, before)
+    assert_mix(model, base, adapters, {"a": 1.0})
+    resident.clear()
+    tiny.assert_same_bits(old, before)
+    tiny.assert_same_bits(model, {name: weight.cuda() for name, weight in base.items()})

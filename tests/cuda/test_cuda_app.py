@@ -84,7 +84,8 @@ def test_a_drawing_that_is_stopped_leaves_the_base(studio: Studio) -> None:
 
 
 def test_a_lora_s_fuse_is_measured_there(studio: Studio) -> None:
-    assert 0 < studio.lora.result(60) < 1000
+    measured = studio.measured.result(60)
+    assert measured and 0 < measured.switch < 1000 and 0 < measured.fuse < 1000
 
 
 def test_a_training_runs_there_and_its_adapter_draws(studio: Studio) -> None:

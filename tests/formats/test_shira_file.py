@@ -9,6 +9,7 @@ import re
 import struct
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 import shira_diffusers.atomic_write
 from shira_diffusers import AdapterFormatError, ShiraAdapter, SparseDelta, load_adapter, save_adapter
 from shira_diffusers.atomic_write import write_atomically
-from shira_diffusers.formats import gap_codec
+from shira_diffusers.formats import adapter_file, gap_codec, safetensors_bytes
 from shira_diffusers.formats.gpu_decoder import DeviceDecoder
 from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.opened_adapter import open_adapter
@@ -442,6 +443,65 @@ def test_the_message_about_damage_names_both_digests(adapter: ShiraAdapter, tmp_
     assert f"is damaged: the SHA-256 of its tensors is {now}, expected {written} as its header says" in str(told.value)
 
 
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for each checksum that is computed."""
+    found: list[int] = []
+    real = adapter_file.digest
+    monkeypatch.setattr(adapter_file, "digest", lambda *parts: (found.append(len(parts)), real(*parts))[1])
+    monkeypatch.setattr(adapter_file, "_verified", {})
+    return found
+
+
+def test_a_file_is_hashed_again_only_once_it_was_written(
+    adapter: ShiraAdapter, tmp_path: Path, hashed: list[int]
+) -> None:
+    """Changed bytes of the same size and with the time of the last change put back are refused."""
+    file = save_adapter(adapter, tmp_path / "a.safetensors")
+    time.sleep(0.06)
+    for _ in range(3):
+        assert same(load_adapter(file), adapter)
+    assert open_adapter(file).decode() and len(hashed) == 1
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[content.index(b"\x00\x3c\x00\xc0\x00\x38")] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    time.sleep(0.06)
+    for _ in range(2):
+        with pytest.raises(AdapterFormatError, match="is damaged: the SHA-256"):
+            load_adapter(file)
+    assert len(hashed) == 3
+
+
+def test_a_file_that_was_just_written_is_hashed_each_time(
+    adapter: ShiraAdapter, tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A further write could leave all of its times as they are."""
+    file = save_adapter(adapter, tmp_path / "a.safetensors")
+    written = file.stat().st_ctime_ns
+    for milliseconds, count in ((-1, 1), (49, 2), (51, 3), (51, 3)):
+        now = written + milliseconds * 1_000_000
+        monkeypatch.setattr(safetensors_bytes.time, "time_ns", lambda now=now: now)
+        load_adapter(file)
+        assert len(hashed) == count
+
+
+def test_a_file_that_is_written_while_it_is_decoded_is_hashed_again(
+    adapter: ShiraAdapter, tmp_path: Path, hashed: list[int]
+) -> None:
+    file = save_adapter(adapter, tmp_path / "a.safetensors")
+    time.sleep(0.06)
+    load_adapter(file)
+    opened, content = open_adapter(file), bytearray(file.read_bytes())
+    content[content.index(b"\x00\x3c\x00\xc0\x00\x38")] ^= 1
+    with pytest.raises(AdapterFormatError, match="is damaged: the SHA-256"), opened.compared():
+        file.open("r+b").write(content)
+    time.sleep(0.06)
+    with pytest.raises(AdapterFormatError, match="is damaged: the SHA-256"):
+        load_adapter(file)
+
+
 def test_nothing_reads_a_file_any_more_once_it_was_refused(tmp_path: Path) -> None:
     """Who repairs it in place would end the process: a mapped file that is cut under a reader is a bus error."""
     count = 2_000_000
@@ -545,7 +605,7 @@ def test_a_file_that_is_replaced_while_it_is_read(adapter: ShiraAdapter, tmp_pat
             save_adapter(other, path)
         return mapped(file)
 
-    tensors, metadata, _ = open_safetensors(path, read)
+    tensors, metadata, *_ = open_safetensors(path, read)
     found = decode({key: tensor_of(raw) for key, raw in tensors.items()}, metadata, "the file")
     assert same(found, other) and metadata["new"] == "yes"
     left += range(9)

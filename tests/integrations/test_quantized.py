@@ -113,6 +113,16 @@ def test_a_life_of_two_adapters(pipe: StableDiffusionPipeline, tmp_path: Path) -
     assert all(torch.equal(now[name], bits[name]) for name in bits)
 
 
+def test_a_quantized_layer_in_the_place_of_one_that_lives_on_gets_the_branch(loaded: StableDiffusionPipeline) -> None:
+    for name in "abab":
+        loaded.set_shira(name)
+    unet = loaded.unet
+    old, unet.conv_in = unet.conv_in, quantized(tiny.pipeline()).unet.conv_in
+    loaded.set_shira("a")
+    assert old is not unet.conv_in
+    assert len(unet.conv_in._forward_hooks) == 1
+
+
 def test_weights_that_are_not_quantized_are_overwritten(pipe: StableDiffusionPipeline) -> None:
     quantized(pipe, exclude="*conv*")
     twin, weight = dequantized(pipe), pipe.unet.conv_in.weight

@@ -1,5 +1,6 @@
 """What a map remembers is looked at again at each use, and keeps no model alive."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from shira_diffusers import Resident
-from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
+from shira_diffusers.weights.finder import WeightMap, live_weights, unwrap, weights_of
 from tests import tiny
 
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
@@ -102,3 +103,62 @@ def test_a_model_that_is_dropped_goes_at_once() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(attention(model), "to_q", nn.Linear(32, 32)),
+        lambda model: setattr(attention(model).to_q, "weight", nn.Parameter(attention(model).to_q.weight.clone())),
+        lambda model: setattr(attention(model).to_q.weight, "data", attention(model).to_q.weight.data.clone()),
+        lambda model: attention(model).fuse_projections(),
+        lambda model: attention(model).to_q.compile(backend="eager"),
+        lambda model: inject_adapter_in_model(LoraConfig(target_modules=["to_q"]), model),
+        lambda model: model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level"),
+        lambda model: setattr(model, "mid_block", None),
+    ],
+)
+def test_a_glance_at_a_changed_model_is_not_confirmed(change: Callable[[nn.Module], object]) -> None:
+    model = tiny.unet()
+    weights, live = live_weights(model, (NAME,))
+    kept = [*model.modules(), *model.parameters()]  # so that a glance still finds them
+    glanced = weights.glance(model, (NAME,))
+    assert glanced is not None
+    assert glanced[NAME].data_ptr() == live[NAME].data_ptr()
+    version = weights.version
+    assert weights.confirm()
+    assert weights.version == version
+    change(model)
+    assert weights.glance(model, (NAME,)) is None or not weights.confirm()
+    assert weights.glance(model, (NAME,)) is None or weights.version != version
+    assert kept
+
+
+def test_weights_of_another_version_are_not_glanced_at() -> None:
+    model = tiny.unet()
+    weights, _ = live_weights(model, (NAME,))
+    other = NAME.replace("to_q", "to_k")
+    live_weights(model, (other,))
+    attention(model).to_k.weight.data = attention(model).to_k.weight.data.clone()
+    live_weights(model, (other,))
+    assert weights.glance(model, (NAME,)) is None
+    assert live_weights(model, (NAME,))[0] is weights
+    assert weights.glance(model, (NAME,)) is not None
+
+
+def test_a_layer_in_the_place_of_one_that_lives_on_is_written_alone() -> None:
+    model = tiny.linears()
+    resident = Resident(model)
+    for seed, name in enumerate("ab"):
+        resident.add(tiny.adapter_for(model, seed, only=("",)), name)
+    base = tiny.snapshot(model)
+    for name in "abab":
+        resident.set({name: 1.0})
+    old, model[2] = model[2], copy.deepcopy(model[2])
+    before = tiny.snapshot(old)
+    resident.set({"a": 1.0})
+    tiny.assert_same_bits(old, before)
+    assert not torch.equal(model[2].weight, old.weight)
+    resident.clear()
+    tiny.assert_same_bits(old, before)
+    tiny.assert_same_bits(model, base)

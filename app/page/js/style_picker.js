@@ -8,17 +8,6 @@ const rows = new Map() // by name: {card, on, strength, text}, and what it shows
 let limit = props.page
 const PARTS = ['down', 'mid', 'up']
 
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag)
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === 'text') node.textContent = value
-    else if (name.startsWith('on')) node.addEventListener(name.slice(2), value)
-    else if (value !== null && value !== false) node.setAttribute(name, value === true ? '' : value)
-  }
-  node.append(...children.filter(Boolean))
-  return node
-}
-
 function dial(label, set, small) {
   const limits = { min: props.limits[0], max: props.limits[1], step: 0.05 }
   const range = make('input', { type: 'range', ...limits, 'aria-label': label })
@@ -103,20 +92,21 @@ function build(row) {
   const box = make('input', { type: 'checkbox', id: `on-${card.name}`, 'aria-label': card.name, onchange: () => { row.on = box.checked; row.show(); send() } })
   const main = dial(`strength of ${card.name}`, (value) => row.set(value))
   const fold = make('details', { class: 'parts' }, make('summary', { text: 'by part', 'aria-label': `strength of ${card.name} by part of the model` }))
-  fold.addEventListener('toggle', () => { if (fold.open && fold.children.length === 1) fold.append(...advanced(card, row)) })
-  const picture = card.thumbnail
-    ? make('img', { src: card.thumbnail, alt: '', loading: 'lazy', width: 56, height: 56 })
-    : make('span', { class: 'no-thumbnail', text: card.name.slice(0, 1).toUpperCase(), 'aria-hidden': 'true' })
+  fold.addEventListener('toggle', () => {
+    if (fold.open && fold.children.length === 1) fold.append(...advanced(card, row))
+    rove(current)
+  })
   const words = card.trigger && make('button', { type: 'button', class: 'words', title: 'put these words into the prompt', 'aria-label': `use the words “${card.trigger}”`, text: `+ ${card.trigger}`, onclick: () => trigger('words', { words: card.trigger }) })
   row.node = make('li', { class: 'picker-card' },
-    make('label', { class: 'face', title: card.name }, picture),
+    make('label', { class: 'face', title: card.name }, thumbnail(card, 56)),
     make('div', { class: 'body' },
       make('div', { class: 'top' },
         make('label', { class: 'name' }, box, make('span', { text: card.name })),
         make('span', { class: 'size', text: card.facts })),
       main.node,
       make('div', { class: 'below' }, words, fold),
-      card.note && make('p', { class: 'note', text: `⚠ ${card.note}` })))
+      card.note && make('p', { class: 'note', text: card.note })))
+  row.node.addEventListener('focusin', () => rove(row))
   row.node.querySelector('.face').addEventListener('click', () => box.click())
   row.show = () => {
     const mixed = typeof row.strength === 'object'
@@ -129,6 +119,25 @@ function build(row) {
   return row.node
 }
 
+// one card at a time is on the way of the Tab key, so that it need not cross them all; arrow keys lead to the others
+let current = null
+function rove(row) {
+  current = row
+  for (const node of cards.children) {
+    const here = node === current?.node
+    for (const part of node.querySelectorAll('input, button, summary')) part.tabIndex = here ? 0 : -1
+  }
+}
+
+cards.addEventListener('keydown', (event) => {
+  const boxes = [...cards.querySelectorAll('.name input')]
+  const at = boxes.indexOf(event.target)
+  const next = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: boxes.length - 1 }[event.key]
+  if (at < 0 || !boxes[next]) return
+  event.preventDefault()
+  boxes[next].focus()
+})
+
 // those that are on come first where there are many, and stay where they are until the list is arranged again
 function arrange() {
   const wanted = filter.value.trim().toLowerCase()
@@ -138,8 +147,10 @@ function arrange() {
   const first = many ? [...found.filter((row) => row.on), ...found.filter((row) => !row.on)] : found
   const shown = first.slice(0, Math.max(limit, found.filter((row) => row.on).length))
   const focused = document.activeElement
+  const label = cards.contains(focused) && focused.getAttribute('aria-label')
   cards.replaceChildren(...shown.map((row) => row.node ?? build(row)))
-  if (cards.contains(focused)) focused.focus()
+  if (label) cards.querySelector(`[aria-label="${CSS.escape(label)}"]`)?.focus() // of a new row, if the cards are new
+  rove(shown.find((row) => row.card.name === current?.card.name) ?? shown.find((row) => row.on) ?? shown[0])
   const left = found.length - shown.length
   more.hidden = left === 0
   more.textContent = `Show ${Math.min(left, props.page)} of ${left} more`
@@ -183,14 +194,3 @@ watch('value', () => {
   if (rows.size > props.page && JSON.stringify(props.value) !== JSON.stringify(sent)) arrange()
 })
 showCards()
-
-// a picture dropped anywhere on the page goes to the box that restores settings
-document.addEventListener('dragover', (event) => event.preventDefault())
-document.addEventListener('drop', (event) => {
-  const files = event.dataTransfer?.files
-  const box = document.querySelector('#restore input[type=file]')
-  if (!files?.length || !box || event.target.closest('.block')?.querySelector('input[type=file]')) return
-  event.preventDefault()
-  box.files = files
-  box.dispatchEvent(new Event('change', { bubbles: true }))
-})

@@ -1,5 +1,6 @@
 """Share what the events of the tabs have in common: arguments of ``click`` and the like, starting and stopping."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,13 +8,22 @@ from typing import Any
 import gradio as gr
 
 from app.drawing.requests import DrawingRequests
+from app.history.history import Kept
+from app.page import theme
 from app.server.visitors import DRAWING, visitor_of
+from app.settings.checks import SettingsError
 
 Values = Mapping[Any, Any]
 """Of components, as Gradio gives them where inputs are a set."""
 TELLING: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 QUIET = {**TELLING, "queue": False}  # at once, but errors and messages reach the page through the queue alone
 PREVIEWING = {**TELLING, "trigger_mode": "multiple", "concurrency_limit": None}
+
+# in the browser, as the server may be gone
+IDLE = """() => {
+  delete sessionStorage.shiraDrawing
+  return SHOWN.map((visible) => ({ __type__: 'update', visible, interactive: true }))
+}"""
 
 
 def gallery(elem_id: str, label: str = "Pictures", **options: Any) -> gr.Gallery:
@@ -46,6 +56,14 @@ def at_most_often(show: Callable[[int, int], None], seconds: float = 0.1) -> Cal
     return on_step
 
 
+def caption_of(kept: Kept) -> str:
+    """A kept picture's mix; nothing where its file was replaced by another."""
+    try:
+        return theme.caption(kept.settings)
+    except SettingsError:
+        return ""
+
+
 def picked(names: Sequence[str], event: gr.SelectData) -> str | None:
     """The name of the picture that was chosen in a gallery."""
     return names[event.index] if isinstance(event.index, int) and 0 <= event.index < len(names) else None
@@ -68,16 +86,18 @@ class DrawButtons:
     def begin(self, request: gr.Request) -> list[Any]:
         """Announce a drawing; updates of ``all``."""
         self._requests.announce(visitor_of(request).visit)
-        return self._shown(busy=True)
+        return [*(gr.Button(visible=False) for _ in self.all[:-1]), gr.Button(visible=True)]
 
     def draw_after(self, pressed: Any, draw: Any, inputs: Any, outputs: Sequence[Any], progress_on: Any) -> None:
         """Draw after the event that announced it; the buttons come back when it has ended, however it ended."""
         drawn = pressed.then(draw, inputs, outputs, api_visibility="private", show_progress_on=progress_on, **DRAWING)
-        for ended in (drawn.then, drawn.failure):  # after an error, browsers follow failure only
-            ended(lambda: self._shown(busy=False), outputs=self.all, **QUIET)
+        self.idle_after(drawn)
+
+    def idle_after(self, event: Any) -> None:
+        """Let a drawing be started when an event has ended, however it ended."""
+        for ended in (event.then, event.failure):  # after an error, browsers follow failure only
+            shown = json.dumps([True] * (len(self.all) - 1) + [False])
+            ended(None, None, self.all, js=IDLE.replace("SHOWN", shown), **QUIET)
 
     def _stop(self, request: gr.Request) -> None:
         self._requests.stop(visitor_of(request).visit)
-
-    def _shown(self, *, busy: bool) -> list[Any]:
-        return [*(gr.Button(visible=not busy) for _ in self.all[:-1]), gr.Button(visible=busy)]

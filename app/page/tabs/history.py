@@ -5,14 +5,13 @@ from typing import Any
 
 import gradio as gr
 
-from app.history.history import History, Kept
+from app.history.history import History
 from app.page import theme
-from app.page.tabs.events import QUIET, TELLING, gallery, picked, picture
+from app.page.tabs.events import QUIET, TELLING, caption_of, gallery, picked, picture
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import visitor_of
-from app.settings.checks import SettingsError
 from app.studio import Studio
 
 NOTHING = "Nothing yet: what you draw in Mix and Compare is kept here."
@@ -84,7 +83,7 @@ class HistoryTab:
         pages = history.pages()
         page = min(max(1, page), pages)
         kept = history.page(page)
-        items = [(cached(self.gallery, each.path), _caption(each)) for each in kept]
+        items = [(cached(self.gallery, each.path), caption_of(each)) for each in kept]
         count = f"{len(history):,} picture{'' if len(history) == 1 else 's'}"
         where = f"page {page} of {pages} · {count}" if kept else NOTHING
         return (
@@ -108,10 +107,3 @@ class HistoryTab:
             self._of(request).delete(name)
         idle = gr.Button(interactive=False)
         return (None, None, theme.remark("Deleted."), idle, idle, *self._turn(self._of(request), page))
-
-
-def _caption(kept: Kept) -> str:
-    try:
-        return theme.caption(kept.settings)
-    except SettingsError:
-        return ""

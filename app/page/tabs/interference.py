@@ -1,14 +1,19 @@
-"""Interference: how much the chosen adapters interfere, per layer and in words."""
+"""Interference: what the chosen adapters do alone and in pairs, in pictures, in words and per layer."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
+from app.drawing.requests import Stopped
+from app.insight.effects import GUIDANCE, STRENGTH, opposing, pictures_of, suggested
 from app.insight.interference import MAX_ADAPTERS
 from app.page import interference_html
-from app.page.tabs.events import TELLING
+from app.page.tabs.events import TELLING, Values, gallery
+from app.page.tabs.mix import MixTab
 from app.server.messages import readable
-from app.server.visitors import COMPARING
+from app.server.visitors import COMPARING, DRAWING, visitor_of
 from app.studio import Studio
 
 FIRST = 2  # adapters chosen at the start
@@ -17,14 +22,15 @@ FIRST = 2  # adapters chosen at the start
 class InterferenceTab:
     """The components of the tab and what they do."""
 
-    def __init__(self, studio: Studio) -> None:
-        self._session, self._comparer = studio.session, studio.comparer
+    def __init__(self, studio: Studio, mix: MixTab) -> None:
+        self._session, self._comparer, self._requests = studio.session, studio.comparer, studio.requests
+        self._mix = mix
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
         gr.Markdown(
-            "Adapters mix well where they change different entries, or pull shared ones the same way. "
-            f"Choose 2 to {MAX_ADAPTERS} and see where they interfere before you mix them.",
+            f"Choose 2 to {MAX_ADAPTERS} adapters and see what they do alone and in pairs, with the prompt, seed and "
+            f"steps of Mix, at strength {STRENGTH:g} and guidance {GUIDANCE:g}; and where they interfere.",
             elem_classes="remark",
         )
         with gr.Row(elem_id="interference-choice"):
@@ -39,6 +45,8 @@ class InterferenceTab:
                 min_width=260,
             )
             self.compare = gr.Button("Compare them", variant="primary", scale=1, min_width=130)
+        self.pictures = gallery("interference-pictures", "Alone and in pairs", visible=False, height="auto")
+        self.use = gr.Button("Use suggested strengths", visible=False, elem_id="use-suggested")
         self.summary = gr.HTML(elem_id="interference-summary", padding=False)
         self.measure = gr.Radio(
             list(interference_html.MEASURES), value="Overlap", label="Heat map of", visible=False, elem_id="measure"
@@ -47,20 +55,45 @@ class InterferenceTab:
         self._connect()
 
     def _connect(self) -> None:
-        inputs, options = [self.chosen, self.measure], {"api_visibility": "private", **COMPARING}
-        self.compare.click(
-            self._compare, inputs, [self.summary, self.measure, self.heat], show_progress_on=self.summary, **options
-        )
-        self.measure.change(self._recolor, inputs, self.heat, show_progress="hidden", **options)
+        shown = [self.pictures, self.use, self.summary, self.measure, self.heat]
+        inputs: set[Any] = {self.chosen, self.measure, *self._mix.inputs}
+        private: dict[str, Any] = {"api_visibility": "private"}
+        self.compare.click(self._compare, inputs, shown, show_progress_on=self.summary, **private, **DRAWING)
+        self.use.click(self._use, inputs, self._mix.targets, **TELLING)
+        changed = [self.chosen, self.measure]
+        self.measure.change(self._recolor, changed, self.heat, show_progress="hidden", **private, **COMPARING)
 
     def refresh_on(self, shown: gr.Tab) -> None:
         """Offer the adapters that there are when the tab is opened."""
         shown.select(self._offered, self.chosen, self.chosen, **TELLING)
 
-    def _compare(self, names: list[str], measure: str) -> Any:
+    async def _compare(self, values: Values, request: gr.Request) -> AsyncIterator[Any]:
+        names, drawn = values[self.chosen], dict[tuple[str, ...], Any]()
         with readable("the adapters could not be compared"):
-            pairs = self._comparer.compare(names)
-        return interference_html.summary(pairs), gr.Radio(visible=True), interference_html.heat_map(pairs, measure)
+            pairs = await asyncio.to_thread(self._comparer.compare, names)
+            heat = interference_html.heat_map(pairs, values[self.measure])
+            orders = pictures_of(self._mix.settings(values), names)
+        columns = len(names) + 1 if len(pairs) > 1 else len(orders)
+        empty = gr.Gallery([], visible=True, columns=columns)
+        yield empty, gr.Button(visible=True), interference_html.summary(pairs), gr.Radio(visible=True), heat
+        visit = visitor_of(request).visit
+        same = gr.skip()
+        try:
+            with readable():
+                for mix, settings in orders.items():
+                    drawn[mix] = (await self._requests.preview(visit, settings)).image
+                    shown = [(image, " + ".join(each) or "base") for each, image in drawn.items()]
+                    yield shown, same, same, same, same
+                measure = self._session.queue.submit(visit, lambda: opposing(self._session.pipe, drawn))
+                measured = await asyncio.wrap_future(measure)
+                yield same, same, interference_html.summary(pairs, measured), same, same
+        except Stopped:  # a newer comparison, or a preview in Mix
+            return
+
+    def _use(self, values: Values) -> list[Any]:
+        """The chosen adapters in Mix, as the study suggests."""
+        with readable("the strengths could not be used"):
+            return self._mix.fill(suggested(self._mix.settings(values), values[self.chosen] or []).as_dict())
 
     def _recolor(self, names: list[str], measure: str) -> str:
         with readable("the adapters could not be compared"):

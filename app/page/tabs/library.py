@@ -1,36 +1,53 @@
-"""Library: all adapters, upload, a look into one, rename, delete and undo, download."""
+"""Library: all adapters in a table with actions for each and for many, upload, and a look into one."""
 
+import json
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from app.library.cards import Card
 from app.library.uploads import is_lora
 from app.page import library_html, theme
-from app.page.tabs.events import TELLING
+from app.page.adapter_table import make_adapter_table, rows_of
+from app.page.tabs.events import QUIET, TELLING
 from app.server.messages import readable
-from app.server.served_files import cached
+from app.server.served_files import address
 from app.studio import Studio
+from shira_diffusers.formats.paths import SUFFIX
 from shira_diffusers.formats.peft import PEFT_CONFIG
+
+THUMBNAILS_EVERY = 3.0  # seconds between two looks, while some are being drawn
+SAVE = """(text) => {
+  const [address, name] = JSON.parse(text)
+  const link = document.createElement('a')
+  Object.assign(link, { href: address, download: name })
+  link.click()
+}"""
 
 
 class LibraryTab:
     """The components of the tab and what they do."""
 
     def __init__(self, studio: Studio) -> None:
-        self._library = studio.session.library
+        self._library, self._thumbnails = studio.session.library, studio.thumbnails
         self._limit = studio.max_upload_mb
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
-        self.table = gr.HTML(library_html.table(self._library.entries), elem_id="library-table", padding=False)
+        self.table = make_adapter_table(self._rows())
+        with gr.Row(elem_id="library-line"):
+            self.said = gr.HTML(elem_id="library-said", elem_classes="remark", padding=False)
+            self.undo = gr.Button(**self._undoing(), size="md", min_width=90, scale=0, elem_id="undo")
         with gr.Row(elem_id="library"):
             with gr.Column(scale=4, min_width=300):
                 self._lay_out_upload()
             with gr.Column(scale=6, min_width=300):
-                self._lay_out_actions()
-        self.inspected = gr.HTML(elem_id="inspected", padding=False)
+                self.inspected = gr.HTML(elem_id="inspected", padding=False)
+        self.timer = gr.Timer(THUMBNAILS_EVERY, active=False)
+        self.seen = gr.State(None)
+        self.address = gr.Textbox(visible=False)
         self._connect()
 
     def _lay_out_upload(self) -> None:
@@ -53,45 +70,27 @@ class LibraryTab:
         self.convert = gr.Button("Convert to SHiRA at 2 %", variant="primary", visible=False, elem_id="convert-lora")
         self.added = gr.HTML(elem_id="library-added", elem_classes="remark", padding=False)
 
-    def _lay_out_actions(self) -> None:
-        gr.Markdown("### Look into one", elem_classes="heading")
-        self.chosen = gr.Dropdown(
-            self._names(), value=next(iter(self._names()), None), label="Adapter", elem_id="library-chosen"
-        )
-        with gr.Row(elem_classes="buttons"):
-            self.inspect = gr.Button("Inspect", variant="primary", min_width=90)
-            self.download = gr.DownloadButton("Download", size="lg", min_width=120)
-            self.delete = gr.Button("Delete", variant="stop", min_width=90)
-            self.undo = gr.Button(
-                self._undo_label(), interactive=bool(self._library.deleted), min_width=90, elem_id="undo"
-            )
-        with gr.Row(elem_classes="rename"):
-            self.name = gr.Textbox(label="New name", max_length=60, scale=3, min_width=140)
-            self.rename = gr.Button("Rename", min_width=90, scale=1)
-        self.said = gr.HTML(elem_id="library-said", elem_classes="remark", padding=False)
-
     def _connect(self) -> None:
-        shown = [self.table, self.chosen, self.undo, self.added, self.said]
-        self.files.upload(self._upload, self.files, [self.files, self.offered, self.convert, *shown], **TELLING)
+        shown = [self.table, self.undo, self.timer, self.said]
+        uploaded = [self.files, self.offered, self.convert, self.added, *shown]
+        self.files.upload(self._upload, self.files, uploaded, **TELLING)
         waiting = {**TELLING, "show_progress": "minimal"}  # it draws a few pictures
-        self.convert.click(self._convert, self.offered, [self.offered, self.convert, *shown], **waiting)
-        looked = self.inspect.click(self._inspect, self.chosen, self.inspected, **TELLING)
-        looked.success(None, None, None, js=theme.scroll_to("#inspected"), **TELLING)
-        self.delete.click(self._delete, self.chosen, [*shown, self.inspected], **TELLING)
-        self.undo.click(self._undo, None, shown, **TELLING)
-        gr.on(
-            [self.rename.click, self.name.submit],
-            self._rename,
-            [self.chosen, self.name],
-            [*shown, self.name, self.inspected],
-            **TELLING,
+        self.convert.click(
+            self._convert_sent, self.offered, [self.offered, self.convert, self.added, *shown], **waiting
         )
-        self.chosen.change(lambda name: self._prepared(name), self.chosen, self.download, **TELLING)
+        self.table.convert(self._convert, None, shown, **waiting)
+        looked = self.table.inspect(self._inspect, None, self.inspected, **TELLING)
+        looked.success(None, None, None, js=theme.scroll_to("#inspected"), **TELLING)
+        copied = self.table.download(self._download, None, self.address, **TELLING)
+        copied.success(None, self.address, None, js=SAVE, **TELLING)
+        self.table.delete(self._delete, None, [*shown, self.inspected], **TELLING)
+        self.table.rename(self._rename, None, [*shown, self.inspected], **TELLING)
+        self.undo.click(self._undo, None, shown, **TELLING)
+        self.timer.tick(self._look_again, self.seen, [self.seen, self.table, self.undo, self.timer], **QUIET)
 
     def refresh_on(self, shown: gr.Tab) -> None:
         """Show the library as it is when the tab is opened."""
-        shown.select(lambda chosen: self._shown(chosen), self.chosen, [self.table, self.chosen, self.undo], **TELLING)
-        shown.select(lambda chosen: self._prepared(chosen), self.chosen, self.download, **TELLING)
+        shown.select(self._shown, None, [self.table, self.undo, self.timer], **TELLING)
 
     # ---------------------------------------------------------------- what the buttons do
 
@@ -114,72 +113,100 @@ class LibraryTab:
                 problems.append(str(error.message))
         for problem in problems:
             gr.Warning(problem)
-        added_names = [
-            f"Added {_bold(entry.name)}{'' if entry.fits else ', which does not fit this model'}." for entry in added
-        ]
+        added_names = [f"Added {_bold(entry.name)}{self._but(entry)}." for entry in added]
         offers = [
             f"{_bold(file.name)} is a LoRA: it runs as an adapter once it is converted, which keeps a part of it."
             for file, _ in loras
         ]
-        chosen = added[-1].name if added else None
-        said = " ".join([*added_names, *offers])
-        return None, loras, gr.Button(visible=bool(loras)), *self._shown(chosen), said, ""
+        return None, loras, gr.Button(visible=bool(loras)), " ".join([*added_names, *offers]), *self._shown(), ""
 
-    def _convert(self, offered: list[tuple[Path, Path | None]]) -> Any:
-        added = []
+    def _but(self, card: Card) -> str:
+        """What the user should know of a file that was added."""
+        twin = self._library.twin(card)
+        unfit = "" if card.fits else ", which does not fit this model"
+        return f"{unfit}, the same file as {_bold(twin)}" if twin else unfit
+
+    def _convert_sent(self, offered: list[tuple[Path, Path | None]]) -> Any:
+        said = []
         for file, config in offered:
             try:
                 with readable("the LoRA could not be converted"):
-                    added.append(self._library.convert(file, config=config))
+                    said.append(_converted(self._library.convert(file, config=config)))
             except gr.Error as error:
                 gr.Warning(str(error.message))
-        said = [
-            f"Converted {_bold(card.name)}, which reproduces {100 * float(card.metadata['effect_kept']):.0f} % of the "
-            "LoRA's effect on the calibration pictures."
-            for card in added
-        ]
-        chosen = added[-1].name if added else None
-        return [], gr.Button(visible=False), *self._shown(chosen), " ".join(said), ""
+        return [], gr.Button(visible=False), " ".join(said), *self._shown(), ""
 
-    def _inspect(self, name: str | None) -> str:
+    def _convert(self, event: gr.EventData) -> Any:
+        """A LoRA that lies in the folder of adapters."""
+        with readable("the LoRA could not be converted"):
+            card = self._library.entry(_of(event, "name"))
+            config = card.path / PEFT_CONFIG if card.path.is_dir() else None
+            said = _converted(self._library.convert(card.file, card.name, config))
+        return *self._shown(), said
+
+    def _inspect(self, event: gr.EventData) -> str:
         with readable("the adapter could not be read"):
+            name = _of(event, "name")
             return library_html.inspection(self._library.entry(name), self._library.inspect(name))
 
-    def _delete(self, name: str | None) -> Any:
+    def _download(self, event: gr.EventData) -> str:
+        """The address of a copy, and the name that it is to have."""
+        with readable("the adapter could not be read"):
+            card = self._library.entry(_of(event, "name"))
+            return json.dumps([address(card.file), f"{card.name}{SUFFIX}"])
+
+    def _delete(self, event: gr.EventData) -> Any:
+        names = _of(event, "names")
         with readable("the adapter could not be deleted"):
-            self._library.delete(name)
-        return *self._shown(None), "", f"Deleted {_bold(name)}. Undo brings it back.", ""
+            self._library.delete(*names if isinstance(names, list) else [names])
+        return *self._shown(), f"Deleted {_listed(names)}. Undo brings {'it' if len(names) == 1 else 'them'} back.", ""
 
     def _undo(self) -> Any:
         with readable("the adapter could not be brought back"):
-            entry = self._library.undo()
-        return *self._shown(entry.name), "", f"{_bold(entry.name)} is back."
+            names = [card.name for card in self._library.undo_all()]
+        return *self._shown(), f"{_listed(names)} {'is' if len(names) == 1 else 'are'} back."
 
-    def _rename(self, old: str | None, new: str) -> Any:
+    def _rename(self, event: gr.EventData) -> Any:
+        old = _of(event, "name")
         with readable("the adapter could not be renamed"):
-            entry = self._library.rename(old, new)
-        return *self._shown(entry.name), "", f"{_bold(old)} is now {_bold(entry.name)}.", "", ""
+            card = self._library.rename(old, _of(event, "to"))
+        return *self._shown(), f"{_bold(old)} is now {_bold(card.name)}.", ""
 
     # ---------------------------------------------------------------- what is shown
 
-    def _names(self) -> list[str]:
-        return [entry.name for entry in self._library.entries]
+    def _rows(self) -> list[dict[str, Any]]:
+        return rows_of(self._library, self._thumbnails)
 
-    def _undo_label(self) -> str:
-        deleted = self._library.deleted
-        return f"Undo delete of {deleted[0]}" if deleted else "Undo delete"
+    def _look_again(self, seen: Any) -> Any:
+        now = (self._library.version, self._thumbnails.version)
+        return [gr.skip()] * 4 if now == seen else (now, *self._shown())
 
-    def _shown(self, chosen: str | None) -> tuple[Any, Any, Any]:
-        """Table, choice and undo button as the library is now."""
-        names = self._names()
-        chosen = chosen if chosen in names else next(iter(names), None)
-        undo = gr.Button(self._undo_label(), interactive=bool(self._library.deleted))
-        return library_html.table(self._library.entries), gr.Dropdown(names, value=chosen), undo
+    def _undoing(self) -> dict[str, Any]:
+        deleted = self._library.deleted_last
+        what = deleted[0] if len(deleted) == 1 else f"{len(deleted)} adapters"
+        return {"value": f"Undo delete of {what}", "visible": bool(deleted)}
 
-    def _prepared(self, name: str | None) -> Any:
-        """The download button with a copy of the file of a name."""
-        entry = next((entry for entry in self._library.entries if entry.name == name), None)
-        return gr.DownloadButton(value=cached(self.download, entry.file) if entry else None)
+    def _shown(self) -> tuple[Any, Any, Any]:
+        """Table, undo button and timer as the library is now; the timer waits for thumbnails."""
+        rows = self._rows()
+        waiting = any(not row["reason"] and not row["thumbnail"] for row in rows)
+        return gr.HTML(rows=rows), gr.Button(**self._undoing()), gr.Timer(active=waiting)
+
+
+def _of(event: gr.EventData, key: str) -> Any:
+    """What the table sent with an event, which may be anything."""
+    return getattr(event, key, None)
+
+
+def _converted(card: Card) -> str:
+    kept = 100 * float(card.metadata["effect_kept"])
+    return (
+        f"Converted {_bold(card.name)}, which reproduces {kept:.0f} % of the LoRA's effect on the calibration pictures."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return _bold(names[0]) if len(names) == 1 else f"{len(names)} adapters"
 
 
 def _bold(name: object) -> str:

@@ -1,6 +1,8 @@
 """Mix: a prompt, the styles, the picture with what it took, and this visit's pictures."""
 
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,36 @@ from app.drawing import random_settings
 from app.drawing.preview_budget import PreviewBudget
 from app.drawing.requests import Stopped
 from app.drawing.restore import restore
+from app.history.history import Kept
 from app.history.png_metadata import read_settings
-from app.insight.lora_timing import RANK
 from app.page import theme
 from app.page.style_picker import make_style_picker, shown
-from app.page.tabs.events import PREVIEWING, QUIET, TELLING, DrawButtons, Values, at_most_often, picture
+from app.page.tabs.browser_memory import BrowserMemory, mix_without_lost
+from app.page.tabs.events import (
+    PREVIEWING,
+    QUIET,
+    TELLING,
+    DrawButtons,
+    Values,
+    at_most_often,
+    caption_of,
+    gallery,
+    picture,
+)
 from app.page.tabs.presets import PresetsFold
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import visitor_of
 from app.settings.checks import SettingsError
-from app.settings.picture import Picture
-from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, Settings
+from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, Settings
 from app.studio import Studio
+from shira_diffusers.adapters.merge import MERGE_METHODS
 
 SUGGESTIONS_SHOWN = 4  # one row of chips
 GALLERY_HOLDS = 24  # pictures of this visit; History has the others
 WATCH_SECONDS = 2.0  # between two looks at what is new: quick enough for an upload in another tab, one compare if idle
 ROLL_DICE = "() => Math.floor(Math.random() * 1000000)"
-SHOW_PICTURE = theme.scroll_to("#picture")
+SHOW_PICTURE = f"() => {{ sessionStorage.shiraDrawing = true; ({theme.scroll_to('#picture')})() }}"
 
 
 class MixTab:
@@ -50,30 +63,39 @@ class MixTab:
         with gr.Row(elem_id="mixer"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_out_prompt()
+                self._lay_out_actions()
+                self._lay_out_details()
+                self.presets = PresetsFold(self._studio)
+                self.presets.lay_out()
+                with gr.Accordion("More settings", open=False, elem_id="more"):
+                    more = self._lay_out_more()
                 self.style_picker = make_style_picker(
                     self._cards(), {name: 1.0 for name in self._session.names_first[:1]}
                 )
-                self._lay_out_details()
-                with gr.Row(elem_id="actions"):
-                    self.generate = gr.Button("Generate", variant="primary", size="lg", scale=2, min_width=140)
-                    self.surprise = gr.Button("Surprise me", size="lg", min_width=120)
-                    self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
-                self.live = gr.Checkbox(
-                    False,
-                    label="Live preview: draw a rough picture while something is moved",
-                    container=False,
-                    elem_id="live",
-                )
-                self.presets = PresetsFold(self._studio)
-                self.method = self.presets.lay_out()
-            with gr.Column(scale=6, min_width=320):
+                self.refused = gr.HTML(**self._refused(), elem_id="refused", padding=False)
+                self.presets.lay_out_sharing()
+            with gr.Column(scale=6, min_width=320, elem_id="results"):
                 self._lay_out_results()
-        self.inputs = [self.prompt, self.style_picker, self.seed, self.steps, self.guidance, self.method]
-        self.targets = [self._tabs, *self.inputs]
+        self.fields = {
+            "prompt": self.prompt,
+            "mix": self.style_picker,
+            "seed": self.seed,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            **more,
+        }
+        self.inputs = list(self.fields.values())
+        self._memory = BrowserMemory(self.fields)
+        self._stage = [self.picture, self.facts, self._memory.shown]
+        self.targets = [self._tabs, *self.inputs, *self._stage]
         self._connect()
         self._connect_preview()
         self._connect_watch()
         self.presets.connect(self.inputs, self.settings, self.targets, self.fill)
+        self._memory.connect(self.undo)
+        self._memory.compare(self.changed, self.use)
+        reopened = self._memory.reopen(self._reopen, [self.style_picker, self.gallery, *self._stage])
+        self._buttons.idle_after(reopened)  # what is drawn before that would be covered by what was kept
 
     def _lay_out_prompt(self) -> None:
         suggestions = self._session.suggestions[:SUGGESTIONS_SHOWN]
@@ -90,24 +112,43 @@ class MixTab:
         )
         chips.click(lambda row: row[0], chips, self.prompt, **QUIET)
 
+    def _lay_out_actions(self) -> None:
+        with gr.Row(elem_id="actions"):
+            self.generate = gr.Button(
+                "Generate", variant="primary", size="lg", scale=2, min_width=120, interactive=False
+            )
+            self.stop = gr.Button("Stop", variant="stop", size="lg", scale=2, min_width=120, visible=False)
+            self.surprise = gr.Button("Surprise me", size="lg", min_width=110, interactive=False)
+            self.undo = gr.Button("Undo", size="lg", min_width=70)
+            self.live = gr.Checkbox(False, label="Live preview", container=False, min_width=110, elem_id="live")
+
     def _lay_out_details(self) -> None:
-        self.refused = gr.HTML(**self._refused(), elem_id="refused", padding=False)
         with gr.Row(elem_id="details"):
             self.seed = gr.Number(7, label="Seed", precision=0, min_width=60)
-            dice = gr.Button("🎲", elem_id="dice", min_width=40)
+            dice = gr.Button("Random seed", elem_id="dice", min_width=40)
             self.steps = gr.Slider(1, MAX_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=60, buttons=[])
             self.guidance = gr.Slider(
                 0, MAX_GUIDANCE, DEFAULT_GUIDANCE, step=0.5, label="Guidance", min_width=60, buttons=[]
             )
         dice.click(None, None, self.seed, js=ROLL_DICE, **QUIET)
 
+    def _lay_out_more(self) -> dict[str, Any]:
+        """The settings that few change, by their field in ``Settings``."""
+        method = gr.Dropdown(list(MERGE_METHODS), value=DEFAULT_METHOD, label="Merge method", interactive=True)
+        return {"method": method}
+
     def _lay_out_results(self) -> None:
-        self.picture = picture("picture", "Picture")
+        with gr.Column(elem_id="stage"):
+            self.picture = picture("picture", "Picture")
+            with gr.Row(elem_id="agreement"):
+                self.changed = gr.HTML("", elem_id="changed", padding=False, js_on_load=theme.PICTURES)
+                self.use = gr.Button(
+                    "Use these settings", size="sm", visible=False, min_width=130, scale=0, elem_id="use"
+                )
+                gr.Button("Hold to compare", size="sm", min_width=120, scale=0, elem_id="hold")
         self.facts = gr.HTML(theme.facts(None), elem_id="facts", padding=False)
         self.lora = gr.HTML(self._lora(), elem_id="lora", padding=False)
-        self.gallery = gr.Gallery(
-            label="This visit", type="filepath", visible=False, elem_id="gallery", interactive=False
-        )
+        self.gallery = gallery("gallery", "This visit", visible=False)
         self.dropped = gr.File(
             label="Drop a picture of this app to restore its settings",
             file_types=[".png"],
@@ -120,13 +161,18 @@ class MixTab:
 
     def settings(self, values: Values) -> Settings:
         """Checked settings from the values of ``inputs``; raises SettingsError."""
-        prompt, mix, *rest = (values[each] for each in self.inputs)
-        return self._session.checked(prompt, mix or {}, *rest)
+        given = {name: values[each] for name, each in self.fields.items()}
+        return self._session.checked(**{**given, "mix": given["mix"] or {}})
 
-    def fill(self, given: Mapping[str, Any]) -> list[Any]:
+    def fill(self, given: Mapping[str, Any], file: str | None = None, name: str | None = None) -> list[Any]:
         """Updates of ``targets``, in their order, that show settings as in a picture's metadata, in front.
 
         What is different from then, such as a missing adapter, is shown in a message each.
+
+        Args:
+            given: the settings.
+            file: the picture, to be shown with them.
+            name: what it is called in the visitor's history.
 
         Raises:
             SettingsError: they hold something that is no setting.
@@ -134,22 +180,35 @@ class MixTab:
         restored = restore(given, self._session)
         for note in restored.notes:
             gr.Warning(theme.plain(note))
-        return [gr.Tabs(selected="mix"), *self._filled(restored.settings)]
+        stage = self._shown(file, given, restored.then, name) if file else [gr.skip()] * len(self._stage)
+        return [gr.Tabs(selected="mix"), *self._filled(restored.settings), *stage]
 
     def fill_from_history(self, name: Any, request: gr.Request) -> list[Any]:
-        """As ``fill``, with the settings of a picture in the visitor's history; the sentence of what goes wrong."""
+        """As ``fill``, with a picture in the visitor's history; the sentence of what goes wrong."""
         with readable("the picture could not be read"):
-            return self.fill(self._studio.galleries.of(visitor_of(request)).get(name).settings)
+            kept = self._studio.galleries.of(visitor_of(request)).get(name)
+            return self.fill(kept.settings, cached(self.picture, kept.path), kept.name)
+
+    def _shown(
+        self, picture: Any, report: Mapping[str, Any], settings: Settings, name: str | None, *, preview: bool = False
+    ) -> list[Any]:
+        """Updates of the picture, of what is said of it, and of what is known of it in the browser."""
+        said = theme.facts(report, preview=preview) + theme.made(settings.as_dict())
+        return [picture, said, {"name": name, "settings": settings.as_dict()}]
+
+    def _shown_from(self, kept: Kept) -> list[Any]:
+        report = kept.settings
+        return self._shown(cached(self.picture, kept.path), report, restore(report, self._session).then, kept.name)
 
     def _filled(self, settings: Settings) -> list[Any]:
-        mix = gr.HTML(value=dict(settings.mix))
-        return [settings.prompt, mix, settings.seed, settings.steps, settings.guidance, settings.method]
+        shown = settings.as_dict() | {"mix": gr.HTML(value=dict(settings.mix))}
+        return [shown[name] for name in self.fields]
 
     # ---------------------------------------------------------------- what the buttons do
 
     def _connect(self) -> None:
-        buttons = DrawButtons(self._studio.requests, [self.generate, self.surprise], self.stop)
-        results = [self.picture, self.facts, self.gallery]
+        self._buttons = buttons = DrawButtons(self._studio.requests, [self.generate, self.surprise], self.stop)
+        results = [*self._stage, self.gallery, self._memory.pictures]
 
         def begin_surprise(request: gr.Request) -> list[Any]:
             return [*self._filled(random_settings.settings(self._session)), *buttons.begin(request)]
@@ -157,8 +216,12 @@ class MixTab:
         starts = [self.generate.click, self.prompt.submit]
         surprised = self.surprise.click(begin_surprise, outputs=[*self.inputs, *buttons.all], js=SHOW_PICTURE, **QUIET)
         for pressed in (gr.on(starts, buttons.begin, outputs=buttons.all, js=SHOW_PICTURE, **QUIET), surprised):
-            buttons.draw_after(pressed, self._generate, {*self.inputs, self.gallery}, results, self.picture)
-        self.dropped.upload(self._restore, self.dropped, [self.dropped, *self.targets], **TELLING)
+            buttons.draw_after(pressed, self._generate, {*self.inputs, self._memory.pictures}, results, self.picture)
+        restored = self.dropped.upload(self._restore, self.dropped, self.targets, **TELLING)
+        for ended in (restored.then, restored.failure):  # the box takes the next one
+            ended(None, None, self.dropped, js="() => null", **QUIET)
+        self.gallery.select(self._choose, None, self._stage, **TELLING)
+        self.use.click(self._use, self._memory.shown, self.targets, **TELLING)
         self.style_picker.words(self._add_words, self.prompt, self.prompt, **QUIET)
 
     async def _generate(
@@ -175,18 +238,43 @@ class MixTab:
                 settings = self.settings(values)
                 drawn, path = await self._studio.requests.draw(visitor_of(request), settings, at_most_often(on_step))
         except Stopped:
-            return gr.skip(), gr.skip(), gr.skip()
-        return self._results(drawn, path, values[self.gallery])
+            return [gr.skip()] * (len(self._stage) + 2)
+        names = [path.name, *(values[self._memory.pictures] or [])][:GALLERY_HOLDS]
+        shown = self._shown(cached(self.picture, path), drawn.report, settings, path.name)
+        return [*shown, self._strip(names, request), names]
 
-    def _results(self, drawn: Picture, path: Path, gallery: Any) -> tuple[Any, Any, Any]:
-        """Picture, facts and gallery after a new picture, the newest first."""
-        file = cached(self.gallery, path)
-        newest_first = [(file, theme.caption(drawn.report)), *(gallery or [])][:GALLERY_HOLDS]
-        return file, theme.facts(drawn.report), gr.Gallery(newest_first, visible=True)
+    def _strip(self, names: Any, request: gr.Request) -> gr.Gallery:
+        """This visit's pictures, those that History still has."""
+        kept = self._studio.galleries.of(visitor_of(request)).among(names)[:GALLERY_HOLDS]
+        items = [(cached(self.gallery, each.path), caption_of(each)) for each in kept]
+        return gr.Gallery(items, visible=bool(items))
+
+    def _reopen(self, kept: Any, names: Any, shown: Any, lost: Any, request: gr.Request) -> list[Any]:
+        if lost:
+            gr.Warning("The page was loaded again before its picture was drawn. Generate draws it again.")
+        mix = mix_without_lost(kept, self._session.adapter_names)
+        return [mix, self._strip(names, request), *self._shown_again(shown, names, request)]
+
+    def _shown_again(self, shown: Any, names: Any, request: gr.Request) -> list[Any]:
+        """The picture that was shown, or else the newest of this visit."""
+        looked_at = [shown.get("name")] if isinstance(shown, dict) else []
+        for kept in self._studio.galleries.of(visitor_of(request)).among([*looked_at, *(names or [])])[:1]:
+            with suppress(SettingsError):
+                return self._shown_from(kept)
+        return [None, theme.facts(None), None]
+
+    def _choose(self, event: gr.SelectData, request: gr.Request) -> list[Any]:
+        with readable("the picture could not be shown"):
+            name = Path(event.value["image"]["path"]).name
+            return self._shown_from(self._studio.galleries.of(visitor_of(request)).get(name))
+
+    def _use(self, shown: Any) -> list[Any]:
+        with readable("the settings could not be read"):
+            return self.fill((shown or {}).get("settings", {}))
 
     def _restore(self, file: str | None) -> list[Any]:
         with readable("the picture could not be read"):
-            return [None, *self.fill(read_settings(Path(file or "")))]
+            return self.fill(read_settings(Path(file or "")), file)
 
     def _add_words(self, prompt: str, event: gr.EventData) -> Any:
         words = getattr(event, "words", "")
@@ -199,22 +287,22 @@ class MixTab:
 
     def _connect_preview(self) -> None:
         self.live.change(lambda live: gr.HTML(live=live), self.live, self.style_picker, **QUIET)
-        changes: list[Any] = [self.live, self.style_picker, self.prompt, self.guidance, self.method]
+        changes: list[Any] = [self.live, self.style_picker, self.prompt, self.guidance, self.fields["method"]]
         moved = [*(each.input for each in changes), self.seed.change]
-        gr.on(moved, self._preview, {self.live, *self.inputs}, [self.picture, self.facts], **PREVIEWING)
+        gr.on(moved, self._preview, {self.live, *self.inputs}, self._stage, **PREVIEWING)
 
     async def _preview(self, values: Values, request: gr.Request) -> Any:
+        nothing = [gr.skip()] * len(self._stage)
         if not values[self.live]:
-            return gr.skip(), gr.skip()
-        steps = values[self.steps]
-        fewer = self._budget.steps(int(steps)) if isinstance(steps, int | float) else steps
+            return nothing
         try:
-            settings = self.settings({**values, self.steps: fewer})
-            drawn = await self._studio.requests.preview(visitor_of(request).visit, settings)
+            settings = self.settings(values)
+            fewer = replace(settings, steps=self._budget.steps(settings.steps))
+            drawn = await self._studio.requests.preview(visitor_of(request).visit, fewer)
         except (Stopped, SettingsError):  # a newer one was requested, or a prompt is half typed
-            return gr.skip(), gr.skip()
-        self._budget.drew(settings.steps, drawn.report["generation_s"])
-        return drawn.signed(), theme.facts(drawn.report, preview=True)
+            return nothing
+        self._budget.drew(fewer.steps, drawn.report["generation_s"])
+        return self._shown(drawn.signed(), drawn.report, settings, None, preview=True)
 
     # ---------------------------------------------------------------- what changes by itself
 
@@ -225,7 +313,7 @@ class MixTab:
         gr.Timer(WATCH_SECONDS).tick(self._watch, seen, shown, **QUIET)
 
     def _watch(self, seen: Any) -> Any:
-        now = (self._session.library.version, self._studio.thumbnails.version, self._studio.lora_ms)
+        now = (self._session.library.version, self._studio.thumbnails.version, self._studio.timings)
         if now == seen:
             return [gr.skip()] * 5
         cards = self._cards()
@@ -237,7 +325,7 @@ class MixTab:
         return {"value": theme.refusals(refused), "visible": bool(refused)}
 
     def _lora(self) -> str:
-        return theme.lora(self._studio.lora_ms, RANK)
+        return theme.lora(self._studio.timings)
 
     def _cards(self) -> list[dict[str, Any]]:
         return [shown(card, self._studio.thumbnails) for card in self._session.cards]

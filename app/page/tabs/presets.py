@@ -1,4 +1,4 @@
-"""The fold below the styles: merge method, presets, and sharing as a link or JSON."""
+"""Presets, and a fold for sharing the settings as a link or JSON."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,12 +8,12 @@ import gradio as gr
 
 from app.drawing.restore import to_keep
 from app.history.png_metadata import parse_settings
+from app.history.presets import tidy
 from app.page import theme
 from app.page.tabs.events import TELLING, Values
 from app.server.messages import readable
-from app.settings.settings import DEFAULT_METHOD, Settings
+from app.settings.settings import Settings
 from app.studio import Studio
-from shira_diffusers.adapters.merge import MERGE_METHODS
 
 ADD_ADDRESS = """(_, text) => {
   const link = new URL(window.location.href)
@@ -21,31 +21,32 @@ ADD_ADDRESS = """(_, text) => {
   link.hash = ''
   return link.href
 }"""
+SAVE = "Save"
 READ_ADDRESS = "() => new URLSearchParams(window.location.search).get('settings') ?? ''"
 
 
 class PresetsFold:
-    """The components of the fold and what they do."""
+    """The components of the choice and of the fold, and what they do."""
 
     def __init__(self, studio: Studio) -> None:
         self._presets, self._session = studio.presets, studio.session
 
-    def lay_out(self) -> gr.Dropdown:
-        """Add the fold to the Blocks that is being built; returns the merge method's component."""
-        with gr.Accordion("Presets, sharing, merge method", open=False, elem_id="presets"):
-            with gr.Row(elem_classes="line"):
-                self.chosen = gr.Dropdown(self._names(), value=None, label="Preset", min_width=140, scale=3)
-                self.delete = gr.Button("Delete", min_width=80, size="md", elem_classes="asks")
-            with gr.Row(elem_classes="line"):
-                self.name = gr.Textbox(label="Save these settings as", max_length=60, min_width=140, scale=3)
-                self.save = gr.Button("Save", min_width=80, size="md")
+    def lay_out(self) -> None:
+        """Add the choice of a preset, and saving one, to the Blocks that is being built."""
+        with gr.Row(elem_id="presets"):
+            self.chosen = gr.Dropdown(self._names(), value=None, label="Preset", min_width=140, scale=3)
+            self.name = gr.Textbox(label="Save these settings as", max_length=60, min_width=140, scale=3)
+            self.save = gr.Button(SAVE, min_width=60, size="md", scale=0)
+
+    def lay_out_sharing(self) -> None:
+        """Add the fold to the Blocks that is being built."""
+        with gr.Accordion("Share, delete a preset", open=False, elem_id="sharing"):
             with gr.Row(elem_classes="line"):
                 self.share = gr.Button("Share", min_width=100, size="md")
                 self.apply = gr.Button("Apply the JSON below", min_width=100, size="md")
+                self.delete = gr.Button("Delete the preset", min_width=100, size="md", elem_classes="asks")
             self.link = gr.Textbox(label="Link", visible=False, buttons=["copy"], interactive=False)
             self.text = gr.Textbox(label="Settings as JSON", lines=2, max_lines=8, buttons=["copy"])
-            method = gr.Dropdown(list(MERGE_METHODS), value=DEFAULT_METHOD, label="Merge method", interactive=True)
-        return method
 
     def connect(
         self,
@@ -61,7 +62,11 @@ class PresetsFold:
         self.chosen.select(self._choose, None, list(targets), **TELLING)
         self.delete.click(self._delete, self.chosen, self.chosen, **TELLING)
         gr.on(
-            [self.save.click, self.name.submit], self._save, {self.name, *inputs}, [self.chosen, self.name], **TELLING
+            [self.save.click, self.name.submit],
+            self._save,
+            {self.name, self.save, *inputs},
+            [self.chosen, self.name, self.save],
+            **TELLING,
         )
         shown = self.share.click(self._share, set(inputs), [self.link, self.text], **TELLING)
         shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **TELLING)
@@ -81,11 +86,16 @@ class PresetsFold:
             self._presets.delete(name)
         return gr.Dropdown(choices=self._names(), value=None)
 
-    def _save(self, values: Values) -> tuple[Any, Any]:
+    def _save(self, values: Values) -> tuple[Any, Any, str]:
+        name = tidy(values[self.name])
+        replace = f"Replace “{name}”"
+        if name in self._presets.names and values[self.save] != replace:
+            gr.Warning(theme.plain(f"There is a preset “{name}”. Press Replace to overwrite it, or change the name."))
+            return gr.skip(), gr.skip(), replace
         with readable("the preset could not be saved"):
             saved = self._presets.save(values[self.name], to_keep(self._settings(values), self._session))
         gr.Info(theme.plain(f"Saved as “{saved}”."))
-        return gr.Dropdown(choices=self._names(), value=saved), ""
+        return gr.Dropdown(choices=self._names(), value=saved), "", SAVE
 
     def _share(self, values: Values) -> tuple[Any, str]:
         with readable("the settings could not be shared"):

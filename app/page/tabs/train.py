@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from app.page import theme, training_html
-from app.page.tabs.events import TELLING, Values, gallery
+from app.page.caption_list import make_caption_list, showing
+from app.page.tabs.events import TELLING, Values
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
@@ -45,7 +46,6 @@ class TrainTab:
         self._trainings, self._estimator = studio.trainings, studio.estimator
         self._library = studio.session.library
         self._usual = Recipe.for_base(studio.trainings.base)
-        self._suggestion = studio.session.suggestions[0]
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
@@ -74,9 +74,7 @@ class TrainTab:
             height=160,
             elem_id="train-files",
         )
-        self.gallery = gallery(
-            "train-pictures", "Uploaded pictures", show_label=False, visible=False, columns=6, height="auto"
-        )
+        self.captions = make_caption_list()
         gr.Markdown(
             f"5 of a subject, or 20 to 70 of a style; at most {MAX_PICTURES}, of {', '.join(FORMATS)}. "
             "A .txt or .caption of a picture's name is its caption. They are kept in the app's folder, without "
@@ -90,16 +88,10 @@ class TrainTab:
             self.prompt = gr.Textbox(
                 label="What the pictures show", placeholder="a picture in sks style", min_width=200, scale=2
             )
-        self.captions = gr.Textbox(
-            label="Captions",
-            info="One line per picture, in order. An empty line stands for the text above.",
-            lines=3,
-            max_lines=8,
-        )
         self.sample_prompt = gr.Textbox(
-            self._suggestion,
             label="Samples show",
-            info="A prompt that is drawn from time to time, to show what was learned.",
+            info="Drawn from time to time, to show what was learned.",
+            placeholder="what the pictures show",
         )
 
     def _lay_out_details(self) -> None:
@@ -159,9 +151,7 @@ class TrainTab:
     def _connect(self) -> None:
         view = [self.past, *self._view()]
         settings = {getattr(self, name) for name in self._usual.as_dict()}
-        self.files.change(
-            self._look, self.files, [self.gallery, self.captions], show_progress_on=self.files, api_visibility="private"
-        )
+        self.files.change(self._look, self.files, self.captions, show_progress_on=self.files, api_visibility="private")
         gr.on(
             [self.steps.change, self.density.change, self.targets.change, self.batch.change, self.resolution.change,
              self.class_prompt.change, self.class_pictures.change],
@@ -172,6 +162,7 @@ class TrainTab:
             show_progress_on=self.progress, api_visibility="private", **STARTING,
         )  # fmt: skip
         started.success(None, None, None, js=theme.scroll_to("#progress"), **TELLING)
+        self.shown.change(self._estimate, settings, self.estimate, **TELLING)  # by how fast it goes
         self.past.input(self._follow, [self.past, self.shown], self._view(), **TELLING)
         self.timer.tick(self._follow, [self.past, self.shown], self._view(), **TELLING)
         pressed = [
@@ -204,20 +195,19 @@ class TrainTab:
     def _look(self, files: list[str] | None) -> Any:
         """The pictures that came, and the captions that came with them."""
         if not files:
-            return gr.Gallery(visible=False), ""
+            return showing((), ())
         with readable("the pictures could not be read"):
             sent = self._sent(files)
             require_pictures(sent)
-            captions = captions_of(sent)
         if sent.left:
             gr.Warning(f"No picture has the name of these captions: {escape(named(sent.left))}")
-        lines = "\n".join(captions) if any(captions) else ""
-        return gr.Gallery([str(path) for _, path in sent.pictures], visible=True), lines
+        return showing(sent.pictures, captions_of(sent))
 
     def _recipe(self, values: Values) -> Recipe:
         given = {name: values[getattr(self, name)] for name in self._usual.as_dict()}
         given = {name: "" if value is None and _is_text(name) else value for name, value in given.items()}
         given |= {"density": (given["density"] or 0) / 100, "avoid": given["avoid"] or []}
+        given["sample_prompt"] = given["sample_prompt"] or given["prompt"]
         return self._usual.changed(given, tuple(self._names()))
 
     def _estimate(self, values: Values) -> str:
@@ -235,9 +225,8 @@ class TrainTab:
 
     def _start(self, values: Values) -> Any:
         with readable("the training could not be started"):
-            captions = (values[self.captions] or "").rstrip("\n")
-            lines = captions.split("\n") if captions else []
-            training = self._trainings.start(self._recipe(values), self._sent(values[self.files]), lines)
+            captions = list(map(str, values[self.captions] or []))
+            training = self._trainings.start(self._recipe(values), self._sent(values[self.files]), captions)
         return self._all(training.id)
 
     def _cancel(self) -> Any:
@@ -259,10 +248,11 @@ class TrainTab:
         return self._all(None)
 
     def _mix_it(self, id: str | None) -> Any:
-        """The adapter alone in Mix, with the words that it was trained with."""
+        """The adapter alone in Mix, with the words that it was trained with; seed, steps and the rest stay."""
         with readable("the adapter could not be sent to Mix"):
             training = self._trainings.training(id)
-            return self._mix.fill({"prompt": training.recipe.prompt, "mix": {training.adapter: 1.0}})
+            filled = self._mix.fill({"prompt": training.recipe.prompt, "mix": {training.adapter: 1.0}})
+        return [*filled[:3], *(gr.skip() for _ in filled[3:])]
 
     def _all(self, id: str | None) -> tuple[Any, ...]:
         """The choice of trainings, and the view of one; of None the newest."""

@@ -44,6 +44,21 @@ def test_the_endpoints_that_notebooks_use_keep_their_parameters(client: Client) 
     assert required == ["prompt"]
 
 
+def test_all_endpoints_and_parameters_are_described_and_require_the_same(client: Client) -> None:
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    required: dict[str, set[str]] = {}
+    for name, endpoint in endpoints.items():
+        assert endpoint["description"], name
+        for parameter in endpoint["parameters"]:
+            assert len(parameter["python_type"]["description"]) > 5, (name, parameter["parameter_name"])
+            assert "FileData class" not in parameter["python_type"]["description"]
+        required[name] = {p["parameter_name"] for p in endpoint["parameters"] if not p["parameter_has_default"]}
+    assert required["/compare"] == required["/generate"] == {"prompt"}
+    assert required["/sweep"] == {"prompt", "adapter", "strengths"}
+    assert required["/upload_adapter"] == required["/convert_lora"] == {"file"}
+    assert required["/train"] == {"pictures", "settings"}
+
+
 def test_adapters_tells_what_is_loaded(client: Client) -> None:
     answer = client.predict(api_name="/adapters")
     assert answer["model"] == "tiny-diffusion"

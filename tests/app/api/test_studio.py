@@ -30,6 +30,10 @@ def test_an_adapter_comes_and_goes(client: Client, moss: Path) -> None:
     assert (entry["name"], entry["fits"], entry["origin"], entry["sha256"]) == (
         "wet moss", True, "yours", sha256_of(moss)
     )  # fmt: skip
+    emoji = moss.rename(moss.with_stem("🌿 Ada's moss, 100 %"))
+    assert client.predict(file=handle_file(str(emoji)), api_name="/upload_adapter")["name"] == emoji.stem
+    client.predict(emoji.stem, api_name="/delete_adapter")
+    emoji.rename(moss)
     assert client.predict(file=handle_file(str(moss)), api_name="/upload_adapter")["name"] == "moss"
     assert {"moss", "wet moss"} <= client.predict(api_name="/adapters")["adapters"].keys()
     assert sha256_of(Path(client.predict("moss", api_name="/download_adapter"))) == sha256_of(moss)

@@ -4,8 +4,10 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 
 from app.drawing.session import Session
+from app.insight.effects import hint, opposing, pictures_of
 from app.insight.interference import Comparer, Pair, stage_of
 from app.page import interference_html
 from app.settings.checks import SettingsError
@@ -40,7 +42,7 @@ def test_layers_are_in_the_order_of_the_model(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("overlap", "conflict", "said"),
     [
-        (0.0, 0.0, ["a and b share no entries. How a mix looks depends on the styles", "0.7 each"]),
+        (0.0, 0.0, ["a and b share no entries. How a mix looks depends on the styles", "1 each at guidance 2"]),
         (0.03, 0.5, ["share 3 % of their entries, half of them in opposite directions", "lower guidance"]),
         (0.4, 0.51, ["share 40 % of their entries, half of them", "they cancel"]),
         (0.4, 0.3, ["30 % of them in opposite directions", "they cancel"]),
@@ -57,6 +59,35 @@ def test_what_to_expect_is_said_in_words(overlap: float, conflict: float, said: 
 def test_adapters_of_different_layers_do_not_meet() -> None:
     words = Pair("a", "b", Interference(0, 0, 0, 1, 1), {}).words
     assert words.startswith("a and b change different layers. How a mix looks depends on the styles")
+
+
+def test_pairs_are_drawn_as_the_study_suggests_beside_each_alone(session: Session) -> None:
+    settings = session.checked("a red cat", {"bluefire": 0.3}, 7, 50, 3.0)
+    orders = pictures_of(settings, ["paintings", "bluefire"])
+    assert list(orders) == [(), ("paintings",), ("bluefire",), ("paintings", "bluefire")]
+    assert all((each.seed, each.steps, each.guidance) == (7, 20, 2.0) for each in orders.values())
+    assert orders["paintings", "bluefire"].mix == {"bluefire": 1.0, "paintings": 1.0} and orders[()].mix == {}
+
+
+def test_how_far_two_oppose_each_other_in_pictures(session: Session) -> None:
+    """Nothing where both change the same; else as the definition says."""
+    light, dark = (Image.new("RGB", (16, 16), (value,) * 3) for value in (160, 96))
+    noise = session.generate("a red cat", {}, 1, 1).image
+    measured = opposing(session.pipe, {(): light, ("a",): dark, ("b",): dark, ("c",): noise})
+    assert measured["a", "b"] == 0 and measured["a", "c"] > 0
+    vae, images = session.pipe.vae, session.pipe.image_processor
+    with torch.no_grad():
+        plain, a, c = (
+            vae.encode(images.preprocess(each)).latent_dist.mode() * vae.config.scaling_factor
+            for each in (light, dark, noise)
+        )
+    expected = (-(a - plain) * (c - plain)).clamp(min=0).mean()
+    assert measured["a", "c"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.05, "mix well"), (0.12, "now and then"), (99, "likely to be lost")])
+def test_the_hint_says_what_the_study_supports(value: float, said: str) -> None:
+    assert said in hint(value)[0] and "of the styles themselves, here on one" in hint(value)[1]
 
 
 @pytest.mark.parametrize(

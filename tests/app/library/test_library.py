@@ -446,6 +446,20 @@ def test_deleting_can_be_undone(library: Library, upload: Path, pipe: StableDiff
         library.undo("x" * 10**6)
 
 
+def test_what_was_deleted_together_comes_back_together(library: Library, upload: Path) -> None:
+    for name in ("moss", "fern", "ivy"):
+        library.add(upload, name)
+    assert library.twin(library.entry("fern")) == "ivy" and not library.twin(library.entry("bluefire"))
+    library.delete("ivy")
+    library.delete("fern", "moss")
+    assert library.deleted_last == ("fern", "moss")
+    assert [card.name for card in library.undo_all()] == ["fern", "moss"]
+    assert library.deleted_last == ("ivy",)
+    assert [card.name for card in library.undo_all()] == ["ivy"]
+    with pytest.raises(SettingsError, match="nothing to bring back"):
+        library.undo_all()
+
+
 def test_all_are_deleted_or_none(library: Library, upload: Path) -> None:
     library.add(upload)
     with pytest.raises(SettingsError, match="'bluefire' came with"):

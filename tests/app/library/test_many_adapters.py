@@ -1,10 +1,12 @@
 """Many adapters: the heads of files are enough to start, the rest is read when it is used, and few stay loaded."""
 
+import os
 from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
 
+import shira_diffusers.library.header_index as header_index
 from app.drawing.session import Session
 from app.insight.interference import Comparer
 from app.library.cards import sha256_of
@@ -51,6 +53,20 @@ def test_at_the_start_heads_are_read_and_the_rest_when_nobody_draws(
     assert names(library) == "abcdef" and all(card.opened and card.sha256 for card in library.cards)
     assert [name for name, _ in library.refused] == ["g", "h", "i"]
     assert {card.name: card for card in library.cards}["c"].entries == library.cards[0].entries
+
+
+def test_later_starts_read_no_intact_header(
+    pipe: StableDiffusionPipeline, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))  # what is young is read again
+    first = Library(pipe, folder, tmp_path / "data", at_once=2)
+    reads: list[str] = []
+    real = header_index.open_adapter
+    monkeypatch.setattr(header_index, "open_adapter", lambda path: (reads.append(path.stem), real(path))[1])
+    later = Library(pipe, folder, tmp_path / "data", at_once=2)
+    assert later.entries == first.entries and len(later.entries) == 9
+    assert reads == ["g", "i"]  # what is damaged
 
 
 def test_few_stay_loaded_and_pictures_are_the_same(

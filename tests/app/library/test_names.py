@@ -25,7 +25,13 @@ from app.library.names import MAX_LENGTH, free_name, key_of, tidy_name
         ("\uff0e\uff0e\uff0f\uff0e\uff0e\uff0fsecret", "secret"),  # full width: NFKC makes a path of it
         ("a\u2215b\u2044c", "a-b-c"),  # slashes of mathematics
         ("safe\u202estnerotes.exe", "safestnerotes.exe"),  # turns the text around
-        ("<img src=x onerror=alert(1)>", "img src-x onerror-alert(1)"),
+        ("<img src=x onerror=alert(1)>", "img src=x onerror=alert(1)"),
+        ("🔥 Ada's fire & ice, 100 %!", "🔥 Ada's fire & ice, 100 %!"),
+        ("🔥.safetensors", "🔥"),
+        ("👩🏽\u200d🚀 ❤️", "👩🏽\u200d🚀 ❤️"),
+        ("a\u200db🔥\u200d", "ab🔥"),  # joins nothing
+        ("“Été”, 5 €", "“Été”, 5 €"),
+        ("who? me: *", "who- me"),
         ("CON", "adapter-CON"),
         ("com1.safetensors", "adapter-com1"),
         ("aux.v2", "adapter-aux.v2"),

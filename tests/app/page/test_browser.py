@@ -1,8 +1,14 @@
 """The page in a real browser: the main path, what goes wrong, and a phone's width."""
 
 import re
+from pathlib import Path
 from typing import Any
+from unicodedata import category
 
+import pytest
+
+import app
+from app.drawing import random_settings
 from app.drawing.session import Session
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
 from tests.app.conftest import SUGGESTION
@@ -18,7 +24,8 @@ def generate(page: Any) -> None:
 
 
 def fact(page: Any, label: str) -> str:
-    return page.locator("#facts div", has_text=label).last.locator("b").inner_text()
+    """A figure below the picture; of what is in a fold, too."""
+    return page.locator("#facts div", has_text=label).last.locator("b").text_content()
 
 
 def test_the_main_path(open_page: Open) -> None:
@@ -37,12 +44,62 @@ def test_the_main_path(open_page: Open) -> None:
     assert re.fullmatch(r"[\d.]+ %", fact(page, "of weights changed"))
     assert float(fact(page, "of weights changed").split()[0]) > 0
     assert fact(page, "seed") == "7"
+    expect(page.locator("#facts b").first).to_have_text("7")  # what an artist looks for comes first
+    expect(page.locator("#facts").get_by_text("to switch")).not_to_be_visible()
+    page.get_by_text("The switch", exact=True).click()
+    expect(page.locator("#facts").get_by_text("to switch")).to_be_visible()
     expect(page.locator("#gallery .caption-label")).to_have_text(["bluefire"])
 
     page.get_by_role("checkbox", name="bluefire").uncheck()
     generate(page)
     assert fact(page, "of weights changed") == "0.00 %"
     expect(page.locator("#gallery .caption-label")).to_have_text(["base", "bluefire"])  # the newest first
+
+
+def test_a_reload_loses_nothing_and_changes_are_undone(
+    open_page: Open, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surprise = session.checked("a big dog", {"paintings": 0.9}, 5, 2)
+    monkeypatch.setattr(random_settings, "settings", lambda session: surprise)  # some suggestions here are too long
+    page = open_page(WIDE)
+    prompt, seed = page.get_by_label("Prompt"), page.get_by_label("Seed")
+    undo = page.get_by_role("button", name="Undo", exact=True)
+    prompt.fill("a big cat")
+    page.get_by_role("checkbox", name="paintings").check()
+    page.get_by_label("strength of paintings, as a number").fill("0.6")
+    seed.fill("23")
+    generate(page)
+    prompt.fill("")  # cannot be drawn, and is kept as well
+    page.wait_for_timeout(1500)
+    page.get_by_role("button", name="Surprise me").click()
+    expect(page.locator("#gallery .grid-container button")).to_have_count(2, timeout=PATIENCE)
+    undo.click()
+    for _ in range(2):  # as it was, then after a reload
+        expect(prompt).to_have_value("")
+        expect(seed).to_have_value("23")
+        expect(page.get_by_role("checkbox", name="bluefire")).to_be_checked()
+        expect(page.get_by_label("strength of paintings, as a number")).to_have_value("0.6")
+        expect(page.get_by_label("number input for Steps")).to_have_value("2")
+        expect(page.locator("#gallery .caption-label").last).to_have_text("bluefire + paintings 0.6")
+        page.reload()
+    expect(page.locator("#gallery .grid-container button")).to_have_count(2, timeout=PATIENCE)
+    undo.click()
+    expect(prompt).to_have_value("a big cat")
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_the_picture_stays_in_view_beside_whatever_is_moved(open_page: Open, size: tuple[int, int]) -> None:
+    page = open_page(size)
+    if size == WIDE:  # above the fold
+        for control in (page.get_by_label("Seed"), page.get_by_label("number input for Steps"),
+                        page.get_by_label("Preset", exact=True), page.get_by_label("Live preview")):  # fmt: skip
+            expect(control).to_be_in_viewport(ratio=1)
+    generate(page)
+    slider = page.get_by_label("strength of paintings", exact=True)
+    slider.evaluate("slider => window.scrollTo(0, slider.getBoundingClientRect().top + scrollY - innerHeight / 2)")
+    for seen in (page.locator("#picture img"), slider, page.get_by_role("button", name="Generate")):
+        expect(seen).to_be_in_viewport(ratio=1)
+    slider.click()  # nothing lies over it
 
 
 def test_side_by_side(open_page: Open) -> None:
@@ -74,11 +131,37 @@ def test_suggestions_dice_and_the_enter_key(open_page: Open) -> None:
     page = open_page(WIDE)
     page.get_by_role("button", name="a big dog").click()
     expect(page.get_by_label("Prompt")).to_have_value("a big dog")
-    page.get_by_role("button", name="🎲").click()
+    page.get_by_role("button", name="Random seed").click()
     expect(page.get_by_label("Seed")).not_to_have_value("7")
     page.set_viewport_size({"width": 800, "height": 900})  # two narrow columns
     card, inside = (page.locator(each).bounding_box() for each in ("#details", "#details input[type=range] >> nth=1"))
     assert inside["x"] + inside["width"] <= card["x"] + card["width"]
+
+
+def test_each_tab_has_an_address_and_the_back_button_leads_to_the_one_before(open_page: Open) -> None:
+    page = open_page(WIDE)
+    address = page.url
+    for name in ("Library", "History", "Mix"):
+        page.get_by_role("tab", name=name).click()
+        expect(page).to_have_url(f"{address}#{name.lower()}")
+    page.go_back()
+    expect(page.get_by_role("tab", name="History")).to_have_attribute("aria-selected", "true")
+    with page.context.new_page() as other:
+        other.goto(page.url)
+        expect(other.locator("#whose")).to_be_visible(timeout=PATIENCE)
+    page.go_back()
+    expect(page.locator("#library-table")).to_be_visible()
+    page.go_back()
+    expect(page.get_by_role("tab", name="Mix")).to_have_attribute("aria-selected", "true")
+    assert page.url == address
+
+
+def test_icons_need_no_emoji_font() -> None:
+    """Symbols are drawn: a system without a font for them shows empty boxes."""
+    texts = {file: file.read_text(encoding="utf-8") for file in Path(app.__file__).parent.rglob("*.[jcp][sy]*")}
+    assert len(texts) > 50
+    symbols = [(file.name, each) for file, text in texts.items() for each in text if category(each) == "So"]
+    assert not symbols
 
 
 def test_what_is_left_out_is_shown_with_the_reason(open_page: Open) -> None:

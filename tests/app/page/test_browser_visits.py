@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.history.png_metadata import write_png
 from app.studio import Studio
-from tests.app.browsing import MARKS, PATIENCE, WIDE, Open, expect, new_context
+from tests.app.browsing import FORGET, MARKS, PATIENCE, WIDE, Open, expect, new_context
 from tests.app.conftest import SUGGESTION, Folders, served
 
 pytestmark = MARKS
@@ -66,21 +67,25 @@ def tab_to(page: Any, name: str, most: int = 40) -> list[tuple[str, bool]]:
 
 def test_a_picture_without_a_mouse(open_page: Open, session: Session) -> None:
     page = open_page()
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
     page.get_by_label("Prompt", exact=True).focus()
-    way = tab_to(page, "paintings")
+    way = tab_to(page, "Generate", most=6)  # not across all styles
+    way += tab_to(page, "bluefire")
+    page.keyboard.press("ArrowDown")
     page.keyboard.press("Space")
     expect(page.get_by_role("checkbox", name="paintings")).to_be_checked()
     way += tab_to(page, "strength of paintings")
     for _ in range(4):
         page.keyboard.press("ArrowLeft")
     expect(page.get_by_label("strength of paintings, as a number")).to_have_value("0.8")
-    way += tab_to(page, "Generate")
+    page.get_by_label("Prompt", exact=True).focus()
+    tab_to(page, "Generate")
     page.keyboard.press("Enter")
     drawn = wait_for_picture(page)
     mix = {"bluefire": 1.0, "paintings": 0.8}
     assert drawn == session.generate(SUGGESTION, mix, 7, 2).image.tobytes()
     names = [name for name, _ in way]
-    order = ["bluefire", "strength of bluefire", "paintings", "strength of paintings", "Seed", "Generate"]
+    order = ["Generate", "Seed", "bluefire", "strength of paintings"]
     assert [name for name in names if name in order] == order  # as they stand on the page, each once
     assert not [name for name, seen in way if not seen], "no focus is seen"
 
@@ -102,6 +107,7 @@ def visitor(context: Any, url: str) -> Iterator[Any]:
     """A page of one of them."""
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
+    page.add_init_script(FORGET)
     page.goto(url)
     page.get_by_role("button", name="Generate").wait_for()
     page.get_by_label("number input for Steps").fill("4")
@@ -160,6 +166,35 @@ def test_of_many_styles_a_page_is_shown_and_those_that_are_on(couple: tuple[Any,
         expect(page.locator(".picker-count")).to_have_text("1 of 40 on")
 
 
+def test_the_tab_key_crosses_one_card_of_many(couple: tuple[Any, Any], crowded: str) -> None:
+    with visitor(couple[0], crowded) as page:
+        expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
+        page.get_by_label("Prompt", exact=True).focus()
+        way = [name for name, _ in tab_to(page, "Show 16 of 16 more")]
+        assert "Generate" in way and [name for name in way if name.startswith("style ")] == ["style 00"]
+        page.get_by_role("checkbox", name="style 00").focus()
+        for key, name in (("ArrowDown", "01"), ("End", "23"), ("ArrowUp", "22"), ("Home", "00")):
+            page.keyboard.press(key)
+            expect(page.get_by_role("checkbox", name=f"style {name}")).to_be_focused()
+        page.get_by_label("strength of style 05", exact=True).click()  # the card that is used is the one on the way
+        page.get_by_label("Prompt", exact=True).focus()
+        tab_to(page, "style 05")
+
+
+def test_thumbnails_come_from_a_folder_of_any_name(
+    couple: tuple[Any, Any], folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data #1, 100%?"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(data / "cache"))  # as main does
+    studio = Studio.open(str(folders.base), folders.adapters, data)
+    with served(studio) as url, visitor(couple[0], url) as page:
+        picture = page.locator(".picker-card img").first
+        expect(picture).to_be_visible(timeout=PATIENCE)
+        page.wait_for_function("image => image.complete", arg=picture.element_handle())
+        assert picture.evaluate("image => image.naturalWidth") == 128
+    studio.close()
+
+
 def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any, Any], crowded: str) -> None:
     with visitor(couple[0], crowded) as ada, visitor(couple[1], crowded) as bob:
         ada.get_by_role("button", name="Generate").click()
@@ -171,6 +206,23 @@ def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any
         ada.reload()
         ada.get_by_role("tab", name="History").click()
         expect(ada.locator("#kept .grid-container button")).to_have_count(1)
+
+
+def test_a_page_that_is_loaded_again_tells_of_a_drawing_that_was_lost(
+    couple: tuple[Any, Any], url: str, session: Session
+) -> None:
+    hold = Event()
+    with visitor(couple[0], url) as page:
+        page.get_by_label("Prompt", exact=True).fill("a big dog")
+        session.queue.submit("another visitor", hold.wait)
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        page.reload()
+        hold.set()
+        expect(page.get_by_text("Generate draws it again")).to_be_visible(timeout=PATIENCE)
+        expect(page.get_by_label("Prompt", exact=True)).to_have_value("a big dog")
+        page.get_by_role("button", name="Generate").click()
+        wait_for_picture(page)
 
 
 # -------------------------------------------------------------------- presets and sharing
@@ -196,21 +248,28 @@ def expect_mix(page: Any) -> None:
 def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: str, studio: Studio) -> None:
     page = open_page()
     set_mix(page)
-    page.get_by_role("button", name="Presets, sharing").click()
     page.get_by_label("Save these settings as").fill("night dog")
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.get_by_label("Preset", exact=True)).to_have_value("night dog")
     expect(page.get_by_text("Saved as “night dog”.")).to_be_visible()
     page.get_by_label("Seed").fill("98")
+    for button, seed in (("Save", 21), ("Replace “night dog”", 98)):  # overwritten only when asked again
+        page.get_by_label("Save these settings as").fill(" night  dog")
+        assert studio.presets.get("night dog")["seed"] == 21
+        page.get_by_role("button", name=button, exact=True).click()
+        expect(page.get_by_role("button", name="Replace “night dog”")).to_have_count(int(seed == 21))
+        assert studio.presets.get("night dog")["seed"] == seed
+    studio.presets.save("night dog", studio.presets.get("night dog") | {"seed": 21})
     page.get_by_label("Preset", exact=True).focus()
     expect(page.get_by_role("option", name="night dog")).to_be_visible()
     page.keyboard.press("Tab")  # changes nothing
-    page.get_by_role("button", name="Share").click()
+    page.get_by_role("button", name="Share, delete a preset").click()
+    page.get_by_role("button", name="Share", exact=True).click()
     expect(page.get_by_label("Settings as JSON")).to_have_value(re.compile('"seed": 98'))
     page.get_by_label("Preset", exact=True).click()
     page.get_by_role("option", name="night dog").click()
     expect(page.get_by_label("Seed")).to_have_value("21")
-    page.get_by_role("button", name="Share").click()
+    page.get_by_role("button", name="Share", exact=True).click()
     expect(page.get_by_label("Settings as JSON")).to_have_value(re.compile('"seed": 21'))
     link = page.get_by_label("Link").input_value()
     text = page.get_by_label("Settings as JSON").input_value()
@@ -219,11 +278,11 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
     with visitor(couple[0], link) as other:  # the link holds all
         expect_mix(other)
     with visitor(couple[1], url) as other:  # presets are there for all
-        other.get_by_role("button", name="Presets, sharing").click()
         other.get_by_label("Preset", exact=True).click()
         other.get_by_role("option", name="night dog").click()
         expect_mix(other)
         other.get_by_label("Seed").fill("1")
+        other.get_by_role("button", name="Share, delete a preset").click()
         other.get_by_label("Settings as JSON").fill(text)
         other.get_by_role("button", name="Apply the JSON below").click()
         expect_mix(other)
@@ -234,7 +293,7 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
         other.get_by_role("button", name="Apply the JSON below").click()
         expect(other.get_by_test_id("toast-body").filter(has_text="JSON")).to_be_visible()
         other.once("dialog", lambda dialog: dialog.accept())
-        other.get_by_role("button", name="Delete", exact=True).click()
+        other.get_by_role("button", name="Delete the preset").click()
         expect(other.get_by_label("Preset", exact=True)).to_have_value("")
     assert studio.presets.names == ()
 

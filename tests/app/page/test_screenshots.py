@@ -81,7 +81,7 @@ def interfere(page: Any) -> None:
 
 
 def inspect(page: Any) -> None:
-    page.get_by_role("button", name="Inspect").click()
+    page.get_by_role("button", name="Inspect bluefire").click()
     page.locator("#inspected .layers").wait_for()
 
 

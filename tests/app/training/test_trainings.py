@@ -9,6 +9,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from app.drawing.session import Session
+from app.page import training_html
 from app.settings.checks import SettingsError
 from app.training import trainings as trainings_module
 from app.training.estimate import Estimator
@@ -124,7 +126,12 @@ def test_cancelling_keeps_the_last_checkpoint_and_it_can_be_resumed(
     progress = trainings.progress()
     assert 4 <= progress.checkpoint < 40 and trainings.running is None
     assert trainings.keep(progress.training.id) == "moss"
+    assert not progress.loading
     trainings.resume(None)
+    loading = trainings.progress()
+    assert loading.loading and loading.seconds_left is None and loading.steps.done >= progress.checkpoint
+    assert "Getting ready" in training_html.progress(loading)
+    assert f"goes on from step {progress.checkpoint}" in training_html.progress(loading)
     wait(lambda: trainings.running is None)
     assert trainings.progress().training.state == "finished" and trainings.progress().steps.done == 40
     assert [card.name for card in session.cards if card.origin == "yours"] == ["moss", "moss-2"]
@@ -364,6 +371,29 @@ def test_lines_that_are_not_whole_are_passed_over(tmp_path: Path) -> None:
     steps = read_steps(tmp_path)
     assert (steps.losses, steps.speed, steps.peak_gib) == ({1: 0.1, 2: 9.0, 3: 0.3}, 4, 1.5)
     assert read_steps(tmp_path / "nowhere").done == 0
+
+
+def test_what_is_left_follows_the_clock_with_the_samples_in_it(trainings: Trainings, recipe: Recipe) -> None:
+    """Steps of 0.1 s, but a sample of 4 s after each fifth: 20 steps more take 4 * (0.5 + 4) s or so."""
+    training = Training("one", trainings.base.path, recipe.changed({"steps": 40}, ()), 2, 1.0, "running", launched=1000)
+    logs = trainings._folder / "one" / "output" / "logs"
+    logs.mkdir(parents=True)
+
+    def line(step: int, time: float) -> str:
+        figures = {"loss": 1.0, "images_per_second": 10, "peak_memory_gib": 1.5}
+        return json.dumps({"step": step, "time": time, **figures}) + "\n"
+
+    earlier = "".join(line(step, 500 + step) for step in range(1, 13))  # before it was resumed
+    trainings._keep(training)
+    (logs / "steps.jsonl").write_text(earlier)
+    assert trainings.progress("one").loading and trainings.progress("one").seconds_left is None
+    now = [line(step, 1010 + 0.1 * step + 4 * (step // 5)) for step in range(5, 21)]
+    (logs / "steps.jsonl").write_text(earlier + "".join(now))
+    progress = trainings.progress("one")
+    assert not progress.loading and progress.seconds_left == pytest.approx(20 * (0.1 + 12 / 15))
+    (logs / "steps.jsonl").write_text(earlier + now[0])  # one step says what it took by itself
+    assert trainings.progress("one").seconds_left == pytest.approx(35 / 10)
+    trainings._keep(replace(training, state="failed"))
 
 
 def test_the_last_line_of_a_log_is_fit_to_be_shown(tmp_path: Path) -> None:

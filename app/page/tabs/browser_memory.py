@@ -1,0 +1,94 @@
+"""What a browser keeps of Mix: the settings, those before them, and which pictures are of this visit."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from app.page.tabs.events import QUIET, TELLING
+
+SECRET = "shira"  # the same after a restart: what is kept is no secret, but Gradio reads it back only with one
+# NAMES are the fields of the settings, in the order of the inputs
+KEEP = """(kept, ...inputs) => {
+  const now = Object.fromEntries(NAMES.map((name, place) => [name, inputs[place]]))
+  const same = (other) => JSON.stringify(other) === JSON.stringify(now)
+  if (!window.shiraReopened || same(kept?.now)) return kept
+  const at = Date.now()
+  const apart = kept?.now && at - (window.shiraChanged ?? 0) > 500  // what changes together is undone together
+  window.shiraChanged = at
+  const before = apart ? [kept.now, ...kept.before].slice(0, 50) : kept?.before ?? []
+  return { now, before: same(before[0]) ? before.slice(1) : before }  // it came field by field, as the page loaded
+}"""
+UNDO = """(kept, ...inputs) => {
+  const [last, ...before] = kept?.before ?? []
+  if (!last) return [kept, ...inputs]
+  window.shiraChanged = Date.now()
+  return [{ now: last, before }, ...NAMES.map((name, place) => name in last ? last[name] : inputs[place])]
+}"""
+REOPEN = """(kept) => {
+  window.shiraReopened = true
+  window.shiraLost = sessionStorage.shiraDrawing ?? ''
+  delete sessionStorage.shiraDrawing
+  window.shiraChanged = Date.now()
+  const now = kept?.now ?? {}
+  return NAMES.map((name) => name in now ? now[name] : { __type__: 'update' })
+}"""
+AGREE = """(shown, ...inputs) => {
+  const plain = (value) => typeof value === 'string' ? value.trim() : value
+  const sorted = (value) => value && typeof value === 'object'
+    ? Object.keys(value).sort().map((key) => [key, sorted(value[key])])
+    : plain(value)
+  const on = (mix) => Object.fromEntries(Object.entries(mix ?? {}).filter(([, strength]) => strength !== 0))
+  const said = (name, value) => JSON.stringify(sorted(name === 'mix' ? on(value) : value))
+  const then = shown?.settings ?? {}
+  const changed = NAMES.filter((name, place) => name in then && said(name, then[name]) !== said(name, inputs[place]))
+  const words = { mix: 'styles', method: 'merge method' }
+  const text = changed.map((name) => words[name] ?? name.replaceAll('_', ' ')).join(', ')
+  return [text && `Changed since drawn: ${text}`, { __type__: 'update', visible: changed.length > 0 }]
+}"""
+LOST = "(...kept) => [...kept.slice(0, -1), window.shiraLost]"
+
+
+class BrowserMemory:
+    """Keeps the settings in the browser's storage, so that a reload or a restart of the server changes nothing.
+
+    Args:
+        fields: the components that hold the settings, by field.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._names, self._inputs = json.dumps(list(fields)), list(fields.values())
+        self._settings = gr.BrowserState(None, storage_key="shira-settings", secret=SECRET)
+        self.pictures = gr.BrowserState([], storage_key="shira-pictures", secret=SECRET)
+        """Names in History, as the gallery of this visit shows them."""
+        self.shown = gr.BrowserState(None, storage_key="shira-shown", secret=SECRET)
+        """The picture that is looked at: its name in History, if it has one, and its settings."""
+
+    def connect(self, undo: gr.Button) -> None:
+        """Keep the settings with each change; ``undo`` goes back by one."""
+        changes = [each.change for each in self._inputs]
+        kept = [self._settings, *self._inputs]
+        gr.on(changes, None, kept, self._settings, js=self._named(KEEP), **QUIET, trigger_mode="multiple")
+        undo.click(None, kept, kept, js=self._named(UNDO), **QUIET)
+
+    def compare(self, changed: gr.HTML, use: gr.Button) -> None:
+        """Say what is no longer as in the picture that is shown, and show ``use`` then."""
+        changes = [self.shown.change, *(each.change for each in self._inputs)]
+        script, compared = self._named(AGREE), [self.shown, *self._inputs]
+        gr.on(changes, None, compared, [changed, use], js=script, **QUIET, trigger_mode="multiple")
+
+    def reopen(self, show: Callable[..., Any], outputs: Sequence[Any]) -> Any:
+        """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept; that event."""
+        loaded = gr.on(None, None, self._settings, self._inputs, js=self._named(REOPEN), **QUIET)
+        lost = gr.Textbox(visible=False)  # a drawing, by this very load
+        return loaded.then(show, [self._settings, self.pictures, self.shown, lost], list(outputs), js=LOST, **TELLING)
+
+    def _named(self, script: str) -> str:
+        return script.replace("NAMES", self._names)
+
+
+def mix_without_lost(kept: Any, names: Sequence[str]) -> Any:
+    """An update of the styles: the kept mix without those that are gone; none where all are here."""
+    mix = (kept or {}).get("now", {}).get("mix", {})
+    return gr.skip() if set(mix) <= set(names) else gr.HTML(value={name: mix[name] for name in mix if name in names})

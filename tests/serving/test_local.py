@@ -1,0 +1,96 @@
+"""What can be wrong at the start of the service is one clear line, before any process is started."""
+
+import importlib.util
+import socket
+from pathlib import Path
+
+import pytest
+
+from shira_diffusers import ShiraError
+from shira_diffusers.cli.__main__ import main
+from shira_diffusers.serving.errors import ServiceError
+from shira_diffusers.serving.keys import Client, Keys, RateLimit
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "model_index.json").write_text("{}")
+    return str(tmp_path)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["serve", *arguments]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no/such/model"], ["no model at no/such/model"]),
+        ([str(Path(__file__).parent)], ["is no pipeline", "model_index.json"]),
+        (["--adapters", "no/such/folder"], ["no folder of adapters at no/such/folder"]),
+        (["--keys", "no/such/file"], ["cannot read the keys in no/such/file", "CLIENT:KEY"]),
+        (["--set", "max_steps=0", "--set", "max_step=1"], ["max_steps", "greater", "max_step:", "not permitted"]),
+        (["--set", "max_steps"], ["NAME=VALUE", "max_steps"]),
+    ],
+)
+def test_bad_settings(arguments: list[str], words: list[str], model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    own = [] if arguments[0].startswith(("no", "/")) else [model]
+    line = refusal(capsys, *own, *arguments)
+    for word in words:
+        assert word in line
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = refusal(capsys, model, "--port", port)
+    assert f"cannot listen at 127.0.0.1, port {port}" in line and "--port" in line
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find_spec = importlib.util.find_spec
+    absent = lambda name, *rest: None if name == "ray" else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr("shira_diffusers.serving.local.find_spec", absent)
+    assert "pip install 'shira-diffusers[serve]'" in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no client"),
+        ("ann", "line 1 .* is malformed"),
+        ("# a\nann:k\nbob:", "line 3 .* is malformed"),
+        ("ann:k:root", "line 1 .* is malformed"),
+        ("ann:k\nbob:k", "line 2 .* a second time"),
+        ("ann:k\nann:m", "line 2 .* a second time"),
+    ],
+)
+def test_malformed_keys(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(ShiraError, match=words):
+        Keys(str(tmp_path / "keys"))
+
+
+def test_without_keys_everybody_is_an_admin() -> None:
+    assert Keys(None).client(None, "10.0.0.1") == Client("10.0.0.1", admin=True)
+
+
+def test_a_bucket_fills_at_its_rate() -> None:
+    now = [0.0]
+    rates = RateLimit(6, lambda: now[0])
+    rates.take("ann", 4)
+    rates.take("bob", 6)
+    with pytest.raises(ServiceError, match=r"again in 10\.0 s") as caught:
+        rates.take("ann", 3)
+    assert caught.value.retry_after == 10
+    now[0] = 10.0
+    rates.take("ann", 3)
+    with pytest.raises(ServiceError):
+        rates.take("ann", 1)
+    now[0] = 1000.0
+    rates.take("ann", 100)  # more than the bucket holds takes all of it
+    with pytest.raises(ServiceError):
+        rates.take("ann", 1)

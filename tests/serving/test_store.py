@@ -1,0 +1,103 @@
+"""Adapters in an object store, read through copies; fsspec's store in memory stands for S3 and the Hub."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from shira_diffusers import ShiraError, load_adapter, save_adapter
+from shira_diffusers.serving import store as stores
+from shira_diffusers.serving.errors import ServiceError
+from shira_diffusers.serving.store import FolderStore, open_store
+from tests import tiny
+
+
+@pytest.fixture
+def source() -> str:
+    return f"memory://{uuid.uuid4().hex}/styles"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> bytes:
+    save_adapter(tiny.adapter_for(tiny.linears(), 0, only=("0",)), tmp_path / "a.safetensors")
+    return (tmp_path / "a.safetensors").read_bytes()
+
+
+def add(store: FolderStore, name: str, content: bytes, *, replace: bool = False) -> int:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield content
+
+    return asyncio.run(store.add(name, chunks(), 10**6, replace=replace))
+
+
+def test_uploads_reach_the_store_and_copies_follow_it(
+    source: str, file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (open_store(source, str(tmp_path / name)) for name in ("one", "other"))
+    assert one.sizes() == {}
+    assert add(one, "blue", file) == len(file)
+    assert other.sizes() == {"blue": len(file)} and not other.has("blue")
+    other.fetch(["blue", "none", "../x"])
+    assert (other.folder / "blue.safetensors").read_bytes() == file and not other.has("none")
+
+    save_adapter(tiny.adapter_for(tiny.linears(), 1, only=("0",)), tmp_path / "b.safetensors")
+    newer = (tmp_path / "b.safetensors").read_bytes()
+    add(one, "blue", newer, replace=True)
+    other.fetch(["blue"])
+    assert (other.folder / "blue.safetensors").read_bytes() == file  # looked at a moment ago
+    monkeypatch.setattr(stores, "FRESH", 0.0)
+    other.fetch(["blue"])
+    assert (other.folder / "blue.safetensors").read_bytes() == newer
+
+    one.remove("blue")
+    other.fetch(["blue"])
+    assert not other.has("blue")
+    with pytest.raises(ServiceError, match="no adapter named 'blue'"):
+        other.remove("blue")
+
+
+def test_copies_are_used_while_the_store_is_out_of_reach(
+    source: str, file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(source, str(tmp_path))
+    add(store, "blue", file)
+    store.fetch(["blue"])
+    monkeypatch.setattr(stores, "FRESH", 0.0)
+
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "ukey", unreachable)
+    store.fetch(["blue"])
+    assert load_adapter(store.folder / "blue.safetensors")
+    with pytest.raises(ConnectionError):
+        store.fetch(["gold"])
+
+
+def test_a_damaged_upload_does_not_reach_the_store(source: str, file: bytes, tmp_path: Path) -> None:
+    store = open_store(source, str(tmp_path / "copies"))
+    with pytest.raises(ServiceError, match="blue"):
+        add(store, "blue", file[:-1])
+    assert store.sizes() == {} and not list(store.folder.iterdir())
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    (tmp_path / "styles").mkdir()
+    store = open_store(str(tmp_path / "styles"))
+    with pytest.raises(ServiceError, match="cannot store 'blue': No space left on device") as caught:
+        add(store, "blue", file)
+    assert (caught.value.type, caught.value.status) == ("storage", 507)
+    assert not list(store.folder.iterdir())
+
+
+def test_what_cannot_be_opened_is_one_error(tmp_path: Path) -> None:
+    for source in (str(tmp_path / "none"), "nonsense://styles", "sftp://host/styles"):
+        with pytest.raises(ShiraError, match="adapters at"):
+            open_store(source)
