@@ -8,7 +8,7 @@ The demo model on a CPU; on a GPU one of SD 1.5's size, of random weights, in fl
 before and after each block of five. On a CPU all times are CPU time of this process, with one thread, so that other
 processes do not count.
 ``real``: a service at 90 % load, as clients see it, and what a simulation of the same arrivals says.
-``simulated``: 5,000 requests at each load with the times that ``times`` has; it asks the scheduler's own ``Turns``.
+``simulated``: 5,000 requests at each load with the times in ``times_ms``; it asks the scheduler's own ``Turns``.
 ``first``: to the end of the first step. ``picture``: to the picture; ``short``: of those with 8 steps. ``throughput``:
 seconds of plain calls with one adapter that a second's work is worth.
 """
@@ -121,11 +121,13 @@ def measure(run: Run, pipe: Any, library: AdapterLibrary, args: argparse.Namespa
         library.get(name, pipe)  # read and decode all
     clock = time.process_time if args.device == "cpu" else time.perf_counter
     times = measured(pipe, library, clock, 1 if args.toy else 5)
-    run.case(lambda: {name: round(1000 * seconds, 2) for name, seconds in vars(times).items()}, mode="times", unit="ms")
-    run.case(lambda: throughput(pipe, library, clock, args.toy), mode="throughput")
+    run.about["times_ms"] = {name: round(1000 * seconds, 2) for name, seconds in vars(times).items()}
+    for policy, found in throughput(pipe, library, clock, args.toy).items():
+        run.case(lambda f=found: {"throughput": median(f), "blocks": f}, mode="throughput", policy=policy)
     arrivals = list(requests(0.9, times, 4 if args.toy else args.requests))
     for policy in POLICIES:
         run.case(lambda p=policy: served(pipe, library, p, arrivals, times), mode="real", policy=policy, load=0.9)
+        run.case(lambda p=policy: simulated(p, arrivals, times), mode="real, simulated", policy=policy, load=0.9)
     for load in LOADS:
         many = list(requests(load, times, 50 if args.toy else 5_000))
         for policy in POLICIES:
@@ -180,7 +182,7 @@ def one_call(pipe: Any, clock: Callable[[], float]) -> tuple[float, float, float
     return at[1] - at[0], (at[-1] - at[1]) / 11, end - at[-1]
 
 
-def throughput(pipe: Any, library: AdapterLibrary, clock: Callable[[], float], toy: bool) -> dict[str, Any]:
+def throughput(pipe: Any, library: AdapterLibrary, clock: Callable[[], float], toy: bool) -> dict[str, list[float]]:
     """Seconds of plain calls over those of the scheduler, for the same requests, by policy."""
     draw = random.Random(1)
     ratios: dict[str, list[float]] = {policy: [] for policy in POLICIES}
@@ -193,7 +195,7 @@ def throughput(pipe: Any, library: AdapterLibrary, clock: Callable[[], float], t
             after = plain(pipe, library, batch, clock)
             found.append(round((before + after) / 2 / ours, 4))
             before = after
-    return {policy: {"of_single": median(found), "blocks": found} for policy, found in ratios.items()}
+    return ratios
 
 
 def plain(pipe: Any, library: AdapterLibrary, batch: list[ImageRequest], clock: Callable[[], float]) -> float:
@@ -222,7 +224,7 @@ def scheduler(pipe: Any, library: AdapterLibrary, policy: str) -> Iterator[StepS
 
 
 def served(pipe: Any, library: AdapterLibrary, policy: str, arrivals: list[Arrival], times: Times) -> dict[str, Any]:
-    """What clients see of a real service, and what a simulation says of the same arrivals."""
+    """What clients see of a real service."""
     records: list[Record] = []
     with scheduler(pipe, library, policy) as service:
         clock = Clock(service, pipe.device.type)
@@ -234,9 +236,7 @@ def served(pipe: Any, library: AdapterLibrary, policy: str, arrivals: list[Arriv
         while any(record.end is None for record in records):
             time.sleep(0.01)
         switches = service.stats().switches
-    came = [(record.came, record.request) for record in records]
-    figures = summary(records, arrivals[0][0], times)
-    return {"requests": len(records), "switches": switches, **figures, "simulated": simulated(policy, came, times)}
+    return {"requests": len(records), "switches": switches, **summary(records, arrivals[0][0], times)}
 
 
 class Clock:

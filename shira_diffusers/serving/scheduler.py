@@ -76,7 +76,7 @@ class StepScheduler:
         policy: str = "turns",
         max_batch: int = 4,
         max_waiting: int = 256,
-        max_running: int = 16,
+        max_running: int = 64,
         output_type: str = "pil",
     ) -> None:
         if policy not in POLICIES:
