@@ -49,10 +49,10 @@ def weaker_negative(pipe: Any, resident: Resident, given: Mapping[str, Any], key
     name, model = _denoiser(pipe)
     own = Resident({name: model})
     with resident.writing():
-        weaker = {adapter: _part(scale, share, name) for adapter, scale in own.active.items()}
+        weaker: dict[str, Scale] = {adapter: _part(scale, share, name) for adapter, scale in own.active.items()}
         halves = _Halves(pipe, own, weaker, unwrap(model), pictures_of(given))
         try:
-            unwrap(model).forward = halves  # type: ignore[method-assign]
+            unwrap(model).forward = halves
             kept = {key: value for key, value in given.items() if key != keyword}
             yield kept | ({keyword: options} if options else {})
         finally:
