@@ -13,7 +13,7 @@ from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import DRAWING, as_object, visitor_of
 from app.settings.checks import require_mapping, whole
-from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS
+from app.settings.settings import DEFAULT_CHANGE, DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS
 from app.settings.strength_sweep import Axis, sweep_of
 from app.settings.strengths import checked_mix
 from app.studio import Studio
@@ -40,14 +40,28 @@ def add_api(studio: Studio) -> None:
         steps: float = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         method: str = DEFAULT_METHOD,
+        negative: str = "",
+        width: float = 0,
+        height: float = 0,
+        start_image: str = "",
+        change: float = DEFAULT_CHANGE,
     ) -> tuple[gr.FileData, dict[str, Any]]:
         """Draw one picture with a mix of adapters; returns its file and a report."""
         with readable():
-            settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method)
+            more = (negative, width, height, start_image, change)
+            settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method, *more)
             picture, _ = await studio.requests.draw(visitor_of(request), settings)
         file = paper.postprocess(picture.signed())
         return file.model_dump(), dict(picture.report)  # type: ignore[union-attr,return-value]
 
+    def add_start_image(file: str) -> str:
+        """Keep a picture to start from; returns its name for start_image, which is the SHA-256 of its pixels as PNG."""
+        with readable("the picture could not be taken in"):
+            return session.starts.add(Path(file))
+
+    # files go through components, which take those that the client has uploaded, and no other path
+    start, name = gr.File(type="filepath", label="file", visible=False), gr.Textbox(label="start_image", visible=False)
+    gr.Button(visible=False).click(add_start_image, start, name, api_name="add_start_image")
     api(adapters, api_name="adapters")
     api(generate, api_name="generate", **DRAWING)
 
@@ -75,11 +89,17 @@ def add_pictures_api(studio: Studio) -> None:
         steps: float = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         method: str = DEFAULT_METHOD,
+        negative: str = "",
+        width: float = 0,
+        height: float = 0,
+        start_image: str = "",
+        change: float = DEFAULT_CHANGE,
     ) -> list[dict[str, Any]]:
         """Draw the base, each style of a mix alone and the mix, at one seed: a list of {label, file, report}."""
         with readable():
-            series = series_of(session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method))
-            return await drawn(series, request)
+            more = (negative, width, height, start_image, change)
+            settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method, *more)
+            return await drawn(series_of(settings), request)
 
     async def sweep(
         request: gr.Request,
@@ -93,6 +113,11 @@ def add_pictures_api(studio: Studio) -> None:
         steps: float = DEFAULT_STEPS,
         guidance: float = DEFAULT_GUIDANCE,
         method: str = DEFAULT_METHOD,
+        negative: str = "",
+        width: float = 0,
+        height: float = 0,
+        start_image: str = "",
+        change: float = DEFAULT_CHANGE,
     ) -> list[dict[str, Any]]:
         """Draw a style at a list of strengths, at one seed, beside the rest of a mix: a list of {label, file, report}.
 
@@ -111,7 +136,8 @@ def add_pictures_api(studio: Studio) -> None:
                 down = Axis.checked(other, as_object(other_strengths, "other strengths"))
             others = {axis.adapter: 0.0 for axis in (across, down) if axis}
             mixed = {**checked_mix(as_object(mix, "mix")), **others}
-            settings = session.checked(prompt, mixed, seed, steps, guidance, method)
+            more = (negative, width, height, start_image, change)
+            settings = session.checked(prompt, mixed, seed, steps, guidance, method, *more)
             return await drawn(sweep_of(settings, across, down), request)
 
     def presets() -> dict[str, Any]:

@@ -64,13 +64,13 @@ class DrawingRequests:
         self, visitor: Visitor, series: Series, on_step: OnStep | None = None
     ) -> AsyncIterator[tuple[str, Picture, Path]]:
         """Draw several, a turn each; ``on_step`` counts the steps of all together. Raises as ``draw``."""
-        total = sum(settings.steps for _, settings in series)
+        total = sum(settings.steps_drawn for _, settings in series)
         done = 0
         with self._requested(visitor.visit) as request:
             for label, settings in series:
                 picture = await self._drawn(visitor.visit, request, settings, shifted(on_step, done, total))
                 kept = await asyncio.to_thread(self._galleries.add, visitor, picture)
-                done += settings.steps
+                done += settings.steps_drawn
                 yield label, picture, kept.path
 
     async def preview(self, visit: str, settings: Settings) -> Picture:

@@ -23,12 +23,12 @@ class Restored:
 
 
 def restore(given: Mapping[str, Any], session: Session) -> Restored:
-    """Check settings from outside; renamed adapters are found by their hash, missing ones left out of the mix,
-    each with a note.
+    """Check settings from outside; renamed adapters are found by their hash, missing ones left out of the mix, and
+    what this base does not allow left out of the settings, each with a note.
 
     Args:
-        given: prompt, mix, seed, steps, guidance, method; and, in a picture's metadata, model and adapters with
-            hashes. All but the prompt have defaults.
+        given: the fields of ``Settings``; and, in a picture's metadata, model and adapters with hashes. All but the
+            prompt have defaults: pictures and presets of earlier versions lack some.
 
     Raises:
         SettingsError: a setting out of its range.
@@ -38,10 +38,13 @@ def restore(given: Mapping[str, Any], session: Session) -> Restored:
     then = _hashes_of(given)
     named = _names_now(settings.mix, then, hashes)
     mix = {now: settings.mix[name] for name, now in named.items()}
-    kept = session.drawable(replace(settings, mix=mix))
+    mixed = replace(settings, mix=mix)
+    lacking = tuple(session.problems(mixed))
+    kept = session.drawable(replace(mixed, **{what: without for _, each in lacking for what, without in each.items()}))
     notes = (note for name in settings.mix if (note := _note(name, named.get(name), then.get(name, ""), hashes)))
+    left_out = (f"{problem[0].upper()}{problem[1:]}; this was left out." for problem, _ in lacking)
     then_named = replace(settings, mix={named.get(name, name): mix for name, mix in settings.mix.items()})
-    return Restored(kept, then_named, (*notes, *_model(given, session)))
+    return Restored(kept, then_named, (*notes, *left_out, *_model(given, session)))
 
 
 def to_keep(settings: Settings, session: Session) -> dict[str, Any]:

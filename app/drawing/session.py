@@ -4,7 +4,7 @@ import copy
 import reprlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any, Self
 import torch
 from PIL.Image import Image
 
+from app.drawing.abilities import Abilities
 from app.drawing.base_model import Dtype, load_pipeline
 from app.drawing.fair_queue import BACKGROUND, FairQueue
+from app.drawing.start_pictures import StartPictures
 from app.drawing.suggestions import read_suggestions
 from app.library.cards import Card
 from app.library.library import Library
@@ -43,12 +45,22 @@ class Session:
         model: its name, for reports.
         library: the adapters loaded into it.
         suggestions: prompts that it draws well.
+        starts: the folder of pictures to start from; without it there can be none.
     """
 
-    def __init__(self, pipe: Any, model: str, library: Library, suggestions: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        model: str,
+        library: Library,
+        suggestions: tuple[str, ...],
+        starts: Path | None = None,
+    ) -> None:
         self.model = model
         self.library = library
         self.suggestions = suggestions
+        self.starts = StartPictures(starts)
+        self.abilities = Abilities.of(pipe)
         self._pipe = pipe
         self.queue = FairQueue()  # shira() would wait too, but in no order, and waiting would count as switching
         self._pipe.set_progress_bar_config(disable=True)
@@ -84,7 +96,8 @@ class Session:
             raise ShiraError(f"no folder of adapters at {adapters}; name one with --adapters{did_you_mean(adapters)}")
         pipe = load_pipeline(base, device, dtype)
         library = Library(pipe, adapters, data, max_upload_mb=max_upload_mb)
-        return cls(pipe, Path(base).name, library, read_suggestions(Path(base), adapters))
+        starts = data / "starts" if data else None
+        return cls(pipe, Path(base).name, library, read_suggestions(Path(base), adapters), starts)
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -145,18 +158,32 @@ class Session:
         """The settings, if this session can draw them.
 
         Raises:
-            SettingsError: an unknown adapter or component, or a prompt longer than the model reads.
+            SettingsError: an unknown adapter or component, a prompt longer than the model reads, what the base does
+                not allow, or a picture to start from that is not here.
         """
         self.require_known(settings.mix)
         require_components(settings.mix, models_of(self._pipe))
-        tokenizer = self._tokenizer
-        with self._counting:
-            length = len(tokenizer(settings.prompt, truncation=False, verbose=False).input_ids) if tokenizer else 0
-        if tokenizer and length > tokenizer.model_max_length:
-            raise SettingsError(
-                f"the prompt is too long: the model reads {tokenizer.model_max_length} tokens, got {length}; shorten it"
-            )
+        for what, text in (("prompt", settings.prompt), ("negative prompt", settings.negative)):
+            length, most = self.tokens(text)
+            if length > most:
+                raise SettingsError(f"the {what} is too long: the model reads {most} tokens, got {length}; shorten it")
+        for problem, _ in self.problems(settings):
+            raise SettingsError(problem)
         return settings
+
+    def problems(self, settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What cannot be had here, a sentence each, with the settings that do without."""
+        yield from self.abilities.problems(settings)
+        if settings.start_image and not self.starts.path(settings.start_image):
+            yield "the picture to start from is not kept here, add it again", {"start_image": ""}
+
+    def tokens(self, text: str) -> tuple[int, int]:
+        """Tokens of a prompt, begin and end included, and how many the model reads; zeros where that is unknown."""
+        if not self._tokenizer:
+            return 0, 0
+        with self._counting:
+            length = len(self._tokenizer(text, truncation=False, verbose=False).input_ids)
+        return length, self._tokenizer.model_max_length
 
     def require_known(self, mix: Mix) -> None:
         """Require that all styles of a mix are loaded.
@@ -183,7 +210,7 @@ class Session:
         """Draw at once; for jobs that have their turn."""
         mix = {name: strength for name, strength in settings.mix.items() if is_on(strength)}
         if on_step:
-            on_step(0, settings.steps)
+            on_step(0, settings.steps_drawn)
         with self.library.using(mix):
             return self._draw(settings, mix, on_step)
 
@@ -222,15 +249,21 @@ class Session:
     def _sample(self, settings: Settings, on_step: OnStep | None) -> Image:
         def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if on_step:
-                on_step(step + 1, settings.steps)
+                on_step(step + 1, settings.steps_drawn)
             return tensors
 
-        output = self._pipe(
+        pipe, options = self._pipe, self.abilities.options(settings)
+        if settings.start_image:
+            pipe = self.abilities.image_to_image
+            start = self.abilities.fitted(self.starts.read(settings.start_image), settings)
+            options |= {"image": start, "strength": settings.change}
+        output = pipe(
             settings.prompt,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             generator=torch.Generator().manual_seed(settings.seed),
             callback_on_step_end=after_step,
+            **options,
         )
         image: Image = output.images[0]
         return image

@@ -123,13 +123,17 @@ def remark(text: str) -> str:
 def settings(report: Mapping[str, Any]) -> str:
     """How a picture was made, from its metadata, which may be a stranger's."""
     mix = report.get("mix")
+    sides = (report.get("width"), report.get("height"))
     lines = {
         "Prompt": report.get("prompt"),
+        "Not wanted": report.get("negative") or None,
         "Styles": caption({"mix": mix}) if isinstance(mix, Mapping) else None,
         "Seed": report.get("seed"),
         "Steps": report.get("steps"),
         "Guidance": report.get("guidance"),
         "Merge": report.get("method"),
+        "Size": size(*sides) if any(sides) else None,
+        "Start": f"from a picture, changed by {report.get('change')}" if report.get("start_image") else None,
         "Model": report.get("model"),
     }
     rows = (
@@ -138,6 +142,11 @@ def settings(report: Mapping[str, Any]) -> str:
         if value is not None
     )
     return f'<dl class="settings">{"".join(rows)}</dl>'
+
+
+def size(width: Any, height: Any) -> str:
+    """Width and height; of 0 the model's own."""
+    return f"{width or 'own'} × {height or 'own'}"  # noqa: RUF001
 
 
 def plain(text: str) -> str:

@@ -1,6 +1,7 @@
 """Define and check the settings that a picture is made from, before anything is drawn."""
 
 import random
+import re
 import reprlib
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -17,6 +18,11 @@ MAX_PROMPT = 2000  # characters; the tokenizer, which is slow on long text, then
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 3.0
 DEFAULT_METHOD = "sum"
+DEFAULT_CHANGE = 0.6
+MAX_SIDE = 4096  # pixels; what a model can draw is less, see `Abilities`
+RANDOM_SEED = -1
+_SHA256 = re.compile("[0-9a-f]{64}")
+_SIZE = re.compile(r"\s*(\d{1,5})\s*[x×,*]\s*(\d{1,5})\s*", re.IGNORECASE)  # noqa: RUF001
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,11 @@ class Settings:
     steps: int
     guidance: float
     method: str = DEFAULT_METHOD
+    negative: str = ""
+    width: int = 0
+    height: int = 0
+    start_image: str = ""
+    change: float = DEFAULT_CHANGE
 
     @classmethod
     def checked(
@@ -39,42 +50,97 @@ class Settings:
         steps: Any = DEFAULT_STEPS,
         guidance: Any = DEFAULT_GUIDANCE,
         method: Any = DEFAULT_METHOD,
+        negative: Any = "",
+        width: Any = 0,
+        height: Any = 0,
+        start_image: Any = "",
+        change: Any = DEFAULT_CHANGE,
     ) -> Self:
         """Settings from untrusted values; of whole numbers, floats like 20.0 count as whole.
 
         Args:
             prompt: text that is not blank, of 2000 characters at most.
             mix: ``{adapter: strength}``, -1 to 2 each; a strength may be given by component, see ``Strength``.
-            seed: 0 to 2^32 - 1; None draws one.
+            seed: 0 to 2^32 - 1; -1 or None draws one.
             steps: 1 to 100.
             guidance: 0 to 30.
             method: how several adapters are merged, a name in ``shira_diffusers.MERGE_METHODS``.
+            negative: what is not wanted, of 2000 characters at most; None or blank is nothing.
+            width, height: in pixels, up to 4096; 0 or None is the model's own.
+            start_image: SHA-256 of a picture in ``StartPictures`` to start from; None or empty starts from noise.
+            change: 0.01 to 1, how much of the picture to start from is drawn anew.
 
         Raises:
             SettingsError: names the first setting that is wrong, what was expected and what came.
         """
-        return cls(
+        settings = cls(
             _prompt(prompt),
             checked_mix(mix),
-            random.SystemRandom().randint(0, MAX_SEED) if seed is None else whole("the seed", seed, 0, MAX_SEED),
+            checked_seed(seed),
             whole("steps", steps, 1, MAX_STEPS),
             number("guidance", guidance, 0, MAX_GUIDANCE),
             _method(method),
+            _text("negative prompt", "" if negative is None else negative),
+            whole("the width", width or 0, 0, MAX_SIDE),
+            whole("the height", height or 0, 0, MAX_SIDE),
+            _start_image(start_image or ""),
+            number("the change", change, 0.01, 1),
         )
+        if not settings.steps_drawn:
+            raise SettingsError(f"a change of {settings.change:g} needs more steps, got {settings.steps}; raise either")
+        return settings
+
+    @property
+    def steps_drawn(self) -> int:
+        """Denoising steps: from a picture, only those that are left to change it."""
+        return int(self.steps * self.change) if self.start_image else self.steps
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON; ``checked`` takes them back."""
         return {each.name: getattr(self, each.name) for each in fields(self)} | {"mix": dict(self.mix)}
 
 
+def checked_seed(seed: object) -> int:
+    """A seed from an untrusted value; -1 or None draws one. Raises SettingsError: none from 0 to 2^32 - 1."""
+    if seed is None or (seed == RANDOM_SEED and not isinstance(seed, bool)):
+        return random.SystemRandom().randint(0, MAX_SEED)
+    return whole("the seed", seed, 0, MAX_SEED)
+
+
+def size_of(text: object) -> tuple[int, int]:
+    """Width and height from text like "128 x 192"; blank text is (0, 0), the model's own.
+
+    Raises:
+        SettingsError: it is no size.
+    """
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return 0, 0
+    found = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    if not found:
+        raise SettingsError(f"the size must be like 128 x 192, got {reprlib.repr(text)}")
+    return int(found[1]), int(found[2])
+
+
 def _prompt(prompt: object) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise SettingsError(f"the prompt must say what to draw, got {reprlib.repr(prompt)}")
-    if len(prompt) > MAX_PROMPT:
-        raise SettingsError(f"the prompt is too long: {MAX_PROMPT} characters at most, got {len(prompt)}; shorten it")
-    if any(0xD800 <= ord(character) < 0xE000 for character in prompt):  # tokenizers take none
-        raise SettingsError(f"the prompt holds half a character, got {reprlib.repr(prompt)}; type it again")
-    return prompt.strip()
+    return _text("prompt", prompt)
+
+
+def _text(what: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise SettingsError(f"the {what} must be text, got {reprlib.repr(text)}")
+    if len(text) > MAX_PROMPT:
+        raise SettingsError(f"the {what} is too long: {MAX_PROMPT} characters at most, got {len(text)}; shorten it")
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):  # tokenizers take none
+        raise SettingsError(f"the {what} holds half a character, got {reprlib.repr(text)}; type it again")
+    return text.strip()
+
+
+def _start_image(sha256: object) -> str:
+    if not isinstance(sha256, str) or (sha256 and not _SHA256.fullmatch(sha256)):
+        raise SettingsError(f"the picture to start from must be named by its SHA-256, got {reprlib.repr(sha256)}")
+    return sha256
 
 
 def _method(method: object) -> str:

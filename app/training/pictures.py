@@ -2,28 +2,25 @@
 
 import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from app.settings.checks import SettingsError
+from app.settings.picture_files import FORMATS, problem_of
 from shira_diffusers.cli.terminal import printable
 from shira_diffusers.dreambooth.picture_folder import is_caption, pair_captions
-from shira_diffusers.dreambooth.pictures import DAMAGED, read_picture
+from shira_diffusers.dreambooth.pictures import read_picture
 from shira_diffusers.formats.paths import is_hidden
 
 logger = logging.getLogger(__name__)
 
 MAX_PICTURES = 200
 MAX_BYTES = 25 * 2**20  # of a file
-MAX_PIXELS = 50_000_000
 MAX_SIDE = 2048  # of what is kept
 MAX_CAPTION = 1000  # characters
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-_TOO_LARGE = f"expected at most {MAX_PIXELS // 10**6} million pixels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,7 @@ def require_pictures(sent: Sent) -> None:
     """
     if not sent.pictures:
         raise SettingsError("no pictures to learn from: add some, 5 of a subject or 20 to 70 of a style work well")
-    wrong = [f"{_short(name)} ({problem})" for name, path in sent.pictures if (problem := _problem(path))]
+    wrong = [f"{_short(name)} ({problem})" for name, path in sent.pictures if (problem := problem_of(path))]
     if wrong:
         raise SettingsError(f"{len(wrong)} of {len(sent.pictures)} files cannot be used: {'; '.join(wrong[:5])}")
 
@@ -119,24 +116,6 @@ def write_pictures(sent: Sent, captions: Sequence[str], folder: Path) -> None:
         caption = tidy_caption(captions[number]) if number < len(captions) else ""
         if caption:
             target.with_suffix(".txt").write_text(caption, encoding="utf-8")
-
-
-def _problem(path: Path) -> str:
-    """Why a file is no picture that can be used, or nothing."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    return _TOO_LARGE
-                opened.load()
-    except Image.DecompressionBombError:
-        return _TOO_LARGE
-    except UnidentifiedImageError:
-        return f"not a picture of {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-    except DAMAGED as error:
-        return f"damaged: {str(error).splitlines()[0][:80] if str(error) else type(error).__name__}"
-    return ""
 
 
 def _short(name: str) -> str:

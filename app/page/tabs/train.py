@@ -13,8 +13,9 @@ from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import STARTING
+from app.settings.picture_files import FORMATS
 from app.studio import Studio
-from app.training.pictures import FORMATS, MAX_PICTURES, Sent, captions_of, named, require_pictures, sort_out
+from app.training.pictures import MAX_PICTURES, Sent, captions_of, named, require_pictures, sort_out
 from app.training.recipe import Recipe
 from app.training.trainings import Training
 from shira_diffusers.dreambooth.picture_folder import CAPTIONS

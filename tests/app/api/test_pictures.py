@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
@@ -83,6 +84,25 @@ def test_strengths_may_be_given_by_component(client: Client, session: Session) -
     assert report["mix"] == {"bluefire": {"unet": {"up": 0.5}, "text_encoder": 0.0}}
     with pytest.raises(AppError, match="names no component of this model: 'vae2'"):
         client.predict(SUGGESTION, {"bluefire": {"vae2": 1}}, api_name="/generate")
+
+
+def test_a_negative_prompt_a_size_and_a_picture_to_start_from(client: Client, session: Session, tmp_path: Path) -> None:
+    Image.effect_noise((20, 30), 90).convert("RGB").save(tmp_path / "start.png")
+    start = client.predict(handle_file(str(tmp_path / "start.png")), api_name="/add_start_image")
+    more = {"negative": "dark", "width": 24, "height": 8, "start_image": start, "change": 0.5}
+    file, report = client.predict(SUGGESTION, {}, 3, 4, **more, api_name="/generate")
+    expected = session.generate(SUGGESTION, {}, 3, 4, **more)
+    assert Image.open(file).size == (24, 8) and Image.open(file).tobytes() == expected.image.tobytes()
+    assert {key: report[key] for key in more} == more
+    strip = client.predict(SUGGESTION, "bluefire", [0], seed=3, steps=4, **more, api_name="/sweep")
+    pair = client.predict(SUGGESTION, {"bluefire": 1}, 3, 4, **more, api_name="/compare")
+    assert pixels(strip[0]) == pixels(pair[0]) == expected.image.tobytes()
+    client.predict("from a picture", {"prompt": SUGGESTION, **more}, api_name="/save_preset")
+    assert client.predict(api_name="/presets")["from a picture"].items() >= more.items()
+    client.predict("from a picture", api_name="/delete_preset")
+    (tmp_path / "start.txt").write_text("no picture")
+    with pytest.raises(AppError, match="This is no picture to start from: not a picture of PNG"):
+        client.predict(handle_file(str(tmp_path / "start.txt")), api_name="/add_start_image")
 
 
 def test_presets_come_and_go(client: Client) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from app.settings.checks import SettingsError
-from app.settings.settings import MAX_PROMPT, MAX_SEED, Settings
+from app.settings.settings import MAX_PROMPT, MAX_SEED, Settings, size_of
+
+PICTURE = "ab" * 32
 
 
 def checked(**changed: Any) -> Settings:
@@ -31,10 +33,33 @@ def test_half_a_character_is_no_prompt() -> None:
         checked(prompt="an owl \ud83d")
 
 
-def test_without_a_seed_one_is_drawn() -> None:
-    seeds = {checked(seed=None).seed for _ in range(8)}
+@pytest.mark.parametrize("none", [None, -1, -1.0])
+def test_without_a_seed_one_is_drawn(none: Any) -> None:
+    seeds = {checked(seed=none).seed for _ in range(8)}
     assert len(seeds) > 1
     assert all(0 <= seed <= MAX_SEED for seed in seeds)
+
+
+def test_what_is_left_out_has_no_effect() -> None:
+    settings = checked(negative=None, width=None, height=None, start_image=None)
+    assert (settings.negative, settings.width, settings.height, settings.start_image) == ("", 0, 0, "")
+    assert Settings.checked(**checked(negative=" dark ", width=128.0).as_dict()) == checked(negative="dark", width=128)
+
+
+def test_steps_from_a_picture_are_those_that_are_left() -> None:
+    assert checked(change=0.5).steps_drawn == 20
+    assert checked(change=0.5, start_image=PICTURE).steps_drawn == 10
+    with pytest.raises(SettingsError, match=r"a change of 0\.01 needs more steps, got 20"):
+        checked(change=0.01, start_image=PICTURE)
+
+
+def test_sizes_as_people_write_them() -> None:
+    assert [size_of(text) for text in ("128 × 192", "128x192", " 64X32 ", "", None)] == [  # noqa: RUF001
+        (128, 192), (128, 192), (64, 32), (0, 0), (0, 0),
+    ]  # fmt: skip
+    for wrong in ("big", "128", "128 x -1", 128):
+        with pytest.raises(SettingsError, match="the size must be like 128 x 192, got"):
+            size_of(wrong)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +81,7 @@ def test_without_a_seed_one_is_drawn() -> None:
         ({"mix": {"a": True}}, "strength of 'a' must be a number"),
         ({"mix": {"a": None}}, "strength of 'a' must be a number"),
         ({"mix": {"a": 10**400}}, "strength of 'a' must be a number from -1 to 2, got 1000"),
-        ({"seed": -1}, f"seed must be a whole number from 0 to {MAX_SEED}, got -1"),
+        ({"seed": -2}, f"seed must be a whole number from 0 to {MAX_SEED}, got -2"),
         ({"seed": MAX_SEED + 1}, "seed must be a whole number"),
         ({"seed": 10**400}, "seed must be a whole number"),
         ({"seed": 1.5}, "seed must be a whole number.*got 1.5"),
@@ -72,6 +97,14 @@ def test_without_a_seed_one_is_drawn() -> None:
         ({"guidance": 30.1}, "guidance must be a number"),
         ({"guidance": math.nan}, "guidance must be a number"),
         ({"guidance": None}, "guidance must be a number"),
+        ({"negative": 5}, "negative prompt must be text, got 5"),
+        ({"negative": "x" * (MAX_PROMPT + 1)}, "negative prompt is too long: 2000 characters"),
+        ({"width": 5000}, "width must be a whole number from 0 to 4096, got 5000"),
+        ({"height": "8"}, "height must be a whole number"),
+        ({"start_image": "../../etc/passwd"}, "picture to start from must be named by its SHA-256"),
+        ({"start_image": PICTURE.upper()}, "named by its SHA-256"),
+        ({"change": 0}, r"the change must be a number from 0\.01 to 1, got 0"),
+        ({"change": None}, "the change must be a number"),
     ],
 )
 def test_a_wrong_setting_is_named(changed: dict[str, Any], message: str) -> None:
