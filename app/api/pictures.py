@@ -12,9 +12,9 @@ from app.drawing.session import series_of
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import DRAWING, as_object, visitor_of
+from app.settings.axes import Axis, sheet_of
 from app.settings.checks import require_mapping, whole
 from app.settings.settings import DEFAULT_CHANGE, DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS
-from app.settings.strength_sweep import Axis, sweep_of
 from app.settings.strengths import checked_mix
 from app.studio import Studio
 
@@ -130,15 +130,16 @@ def add_pictures_api(studio: Studio) -> None:
             other_strengths: Of the other one.
         """
         with readable():
-            across = Axis.checked(adapter, as_object(strengths, "strengths"))
+            across = Axis.of_strengths(adapter, as_object(strengths, "strengths"))
             down = None
             if other not in (None, "") or other_strengths not in (None, ""):
-                down = Axis.checked(other, as_object(other_strengths, "other strengths"))
-            others = {axis.adapter: 0.0 for axis in (across, down) if axis}
+                down = Axis.of_strengths(other, as_object(other_strengths, "other strengths"))
+            axes = [axis for axis in (across, down) if axis]
+            others = {axis.what: 0.0 for axis in axes}
             mixed = {**checked_mix(as_object(mix, "mix")), **others}
             more = (negative, width, height, start_image, change)
             settings = session.checked(prompt, mixed, seed, steps, guidance, method, *more)
-            return await drawn(sweep_of(settings, across, down), request)
+            return await drawn(sheet_of(settings, axes).cells, request)
 
     def presets() -> dict[str, Any]:
         """All presets: settings by name."""

@@ -7,6 +7,7 @@ import gradio as gr
 from app.api.described_page import DescribedPage
 from app.api.library import add_library_api
 from app.api.pictures import add_api, add_pictures_api
+from app.api.sheets import add_sheets_api
 from app.api.training import add_training_api
 from app.page import theme
 from app.page.tabs.compare import CompareTab
@@ -45,6 +46,7 @@ def build(studio: Studio) -> gr.Blocks:
                     tab.refresh_on(shown)
         add_api(studio)
         add_pictures_api(studio)
+        add_sheets_api(studio)
         add_library_api(studio)
         add_training_api(studio)
 

@@ -13,8 +13,8 @@ from app.page.tabs.mix import MixTab
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import visitor_of
+from app.settings.axes import Axis, sheet_of
 from app.settings.checks import SettingsError, whole
-from app.settings.strength_sweep import Axis, sweep_of
 from app.studio import Studio
 
 KINDS = {
@@ -116,9 +116,8 @@ class CompareTab:
         if kind == "parts":
             series = series_of(settings)
             return series, min(4, len(series))
-        across = self._axis(self.across, values)
-        down = self._axis(self.down, values) if kind == "grid" else None
-        return sweep_of(settings, across, down), len(across.strengths)
+        axes = [self._axis(each, values) for each in ([self.across, self.down] if kind == "grid" else [self.across])]
+        return sheet_of(settings, axes).cells, len(axes[0].points)
 
     def _legend(self, values: Values) -> str:
         grid = KINDS.get(values[self.kind]) == "grid"
@@ -129,8 +128,8 @@ class CompareTab:
     def _axis(self, span: "_Range", values: Values) -> Axis:
         whole("the number of pictures", values[span.count], 2, MOST)
         axis = Axis.between(*(values[each] for each in span.components))
-        if axis.adapter not in self._session.adapter_names:
-            raise SettingsError(f"no style named {axis.adapter[:80]!r}")
+        if axis.what not in self._session.adapter_names:
+            raise SettingsError(f"no style named {axis.what[:80]!r}")
         return axis
 
     def _choose(self, names: list[str], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any, Any]:

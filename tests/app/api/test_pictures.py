@@ -1,6 +1,7 @@
 """Endpoints for several pictures, presets and the history; and many visitors at once."""
 
 import json
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,9 +28,12 @@ def client(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clien
     client.close()
 
 
+def file_of(file: Any) -> str:
+    return str(file if isinstance(file, str) else file["path"])
+
+
 def pixels(answer: dict[str, Any]) -> bytes:
-    file = answer["file"]
-    return Image.open(file if isinstance(file, str) else file["path"]).tobytes()
+    return Image.open(file_of(answer["file"])).tobytes()
 
 
 def test_compare_gives_the_base_each_style_and_the_mix(client: Client, session: Session) -> None:
@@ -59,7 +63,7 @@ def test_a_sweep_is_a_strip_or_a_grid(client: Client, session: Session) -> None:
         ({"adapter": "bluefire", "strengths": []}, "needs a list of strengths"),
         ({"adapter": "bluefire", "strengths": "high"}, "strengths must be JSON"),
         ({"adapter": "bluefire", "strengths": [1, 3]}, "from -1 to 2, got 3"),
-        ({"adapter": "bluefire", "strengths": [1] * 50}, "49 pictures at most"),
+        ({"adapter": "bluefire", "strengths": [1] * 101}, "100 pictures at most"),
         ({"adapter": "bluefire", "strengths": [1], "other_strengths": [1]}, "needs the name of a style, got None"),
         ({"adapter": "bluefire", "strengths": [1], "other": [], "other_strengths": [1]}, "needs the name of a style"),
         (
@@ -67,8 +71,8 @@ def test_a_sweep_is_a_strip_or_a_grid(client: Client, session: Session) -> None:
             "two different styles",
         ),
         (
-            {"adapter": "bluefire", "strengths": [1] * 8, "other": "paintings", "other_strengths": [1] * 8},
-            "49 pictures at most, got 64",
+            {"adapter": "bluefire", "strengths": [1] * 11, "other": "paintings", "other_strengths": [1] * 10},
+            "100 pictures at most, got 110",
         ),
     ],
 )
@@ -103,6 +107,45 @@ def test_a_negative_prompt_a_size_and_a_picture_to_start_from(client: Client, se
     (tmp_path / "start.txt").write_text("no picture")
     with pytest.raises(AppError, match="This is no picture to start from: not a picture of PNG"):
         client.predict(handle_file(str(tmp_path / "start.txt")), api_name="/add_start_image")
+
+
+def test_a_series_comes_as_pictures_a_sheet_and_a_zip(client: Client, session: Session) -> None:
+    settings = {"mix": {"bluefire": 1}, "seed": 3, "steps": 1}
+    answer = client.predict("a red cat\na big dog", 2, "next", settings, api_name="/series")
+    assert [each["report"]["seed"] for each in answer["pictures"]] == [3, 4, 5, 6]
+    alone = session.generate("a big dog", {"bluefire": 1}, 5, 1)
+    assert pixels(answer["pictures"][2]) == alone.image.tobytes()
+    assert answer["shared"] == "bluefire · steps 1 · guidance 3"
+    with zipfile.ZipFile(file_of(answer["zip"])) as archive:
+        assert archive.namelist()[2:] == ["003 a big dog · seed 5.png", "004 a big dog · seed 6.png", "005 sheet.png"]
+    assert Image.open(file_of(answer["sheet"])).width > 2 * 16
+    random = client.predict(["a cat"], 2, "random", settings, api_name="/series")["pictures"]
+    assert random[1]["report"]["seed"] == (random[0]["report"]["seed"] + 1) % 2**32
+
+
+def test_a_sheet_has_any_axes(client: Client, session: Session) -> None:
+    axes = [{"kind": "strength", "style": "bluefire", "values": [0, 1]}, {"kind": "words", "values": "red, big"}]
+    answer = client.predict({"prompt": SUGGESTION, "seed": 3, "steps": 1}, axes, api_name="/sheet")
+    assert [each["label"] for each in answer["pictures"]] == [
+        "bluefire 0, words red", "bluefire 1, words red", "bluefire 0, words big", "bluefire 1, words big",
+    ]  # fmt: skip
+    assert pixels(answer["pictures"][3]) == session.generate("a big cat", {"bluefire": 1}, 3, 1).image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "arguments", "message"),
+    [
+        ("/series", ("", 1), "No prompt: write one per line"),
+        ("/series", ("a cat", 1, "next", {"step": 1}), "No setting named 'step'; there are prompt, mix"),
+        ("/series", ("a cat\nabcdefghijklmno", 1), "the model reads 16 tokens, got 17"),
+        ("/sheet", ({"prompt": "a cat"}, []), "Axes must be a list of one to three objects"),
+        ("/sheet", ({"prompt": "a cat"}, [{"kind": "style", "values": "gold"}]), "No style named 'gold'"),
+        ("/sheet", ({"prompt": "a cat"}, ["seed"]), "The axis must be a JSON object"),
+    ],
+)
+def test_what_is_no_sheet_is_a_sentence(client: Client, endpoint: str, arguments: Any, message: str) -> None:
+    with pytest.raises(AppError, match=message):
+        client.predict(*arguments, api_name=endpoint)
 
 
 def test_presets_come_and_go(client: Client) -> None:
