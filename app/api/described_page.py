@@ -14,7 +14,7 @@ SHARED = {
     "mix": "{adapter: strength}, as an object or as its JSON text; none is the base. A strength is a number from "
     f"{MIN_STRENGTH:g} to {MAX_STRENGTH:g}, or {{component: number}}, "
     'or {"unet": {"down" | "mid" | "up": number}}.',
-    "seed": "A whole number from 0 to 4294967295; none draws one, which the report has.",
+    "seed": "A whole number from 0 to 4294967295; -1 or none draws one, which the report has.",
     "steps": f"1 to {MAX_STEPS}.",
     "guidance": f"0 to {MAX_GUIDANCE:g}: how closely the picture follows the prompt.",
     "method": f"How several adapters are merged: {', '.join(MERGE_METHODS)}.",

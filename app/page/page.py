@@ -15,6 +15,7 @@ from app.page.tabs.history import HistoryTab
 from app.page.tabs.interference import InterferenceTab
 from app.page.tabs.library import LibraryTab
 from app.page.tabs.mix import MixTab
+from app.page.tabs.series import SeriesTab
 from app.page.tabs.train import TrainTab
 from app.server.visitors import visitor_of
 from app.studio import Studio
@@ -31,9 +32,11 @@ def build(studio: Studio) -> gr.Blocks:
         header = gr.HTML(theme.header(session.model, len(session.cards)), elem_id="header", padding=False)
         with gr.Tabs(elem_id="tabs") as row:
             mix = MixTab(studio, row, header)
+            compare, series = CompareTab(studio, mix), SeriesTab(studio, mix, row)
             tabs: dict[str, Any] = {
                 "Mix": mix,
-                "Compare": CompareTab(studio, mix),
+                "Compare": compare,
+                "Series": series,
                 "Interference": InterferenceTab(studio, mix),
                 "Train": TrainTab(studio, mix),
                 "Library": LibraryTab(studio),
@@ -44,6 +47,8 @@ def build(studio: Studio) -> gr.Blocks:
                     tab.lay_out()
                 if hasattr(tab, "refresh_on"):
                     tab.refresh_on(shown)
+        for results in (compare.results, series.results):
+            series.vary_on(results.view.more, results.names)
         add_api(studio)
         add_pictures_api(studio)
         add_sheets_api(studio)

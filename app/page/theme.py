@@ -74,10 +74,15 @@ def facts(report: Mapping[str, Any] | None, *, preview: bool = False) -> str:
     return "".join(cells[:2]) + switched
 
 
+def tokens(count: int, most: int) -> str:
+    """How much of what the model reads a prompt takes; nothing where that is unknown."""
+    return f'<span class="{"over" if count > most else ""}">{count} of {most} tokens</span>' if most else ""
+
+
 def _measured(report: Mapping[str, Any]) -> Iterable[str]:
     try:
         return (
-            f"{report['seed']:d}",
+            f'<button class="reuse" title="use this seed again">{report["seed"]:d}</button>',
             f"{report['generation_s']:.1f} s",
             milliseconds(report["switch_ms"]),
             f"{report['entries_changed']:,d}",

@@ -102,8 +102,8 @@ def sheet_of(settings: Settings, axes: Sequence[Axis]) -> Sheet:
             drawn = change(drawn)
         told = (f"{axis.what} {label}" for axis, (label, _) in zip((x, y, z), reversed(points), strict=True) if label)
         cells.append((", ".join(told), drawn))
-    labels = (tuple(label for label, _ in axis.points) for axis in (x, y, z))
-    return Sheet(*labels, tuple(cells), (x.what, y.what, z.what))
+    columns, rows, tables = (tuple(label for label, _ in axis.points) for axis in (x, y, z))
+    return Sheet(columns, rows, tables, tuple(cells), (x.what, y.what, z.what))
 
 
 def _require_few(count: int) -> None:

@@ -39,7 +39,8 @@ class Sheet:
         negative = f"without {same['negative']}" if same.get("negative") else ""
         numbers = (f"{what} {same[what]:g}" for what in ("steps", "guidance") if what in same)
         seed = f"seed {same['seed']}" if "seed" in same else ""
-        return " · ".join(filter(None, (same.get("prompt", ""), negative, *styles, seed, *numbers)))
+        start = "from a picture" if same.get("start_image") else ""
+        return " · ".join(filter(None, (same.get("prompt", ""), negative, start, *styles, seed, *numbers)))
 
 
 def row_of(cells: tuple[tuple[str, Settings], ...]) -> Sheet:

@@ -16,6 +16,7 @@ MARKS = [
 ]
 WIDE, PHONE = (1280, 900), (390, 844)
 PATIENCE = 60_000  # milliseconds
+expect.set_options(timeout=PATIENCE)  # machines of tests are busy
 FORGET = "if (!sessionStorage.opened) { localStorage.clear(); sessionStorage.opened = true }"
 """A tab begins as a new visitor's, and remembers when it is reloaded."""
 UNDER_WAY = ("AbortError: signal is aborted", "Unexpected error Connection errored out")

@@ -1,29 +1,57 @@
-"""Compare: the mix beside its parts, or a style at a range of strengths, all at one seed."""
+"""Compare: the mix beside its parts, a style at several strengths, or any settings in up to three directions."""
 
 from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
-from app.drawing.requests import Series, Stopped
+from app.drawing.abilities import Abilities
 from app.drawing.session import series_of
 from app.page import theme
-from app.page.tabs.events import QUIET, TELLING, DrawButtons, Values, at_most_often, gallery, picked
+from app.page.tabs.events import QUIET, DrawButtons, Values
 from app.page.tabs.mix import MixTab
-from app.server.messages import readable
-from app.server.served_files import cached
-from app.server.visitors import visitor_of
+from app.page.tabs.sheet_results import SheetResults
 from app.settings.axes import Axis, sheet_of
 from app.settings.checks import SettingsError, whole
+from app.settings.sheets import Sheet, row_of
 from app.studio import Studio
+from shira_diffusers.adapters.merge import MERGE_METHODS
 
 KINDS = {
     "Base, each style and the mix": "parts",
     "One style at several strengths": "strip",
     "Two styles, a grid": "grid",
+    "Any settings, a sheet": "sheet",
 }
-COUNT, MOST = 5, 7  # pictures per axis; a grid has 49 at most, as many as still can be told apart on a screen
-CHOOSE = "Choose a picture to send it to Mix."
+COUNT, MOST = 5, 7  # pictures per axis of a grid
+NOTHING = "nothing"
+AXES = {
+    "Strength of a style": "strength",
+    "Style, each alone": "style",
+    "Words of the prompt": "words",
+    "Prompt": "prompt",
+    "Negative prompt": "negative",
+    "Seed": "seed",
+    "Steps": "steps",
+    "Guidance": "guidance",
+    "Merge method": "method",
+    "Size": "size",
+    "Change of the start picture": "change",
+}
+EXAMPLES = {
+    "strength": "0 to 1 (5)",
+    "seed": "1 to 4 (4)",
+    "steps": "5, 10, 20, 40",
+    "guidance": "1, 3, 5, 8",
+    "change": "0.3 to 0.9 (4)",
+}
+HINTS = {
+    "words": "words in the prompt, and others in their place: fox, owl, castle",
+    "prompt": "one per line",
+    "negative": "one per line",
+    "size": "128 x 128, 128 x 192",
+    NOTHING: "",
+}
 
 
 class CompareTab:
@@ -33,46 +61,51 @@ class CompareTab:
         self._studio = studio
         self._session = studio.session
         self._mix = mix
+        self.results = SheetResults(studio, mix)
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
-        self.names: gr.State = gr.State([])
-        self.chosen: gr.State = gr.State(None)
         with gr.Row(elem_id="compare"):
             with gr.Column(scale=4, min_width=300):
-                gr.HTML(theme.remark("Prompt, styles, seed, steps and guidance are those of Mix."), padding=False)
+                gr.HTML(theme.remark("Prompt, styles and all other settings are those of Mix."), padding=False)
                 self.kind = gr.Radio(list(KINDS), value=next(iter(KINDS)), label="What to draw", elem_id="kind")
                 names = self._session.names_first
                 self.across = _Range("Style, from left to right", names, 0)
                 self.down = _Range("Other style, from top to bottom", names, 1)
+                kinds = _kinds_of(self._session.abilities)
+                with gr.Group(visible=False, elem_id="axes") as self.sheet:
+                    self.axes = [
+                        _AxisForm("From left to right", kinds, names, "strength"),
+                        _AxisForm("From top to bottom", [NOTHING, *kinds], names, "seed"),
+                        _AxisForm("A table for each", [NOTHING, *kinds], names, NOTHING),
+                    ]
                 with gr.Row():
                     self.draw = gr.Button("Draw", variant="primary", size="lg", min_width=120)
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
             with gr.Column(scale=8, min_width=320):
-                self.strip = gallery("strip")
-                self.description = gr.HTML(theme.remark(CHOOSE), elem_id="strip-told")
-                self.send = gr.Button("Send to Mix", interactive=False)
+                self.results.lay_out("strip")
         self._connect()
 
     def refresh_on(self, tab: gr.Tab) -> None:
         """Offer the adapters that there are whenever the tab is opened."""
-        tab.select(
-            self._offer, [self.across.adapter, self.down.adapter], [self.across.adapter, self.down.adapter], **QUIET
-        )
+        chosen = [self.across.adapter, self.down.adapter, *(each.style for each in self.axes)]
+        tab.select(self._offer, chosen, chosen, **QUIET)
 
     def _connect(self) -> None:
-        folds = [self.across.fold, self.down.fold]
-        self.kind.input(_show, self.kind, folds, **QUIET)
+        self.kind.input(_show, self.kind, [self.across.fold, self.down.fold, self.sheet], **QUIET)
         buttons = DrawButtons(self._studio.requests, [self.draw], self.stop)
+        forms = [
+            *self.across.components,
+            *self.down.components,
+            *(each for axis in self.axes for each in axis.components),
+        ]
         buttons.draw_after(
-            self.draw.click(buttons.begin, outputs=buttons.all, **QUIET),
+            self.draw.click(buttons.begin, outputs=buttons.all, js=theme.scroll_to("#strip"), **QUIET),
             self._draw,
-            {self.kind, *self.across.components, *self.down.components, *self._mix.inputs},
-            [self.strip, self.names, self.chosen, self.description, self.send],
-            self.strip,
+            {self.kind, *forms, *self._mix.inputs},
+            self.results.outputs,
+            self.results.view,
         )
-        self.strip.select(self._choose, self.names, [self.chosen, self.description, self.send], **TELLING)
-        self.send.click(self._mix.fill_from_history, self.chosen, self._mix.targets, **TELLING)
 
     async def _draw(
         self,
@@ -80,50 +113,19 @@ class CompareTab:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> AsyncIterator[Any]:
-        done: list[tuple[str, str]] = []
-        names: list[str] = []
+        async for shown in self.results.draw(lambda: self._plan(values), request, progress):
+            yield shown
 
-        def on_step(step: int, of: int) -> None:
-            progress((step, of), desc=f"Drawing, {len(done)} done", unit="steps")
-
-        with readable():
-            series, columns = self._series(values)
-            idle = gr.Button(interactive=False)
-            kind = ["as-grid"] if KINDS.get(values[self.kind]) == "grid" else []
-            yield (
-                gr.Gallery([], columns=columns, elem_classes=kind, selected_index=None),
-                [],
-                None,
-                theme.remark(""),
-                idle,
-            )
-            try:
-                pictures = self._studio.requests.draw_series(visitor_of(request), series, at_most_often(on_step))
-                async for label, _, path in pictures:
-                    done.append((cached(self.strip, path), _short(label)))
-                    names.append(path.name)
-                    yield done, names, None, theme.remark(f"{len(done)} of {len(series)} drawn."), idle
-            except Stopped:
-                stopped = f"Stopped, {len(done)} of {len(series)} drawn." + (f" {CHOOSE}" if done else "")
-                yield gr.skip(), gr.skip(), None, theme.remark(stopped), idle
-                return
-        yield gr.skip(), gr.skip(), None, theme.remark(self._legend(values)), idle
-
-    def _series(self, values: Values) -> tuple[Series, int]:
-        """What to draw, and how many per row."""
+    def _plan(self, values: Values) -> Sheet:
         kind = KINDS.get(values[self.kind])
         settings = self._mix.settings(values)
         if kind == "parts":
-            series = series_of(settings)
-            return series, min(4, len(series))
-        axes = [self._axis(each, values) for each in ([self.across, self.down] if kind == "grid" else [self.across])]
-        return sheet_of(settings, axes).cells, len(axes[0].points)
-
-    def _legend(self, values: Values) -> str:
-        grid = KINDS.get(values[self.kind]) == "grid"
-        across, down = values[self.across.adapter], values[self.down.adapter]
-        axes = f"Strengths of {across} from left to right, of {down} from top to bottom. " if grid else ""
-        return f"{axes}{CHOOSE}"
+            return row_of(series_of(settings))
+        if kind == "sheet":
+            forms = [form for form in self.axes if values[form.kind] != NOTHING]
+            return sheet_of(settings, [form.axis(values) for form in forms])
+        ranges = [self.across, self.down] if kind == "grid" else [self.across]
+        return sheet_of(settings, [self._axis(each, values) for each in ranges])
 
     def _axis(self, span: "_Range", values: Values) -> Axis:
         whole("the number of pictures", values[span.count], 2, MOST)
@@ -131,11 +133,6 @@ class CompareTab:
         if axis.what not in self._session.adapter_names:
             raise SettingsError(f"no style named {axis.what[:80]!r}")
         return axis
-
-    def _choose(self, names: list[str], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any, Any]:
-        with readable("the picture could not be shown"):
-            kept = self._studio.galleries.of(visitor_of(request)).get(picked(names, event))
-            return kept.name, theme.settings(kept.settings), gr.Button(interactive=True)
 
     def _offer(self, *chosen: Any) -> list[Any]:
         names = list(self._session.adapter_names)
@@ -159,12 +156,46 @@ class _Range:
         self.components = [self.adapter, self.first, self.last, self.count]
 
 
-def _short(label: str) -> str:
-    """A label that fits on a small picture: of a grid's, the two strengths."""
-    first, comma, second = label.partition(", ")
-    return f"{first.rpartition(' ')[2]} · {second.rpartition(' ')[2]}" if comma else label
+class _AxisForm:
+    """What changes in a direction, and its values."""
+
+    def __init__(self, label: str, kinds: list[str], names: tuple[str, ...], kind: str) -> None:
+        choices = [(words, each) for words, each in {NOTHING: NOTHING, **AXES}.items() if each in kinds]
+        self.kind = gr.Dropdown(choices, value=kind, label=label, interactive=True)
+        self.style = gr.Dropdown(
+            list(names), value=next(iter(names), None), label="Style", interactive=True, visible=kind == "strength"
+        )
+        self.values = gr.Textbox(label="Values", interactive=True, max_lines=6, **_values_of(kind))
+        self.components = [self.kind, self.style, self.values]
+        self.kind.input(self._choose, self.kind, [self.style, self.values], **QUIET)
+
+    def axis(self, values: Values) -> Axis:
+        """The axis that was asked for; raises SettingsError."""
+        kind, style, given = (values[each] for each in self.components)
+        return Axis.checked(kind, given, style)
+
+    def _choose(self, kind: str) -> list[Any]:
+        return [gr.Dropdown(visible=kind == "strength"), gr.Textbox(**_values_of(kind))]
+
+
+def _values_of(kind: str) -> dict[str, Any]:
+    """How the box of values begins: with an example that works, or else one that is only shown."""
+    hint = HINTS.get(kind, "0, 0.5, 1, or 0 to 1 (5) for five")
+    return {"value": EXAMPLES.get(kind, ""), "placeholder": hint, "visible": kind != NOTHING}
+
+
+def _kinds_of(abilities: Abilities) -> list[str]:
+    """The kinds of axes that have an effect with this base."""
+    has = {
+        "negative": abilities.negative,
+        "size": abilities.side,
+        "change": abilities.image_to_image,
+        "method": len(MERGE_METHODS) > 1,
+    }
+    return [kind for kind in AXES.values() if has.get(kind, True)]
 
 
 def _show(kind: str) -> list[Any]:
     chosen = KINDS.get(kind)
-    return [gr.Group(visible=chosen in ("strip", "grid")), gr.Group(visible=chosen == "grid")]
+    shown = (chosen in ("strip", "grid"), chosen == "grid", chosen == "sheet")
+    return [gr.Group(visible=each) for each in shown]

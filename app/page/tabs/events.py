@@ -64,9 +64,10 @@ def caption_of(kept: Kept) -> str:
         return ""
 
 
-def picked(names: Sequence[str], event: gr.SelectData) -> str | None:
-    """The name of the picture that was chosen in a gallery."""
-    return names[event.index] if isinstance(event.index, int) and 0 <= event.index < len(names) else None
+def picked(names: Sequence[str], event: gr.EventData) -> str | None:
+    """The name of the picture that was chosen in a gallery or a sheet."""
+    index = getattr(event, "index", None)
+    return names[index] if isinstance(index, int) and 0 <= index < len(names) else None
 
 
 class DrawButtons:

@@ -11,7 +11,7 @@ import gradio as gr
 from app.drawing import random_settings
 from app.drawing.preview_budget import PreviewBudget
 from app.drawing.requests import Stopped
-from app.drawing.restore import restore
+from app.drawing.restore import Restored, restore
 from app.history.history import Kept
 from app.history.png_metadata import read_settings
 from app.page import theme
@@ -28,6 +28,7 @@ from app.page.tabs.events import (
     gallery,
     picture,
 )
+from app.page.tabs.more_settings import MoreSettings
 from app.page.tabs.presets import PresetsFold
 from app.server.messages import readable
 from app.server.served_files import cached
@@ -41,6 +42,10 @@ SUGGESTIONS_SHOWN = 4  # one row of chips
 GALLERY_HOLDS = 24  # pictures of this visit; History has the others
 WATCH_SECONDS = 2.0  # between two looks at what is new: quick enough for an upload in another tab, one compare if idle
 ROLL_DICE = "() => Math.floor(Math.random() * 1000000)"
+REUSE_SEED = """element.addEventListener('click', (event) => {
+  const seed = event.target.closest('.reuse')
+  if (seed) trigger('reuse', { seed: Number(seed.textContent) })
+})"""
 SHOW_PICTURE = f"() => {{ sessionStorage.shiraDrawing = true; ({theme.scroll_to('#picture')})() }}"
 
 
@@ -99,9 +104,12 @@ class MixTab:
 
     def _lay_out_prompt(self) -> None:
         suggestions = self._session.suggestions[:SUGGESTIONS_SHOWN]
-        self.prompt = gr.Textbox(
-            suggestions[0], label="Prompt", lines=2, max_lines=5, elem_id="prompt", submit_btn=False, autofocus=True
-        )
+        with gr.Column(elem_id="prompt-box"):
+            self.prompt = gr.Textbox(
+                suggestions[0], label="Prompt", lines=2, max_lines=5, elem_id="prompt", submit_btn=False, autofocus=True
+            )
+            tokens = gr.HTML(theme.tokens(*self._session.tokens(suggestions[0])), elem_id="tokens", padding=False)
+            self.prompt.change(lambda prompt: theme.tokens(*self._session.tokens(prompt)), self.prompt, tokens, **QUIET)
         chips = gr.Dataset(
             components=[gr.Textbox(visible=False)],
             samples=[[text] for text in suggestions],
@@ -135,7 +143,8 @@ class MixTab:
     def _lay_out_more(self) -> dict[str, Any]:
         """The settings that few change, by their field in ``Settings``."""
         method = gr.Dropdown(list(MERGE_METHODS), value=DEFAULT_METHOD, label="Merge method", interactive=True)
-        return {"method": method}
+        self.more = MoreSettings(self._session)
+        return {"method": method, **self.more.lay_out()}
 
     def _lay_out_results(self) -> None:
         with gr.Column(elem_id="stage"):
@@ -146,7 +155,8 @@ class MixTab:
                     "Use these settings", size="sm", visible=False, min_width=130, scale=0, elem_id="use"
                 )
                 gr.Button("Hold to compare", size="sm", min_width=120, scale=0, elem_id="hold")
-        self.facts = gr.HTML(theme.facts(None), elem_id="facts", padding=False)
+        self.facts = gr.HTML(theme.facts(None), elem_id="facts", padding=False, js_on_load=REUSE_SEED)
+        self.facts.reuse(_seed_of, None, self.seed, **QUIET)
         self.lora = gr.HTML(self._lora(), elem_id="lora", padding=False)
         self.gallery = gallery("gallery", "This visit", visible=False)
         self.dropped = gr.File(
@@ -177,11 +187,16 @@ class MixTab:
         Raises:
             SettingsError: they hold something that is no setting.
         """
+        restored = self.restored(given)
+        stage = self._shown(file, given, restored.then, name) if file else [gr.skip()] * len(self._stage)
+        return [gr.Tabs(selected="mix"), *self._filled(restored.settings), *stage]
+
+    def restored(self, given: Mapping[str, Any]) -> Restored:
+        """Settings as in a picture's metadata, as far as they can be had; messages and errors as ``fill``."""
         restored = restore(given, self._session)
         for note in restored.notes:
             gr.Warning(theme.plain(note))
-        stage = self._shown(file, given, restored.then, name) if file else [gr.skip()] * len(self._stage)
-        return [gr.Tabs(selected="mix"), *self._filled(restored.settings), *stage]
+        return restored
 
     def fill_from_history(self, name: Any, request: gr.Request) -> list[Any]:
         """As ``fill``, with a picture in the visitor's history; the sentence of what goes wrong."""
@@ -288,7 +303,7 @@ class MixTab:
     def _connect_preview(self) -> None:
         self.live.change(lambda live: gr.HTML(live=live), self.live, self.style_picker, **QUIET)
         changes: list[Any] = [self.live, self.style_picker, self.prompt, self.guidance, self.fields["method"]]
-        moved = [*(each.input for each in changes), self.seed.change]
+        moved = [*(each.input for each in changes), self.seed.change, *self.more.moved]
         gr.on(moved, self._preview, {self.live, *self.inputs}, self._stage, **PREVIEWING)
 
     async def _preview(self, values: Values, request: gr.Request) -> Any:
@@ -329,3 +344,7 @@ class MixTab:
 
     def _cards(self) -> list[dict[str, Any]]:
         return [shown(card, self._studio.thumbnails) for card in self._session.cards]
+
+
+def _seed_of(event: gr.EventData) -> Any:
+    return getattr(event, "seed", gr.skip())

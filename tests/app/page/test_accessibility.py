@@ -9,7 +9,7 @@ from tests.app.browsing import MARKS, PHONE, WIDE, new_context
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
 pytestmark = MARKS
-TABS = ("Mix", "Compare", "Interference", "Train", "Library", "History")
+TABS = ("Mix", "Compare", "Series", "Interference", "Train", "Library", "History")
 # what the parts of the page are called does not depend on the theme
 RULES: dict[str, dict[str, Any]] = {"light": {}, "dark": {"runOnly": ["color-contrast"]}}
 

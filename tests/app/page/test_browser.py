@@ -109,9 +109,9 @@ def test_side_by_side(open_page: Open) -> None:
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Draw").click()
     labels = ["base", "bluefire", "paintings", "mix"]
-    expect(page.locator("#strip .caption-label")).to_have_text(labels, timeout=PATIENCE)
-    expect(page.get_by_text("Choose a picture to send it to Mix.")).to_be_visible(timeout=PATIENCE)
-    page.locator("#strip .grid-container button").first.click()
+    expect(page.locator("#strip th")).to_have_text(labels, timeout=PATIENCE)
+    expect(page.get_by_text("Choose a picture to see it large.")).to_be_visible(timeout=PATIENCE)
+    page.locator("#strip").get_by_role("button", name="base").click()
     page.locator("#compare").get_by_role("button", name="Send to Mix").click()
     expect(page.get_by_role("checkbox", name="bluefire")).not_to_be_checked()
 
@@ -211,8 +211,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open) -> None:
     page.get_by_role("tab", name="Compare").click()
     page.get_by_label("Two styles, a grid").check()
     page.get_by_role("button", name="Draw").click()
-    expect(page.locator("#strip .caption-label")).to_have_count(15, timeout=PATIENCE)
-    box = page.locator("#strip .gallery-item").last.bounding_box()
+    expect(page.locator("#strip td img")).to_have_count(15, timeout=PATIENCE)
+    box = page.locator("#strip td img").last.bounding_box()
     assert box["x"] + box["width"] <= PHONE[0]  # a row of five
 
     page.get_by_role("tab", name="History").click()

@@ -46,8 +46,8 @@ def test_every_tab(browser: Any, demo: str, look: str) -> None:
     page.get_by_role("button", name="Generate").wait_for()
     mix(page)
     shoot(page, f"app{look}")
-    for tab, act in (("Compare", compare), ("Interference", interfere), ("Train", None), ("Library", inspect),
-                     ("History", choose)):  # fmt: skip
+    for tab, act in (("Compare", compare), ("Series", draw_series), ("Interference", interfere), ("Train", None),
+                     ("Library", inspect), ("History", choose)):  # fmt: skip
         page.get_by_role("tab", name=tab, exact=True).click()
         if act:
             act(page)
@@ -71,8 +71,14 @@ def mix(page: Any) -> None:
 
 def compare(page: Any) -> None:
     page.get_by_role("button", name="Draw").click()
-    expect(page.locator("#strip .caption-label")).to_have_count(4, timeout=PATIENCE)
-    expect(page.get_by_role("button", name="Draw")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#strip td img")).to_have_count(4, timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Draw", exact=True)).to_be_visible(timeout=PATIENCE)
+
+
+def draw_series(page: Any) -> None:
+    page.get_by_role("button", name="Draw the series").click()
+    expect(page.locator("#pictures td img")).to_have_count(6, timeout=PATIENCE)
+    expect(page.get_by_role("button", name="Draw the series")).to_be_visible(timeout=PATIENCE)
 
 
 def interfere(page: Any) -> None:
