@@ -175,9 +175,9 @@ def test_pictures_too_large_for_pillow_say_so(folder: Path, monkeypatch: pytest.
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_of_ours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Path) -> None:
+    def refuse(_: Path) -> list[str]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", refuse)  # tests may run as root, whom no permission stops
+    monkeypatch.setattr(os, "listdir", refuse)  # tests may run as root, whom no permission stops
     with pytest.raises(ShiraError, match="cannot be read: Permission denied"):
         list_pictures(folder)

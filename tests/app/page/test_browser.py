@@ -62,7 +62,7 @@ def test_a_reload_loses_nothing_and_changes_are_undone(
     surprise = session.checked("a big dog", {"paintings": 0.9}, 5, 2)
     monkeypatch.setattr(random_settings, "settings", lambda session: surprise)  # some suggestions here are too long
     page = open_page(WIDE)
-    prompt, seed = page.get_by_label("Prompt"), page.get_by_label("Seed")
+    prompt, seed = page.get_by_label("Prompt"), page.get_by_label("Seed", exact=True)
     undo = page.get_by_role("button", name="Undo", exact=True)
     prompt.fill("a big cat")
     page.get_by_role("checkbox", name="paintings").check()
@@ -91,7 +91,7 @@ def test_a_reload_loses_nothing_and_changes_are_undone(
 def test_the_picture_stays_in_view_beside_whatever_is_moved(open_page: Open, size: tuple[int, int]) -> None:
     page = open_page(size)
     if size == WIDE:  # above the fold
-        for control in (page.get_by_label("Seed"), page.get_by_label("number input for Steps"),
+        for control in (page.get_by_label("Seed", exact=True), page.get_by_label("number input for Steps"),
                         page.get_by_label("Preset", exact=True), page.get_by_label("Live preview")):  # fmt: skip
             expect(control).to_be_in_viewport(ratio=1)
     generate(page)
@@ -118,13 +118,13 @@ def test_side_by_side(open_page: Open) -> None:
 
 def test_the_history_sends_a_picture_to_mix(open_page: Open) -> None:
     page = open_page(WIDE)
-    page.get_by_label("Seed").fill("11")
+    page.get_by_label("Seed", exact=True).fill("11")
     generate(page)
-    page.get_by_label("Seed").fill("12")
+    page.get_by_label("Seed", exact=True).fill("12")
     page.get_by_role("tab", name="History").click()
     page.locator("#kept .grid-container button").first.click()
     page.locator("#history").get_by_role("button", name="Send to Mix").click()
-    expect(page.get_by_label("Seed")).to_have_value("11")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("11")
 
 
 def test_suggestions_dice_and_the_enter_key(open_page: Open) -> None:
@@ -132,7 +132,7 @@ def test_suggestions_dice_and_the_enter_key(open_page: Open) -> None:
     page.get_by_role("button", name="a big dog").click()
     expect(page.get_by_label("Prompt")).to_have_value("a big dog")
     page.get_by_role("button", name="Random seed").click()
-    expect(page.get_by_label("Seed")).not_to_have_value("7")
+    expect(page.get_by_label("Seed", exact=True)).not_to_have_value("7")
     page.set_viewport_size({"width": 800, "height": 900})  # two narrow columns
     card, inside = (page.locator(each).bounding_box() for each in ("#details", "#details input[type=range] >> nth=1"))
     assert inside["x"] + inside["width"] <= card["x"] + card["width"]
@@ -178,10 +178,10 @@ def test_an_error_is_a_sentence_and_the_page_goes_on(open_page: Open) -> None:
     expect(toast).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#picture .error")).to_be_hidden()  # Gradio's badge over the picture
     page.get_by_label("Prompt").fill(SUGGESTION)
-    page.get_by_label("Seed").fill("-5")
+    page.get_by_label("Seed", exact=True).fill("-5")
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_text("The seed must be a whole number from 0 to 4294967295, got -5")).to_be_visible()
-    page.get_by_label("Seed").fill("5")
+    page.get_by_label("Seed", exact=True).fill("5")
     generate(page)
     expect(page.locator("#picture img")).to_be_visible()
 

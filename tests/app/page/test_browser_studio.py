@@ -196,7 +196,7 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     page.get_by_role("button", name="Mix it").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a sks cat")
     expect(page.get_by_role("checkbox", name="tiny style")).to_be_checked()
-    expect(page.get_by_label("Seed")).to_have_value("7")  # as it was
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("7")  # as it was
     expect(page.get_by_label("number input for Steps")).to_have_value("2")
     page.get_by_role("tab", name="Train", exact=True).click()
 

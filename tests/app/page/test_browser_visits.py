@@ -233,8 +233,8 @@ def set_mix(page: Any) -> None:
     page.get_by_role("checkbox", name="bluefire").uncheck()
     page.get_by_label("strength of paintings, as a number").fill("0.6")
     page.get_by_label("strength of paintings, as a number").press("Tab")
-    page.get_by_label("Seed").fill("21")
-    page.get_by_label("Seed").press("Tab")
+    page.get_by_label("Seed", exact=True).fill("21")
+    page.get_by_label("Seed", exact=True).press("Tab")
 
 
 def expect_mix(page: Any) -> None:
@@ -242,7 +242,7 @@ def expect_mix(page: Any) -> None:
     expect(page.get_by_role("checkbox", name="bluefire")).not_to_be_checked()
     expect(page.get_by_role("checkbox", name="paintings")).to_be_checked()
     expect(page.get_by_label("strength of paintings, as a number")).to_have_value("0.6")
-    expect(page.get_by_label("Seed")).to_have_value("21")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("21")
 
 
 def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: str, studio: Studio) -> None:
@@ -252,7 +252,7 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.get_by_label("Preset", exact=True)).to_have_value("night dog")
     expect(page.get_by_text("Saved as “night dog”.")).to_be_visible()
-    page.get_by_label("Seed").fill("98")
+    page.get_by_label("Seed", exact=True).fill("98")
     for button, seed in (("Save", 21), ("Replace “night dog”", 98)):  # overwritten only when asked again
         page.get_by_label("Save these settings as").fill(" night  dog")
         assert studio.presets.get("night dog")["seed"] == 21
@@ -268,7 +268,7 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
     expect(page.get_by_label("Settings as JSON")).to_have_value(re.compile('"seed": 98'))
     page.get_by_label("Preset", exact=True).click()
     page.get_by_role("option", name="night dog").click()
-    expect(page.get_by_label("Seed")).to_have_value("21")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("21")
     page.get_by_role("button", name="Share", exact=True).click()
     expect(page.get_by_label("Settings as JSON")).to_have_value(re.compile('"seed": 21'))
     link = page.get_by_label("Link").input_value()
@@ -281,7 +281,7 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
         other.get_by_label("Preset", exact=True).click()
         other.get_by_role("option", name="night dog").click()
         expect_mix(other)
-        other.get_by_label("Seed").fill("1")
+        other.get_by_label("Seed", exact=True).fill("1")
         other.get_by_role("button", name="Share, delete a preset").click()
         other.get_by_label("Settings as JSON").fill(text)
         other.get_by_role("button", name="Apply the JSON below").click()

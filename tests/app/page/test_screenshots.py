@@ -66,7 +66,7 @@ def mix(page: Any) -> None:
         page.get_by_role("button", name="Generate").click()
         page.get_by_role("button", name="Stop").wait_for()
         expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE)
-    expect(page.locator("#lora")).to_contain_text("Fusing", timeout=PATIENCE)
+    expect(page.locator("#lora")).to_contain_text("fusing a LoRA", timeout=PATIENCE)
 
 
 def compare(page: Any) -> None:
