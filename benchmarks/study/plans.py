@@ -8,6 +8,7 @@ from benchmarks.study.mixing import METHODS
 from benchmarks.study.recipes import Recipe, lora, shira
 from benchmarks.study.stats import best, load, table
 
+EVERYWHERE = {"mask": "steady", "budget": "global"}
 FOUR_WAYS = ("sum", "guidance_2", "half_from_plain", "half_from_plain_2")
 SCREEN = Exam(count=48, single=(0.8, 1.0, 1.2, 1.4, 1.7), mixed=(0.6, 0.8, 1.0, 1.2, 1.4, 1.7))
 
@@ -147,14 +148,13 @@ def third() -> list[Job]:
     """One seed, at lower guidance: entries wherever gradients agree most, against LoRA in the same blocks."""
     ways = ("guidance_2", "guidance_15")
     exam = Exam(count=48, single=(1.0, 1.2), mixed=(0.8, 1.0, 1.2), methods=ways)
-    everywhere = {"mask": "steady", "budget": "global"}
     tried = _rated(lora("lora16", 16, 0), 1e-3, 2e-3)
-    tried += _rated(shira("steady-global", 0, **everywhere), 1e-3, 2e-3, 4e-3)
+    tried += _rated(shira("steady-global", 0, **EVERYWHERE), 1e-3, 2e-3, 4e-3)
     tried += _rated(lora("lora16-outer", 16, 0, targets="outer"), 1e-3, 2e-3)
-    tried += _rated(shira("steady-global-small", 0, targets="all+small", **everywhere), 2e-3)
-    tried += _rated(shira("steady-global-4%", 0, density=0.04, **everywhere), 2e-3)
-    tried += _rated(shira("steady-global-10%", 0, density=0.1, **everywhere), 1e-3)
-    tried += _rated(shira("steady-global-1%", 0, density=0.01, **everywhere), 3e-3)
+    tried += _rated(shira("steady-global-small", 0, targets="all+small", **EVERYWHERE), 2e-3)
+    tried += _rated(shira("steady-global-4%", 0, density=0.04, **EVERYWHERE), 2e-3)
+    tried += _rated(shira("steady-global-10%", 0, density=0.1, **EVERYWHERE), 1e-3)
+    tried += _rated(shira("steady-global-1%", 0, density=0.01, **EVERYWHERE), 3e-3)
     tried += _rated(shira("grad-global", 0, budget="global"), 2e-3)
     tried += _rated(shira("grad", 0), 2e-3)
     tried += _rated(shira("grad-outer", 0, targets="outer", density=0.1), 2e-3)
@@ -164,23 +164,19 @@ def third() -> list[Job]:
 def fourth() -> list[Job]:
     """One seed on the shipped base: `steady-global` at lower rates, spread wider, and made to rely on fewer others."""
     exam = Exam(count=48, single=(1.0,), mixed=(0.8, 1.0, 1.2), methods=("sum", "guidance_2"))
-    everywhere = {"mask": "steady", "budget": "global"}
-    tried = _rated(shira("steady-global", 0, **everywhere), 5e-4, 1e-3, 7e-4, 3e-4)
-    tried += _rated(shira("steady-global-cap10", 0, cap=0.1, **everywhere), 1e-3)
-    tried += _rated(shira("steady-global-dropout", 0, dropout=0.5, **everywhere), 1e-3)
-    tried += _rated(shira("steady-global-average", 0, average=True, **everywhere), 1e-3)
-    tried += _rated(shira("steady-global-avoid", 0, avoid=True, **everywhere), 1e-3)
+    tried = _rated(shira("steady-global", 0, **EVERYWHERE), 5e-4, 1e-3, 7e-4, 3e-4)
+    tried += _rated(shira("steady-global-cap10", 0, cap=0.1, **EVERYWHERE), 1e-3)
+    tried += _rated(shira("steady-global-dropout", 0, dropout=0.5, **EVERYWHERE), 1e-3)
+    tried += _rated(shira("steady-global-average", 0, average=True, **EVERYWHERE), 1e-3)
+    tried += _rated(shira("steady-global-avoid", 0, avoid=True, **EVERYWHERE), 1e-3)
     tried += _rated(lora("lora16", 16, 0), 5e-4, 1e-3)
-    tried += _rated(shira("steady-global-10%", 0, density=0.1, **everywhere), 5e-4)
-    tried += _rated(shira("steady-global-4%", 0, density=0.04, **everywhere), 5e-4)
-    tried += _rated(shira("steady-global-cap5", 0, cap=0.05, **everywhere), 1e-3)
+    tried += _rated(shira("steady-global-10%", 0, density=0.1, **EVERYWHERE), 5e-4)
+    tried += _rated(shira("steady-global-4%", 0, density=0.04, **EVERYWHERE), 5e-4)
+    tried += _rated(shira("steady-global-cap5", 0, cap=0.05, **EVERYWHERE), 1e-3)
     tried += _rated(shira("snip-global", 0, mask="snip", budget="global"), 1e-3)
-    tried += _rated(shira("steady-global-ghosts", 0, beside="ghosts", under=True, **everywhere), 1e-3)
-    tried += _rated(shira("steady-global-additive", 0, beside="looks", additive=1.0, **everywhere), 1e-3)
+    tried += _rated(shira("steady-global-ghosts", 0, beside="ghosts", under=True, **EVERYWHERE), 1e-3)
+    tried += _rated(shira("steady-global-additive", 0, beside="looks", additive=1.0, **EVERYWHERE), 1e-3)
     return _each(tried, exam)
-
-
-EVERYWHERE = {"mask": "steady", "budget": "global"}
 
 
 def fifth() -> list[Job]:

@@ -438,13 +438,14 @@ def _reading(run: Callable[..., Any]) -> Callable[..., Any]:
         resident = resident_of(self)
         given = dict(zip(parameters, args, strict=False)) | kwargs
         warn_of_ignored_scale(self, given, lambda: resident.active, resident.models.values())
-        if keyword_of(given) and keyword_of(given, NEGATIVE):
+        per_picture, negative = keyword_of(given), keyword_of(given, NEGATIVE)
+        if per_picture and negative:
             raise ShiraError("shira_adapters and shira_negative are both given: a call takes one of them")
-        if keyword := keyword_of(given):
-            with adapters_per_picture(resident, given, keyword) as given:
+        if per_picture:
+            with adapters_per_picture(resident, given, per_picture) as given:
                 return run(self, **given)
-        if keyword := keyword_of(given, NEGATIVE):
-            with weaker_negative(self, resident, given, keyword) as given:
+        if negative:
+            with weaker_negative(self, resident, given, negative) as given:
                 return run(self, **given)
         with _generating(resident):
             return run(self, *args, **kwargs)
