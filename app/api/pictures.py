@@ -9,6 +9,7 @@ from gradio.events import api
 from app.drawing.requests import Series
 from app.drawing.restore import restore, to_keep
 from app.drawing.session import series_of
+from app.history.history import page_of
 from app.server.messages import readable
 from app.server.served_files import cached
 from app.server.visitors import DRAWING, as_object, visitor_of
@@ -167,19 +168,45 @@ def add_pictures_api(studio: Studio) -> None:
             studio.presets.delete(name)
         return list(studio.presets.names)
 
-    def history(request: gr.Request, page: float = 1) -> list[dict[str, Any]]:
-        """A page of the pictures that were drawn, the newest first: a list of {name, file, settings}.
+    def history(
+        request: gr.Request,
+        page: float = 1,
+        words: str = "",
+        favourites: bool = False,
+    ) -> list[dict[str, Any]]:
+        """A page of the pictures that were drawn, the newest first: a list of {name, file, settings, favourite}.
 
         Where histories are not shared: of those that this user, or else this client, has drawn.
 
         Args:
             page: From 1, the newest.
+            words: All of them are in its prompts, the names of its styles or its seed; empty finds all.
+            favourites: Whether to list only those.
         """
         with readable():
             return [
-                {"name": kept.name, "file": sent(kept.path), "settings": kept.settings}
-                for kept in studio.galleries.of(visitor_of(request)).page(whole("page", page, 1, 10**9))
+                {
+                    "name": kept.name,
+                    "file": sent(kept.path),
+                    "settings": kept.settings,
+                    "favourite": kept.favourite,
+                }
+                for kept in page_of(
+                    studio.galleries.of(visitor_of(request)).find(words, favourites=favourites),
+                    whole("page", page, 1, 10**9),
+                )
             ]
+
+    def star_picture(request: gr.Request, name: str, on: bool = True) -> bool:
+        """Make a picture a favourite, which is kept longest, or none; returns which it is now.
+
+        Args:
+            name: Of the picture, as /history lists it.
+            on: False makes it none.
+        """
+        with readable():
+            studio.galleries.of(visitor_of(request)).star(name, on=on)
+        return on
 
     def delete_picture(request: gr.Request, name: str) -> int:
         """Remove a picture from the history for good; returns how many are left.
@@ -194,5 +221,5 @@ def add_pictures_api(studio: Studio) -> None:
 
     api(compare, api_name="compare", **DRAWING)
     api(sweep, api_name="sweep", **DRAWING)
-    for endpoint in (presets, save_preset, delete_preset, history, delete_picture):
+    for endpoint in (presets, save_preset, delete_preset, history, star_picture, delete_picture):
         api(endpoint, api_name=endpoint.__name__)

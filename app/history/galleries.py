@@ -70,7 +70,7 @@ class Galleries:
         for path in sorted(sizes, key=lambda each: each.name):  # names sort by time
             if total <= self._max_bytes:
                 return
-            path.unlink(missing_ok=True)
+            Kept(path.name, path).remove()
             total -= sizes[path]
 
 

@@ -5,6 +5,8 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,30 @@ class Kept:
         """
         return read_settings(self.path)
 
+    @property
+    def favourite(self) -> bool:
+        """Whether it is one: an empty file beside it says so."""
+        return _star_of(self.path).exists()
+
+    def remove(self) -> None:
+        """Remove it for good."""
+        for path in (self.path, _star_of(self.path)):
+            path.unlink(missing_ok=True)
+
+
+def page_of(found: tuple[Kept, ...], number: int, size: int = PAGE) -> tuple[Kept, ...]:
+    """The pictures of a page, counted from 1; empty beyond the last."""
+    return found[(number - 1) * size : number * size]
+
+
+def pages_of(found: tuple[Kept, ...], size: int = PAGE) -> int:
+    """How many pages there are, at least 1."""
+    return max(1, -(-len(found) // size))
+
+
+def _star_of(path: Path) -> Path:
+    return path.with_suffix(".star")
+
 
 def is_kept(name: str) -> bool:
     """Whether a file bears a name as the history gives them."""
@@ -49,7 +75,7 @@ class History:
 
     Args:
         folder: made with the first picture; files in it that are not of the history are left alone and never shown.
-        most: pictures that are kept; beyond that the oldest goes.
+        most: pictures that are kept; beyond that the oldest goes, favourites last.
     """
 
     def __init__(self, folder: Path, most: int = MOST) -> None:
@@ -57,6 +83,7 @@ class History:
         self._most = most
         self._adding = threading.Lock()
         self._last = 0
+        self._texts: dict[str, str] = {}  # what a search looks at, by name
         for left in folder.glob(".*.tmp"):  # by a crash
             left.unlink(missing_ok=True)
 
@@ -79,18 +106,30 @@ class History:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
-        for old in self._names()[self._most :]:
-            (self.folder / old).unlink(missing_ok=True)
+        if len(names := self._names()) > self._most:
+            kept = [Kept(each, self.folder / each) for each in names]
+            for old in sorted(kept, key=lambda each: not each.favourite)[self._most :]:
+                old.remove()
         return Kept(name, path)
+
+    def find(self, words: str = "", *, favourites: bool = False) -> tuple[Kept, ...]:
+        """The pictures whose prompts, styles or seed have all of these words, the newest first.
+
+        Args:
+            words: in any case and order; none is all pictures.
+            favourites: only those.
+        """
+        wanted = words.casefold().split()
+        found = (Kept(name, self.folder / name) for name in self._names())
+        return tuple(
+            each
+            for each in found
+            if (not favourites or each.favourite) and all(word in self._text(each) for word in wanted)
+        )
 
     def page(self, number: int = 1, size: int = PAGE) -> tuple[Kept, ...]:
         """The pictures of a page, counted from 1; empty beyond the last."""
-        first = (number - 1) * size
-        return tuple(Kept(name, self.folder / name) for name in self._names()[first : first + size])
-
-    def pages(self, size: int = PAGE) -> int:
-        """How many pages there are, at least 1."""
-        return max(1, -(-len(self) // size))
+        return page_of(self.find(), number, size)
 
     def get(self, name: object) -> Kept:
         """The picture of a name. Raises SettingsError: there is none."""
@@ -106,7 +145,22 @@ class History:
 
     def delete(self, name: object) -> None:
         """Remove a picture for good. Raises SettingsError: there is none."""
-        self.get(name).path.unlink(missing_ok=True)
+        self.get(name).remove()
+
+    def star(self, name: object, *, on: bool) -> None:
+        """Make a picture a favourite, or none. Raises SettingsError: there is none of that name."""
+        star = _star_of(self.get(name).path)
+        star.touch() if on else star.unlink(missing_ok=True)
+
+    def _text(self, kept: Kept) -> str:
+        if kept.name not in self._texts:
+            with suppress(SettingsError):  # its file was replaced by another or removed
+                settings = kept.settings
+                told = (settings.get("prompt"), settings.get("negative"), f"seed {settings.get('seed')}")
+                mix = settings.get("mix")
+                styles = mix if isinstance(mix, Mapping) else ()
+                self._texts[kept.name] = " ".join(str(each) for each in (*told, *styles)).casefold()
+        return self._texts.get(kept.name, "")
 
     def _names(self) -> list[str]:
         try:

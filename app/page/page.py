@@ -32,7 +32,7 @@ def build(studio: Studio) -> gr.Blocks:
         header = gr.HTML(theme.header(session.model, len(session.cards)), elem_id="header", padding=False)
         with gr.Tabs(elem_id="tabs") as row:
             mix = MixTab(studio, row, header)
-            compare, series = CompareTab(studio, mix), SeriesTab(studio, mix, row)
+            compare, series, kept = CompareTab(studio, mix), SeriesTab(studio, mix, row), HistoryTab(studio, mix)
             tabs: dict[str, Any] = {
                 "Mix": mix,
                 "Compare": compare,
@@ -40,7 +40,7 @@ def build(studio: Studio) -> gr.Blocks:
                 "Interference": InterferenceTab(studio, mix),
                 "Train": TrainTab(studio, mix),
                 "Library": LibraryTab(studio),
-                "History": HistoryTab(studio, mix),
+                "History": kept,
             }
             for name, tab in tabs.items():
                 with gr.Tab(name, id=name.lower()) as shown:
@@ -49,6 +49,7 @@ def build(studio: Studio) -> gr.Blocks:
                     tab.refresh_on(shown)
         for results in (compare.results, series.results):
             series.vary_on(results.view.more, results.names)
+        series.vary_on(kept.more.click, kept.chosen)
         add_api(studio)
         add_pictures_api(studio)
         add_sheets_api(studio)

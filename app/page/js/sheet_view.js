@@ -39,7 +39,7 @@ function table(sheet, number) {
   const [x, y, z] = sheet.axes
   const wide = sheet.columns.length
   const sided = sheet.rows.some(Boolean)
-  const axes = [x && `${x} →`, y && `${y} ↓`].filter(Boolean).join(', ')
+  const axes = [x && `${x} →`, y && `${y} ↓`].filter(Boolean).join('\n')
   const head = make('tr', {}, sided && make('td', { class: 'sheet-axes', text: axes }),
     ...sheet.columns.map((label) => make('th', { scope: 'col', text: label })))
   const rows = sheet.rows.map((label, row) => make('tr', {}, sided && make('th', { scope: 'row', text: label }),

@@ -52,7 +52,7 @@ class MoreSettings:
         )
         self._picture.clear(lambda: "", outputs=start_image, **QUIET)
         start_image.change(self._show, start_image, self._picture, **QUIET)
-        self.moved = [negative.input, width.change, height.change, start_image.change, change.input]
+        self.moved = [negative.change, width.change, height.change, start_image.change, change.input]
         return {"negative": negative, "width": width, "height": height, "start_image": start_image, "change": change}
 
     def _shapes(self) -> list[tuple[str, str]]:

@@ -54,7 +54,7 @@ class SeriesTab:
         )
 
     def vary_on(self, chosen: Callable[..., Any], names: gr.State) -> None:
-        """Draw more pictures like one of those in ``names`` when it is chosen, here."""
+        """Draw more pictures like one of those in ``names``, or like its only one, when it is chosen, here."""
         opened = chosen(self._open, names, [self._like, self._tabs, *self._buttons.all], **TELLING)
         self._draw_after(opened, self._draw_like)
 
@@ -93,14 +93,18 @@ class SeriesTab:
         mixed = {**values, self._mix.prompt: prompts[0], self._mix.seed: values[self.seed]}
         return prompt_series(self._mix.settings(mixed), prompts, values[self.count], values[self.seeds])
 
-    def _open(self, names: list[str], event: gr.EventData, request: gr.Request) -> list[Any]:
-        return [picked(names, event), gr.Tabs(selected="series"), *self._buttons.begin(request)]
+    def _open(self, names: list[str] | str, event: gr.EventData, request: gr.Request) -> list[Any]:
+        return [
+            names if isinstance(names, str) else picked(names, event),
+            gr.Tabs(selected="series"),
+            *self._buttons.begin(request),
+        ]
 
     def _variations(self, name: Any, request: gr.Request) -> Sheet:
         """Drawn from the picture where the base can, or else as it was, at other seeds."""
         kept = self._studio.galleries.of(visitor_of(request)).get(name)
         settings = self._mix.restored(kept.settings).settings
         if self._session.abilities.image_to_image:
-            more = {"start_image": self._session.starts.add(kept.path), "change": CHANGE}
+            more = {"start_image": self._session.starts.add(kept.path), "change": max(CHANGE, 1 / settings.steps)}
             settings = Settings.checked(**{**settings.as_dict(), **more})
         return prompt_series(settings, [settings.prompt], LIKE, "random")

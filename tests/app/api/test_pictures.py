@@ -169,6 +169,10 @@ def test_the_history_holds_what_was_drawn(client: Client, studio: Studio) -> Non
     newest = client.predict(api_name="/history")[0]
     assert newest["settings"] == report
     assert pixels(newest) == Image.open(file).tobytes()
+    assert client.predict(newest["name"], api_name="/star_picture") is True
+    (found,) = client.predict(words="seed 4 paintings", favourites=True, api_name="/history")
+    assert found["name"] == newest["name"] and found["favourite"] is True
+    assert client.predict(words="nothing like it", api_name="/history") == []
     left = len(studio.galleries.of(Visitor(""))) - 1
     assert client.predict(newest["name"], api_name="/delete_picture") == left
     assert client.predict(api_name="/history")[0]["name"] != newest["name"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -9,9 +10,10 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from app.history.galleries import CHECKED_EVERY, Galleries, Visitor
-from app.history.history import History
+from app.history.history import History, Kept
 from app.server.access import BROWSER
 from app.server.visitors import visitor_of
+from app.settings.checks import SettingsError
 from app.settings.picture import Picture
 from app.studio import Studio
 from tests.app.conftest import SUGGESTION, Folders, connect, served
@@ -30,6 +32,45 @@ def test_the_oldest_pictures_go(tmp_path: Path) -> None:
     added = [history.add(PICTURE).name for _ in range(5)]
     assert names(history) == names(History(tmp_path)) == added[:1:-1]
     assert (tmp_path / "00000000-note.png").exists()
+
+
+def test_favourites_stay_longest_and_are_found(tmp_path: Path) -> None:
+    history = History(tmp_path, most=3)
+    first = history.add(PICTURE)
+    history.star(first.name, on=True)
+    assert first.favourite and names(History(tmp_path)) == [first.name]
+    others = [history.add(PICTURE).name for _ in range(4)]
+    assert names(history) == [others[3], others[2], first.name]
+    assert [kept.name for kept in history.find(favourites=True)] == [first.name]
+    history.star(first.name, on=False)
+    assert history.find(favourites=True) == ()
+    history.star(first.name, on=True)
+    history.delete(first.name)
+    assert not list(tmp_path.glob("*.star"))
+    with pytest.raises(SettingsError, match="no picture named"):
+        history.star("../x.png", on=True)
+
+
+def test_a_search_finds_all_its_words(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    image = Image.new("RGB", (8, 8))
+    reports: list[dict[str, Any]] = [
+        {"prompt": "A red Fox", "mix": {"bluefire": 1.0}, "seed": 7},
+        {"prompt": "a red owl", "mix": {"gold": 0.5}, "seed": 8, "negative": "dark"},
+        {"prompt": "a fox", "mix": {}, "seed": 77},
+    ]
+    kept = [history.add(Picture(image, report)) for report in reports]
+    kept[2].path.write_bytes(b"replaced by another")
+    found = {words: [history_name(kept, each) for each in history.find(words)] for words in (
+        "", "red", "FOX red", "gold", "seed 7", "dark owl", "castle",
+    )}  # fmt: skip
+    assert found == {
+        "": [2, 1, 0], "red": [1, 0], "FOX red": [0], "gold": [1], "seed 7": [0], "dark owl": [1], "castle": [],
+    }  # fmt: skip
+
+
+def history_name(kept: list[Kept], each: Kept) -> int:
+    return [one.name for one in kept].index(each.name)
 
 
 def test_all_pictures_together_have_a_size(tmp_path: Path) -> None:

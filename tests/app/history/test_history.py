@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from app.drawing.restore import restore, to_keep
 from app.drawing.session import Session
-from app.history.history import History
+from app.history.history import History, pages_of
 from app.history.png_metadata import MAX_TEXT, read_settings
 from app.history.presets import Presets
 from app.settings.checks import SettingsError
@@ -39,7 +39,7 @@ def test_pages_are_newest_first_and_names_are_looked_up(session: Session, tmp_pa
     (tmp_path / "note.png").write_bytes(b"not of the history")
     names = [history.add(session.generate(SUGGESTION, {}, seed, 1)).name for seed in range(5)]
     assert [kept.name for number in (1, 2, 3) for kept in history.page(number, 2)] == names[::-1]
-    assert (history.pages(2), history.page(4, 2), len(history)) == (3, (), 5)
+    assert (pages_of(history.find(), 2), history.page(4, 2), len(history)) == (3, (), 5)
     history.delete(names[2])
     for name in (names[2], "note.png", "../presets.json", str(tmp_path / names[0]), None, 3):
         with pytest.raises(SettingsError, match="no picture named"):

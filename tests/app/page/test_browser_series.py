@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from app.drawing.session import Session
+from app.history.galleries import Visitor
+from app.studio import Studio
 from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
 from tests.app.conftest import SUGGESTION
 
@@ -117,7 +119,7 @@ def test_a_sheet_over_any_settings_has_its_axes_named(open_page: Open, session: 
     choose(page, "A table for each", "Seed")
     page.get_by_label("Values").nth(2).fill("3, 4")
     pictures = draw(page, "Draw", "#strip", 8)
-    expect(page.locator("#strip .sheet-axes").first).to_have_text("bluefire →, words ↓")
+    expect(page.locator("#strip .sheet-axes").first).to_have_text("bluefire → words ↓")
     expect(page.locator("#strip caption")).to_have_text(["seed 3", "seed 4"])
     expect(page.locator("#strip table").first.locator("th")).to_have_text(["0", "1", "red", "big"])
     expect(page.locator("#strip-told")).to_contain_text("In each picture: paintings · steps 2")
@@ -161,6 +163,33 @@ def test_settings_that_few_change(open_page: Open, session: Session, tmp_path: P
     expect(page.locator("#start img")).to_be_visible(timeout=PATIENCE)
     page.locator("#start").get_by_label("Clear").or_(page.locator("#start").get_by_label("Remove Image")).first.click()
     expect(page.locator("#start img")).to_have_count(0)
+
+
+def test_the_history_is_searched_marked_packed_and_varied(open_page: Open, studio: Studio) -> None:
+    for seed, prompt in ((101, "a wet dog"), (102, "a wet owl"), (103, "a wet dog")):
+        studio.galleries.add(Visitor(""), studio.session.generate(prompt, {}, seed, 1))
+    page = open_page(WIDE, "History")
+    kept = page.locator("#kept .grid-container button")
+    expect(page.locator("#pages")).to_contain_text("page 1")
+    page.get_by_label("Search prompts").fill("DOG wet seed 10")
+    expect(kept).to_have_count(2)
+    kept.last.click()
+    expect(page.locator("#told")).to_contain_text("101")
+    page.get_by_role("button", name="Add to favourites").click()
+    expect(page.get_by_role("button", name="Remove from favourites")).to_be_visible()
+    page.get_by_label("Search prompts").fill("")
+    page.get_by_label("Favourites", exact=True).check()
+    expect(kept).to_have_count(1)
+    expect(page.locator("#kept .caption-label")).to_have_text("favourite: base")
+    page.get_by_role("button", name="Pack these as a zip").click()
+    expect(page.get_by_text("Download 1 picture")).to_be_visible()
+    with page.expect_download() as download:
+        take(page, "Download 1 picture")
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.namelist() == ["001 base.png"]
+    page.locator("#history").get_by_role("button", name="More like this").click()
+    expect(page.locator("#pictures td img")).to_have_count(4)
+    expect(page.locator("#pictures-told")).to_contain_text("a wet dog · from a picture · steps 1")
 
 
 @pytest.mark.parametrize("tab", ["Series", "Compare"])
