@@ -34,13 +34,19 @@ class Folders:
     adapters: Path
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _one_core() -> Iterator[None]:
+@contextmanager
+def one_core() -> Iterator[None]:
     """On tiny models, threads of torch that wait for each other cost more than they help."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_core() -> Iterator[None]:
+    with one_core():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +79,10 @@ def warm_trainer() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def one_studio(folders: Folders, tmp_path_factory: pytest.TempPathFactory, warm_trainer: None) -> Iterator[Studio]:
-    studio = Studio.open(str(folders.base), folders.adapters, tmp_path_factory.mktemp("data"))
+    with one_core():  # this is set up before the package's fixtures
+        studio = Studio.open(str(folders.base), folders.adapters, tmp_path_factory.mktemp("data"))
+        # The thread that draws keeps the number it begins with; with another one than the test's, it rounds otherwise.
+        assert studio.session.queue.submit(BACKGROUND, torch.get_num_threads).result(60) == 1
     yield studio
     studio.close()
 
