@@ -10,6 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from app.settings.settings import DEFAULT_STEPS, Settings
+from shira_diffusers.adapters import interference
 
 STRENGTH, GUIDANCE = 1.0, 2.0  # where pairs of docs/study.md keep most: 64 % (61 % at guidance 3, 53 % at 0.8)
 STUDY = ((0.10, "4 below 0.10", "73 to 85 %"), (0.16, "5 up to 0.16", "56 to 88 %"), (9.9, "6 above", "17 to 67 %"))
@@ -47,7 +48,7 @@ def opposing(pipe: Any, pictures: Mapping[tuple[str, ...], Image]) -> dict[tuple
     plain = _latents(pipe, pictures[()])
     effects = {mix: _latents(pipe, pictures[mix]) - plain for mix in pictures if len(mix) == 1}
     pairs = combinations(effects, 2)
-    return {a + b: float((-effects[a] * effects[b]).clamp(min=0).mean()) for a, b in pairs}
+    return {a + b: interference.opposing(effects[a], effects[b]) for a, b in pairs}
 
 
 def _latents(pipe: Any, picture: Image) -> Tensor:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study import base, plans
-from benchmarks.study.arena import Arena, run_recipe
+from benchmarks.study.arena import STYLES, Arena, run_recipe
 from benchmarks.study.curves import draw_curves
 from benchmarks.study.effects import style_effects
 from benchmarks.study.predictors import print_study
@@ -86,7 +86,7 @@ def sheet(args: argparse.Namespace) -> None:
     jobs = {job.recipe.name: job for name in plans.PLANS for job in plans.PLANS[name]()}
     entries = [name.partition("=")[::2] for name in args.plan]
     wanted = [(jobs[name].recipe, float(strength or 1)) for name, strength in entries]
-    draw_sheet(arena, wanted, args.work / "study-sheet.png")
+    draw_sheet(arena, wanted, args.work / "study-sheet.png", args.styles or STYLES)
 
 
 def claimed(folder: Path | None, name: str) -> bool:
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, help="a new folder that all processes of one run share")
     parser.add_argument("--wait", action="store_true", help="for the judge, that another process trains")
     parser.add_argument("--until", type=float, help="Unix time after which no job is begun")
+    parser.add_argument("--styles", nargs="+", help="for sheet; default: all")
     parser.add_argument("--recipes", nargs="+", default=(), help="for curves: names of recipes; default: all")
     parser.add_argument("--ways", nargs="+", default=(), help="for curves: ways to mix; default: all")
     parser.add_argument("--toy", action="store_true", help="next to nothing, to try the code on a CPU")

@@ -10,6 +10,7 @@ from benchmarks.study.training import Draws, Objective
 from benchmarks.study.world import Lesson, World
 from examples.emoji.more_styles import ALL_STYLES
 from examples.emoji.train_vae import encode
+from shira_diffusers.adapters.interference import cosine, opposing
 
 
 @torch.no_grad()
@@ -59,9 +60,9 @@ def adapter_effects(
 def _compared(a: Tensor, b: Tensor) -> dict[str, float]:
     """Cosine, root mean square distance, and how far both push the same value in opposite directions."""
     return {
-        "cosine": float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0)),
+        "cosine": cosine(a, b),
         "distance": float((a - b).square().mean().sqrt()),
-        "opposing": float((-a * b).clamp(min=0).mean()),
+        "opposing": opposing(a, b),
     }
 
 

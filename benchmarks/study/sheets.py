@@ -1,10 +1,11 @@
 """Pictures of recipes beside each other: the first prompts of the test split, unpicked, the same noise for all."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.study.arena import Arena, Exam, mixes
+from benchmarks.study.arena import STYLES, Arena, Exam, mixes
 from benchmarks.study.mixing import METHODS
 from benchmarks.study.recipes import Recipe
 from examples.emoji.judge_mixes import SIGHTS
@@ -13,9 +14,11 @@ from examples.emoji.sheet import contact_sheet
 PICTURES_EACH = 4
 
 
-def draw_sheet(arena: Arena, wanted: list[tuple[Recipe, float]], file: Path, method: str = "sum") -> None:
+def draw_sheet(
+    arena: Arena, wanted: list[tuple[Recipe, float]], file: Path, styles: Sequence[str] = STYLES, method: str = "sum"
+) -> None:
     """A row a pair of styles; in it each recipe's pictures at its strength, labelled with what the judge sees."""
-    exam = Exam("test", PICTURES_EACH, styles=Exam().styles[:2] if arena.toy else Exam().styles)
+    exam = Exam("test", PICTURES_EACH, styles=tuple(styles[:2] if arena.toy else styles))
     prompts = arena.prompts(exam.split, exam.count, False)
     made = [(recipe, strength, arena.train(recipe, 0, exam.styles)[0]) for recipe, strength in wanted]
     pictures, labels = [], []

@@ -140,3 +140,21 @@ def _counted(name: str, first: ShiraAdapter, second: ShiraAdapter) -> _Counts:
             f"adapters of different models cannot be compared: {name} is {a.shape} in one and {b.shape} in the other"
         )
     return _compare(a, b)
+
+
+def opposing(first: Tensor, second: Tensor) -> float:
+    """How far two effects push the same values in opposite directions: the mean of ``max(0, -first * second)``.
+
+    Args:
+        first, second: what two adapters change in latents or predictions, of any shape, both of one.
+    """
+    return float((-first * second).clamp(min=0).mean())
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """The cosine of two effects, -1 to 1; 0 where one is zero.
+
+    Args:
+        first, second: as for ``opposing``, of any shape, both of one.
+    """
+    return float(torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), 0))

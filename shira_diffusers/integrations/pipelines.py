@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ModularPipeline, ModularPipelineBlocks
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
-from shira_diffusers.adapters.interference import interference
+from shira_diffusers.adapters.interference import cosine, interference, opposing
 from shira_diffusers.adapters.notebook import MixTable, ReportTable
 from shira_diffusers.adapters.scales import Scale, Weights, mix_of, name_list
 from shira_diffusers.engine.locks import Held
@@ -30,6 +30,7 @@ from shira_diffusers.formats.hub import HubOptions, find_adapter
 from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.formats.peft import decode_peft_for, is_peft_state_dict
 from shira_diffusers.formats.shira_file import decode, require_tensors, save_adapter
+from shira_diffusers.integrations.drawn_effects import drawn_effects
 from shira_diffusers.integrations.lora_scale import warn_of_ignored_scale
 from shira_diffusers.integrations.negative_half import KEY as NEGATIVE
 from shira_diffusers.integrations.negative_half import weaker_negative
@@ -214,16 +215,23 @@ def save_shira(self: DiffusionPipeline, directory: str | os.PathLike[str], adapt
 
 
 def fuse_report(
-    self: DiffusionPipeline, adapter_names: Sequence[str] | Mapping[str, Scale | None] | None = None
+    self: DiffusionPipeline, adapter_names: Sequence[str] | Mapping[str, Scale | None] | None = None, **call: Any
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """How much adapters interfere, for each pair: overlap, sign_conflict, awom, awor, l2.
+    """How much adapters interfere, for each pair: overlap, sign_conflict, awom, awor, l2, and in pictures.
+
+    With a call's arguments, ``fuse_report(names, prompt=..., num_inference_steps=8)``, the base and each adapter alone
+    draw the same picture, and the report has two figures more, of what two adapters change in its latents: "opposing",
+    how far they push the same place in opposite directions, and "cosine". In docs/study.md "opposing", measured on
+    the denoiser's predictions, foretells what a mix keeps (rank correlation -0.79); the figures of weights hardly do
+    (at most 0.37).
 
     Args:
         adapter_names: at least two; None is all that are loaded. Of ``{name: weight}`` the adapters are compared as
             they are at these weights, which are those of ``set_shira``.
+        call: arguments of the pipeline's call; several prompts are averaged. Without ``generator`` the seed is 0.
 
     Raises:
-        ShiraError: unknown names or fewer than two.
+        ShiraError: unknown names or fewer than two; ``output_type`` and its kind in the call.
 
     See ``interference.Interference`` for the figures (arXiv 2406.13175, section 4.2).
     """
@@ -232,7 +240,12 @@ def fuse_report(
     if isinstance(adapter_names, str) or len(mix) < 2:
         raise ShiraError(f"expected a list of at least two adapters to compare, got {adapter_names!r}")
     adapters = {name: _at(resident, name, scale) for name, scale in mix.items()}
-    return ReportTable({(a, b): interference(adapters[a], adapters[b]).as_dict() for a, b in combinations(mix, 2)})
+    report = {(a, b): interference(adapters[a], adapters[b]).as_dict() for a, b in combinations(mix, 2)}
+    if call:
+        effects = drawn_effects(self, resident, mix, call)
+        for (a, b), figures in report.items():
+            figures |= {"opposing": opposing(effects[a], effects[b]), "cosine": cosine(effects[a], effects[b])}
+    return ReportTable(report)
 
 
 def _at(resident: Resident, name: str, scale: Scale) -> ShiraAdapter:

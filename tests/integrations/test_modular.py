@@ -72,6 +72,8 @@ def test_a_life_of_two_adapters(modular: ModularPipeline, like: StableDiffusionX
         tiny.assert_same_bits(like, reference.apply(base, adapters, {"b": 0.8}))
     assert torch.equal(picture(modular), mixed)
     assert modular.fuse_report().keys() == {("a", "b")}
+    assert modular.fuse_report(**INPUTS)["a", "b"]["opposing"] > 0
+    assert torch.equal(picture(modular), mixed)
     assert {name: sorted(parts) for name, parts in modular.list_shira().items()} == dict.fromkeys("ab", sorted(XL))
     modular.load_shira(modular.save_shira(tmp_path / "mix"), "c")
     tiny.assert_same_bits(like, reference.apply(base, adapters, mix))

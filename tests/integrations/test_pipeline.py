@@ -723,6 +723,37 @@ def test_the_report(loaded: StableDiffusionPipeline, file: Path) -> None:
         assert_unchanged(loaded, lambda n=names: loaded.fuse_report(n), ShiraError, message)
 
 
+def test_the_report_of_a_drawn_picture(loaded: StableDiffusionPipeline) -> None:
+    """Each adapter alone changes the latents that the base draws from the same noise."""
+    mix = {"bluefire": 0.5, "paintings": -2.0}
+    call = {"prompt": [tiny.PROMPT, "an owl"], "num_inference_steps": 2, "height": tiny.SIZE, "width": tiny.SIZE}
+    loaded.set_shira("paintings", 0.25)
+    before, bits = loaded.get_active_shira(), tiny.snapshot(loaded)
+
+    def latents(one: dict[str, float]) -> torch.Tensor:
+        loaded.set_shira(one)
+        seeded = torch.Generator().manual_seed(0)
+        return loaded(**call, generator=seeded, output_type="latent").images
+
+    report = loaded.fuse_report(mix, **call)["bluefire", "paintings"]
+    assert loaded.get_active_shira() == before
+    tiny.assert_same_bits(loaded, bits)
+    plain = latents({})
+    a, b = (latents({name: scale}) - plain for name, scale in mix.items())
+    against = torch.where(a * b < 0, (a * b).abs(), 0.0)
+    assert report["opposing"] == pytest.approx(float(against.double().mean())) and report["opposing"] > 0
+    assert report["cosine"] == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())), rel=1e-4)
+    assert loaded.fuse_report(mix)["bluefire", "paintings"].items() <= report.items()
+    first, again = (
+        loaded.fuse_report(mix, **call, generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)])
+        for _ in range(2)
+    )
+    assert first == again and first["bluefire", "paintings"]["opposing"] != report["opposing"]
+    message = "takes no output_type; leave it out"
+    loaded.set_shira("paintings", 0.25)
+    assert_unchanged(loaded, lambda: loaded.fuse_report(mix, **call, output_type="pil"), ShiraError, message)
+
+
 def test_the_report_of_a_mix(loaded: StableDiffusionPipeline) -> None:
     """Adapters are compared at their strengths."""
     plain = loaded.fuse_report()["paintings", "bluefire"]
