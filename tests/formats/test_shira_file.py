@@ -253,11 +253,11 @@ def test_bytes_per_entry_of_blocks() -> None:
     assert len(serialize(adapter)) / adapter.nnz <= 2.1
 
 
-BUNDLED = {  # over what the files of version 1 held, from which those of version 2 were written
+BUNDLED = {  # blorp: over what its file of version 1 held, from which this one was written
     "blorp": "9920d8d47ab866bdfa99a13db7c5f7fa7dddae7f90dcb0282aedf0c468cca7e2",
-    "bluefire": "7306e7de1e65515e13168f95c027a35c86f2c4149296b28019103741dba8e175",
-    "gold": "08f67d8baf5f06e192ce9b5ab239e59be0f20267d5922d2919a4edca4f5f9e79",
-    "paintings": "4ca7765319f1effadce9ddbcc46d40de440a7ae5eb3f655ad56e5ee81ce5b3e0",
+    "bluefire": "a55a84cc7563a6699c538c785a68b82db48f78c0e1bfd5e631cacab4459a1099",
+    "gold": "9c7442a20d255a0c7ef2ba8ed3f431dcf9d8a7bc1f19279301aeb664b9c3fe2b",
+    "paintings": "22d34726ddbe06dae025c789ee8989f9f5f141409a908eba2222577e143449d5",
 }
 
 

@@ -78,7 +78,8 @@ def test_fusion_runs() -> None:
     notebook.cells[-1].source = "import json\n" + notebook.cells[-1].source
     execute(notebook, FUSION.parent)
     told, worst = map(json.loads, notebook.cells[-1].outputs[0].text.splitlines())
-    assert [pair["overlap"] for pair in told] == [0.0, 0.0, 0.0]
+    assert all(0.4 < pair["overlap"] < 0.6 for pair in told)
+    assert min(told, key=lambda pair: pair["opposing"]) == told[2], "gold and paintings"
     assert worst[0]["overlap"] == 1.0
     assert 0.99 < worst[0]["sign_conflict"] <= 1.0, "all but the zeros"
     html = [
