@@ -22,6 +22,12 @@ from pathlib import Path
 
 ADDRESS = "SHIRA_TEST_PYTHON"  # environment variable: the server's socket
 ROOT = Path(__file__).parents[1]
+UNLOADED = """
+import sys
+for name in [name for name in sys.modules if name.startswith("shira_")]:
+    del sys.modules[name]
+"""
+"""What a program begins with that starts before our modules are imported."""
 
 
 def python(*arguments: str) -> list[str]:

@@ -4,7 +4,7 @@ In: a module and parameter names. Out: tensors, and a version that changes when 
 What diffusers does to weights is in docs/compatibility.md.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from operator import itemgetter
 from typing import Any
@@ -166,11 +166,13 @@ class WeightMap:
         return track.look() or {}
 
     def track(self, names: tuple[str, ...]) -> None:
-        """Remember the way to weights, as they were looked at before."""
+        """Remember the way to weights, as they were looked at before. Layers tied since then make a new version."""
+        self._note("", tuple(map(id, self._parameters())))
         if len(self._tracks) == _TRACKS:
             self._tracks.clear()
         plain = [name for name in names if name in self._plain]
-        self._tracks[names] = _Track(self._root, plain, self.version)
+        shapes = {self._places[name][0][3] for name in plain}
+        self._tracks[names] = _Track(self._root, plain, shapes, self.version)
 
     def glance(self, module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor] | None:
         """As ``live``, if these parameters are what they were when they were looked at in this version, else None.
@@ -387,23 +389,29 @@ class _Track:
     """Weights that are nothing but contiguous parameters: what they were, and the way to them from the module.
 
     Modules and parameters are referenced weakly. A switch looks at hundreds of layers, so it goes level by level with
-    functions of C: a loop over the layers takes twice as long.
+    functions of C: a loop over the layers takes twice as long. It leads to all parameters of the weights' shapes, since
+    any of them may be tied to one of the weights later.
 
     Args:
         root: the module, unwrapped.
         names: the weights.
+        shapes: theirs.
         version: of the map, when they were looked at.
     """
 
-    def __init__(self, root: nn.Module, names: Iterable[str], version: int) -> None:
+    def __init__(self, root: nn.Module, names: Iterable[str], shapes: Collection[Any], version: int) -> None:
         self.version = version
-        named = [path for path, _ in root.named_modules(remove_duplicate=False)]
-        real = {canonical_name(path): path for path in reversed(named)}  # with ``_orig_mod`` in it
+        ways = [
+            (*filter(None, path.split(".")), leaf)
+            for path, layer in root.named_modules(remove_duplicate=False)
+            for leaf, parameter in layer._parameters.items()
+            if parameter is not None and parameter.shape in shapes
+        ]
+        real = {canonical_name(".".join(way)): way for way in reversed(ways)}  # with ``_orig_mod`` in it
+        own = {real[name]: name for name in names if name in real}
         held: dict[tuple[str, ...], list[str]] = {}
-        for name in names:
-            path = real.get(name.rpartition(".")[0])
-            if path is not None:
-                held.setdefault(tuple(path.split(".")) if path else (), []).append(name)
+        for *path, leaf in ways:
+            held.setdefault(tuple(path), []).append(leaf)
         depths: list[dict[tuple[str, ...], int]] = [{} for _ in range(1 + max(map(len, held), default=0))]
         for way in held:
             for depth in range(len(way) + 1):
@@ -411,16 +419,17 @@ class _Track:
         # by level: of each layer its parent's place in the level above and its key there, of each weight its layer's
         # place and its key
         self._levels: list[tuple[list[int], list[str], list[int], list[str]]] = []
-        self.names: list[str] = []
+        walked: list[str | None] = []
         root_alone: dict[tuple[str, ...], int] = {(): 0}
         for above, level in zip([root_alone, *depths], depths, strict=False):
-            own = [(place, name) for way, place in level.items() for name in held.get(way, ())]
+            leaves = [(way, place, leaf) for way, place in level.items() for leaf in held.get(way, ())]
             parents, keys = [above[way[:-1]] for way in level], [way[-1] if way else "" for way in level]
-            leaves = [name.rpartition(".")[2] for _, name in own]
-            self._levels.append((parents, keys, [place for place, _ in own], leaves))
-            self.names += [name for _, name in own]
-        parameters, self._counts = self._walk(root)
-        self._ids = list(map(id, parameters))
+            self._levels.append((parents, keys, [place for _, place, _ in leaves], [leaf for _, _, leaf in leaves]))
+            walked += [own.get((*way, leaf)) for way, _, leaf in leaves]
+        found, self._counts = self._walk(root)
+        self._ids = list(map(id, found))
+        weights = {name: parameter for name, parameter in zip(walked, found, strict=True) if name is not None}
+        self.names, parameters = list(weights), list(weights.values())
         self._parameters = [ref(parameter) for parameter in parameters]
         self._on_cpu = any(parameter.is_cpu for parameter in parameters)
         self._seen = _looks_of(parameters)

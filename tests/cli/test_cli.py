@@ -30,7 +30,7 @@ from shira_diffusers.cli.__main__ import main
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, encode
 from tests import tiny
 from tests.cli.conftest import Run
-from tests.warm import python
+from tests.warm import UNLOADED, python
 
 
 @pytest.fixture(scope="module")
@@ -530,15 +530,15 @@ def test_inspect_loads_no_torch(kind: str, files: dict[str, Path], run: Run, tmp
 def test_looking_without_torch_leaves_no_trace(files: dict[str, Path]) -> None:
     """In a program that imports the package after."""
     program = (
-        "import sys, shira_command\n"
+        f"{UNLOADED}\n"
+        "import shira_command\n"
         "shira_command.main(sys.argv[1:])\n"
         "assert not [name for name in sys.modules if name.startswith('shira_diffusers')]\n"
         "import shira_diffusers\n"
         "assert shira_command.main(sys.argv[1:]) == 0 and shira_diffusers.load_adapter(sys.argv[2]).nnz\n"
         "assert sys.modules['shira_diffusers'] is shira_diffusers\n"
     )
-    command = [sys.executable, "-c", program, "inspect", str(files["gold"])]
-    subprocess.run(command, capture_output=True, check=True)
+    subprocess.run(python("-c", program, "inspect", str(files["gold"])), capture_output=True, check=True)
 
 
 def test_the_entry_point_runs_commands(files: dict[str, Path]) -> None:

@@ -18,6 +18,7 @@ from shira_diffusers.formats.compare import compare_adapters
 from shira_diffusers.formats.shira_file import encode
 from tests import tiny
 from tests.cli.conftest import Run
+from tests.warm import UNLOADED, python
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,13 +254,13 @@ def test_diff_and_help_load_no_torch(files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("command", "program"),
     [
-        (["-m", "shira_command", "train"], "shira train"),
+        (["-c", f"{UNLOADED}\nimport shira_command\nshira_command.main(sys.argv[1:])", "train"], "shira train"),
         (["train_dreambooth_shira.py"], "train_dreambooth_shira.py"),
     ],
     ids=["shira train", "script"],
 )
 def test_train_is_the_script(command: list[str], program: str) -> None:
-    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(python(*command, "--help"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: {program} --pretrained_model_name_or_path BASE")
     assert "--instance_prompt" in done.stdout

@@ -13,6 +13,7 @@ from shira_diffusers import (
     ShiraError,
     SparseDelta,
 )
+from shira_diffusers.weights.finder import weights_of
 from tests import tiny
 
 
@@ -113,6 +114,28 @@ def test_untying_while_active_takes_the_mix_off_both(named: str, untied: str) ->
             assert torch.equal(model[name].weight, expected), name
         resident.clear()
         model["b"].weight = model["a"].weight
+
+
+@pytest.mark.parametrize("way", ["remembered", "of another version", "forgotten"])
+@pytest.mark.parametrize("untied", ["a", "b"])
+def test_tying_a_layer_while_active_is_noted_by_the_next_switch(untied: str, way: str) -> None:
+    model = two_layers()
+    base = model["a"].weight.detach().clone()
+    deltas = adapter(1.0, 1.0).deltas
+    resident = warm(model, ShiraAdapter({"a.weight": deltas["a.weight"]}))
+    resident.set({"x": 1.0})
+    weights = weights_of(model)
+    for track in weights._tracks.values():
+        track.version -= way == "of another version"  # as when other weights are found elsewhere meanwhile
+    if way == "forgotten":  # as after many mixes
+        weights._tracks.clear()
+    model["b"].weight = model["a"].weight
+    resident.set({"x": 2.0})
+    model[untied].weight = nn.Parameter(model[untied].weight.detach().clone())
+    assert all(torch.equal(saved, base) for saved in model.state_dict().values())
+    resident.clear()
+    for name in "ab":
+        assert torch.equal(model[name].weight, base), name
 
 
 def test_another_weight_in_the_place_of_a_tied_one_is_left_alone() -> None:

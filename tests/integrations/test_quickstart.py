@@ -9,7 +9,11 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from PIL import Image, ImageChops
+
+from tests.warm import python
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
@@ -32,15 +36,19 @@ def read(path: Path = NOTEBOOK) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
+class WarmKernel(AsyncKernelManager):
+    """A kernel of this Python, forked with the imports done."""
+
+    kernel_spec = KernelSpec(argv=python("-m", "ipykernel_launcher", "-f", "{connection_file}"), language="python")
+
+
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Run all cells in a kernel of this Python; CellExecutionError names the cell that failed."""
+    """Run all cells in a kernel of its own; CellExecutionError names the cell that failed."""
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     assert "STEPS = 20" in parameters.source
     parameters.source = f"STEPS = {STEPS}"
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    )
-    client.execute()
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, kernel_manager_class=WarmKernel, timeout=300, resources=resources).execute()
 
 
 def pictures_of(cell: nbformat.NotebookNode) -> list[Image.Image]:
