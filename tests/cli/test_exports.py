@@ -95,6 +95,9 @@ def test_bake_for_programs_and_remarks(run: Run, adapters: dict[str, ShiraAdapte
 
 def test_bake_fails_in_one_line(run: Run, files: dict[str, Path], base: Path, tmp_path: Path) -> None:
     assert_fails(run("bake", base, tmp_path / "none", "-o", tmp_path / "out"), "no adapter at")
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    assert_fails(run("bake", base, tmp_path / "loop.safetensors", "-o", tmp_path / "out"), "no adapter at")
+    (tmp_path / "loop.safetensors").unlink()
     assert_fails(run("bake", base, files["bare"], "-o", tmp_path / "out"), "no such tensor")
     assert_fails(run("bake", base, f"{files['first']}=nan", "-o", tmp_path / "out"), "must be a finite number")
     assert_fails(run("bake", tmp_path / "x", files["first"], "-o", tmp_path / "out"), "no checkpoint at")
