@@ -40,7 +40,7 @@ EXAMPLES = {
     ),
     "serve": (
         "shira serve",
-        "shira serve ./my-model --adapters ./styles --keys keys.txt --port 8000",
+        "shira serve ./my-model --adapters ./styles --keys keys.txt --port 8000 --json",
         "shira serve ./my-model --adapters s3://bucket/styles --device cuda --replicas 4 --set max_steps=50",
     ),
     "export-onnx": (
@@ -175,6 +175,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     serve.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting, see docs/serving.md"
     )
+    serve.add_argument("--json", action="store_true", help="say the address as JSON when it is ready, for programs")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

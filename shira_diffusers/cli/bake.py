@@ -17,12 +17,8 @@ def bake(args: argparse.Namespace) -> None:
     Raises:
         ShiraError, OSError: see ``bake_checkpoint``; nothing is written.
     """
-    files = [file for file, _ in args.adapters]
-    names = titles(files)
-    mix = {
-        name: (open_adapter(file).decode(), strength)
-        for name, (file, strength) in zip(names, args.adapters, strict=True)
-    }
+    opened = [(open_adapter(file).decode(), strength) for file, strength in args.adapters]
+    mix = dict(zip(titles([file for file, _ in args.adapters]), opened, strict=True))
     with progress_bar(desc="bake", unit="B", unit_scale=True) as progress:
         written = bake_checkpoint(args.base, mix, args.output, progress)
     for name in written.left_out:

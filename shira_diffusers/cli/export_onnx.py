@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from shira_diffusers.cli.base_model import open_pipeline
+from shira_diffusers.cli.progress_bar import progress_bar
 from shira_diffusers.cli.terminal import say, say_json
 from shira_diffusers.errors import ShiraError, counted
 
@@ -22,7 +23,9 @@ def export(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ShiraError(f"{error}: exporting needs it; pip install 'shira-diffusers[export]'") from error
     require_new(args.output)
-    folder = export_onnx(open_pipeline(args.base, _DTYPES[args.dtype]), args.output)
+    pipe = open_pipeline(args.base, _DTYPES[args.dtype])
+    with progress_bar(unit="models") as progress:
+        folder = export_onnx(pipe, args.output, progress)
     sizes = {path.parent.name: path.stat().st_size for path in sorted(folder.glob("*/*.safetensors"))}
     if args.json:
         say_json({"folder": str(folder), "dtype": args.dtype, "bytes": sizes})

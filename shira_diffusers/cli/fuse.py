@@ -11,6 +11,7 @@ from shira_diffusers.adapters.merge import fuse
 from shira_diffusers.cli.terminal import note
 from shira_diffusers.errors import ShiraError, counted
 from shira_diffusers.formats.opened_adapter import open_adapter
+from shira_diffusers.formats.paths import SUFFIX
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, file_to_write, save_adapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,10 +63,16 @@ def fuse_files(
 
 
 def new_file(output: Path, force: bool) -> Path:
-    """The file to write, of a name as ``save_adapter`` takes it. Raises ShiraError: it exists, and is to stay."""
+    """The file to write, of a name as ``save_adapter`` takes it.
+
+    Raises:
+        ShiraError: it exists, and is to stay; or the name is that of a file of another kind.
+    """
     target = file_to_write(output)
     if target.exists() and not force:
         raise ShiraError(f"{target} exists, expected a new file; choose another name or replace it with --force")
+    if output.is_file() and output != target:
+        raise ShiraError(f"{output} is a file whose name does not end in {SUFFIX}; name such a file, or a folder")
     return target
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from shira_diffusers.cli.terminal import note
+from shira_diffusers.cli.terminal import note, say_json
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.serving.local import run
 
@@ -14,9 +14,15 @@ def serve(args: argparse.Namespace) -> None:
     Raises:
         ShiraError: see ``local.run``.
     """
+
+    def report(line: str) -> None:
+        note(line)
+        if args.json and line.startswith("ready"):
+            say_json({"address": f"http://{args.host}:{args.port}"})
+
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in _NAMES and value is not None}
     given |= dict(map(_pair, args.set))
-    run(given, args.host, args.port, note)
+    run(given, args.host, args.port, report)
 
 
 _NAMES = ("model", "adapters", "keys", "replicas", "device", "dtype")

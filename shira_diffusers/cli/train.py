@@ -29,12 +29,17 @@ def train(flags: Sequence[str], program: str) -> int:
 
 
 def _train(flags: Sequence[str], program: str, first: bool) -> int:
+    from shira_diffusers.cli.terminal import say_json
     from shira_diffusers.dreambooth.command_line import parse_config
     from shira_diffusers.dreambooth.train import train
     from shira_diffusers.errors import ShiraError
+    from shira_diffusers.formats.inspect import inspect_adapter
 
     try:
-        train(parse_config(flags, program))
+        written = train(parse_config(flags, program))
+        if first and "--json" in flags:
+            found = inspect_adapter(written)
+            say_json({"output": str(written), "entries": found.nnz, "bytes": found.size})
     except (ShiraError, OSError) as error:
         if first:
             sys.stderr.write(f"error: {error}\n")

@@ -31,6 +31,10 @@ _GROUPS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+_EXAMPLES = """examples:
+  %(prog)s --pretrained_model_name_or_path ./my-model --instance_data_dir ./photos --instance_prompt "a sks dog"
+  %(prog)s --pretrained_model_name_or_path ./my-model --instance_data_dir ./style --instance_prompt "zxc" --json"""
+
 _METAVARS: Mapping[type, str] = MappingProxyType({int: "N", float: "X", str: "TEXT"})
 
 
@@ -86,6 +90,7 @@ def parse_config(arguments: Sequence[str] | None = None, program: str | None = N
         ShiraError: settings out of range or at odds with each other.
     """
     chosen = drop_ignored_flags(vars(_parser(program).parse_args(arguments)))
+    del chosen["json"]  # no setting: it does not change what is trained
     settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
     return TrainingConfig(**settings)
 
@@ -102,7 +107,8 @@ def _parser(program: str | None = None) -> argparse.ArgumentParser:
         prog=program,
         description="Train a SHiRA adapter for Stable Diffusion or Flux from a few pictures (DreamBooth).",
         usage="%(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER --instance_prompt TEXT [flags]",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
+        epilog=_EXAMPLES,
     )
     hints = get_type_hints(TrainingConfig)
     group = parser.add_argument_group("base model")
@@ -110,6 +116,7 @@ def _parser(program: str | None = None) -> argparse.ArgumentParser:
         if setting.name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[setting.name])
         group.add_argument(f"--{setting.name}", **_options(setting, hints[setting.name]))
+    parser.add_argument("--json", action="store_true", help="say what was written as JSON at the end, for programs")
     add_ignored_flags(parser)
     return parser
 

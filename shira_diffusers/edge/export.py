@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +64,15 @@ class _Traced:
     output: str
 
 
-def export_onnx(pipe: Any, folder: str | os.PathLike[str]) -> Path:
+def export_onnx(
+    pipe: Any, folder: str | os.PathLike[str], progress: Callable[[int, int], object] = lambda done, total: None
+) -> Path:
     """Write UNet, text encoder and VAE decoder of a Stable Diffusion 1.x or 2.x pipeline for ``OnnxResident``.
 
     Args:
         pipe: a pipeline in float32 or float16; adapters that are active become part of the base.
         folder: a new one.
+        progress: called after each model with how many are done, and of how many.
 
     Returns:
         The folder, whole; on any error it does not exist.
@@ -94,8 +97,10 @@ def export_onnx(pipe: Any, folder: str | os.PathLike[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         whole = Path(temporary, "export")
-        for name, traced in _components(pipe).items():
+        parts = _components(pipe)
+        for number, (name, traced) in enumerate(parts.items(), 1):
             _write(traced, whole / name, str(pipe.config.get("_name_or_path", "")))
+            progress(number, len(parts))
         pipe.tokenizer.save_pretrained(whole / "tokenizer")
         pipe.scheduler.save_pretrained(whole / "scheduler")
         whole.rename(target)

@@ -41,7 +41,11 @@ _LAYER = re.compile(r"(.*?)(\.(?:lora|lokr|hada|oft|vera)_.*)")  # a layer's pat
 # What offloading and hooks attach to modules; it holds weights or refers to other modules, and hollow ones never run.
 _ATTACHED = ("_hf_hook", "_diffusers_hook", "_old_forward", "forward")
 # What diffusers, PEFT and torch raise for keys that they do not know and shapes that do not fit.
-_LOADING = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError)
+_LOADING = (
+    ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError
+)  # fmt: skip
+# Starts of PEFT's that take something away from the base, and do so again when the LoRA is loaded.
+_RESIDUAL_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @torch.no_grad()
@@ -205,6 +209,8 @@ def _inject(
     found: Any = set_peft_model_state_dict(model, dict(adapter_state_dict), adapter_name)
     if found.unexpected_keys:
         raise ValueError(f"no layer for {', '.join(found.unexpected_keys[:3])}")
+    if missing := [key for key in found.missing_keys if f".{adapter_name}" in key]:
+        raise ValueError(f"incomplete, without {', '.join(missing[:3]).replace(f'.{adapter_name}', '')}")
 
 
 def _adapted(models: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -259,18 +265,24 @@ def _load(
     given = os.fspath(source) if isinstance(source, Path) else dict(source)
     try:
         with _quiet():
-            keys = _load_module(file, hollow[""], given) if "" in hollow else _load_pipeline(target, hollow, given)
+            keys = (
+                _load_module(file, hollow[""], given) if "" in hollow else _load_pipeline(file, target, hollow, given)
+            )
     except _LOADING as error:
         raise AdapterMismatchError(
             f"{file} cannot be loaded into this model by diffusers ({_reason(error)}); use it with the architecture "
             "it was trained for"
         ) from error
+    for model in hollow.values():
+        _require_plain_start(file, getattr(model, "peft_config", {}).get(_NAME))
     layers, expected = _adapted(hollow), sum(bool(_MATRIX.search(key)) for key in keys)
     if len(layers) < expected or not layers:
         raise AdapterMismatchError(
             f"{file} does not fit: {len(layers)} of its {expected} layers are in this model; use it with the "
             "architecture it was trained for"
         )
+    if partly := [name for name, layer in layers.items() if any(each.is_meta for each in layer.parameters())]:
+        raise AdapterFormatError(f"{file} is incomplete, get an intact copy; tensors are missing for:{listing(partly)}")
     return layers
 
 
@@ -292,16 +304,33 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _load_pipeline(pipe: Any, hollow: Mapping[str, nn.Module], given: Any) -> list[str]:
+def _load_pipeline(file: Path, pipe: Any, hollow: Mapping[str, nn.Module], given: Any) -> list[str]:
     """Load by the pipeline's own loader; returns diffusers' keys of what it loads."""
     if not hasattr(pipe, "load_lora_weights"):
         raise TypeError(f"{type(pipe).__name__} has no load_lora_weights; give the pipeline itself")
-    twin = copy.copy(pipe)
+    twin, keys = copy.copy(pipe), list[str]()
     for part, model in hollow.items():
         setattr(twin, part, model)
-    found = twin.lora_state_dict(copy.copy(given), use_safetensors=True)
+
+    def read(*args: Any, **options: Any) -> Any:
+        found = type(pipe).lora_state_dict(*args, **options)
+        state, *rest = found if isinstance(found, tuple) else (found,)
+        keys.extend(state)
+        return (_in_one_notation(state), *rest) if rest else _in_one_notation(state)
+
+    twin.lora_state_dict = read
     twin.load_lora_weights(given, adapter_name=_NAME, use_safetensors=True)
-    return list(found[0] if isinstance(found, tuple) else found)
+    denoiser = hollow.get("transformer", hollow.get("unet"))
+    if denoiser is not None and not _adapted(hollow) and any(".lora_A." in key for key in keys):
+        return _load_module(file, denoiser, given)  # what save_lora_adapter wrote, which names no component
+    return keys
+
+
+def _in_one_notation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' trainers write ``lora.down`` for attention and ``lora_A`` for other layers; its loader expects one."""
+    if not any(".lora_A." in key for key in state):
+        return dict(state)
+    return {key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): own for key, own in state.items()}
 
 
 def _load_module(file: Path, model: Any, given: Any) -> list[str]:
@@ -397,13 +426,26 @@ def _inject_folder(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) 
     try:
         config = PeftConfig.from_pretrained(os.fspath(folder))
         config.inference_mode = True
+        _require_plain_start(folder, config)
         with _quiet():
             _inject(model, config, state, _NAME)
+    except AdapterFormatError:
+        raise
     except _LOADING as error:
         raise AdapterMismatchError(
             f"{folder} cannot be loaded into this model by PEFT ({_reason(error)}); use it with the model it was "
             "trained for"
         ) from error
+
+
+def _require_plain_start(file: Path, config: Any) -> None:
+    """Raise AdapterFormatError where ``B A`` is not what the LoRA adds to the base as it was before training."""
+    start = getattr(config, "init_lora_weights", True)
+    if str(start).lower().startswith(_RESIDUAL_STARTS):
+        raise AdapterFormatError(
+            f"{file} started from a changed base (init_lora_weights={start!r}): expected an update of the base itself; "
+            "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def _require_peft() -> None:

@@ -17,6 +17,7 @@ from shira_diffusers.errors import AdapterMismatchError
 from shira_diffusers.formats.checkpoint import Checkpoint, StoredWeight, read_checkpoint
 from shira_diffusers.formats.lora import Progress, watched
 from shira_diffusers.formats.shira_file import read_safetensors
+from shira_diffusers.integrations.single_file import rows_by_name
 from shira_diffusers.masks.sparsify import Ranking, SparseUpdate, require_density, sparsify
 
 # What diffusers raises for a checkpoint that is none of the architecture.
@@ -38,7 +39,8 @@ def extract_adapter(
         base: the folder of a pipeline or of one model, or a ``.safetensors`` file; sharded or not.
         tuned: the same after training. Beside the folder of a pipeline also a single file of one of its models, or an
             original checkpoint (``model.diffusion_model...``), whose keys diffusers maps; text encoders other than
-            Stable Diffusion 1's are left out of those.
+            Stable Diffusion 1's are left out of those. Of two original checkpoints the autoencoder is left out, and
+            what is stored transposed.
         density: the fraction of entries to keep, in (0, 1], of the weights that differ.
         ranking: ``global`` keeps this fraction of all weights together, ``layer`` of each weight.
         dtype: of the values; the difference is taken in float32 and rounded once.
@@ -57,6 +59,8 @@ def extract_adapter(
     """
     require_density(density)
     old, new = read_checkpoint(Path(base)), read_checkpoint(Path(tuned))
+    if "" in old and "" in new:
+        old, new = _by_component(old), _by_component(new)
     before, after = _side_by_side(Path(base), old, Path(tuned), new)
     updates = _Differences(before, after)
     deltas, report = sparsify(
@@ -83,6 +87,22 @@ class _Differences:
             difference = self._after[name].read().float() - old.read().float()
             if bool(difference.any()):
                 yield name, difference
+
+
+def _by_component(model: Checkpoint) -> Checkpoint:
+    """An original checkpoint's weights by component, as a pipeline names them; another model as it is."""
+    found: Checkpoint = {}
+    for name, rows in rows_by_name({key: weight.shape for key, weight in model[""].items()}).items():
+        part, _, own = name.partition(".")
+        whole = model[""][rows.key]
+        read = partial(_rows_of, whole, slice(rows.first, rows.first + rows.height))
+        own = own.removeprefix("text_model.")
+        found.setdefault(part, {})[own] = StoredWeight((rows.height, *whole.shape[1:]), read)
+    return found or model
+
+
+def _rows_of(whole: StoredWeight, rows: slice) -> Tensor:
+    return whole.read()[rows]
 
 
 def _side_by_side(

@@ -27,6 +27,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loras.of_kohya(folder / "style.safetensors", unet, text)
     loras.of_peft(folder / "peft", tiny.unet(), ["to_q"])
     save_adapter(tiny.adapter_for(tuned), folder / "adapter.safetensors")
+    (folder / "note.txt").write_text("mine")
     return folder
 
 
@@ -94,6 +95,7 @@ def test_extract(run: Run, files: Path, tmp_path: Path) -> None:
     ("argv", "message"),
     [
         ("convert {f}/style.safetensors --base {f}/base -o {f}/adapter.safetensors", "exists, expected a new file"),
+        ("convert {f}/style.safetensors --base {f}/base -o {f}/note.txt", "note.txt is a file whose name does not end"),
         ("convert {f}/style.safetensors --base {f}/nowhere -o new", "no base pipeline at"),
         ("convert {f}/nowhere --base {f}/base", "no adapter at"),
         ("convert {f}/adapter.safetensors --base {f}/base", "is a SHiRA adapter already"),
@@ -135,8 +137,6 @@ def test_verify_and_fuse_for_programs(run: Run, files: Path, tmp_path: Path) -> 
 
 def test_every_command_has_json_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for command, examples in EXAMPLES.items():
-        if command == "serve":  # which prints nothing of its own that a program would read
-            continue
         with pytest.raises(SystemExit):
             parser("").parse_args([command, "--help"])
         shown = capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,16 @@ def test_failures_write_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_what_was_written_is_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_written_is_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    @contextmanager
+    def recorded(**_: object) -> Iterator[Callable[[int, int], None]]:
+        yield lambda *at: seen.append(at)
+
+    monkeypatch.setattr("shira_diffusers.cli.export_onnx.progress_bar", recorded)
     assert main(["export-onnx", str(base), str(tmp_path / "out")]) == 0
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     assert f"wrote {tmp_path / 'out'} (fp32): text_encoder" in capsys.readouterr().out

@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
+from PIL import Image
 
-from shira_diffusers import Resident, ShiraAdapter, SparseDelta, save_adapter
+from shira_diffusers import Resident, ShiraAdapter, SparseDelta, load_adapter, save_adapter
 from shira_diffusers.adapters.base_probes import probe_base
 from shira_diffusers.adapters.interference import interference
 from shira_diffusers.cli.__main__ import main
@@ -96,6 +98,9 @@ def test_bake_for_programs_and_remarks(run: Run, adapters: dict[str, ShiraAdapte
 
 def test_bake_fails_in_one_line(run: Run, files: dict[str, Path], base: Path, tmp_path: Path) -> None:
     assert_fails(run("bake", base, tmp_path / "none", "-o", tmp_path / "out"), "no adapter at")
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    assert_fails(run("bake", base, tmp_path / "loop.safetensors", "-o", tmp_path / "out"), "no adapter at")
+    (tmp_path / "loop.safetensors").unlink()
     assert_fails(run("bake", base, files["bare"], "-o", tmp_path / "out"), "no such tensor")
     assert_fails(run("bake", base, f"{files['first']}=nan", "-o", tmp_path / "out"), "must be a finite number")
     assert_fails(run("bake", tmp_path / "x", files["first"], "-o", tmp_path / "out"), "no checkpoint at")
@@ -263,7 +268,8 @@ def test_train_is_the_script(command: list[str], program: str) -> None:
     done = subprocess.run(python(*command, "--help"), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: {program} --pretrained_model_name_or_path BASE")
-    assert "--instance_prompt" in done.stdout
+    assert "--instance_prompt" in done.stdout and "--json" in done.stdout
+    assert f"examples:\n  {program} --pretrained_model_name_or_path ./my-model" in done.stdout
 
 
 def test_train_ends_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -277,8 +283,32 @@ def test_train_ends_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "error: training settings are wrong (1)" in capsys.readouterr().err
 
 
+def test_train_for_programs(run: Run, base: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (tiny.SIZE, tiny.SIZE), "red").save(tmp_path / "red.png")
+    flags = ["--pretrained_model_name_or_path", base, "--instance_data_dir", tmp_path, "--instance_prompt", "a dog"]
+    flags += ["--resolution", tiny.SIZE, "--max_train_steps", 1, "--output_dir", tmp_path / "out"]
+    status, told, _ = run("train", *flags, "--json")
+    written = tmp_path / "out" / "pytorch_shira_weights.safetensors"
+    expected = {"output": str(written), "entries": load_adapter(written).nnz, "bytes": written.stat().st_size}
+    assert (status, json.loads(told)) == (0, expected)
+    assert "json" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_train_is_among_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
     assert "train an adapter from a few pictures" in shown
+
+
+def test_serve_for_programs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output holds the address alone, once the service is ready."""
+
+    def serve(given: dict[str, str], host: str, port: int, report: Callable[[str], None]) -> None:
+        report("starting")
+        report(f"ready at http://{host}:{port}")
+
+    monkeypatch.setattr("shira_diffusers.cli.serve.run", serve)
+    status, told, err = run("serve", "--json", "--port", 8123)
+    assert (status, json.loads(told)) == (0, {"address": "http://127.0.0.1:8123"})
+    assert err == "starting\nready at http://127.0.0.1:8123\n"

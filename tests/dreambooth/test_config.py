@@ -108,7 +108,7 @@ def test_help_has_each_flag_once_in_a_group_with_its_default_once(capsys: pytest
         assert f"\n  --{flag} " in groups[titles.index(title)], title
     flags = re.split(r"\n  (?=--)", shown)[1:]
     names = [flag.split()[0] for flag in flags]
-    assert sorted(names) == sorted(f"--{setting.name}" for setting in fields(TrainingConfig))
+    assert sorted(names) == sorted(["--json", *(f"--{setting.name}" for setting in fields(TrainingConfig))])
     assert all(flag.count("default") <= 1 for flag in flags)
     assert not re.search(r"default: (None|False)", shown)
     by_name = dict(zip(names, (" ".join(flag.split()) for flag in flags), strict=True))

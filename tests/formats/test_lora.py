@@ -8,6 +8,9 @@ import accelerate
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shira_diffusers import (
@@ -120,6 +123,52 @@ def test_modules_alone(files: Path, tmp_path: Path) -> None:
     whole = loras.merged(unet)
     for name, delta in own.deltas.items():
         torch.testing.assert_close(tiny.weights_of(tiny.unet())[name] + delta.to_dense(), whole[name])
+
+
+def test_layers_besides_attention_as_the_training_scripts_save_them(tmp_path: Path) -> None:
+    """Their converter renames only attention's matrices; diffusers' loader then leaves attention out, silently."""
+    unet = loras.adapted(tiny.unet(), ["to_q", "conv1"], use_dora=True)
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    assert {".lora.down." in key for key in state if "magnitude" not in key} == {True, False}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, state, unet_lora_adapter_metadata=unet.peft_config["default"].to_dict()
+    )
+    assert_weights(convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter, loras.merged(unet))
+
+
+def test_the_denoisers_own_file_for_a_pipeline(tmp_path: Path) -> None:
+    """What ``pipe.transformer.save_lora_adapter`` writes names no component."""
+    pipe = tiny.sd3_pipeline()
+    pipe.transformer.add_adapter(loras.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"]))
+    loras.randomized(pipe.transformer, 0).save_lora_adapter(tmp_path)
+    own = convert_lora(tmp_path, tiny.sd3_pipeline(), 1.0).adapter
+    whole = loras.merged(pipe.transformer)
+    assert own.deltas
+    for name, delta in own.part("transformer").deltas.items():
+        before = tiny.weights_of(tiny.sd3_pipeline().transformer)[name]
+        torch.testing.assert_close(before + delta.to_dense(), whole[name], **ROUNDING)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_a_lora_that_changed_its_base_is_refused(tmp_path: Path, start: str) -> None:
+    """PEFT takes the start away from the base when it loads such a folder: ``B A`` alone is another update."""
+    loras.of_peft(tmp_path, tiny.unet(), ["to_q"], init_lora_weights=start)
+    with pytest.raises(AdapterFormatError, match=f"started from a changed base .init_lora_weights='{start}'"):
+        convert_lora(tmp_path, tiny.pipeline())
+
+
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B", "lora_magnitude"])
+def test_a_layer_without_one_of_its_tensors(tmp_path: Path, matrix: str) -> None:
+    loras.of_peft(tmp_path / "peft", tiny.unet(), ["to_q", "to_v"], use_dora=True)
+    loras.of_diffusers(tmp_path / "diffusers", loras.adapted(tiny.unet(), ["to_q", "to_v"], use_dora=True))
+    for file in tmp_path.glob("*/*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        state = load_file(file)
+        del state[next(key for key in sorted(state) if matrix in key)]
+        save_file(state, file, metadata)
+        with pytest.raises((AdapterFormatError, AdapterMismatchError), match=r"incomplete|does not fit"):
+            convert_lora(file, tiny.pipeline())
 
 
 def test_sdxl_of_kohya(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from shira_diffusers import AdapterFormatError, AdapterMismatchError, ShiraAdapter, ShiraError, extract_adapter
 from tests import tiny
+from tests.original_layout import single_file
 
 PARTS = ("unet", "text_encoder")
 
@@ -130,6 +131,32 @@ def test_an_original_checkpoint(folders: Path, tmp_path: Path) -> None:
     save_file(original_keys(tuned_pipeline()), tmp_path / "original.safetensors")
     found = extract_adapter(folders / "base", tmp_path / "original.safetensors", 1.0)
     assert_tuned(found.adapter)
+
+
+def test_two_original_checkpoints(folders: Path, tmp_path: Path) -> None:
+    """The adapter has a pipeline's names: it loads there, and has the bits that two folders give."""
+    for name, pipe in (("base", tiny.pipeline()), ("tuned", tuned_pipeline())):
+        save_file(single_file(pipe), tmp_path / f"{name}.safetensors")
+    found = extract_adapter(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", 1.0)
+    assert_tuned(found.adapter)
+    assert set(found.report.components) == set(PARTS)
+    tiny.assert_same_adapter(found.adapter, extract_adapter(folders / "base", folders / "tuned", 1.0).adapter)
+
+
+def test_two_original_checkpoints_of_xl(tmp_path: Path) -> None:
+    """q, k and v of its second text encoder are rows of one tensor."""
+    pipe = tiny.sdxl_pipeline()
+    save_file(single_file(pipe), tmp_path / "base.safetensors")
+    changed = ("unet.down_blocks.0.resnets.0.conv1.weight", "text_encoder_2.encoder.layers.1.self_attn.k_proj.weight")
+    own = {name.replace(".text_model.", "."): p for name, p in tiny.weights_of(pipe).items()}
+    with torch.no_grad():
+        for name in changed:
+            own[name] += 1
+    save_file(single_file(pipe), tmp_path / "tuned.safetensors")
+    found = extract_adapter(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", 1.0).adapter
+    assert set(found.deltas) == set(changed)
+    for delta in found.deltas.values():
+        torch.testing.assert_close(delta.to_dense(), torch.ones(delta.shape))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
