@@ -37,14 +37,15 @@ def open_store(source: str, cache: str | None = None) -> "FolderStore":
     Raises:
         ShiraError: no such folder, or an address that cannot be opened.
     """
+    own = hashlib.sha256(source.encode()).hexdigest()[:16]
+    copies = Path(cache or tempfile.gettempdir()).expanduser() / f"shira-adapters-{own}"
     if not _REMOTE.fullmatch(source):
-        return FolderStore(Path(source))
+        return FolderStore(Path(source), copies.with_suffix(".index"))
     try:
         files, root = url_to_fs(source)
     except (ImportError, ValueError, OSError) as error:
         raise ShiraError(f"cannot open the adapters at {source}: {error}") from error
-    own = hashlib.sha256(source.encode()).hexdigest()[:16]
-    return RemoteStore(files, root, Path(cache or tempfile.gettempdir()).expanduser() / f"shira-adapters-{own}")
+    return RemoteStore(files, root, copies)
 
 
 def require_name(name: str) -> str:
@@ -64,11 +65,13 @@ def require_name(name: str) -> str:
 class FolderStore:
     """Adapters in a local folder, or one of a network that every replica has mounted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, index: Path) -> None:
         if not folder.is_dir():
             raise ShiraError(f"no folder of adapters at {folder}; name another with --adapters{did_you_mean(folder)}")
         self.folder = folder
         """What an ``AdapterLibrary`` reads."""
+        self.index = index
+        """Where it may keep what their headers say; all replicas of a machine share it."""
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each adapter by name, as they are now."""
@@ -137,7 +140,7 @@ class RemoteStore(FolderStore):
 
     def __init__(self, files: fsspec.AbstractFileSystem, root: str, copies: Path) -> None:
         copies.mkdir(parents=True, exist_ok=True)
-        super().__init__(copies)
+        super().__init__(copies, copies.with_suffix(".index"))
         self._files, self._root = files, root.rstrip("/")
         self._seen: dict[str, tuple[Any, float]] = {}  # of each copy: which version it is, when that was looked up
         self._fetching = threading.Lock()
