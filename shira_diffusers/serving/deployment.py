@@ -26,7 +26,8 @@ from shira_diffusers.serving.store import open_store
 
 ATTEMPTS = 3  # replicas that may be lost under one request
 WARM = 64  # adapters and mixes per replica that routing remembers
-_GRACE = 120.0  # seconds that a replica which is to end may take for what it has begun
+_LEAVING = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s": 0.1}
+"""How long a replica which is to end may take for what it has begun, and how often it looks whether that is done."""
 _SILENT = 5.0  # seconds after which a replica that does not answer is not ready
 _LOOPBACK = "127.0.0.1"
 _GONE = (RayActorError, ReplicaUnavailableError)
@@ -138,7 +139,9 @@ class Ingress:
 def _stay_local() -> None:
     """Where only this machine reaches Ray, require the same of the server that each replica has for calls by gRPC.
 
-    Ray lets that one listen at all addresses, and has no option for it.
+    Ray 2.60 has "[::]" in its code for that one, and neither an option nor an environment variable for another address;
+    with its token authentication it would ask for a token, but listen. So the function is replaced that opens the port.
+    tests/serving/test_replicas.py lists all ports that are open, which is what fails if Ray opens this one otherwise.
     """
     if ray.util.get_node_ip_address() == _LOOPBACK:
         local = lambda server, _: add_port_to_grpc_server(server, f"{_LOOPBACK}:0")  # noqa: E731
@@ -155,13 +158,13 @@ def application(settings: Settings) -> Application:
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": gpus},
         max_ongoing_requests=settings.max_running,
         max_queued_requests=settings.max_queued,
-        graceful_shutdown_timeout_s=_GRACE,
+        **_LEAVING,
     )
     ingress = deployed(serve.ingress()(Ingress)).options(
         num_replicas=settings.ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=1000,
-        graceful_shutdown_timeout_s=_GRACE,
+        **_LEAVING,
     )
     return ingress.bind(given, replicas.bind(given))
 

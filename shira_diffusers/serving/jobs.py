@@ -56,6 +56,7 @@ class Job:
         Raises:
             TimeoutError: they were not ready in time; the job goes on.
             concurrent.futures.CancelledError: the job was cancelled.
+            RequestError: the pipeline refuses the settings.
             DeadlineError, ClosedError: see there.
             ShiraError: an adapter that is not there, or does not fit, or that there is no room for.
             AdapterFormatError: a damaged adapter.

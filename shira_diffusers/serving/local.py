@@ -59,7 +59,8 @@ def run(given: dict[str, Any], host: str, port: int, report: Callable[[str], Non
     settings = Settings.checked(given)
     require_model(settings.model)
     Keys(settings.keys)
-    open_store(settings.adapter_source, settings.cache)
+    if not open_store(settings.adapter_source, settings.cache).sizes():
+        report(f"warning: there are no adapters at {settings.adapter_source}")
     cluster = os.environ.get("RAY_ADDRESS")
     if cluster is None:
         _require_free(host, port)

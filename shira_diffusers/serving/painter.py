@@ -3,6 +3,7 @@
 import asyncio
 import io
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ShiraError, listing
 from shira_diffusers.integrations.open_pipeline import open_pipeline
 from shira_diffusers.library import AdapterLibrary
 from shira_diffusers.serving.errors import ServiceError, not_found, one_line
@@ -52,8 +53,13 @@ class Painter:
         self._store = store
         pipe = _load(settings)
         self._library = AdapterLibrary(
-            store.folder, ram_bytes=settings.ram_bytes, device_bytes=settings.device_bytes, device=settings.device
+            store.folder,
+            ram_bytes=settings.ram_bytes,
+            device_bytes=settings.device_bytes,
+            device=settings.device,
+            index=store.index,
         )
+        threading.Thread(target=_warn_of_broken, args=[self._library], daemon=True).start()
         self._scheduler = StepScheduler(pipe, self._library, max_batch=settings.max_pictures)
 
     async def draw(self, request: ImageRequest) -> Events:
@@ -112,6 +118,16 @@ def _load(settings: Settings) -> Any:
         return pipe.to(settings.device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
         raise ShiraError(f"cannot use the device {settings.device!r}: {error}") from error
+
+
+def _warn_of_broken(library: AdapterLibrary) -> None:
+    """Read all headers, which takes a while at the first start, and log which adapters requests will be refused."""
+    try:
+        names = library.names
+        if broken := set(names) - library.headers().keys():
+            logger.warning("%d of %d adapters cannot be read:%s", len(broken), len(names), listing(sorted(broken)))
+    except OSError as error:
+        logger.warning("the adapters cannot be read: %s", error)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class Settings(BaseModel):
 
     model: str = Field(str(ASSETS / "emoji-diffusion"), description="a pipeline: a folder, or a Hub id")
     adapters: str | None = Field(None, description="a folder, s3://bucket/folder, hf://owner/name, or what fsspec has")
-    cache: str | None = Field(None, description="a folder for copies of adapters that are not in a local folder")
+    cache: str | None = Field(None, description="a local folder for copies of others' adapters, and for the index")
     device: str = Field("cpu", description="as torch names it")
     dtype: str = Field("float32", pattern="^(float32|float16|bfloat16)$", description="of the weights")
     ram_bytes: int = Field(4 * 2**30, ge=0, description="for packed adapters, per replica")

@@ -3,6 +3,7 @@
 import contextvars
 import copy
 import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from shira_diffusers.errors import ShiraError
-from shira_diffusers.serving.requests import ImageRequest
+from shira_diffusers.serving.requests import ImageRequest, RequestError
 
 _CALLBACK = "callback_on_step_end"
 
@@ -65,9 +66,15 @@ class SteppedCall:
             The number of steps done, or the pictures of the batch.
 
         Raises:
-            Exception: whatever the pipeline raises; it has ended then.
+            RequestError: the pipeline's own checks refuse the settings; it has ended then.
+            Exception: whatever else the pipeline raises; it has ended then.
         """
-        outcome = self._inside.switch()
+        try:
+            outcome = self._inside.switch()
+        except ValueError as error:
+            if _is_refusal(error):
+                raise RequestError(f"the model cannot draw this: {error}") from error
+            raise
         return list(outcome) if self._inside.dead else outcome
 
     def close(self) -> None:
@@ -86,6 +93,12 @@ class SteppedCall:
             self._queued.append(torch.cuda.current_stream(tensor.device).record_event())
             if len(self._queued) > 1:
                 self._queued.pop(0).synchronize()
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether diffusers' checks of what a pipeline is called with raised an error; any other is not the client's."""
+    raised = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    return not raised.isdisjoint(("check_inputs", "set_timesteps"))
 
 
 def arguments_of(requests: list[ImageRequest]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from shira_diffusers.errors import ShiraError
 from shira_diffusers.formats import load_adapter
 from shira_diffusers.formats.paths import SUFFIX, did_you_mean
 from shira_diffusers.library.folder import adapters_in, weights_file
-from shira_diffusers.serving.errors import ServiceError, invalid, not_found
+from shira_diffusers.serving.errors import ServiceError, invalid, not_found, one_line
 
+_UNREACHED = "storage"
 FRESH = 10.0  # seconds in which a copy is not compared with the store again
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")  # one part of a path on every system, never hidden
 _REMOTE = re.compile(r"[a-z0-9+]+://.+|[a-z0-9]+::.+", re.IGNORECASE)
@@ -37,14 +38,15 @@ def open_store(source: str, cache: str | None = None) -> "FolderStore":
     Raises:
         ShiraError: no such folder, or an address that cannot be opened.
     """
+    own = hashlib.sha256(source.encode()).hexdigest()[:16]
+    copies = Path(cache or tempfile.gettempdir()).expanduser() / f"shira-adapters-{own}"
     if not _REMOTE.fullmatch(source):
-        return FolderStore(Path(source))
+        return FolderStore(Path(source), copies.with_suffix(".index"))
     try:
         files, root = url_to_fs(source)
     except (ImportError, ValueError, OSError) as error:
         raise ShiraError(f"cannot open the adapters at {source}: {error}") from error
-    own = hashlib.sha256(source.encode()).hexdigest()[:16]
-    return RemoteStore(files, root, Path(cache or tempfile.gettempdir()).expanduser() / f"shira-adapters-{own}")
+    return RemoteStore(files, root, copies)
 
 
 def require_name(name: str) -> str:
@@ -64,11 +66,13 @@ def require_name(name: str) -> str:
 class FolderStore:
     """Adapters in a local folder, or one of a network that every replica has mounted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, index: Path) -> None:
         if not folder.is_dir():
             raise ShiraError(f"no folder of adapters at {folder}; name another with --adapters{did_you_mean(folder)}")
         self.folder = folder
         """What an ``AdapterLibrary`` reads."""
+        self.index = index
+        """Where it may keep what their headers say; all replicas of a machine share it."""
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each adapter by name, as they are now."""
@@ -105,10 +109,7 @@ class FolderStore:
         return size
 
     def _publish(self, file: Path, name: str) -> None:
-        try:
-            load_adapter(file)  # every byte is checked
-        except ShiraError as error:
-            raise ServiceError("invalid_adapter", str(error).replace(str(file), name), 422) from error
+        _require_intact(file, name)
         self._put(file, name)
 
     def _put(self, file: Path, name: str) -> None:
@@ -137,52 +138,86 @@ class RemoteStore(FolderStore):
 
     def __init__(self, files: fsspec.AbstractFileSystem, root: str, copies: Path) -> None:
         copies.mkdir(parents=True, exist_ok=True)
-        super().__init__(copies)
+        super().__init__(copies, copies.with_suffix(".index"))
         self._files, self._root = files, root.rstrip("/")
         self._seen: dict[str, tuple[Any, float]] = {}  # of each copy: which version it is, when that was looked up
-        self._fetching = threading.Lock()
+        self._fetching = [threading.Lock() for _ in range(64)]  # by hash of the name
 
     def sizes(self) -> dict[str, int]:
-        """See ``FolderStore.sizes``."""
-        self._files.invalidate_cache()
-        found = self._files.find(self._root, maxdepth=1, detail=True)  # nothing where there is no such folder yet
+        """See ``FolderStore.sizes``.
+
+        Raises:
+            ServiceError: the store cannot be reached, or refuses.
+        """
+        with self._reached(absent=()):
+            self._files.invalidate_cache()
+            found = self._files.find(self._root, maxdepth=1, detail=True)  # nothing where there is no such folder yet
         names = {path.rsplit("/", 1)[-1]: each["size"] for path, each in found.items()}
         return {name.removesuffix(SUFFIX): size for name, size in sorted(names.items()) if name.endswith(SUFFIX)}
 
     def fetch(self, names: Iterable[str]) -> None:
-        """See ``FolderStore.fetch``. Where the store cannot be reached, a copy that is here is used."""
-        with self._fetching:
-            for name in filter(_NAME.fullmatch, names):
+        """See ``FolderStore.fetch``. Where the store cannot be reached, a copy that is here is used.
+
+        Raises:
+            ServiceError: it cannot be reached and there is no copy; or an adapter that arrives damaged.
+        """
+        for name in filter(_NAME.fullmatch, names):
+            with self._fetching[hash(name) % len(self._fetching)]:
                 version, when = self._seen.get(name, (None, -FRESH))
                 if time.monotonic() - when >= FRESH:
                     self._fetch(name, self.folder / f"{name}{SUFFIX}", version)
 
     def _fetch(self, name: str, copy: Path, version: Any) -> None:
         try:
-            self._files.invalidate_cache()
-            now = self._files.ukey(self._path(name))
-            if now != version or not copy.exists():
-                with made_whole(copy) as whole:
-                    self._files.get_file(self._path(name), str(whole))
+            with self._reached():
+                self._files.invalidate_cache()
+                now = self._files.ukey(self._path(name))
+                if now != version or not copy.exists():
+                    with made_whole(copy) as whole:
+                        self._files.get_file(self._path(name), str(whole))
+                        _require_intact(whole, name)
         except FileNotFoundError:
             copy.unlink(missing_ok=True)
             self._seen.pop(name, None)
-        except OSError:
-            if not copy.exists():
+        except ServiceError as error:
+            if error.type != _UNREACHED or not copy.exists():
                 raise
         else:
             self._seen[name] = now, time.monotonic()
+
+    @contextmanager
+    def _reached(self, absent: type[Exception] | tuple[()] = FileNotFoundError) -> Iterator[None]:
+        """Turn what the store's library raises, which has no common type, into one error, but for ``absent``."""
+        try:
+            yield
+        except ServiceError:
+            raise
+        except absent:
+            raise
+        except Exception as error:
+            told = f"{one_line(error)} ({type(error).__name__})"
+            message = f"cannot use the adapters at {self._root}: {told}; expected an address, credentials and a network"
+            raise ServiceError(_UNREACHED, message, 503, 5) from error
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}{SUFFIX}"
 
     def _put(self, file: Path, name: str) -> None:
-        self._files.put_file(str(file), self._path(name))
+        with self._reached():
+            self._files.put_file(str(file), self._path(name))
         self._seen.pop(name, None)
 
     def _delete(self, name: str) -> None:
-        self._files.rm_file(self._path(name))
+        with self._reached():
+            self._files.rm_file(self._path(name))
         self._seen.pop(name, None)
+
+
+def _require_intact(file: Path, name: str) -> None:
+    try:
+        load_adapter(file)  # every byte is checked
+    except ShiraError as error:
+        raise ServiceError("invalid_adapter", str(error).replace(str(file), name), 422) from error
 
 
 async def _receive(chunks: AsyncIterator[bytes], file: Path, max_bytes: int) -> int:

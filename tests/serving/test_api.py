@@ -3,14 +3,19 @@
 import asyncio
 import base64
 import json
+import os
+import shutil
+import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from diffusers import DDIMScheduler
 from starlette.testclient import TestClient
 
 from shira_diffusers import save_adapter
@@ -82,6 +87,13 @@ def assert_refused(answer: httpx.Response, status: int, kind: str, *words: str) 
     assert set(told) == {"type", "message"} and told["type"] == kind
     for word in words:
         assert word in told["message"]
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_picture_is_what_its_settings_give_alone(client: TestClient, settings: Settings) -> None:
@@ -192,6 +204,34 @@ def test_unknown_and_broken_adapters_are_refused(client: TestClient, folder: Pat
     assert client.post("/v1/images", json=BODY).status_code == 200
 
 
+def test_what_the_pipeline_refuses_is_told(settings: Settings, tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    pipe.scheduler = DDIMScheduler(num_train_timesteps=5)
+    pipe.save_pretrained(tmp_path)
+    painter = Painter(settings.model_copy(update={"model": str(tmp_path)}), open_store(settings.adapter_source))
+    refused = client_of(settings, painter).post("/v1/images", json={**BODY, "steps": 6})
+    assert_refused(refused, 422, "invalid_request", "`num_inference_steps`: 6 cannot be larger")
+    painter.close()
+
+
+def test_unreadable_adapters_are_logged_at_the_start_and_headers_are_kept(
+    settings: Settings, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    styles = shutil.copytree(folder / "adapters", tmp_path / "styles")
+    (styles / "broken.safetensors").write_bytes(b"nonsense")
+    for file in styles.iterdir():
+        os.utime(file, (1, 1))  # what is young is read again
+    styles.chmod(0o555)
+    for _ in range(2):
+        painter = Painter(settings, open_store(str(styles), str(tmp_path)))
+        wait_for(lambda: "1 of 3 adapters cannot be read" in caplog.text and "broken" in caplog.text)
+        painter.close()
+        caplog.clear()
+    (index,) = tmp_path.glob("shira-adapters-*.index")
+    with closing(sqlite3.connect(index)) as database:
+        assert database.execute("SELECT count(*) FROM headers").fetchone() == (2,)
+
+
 def test_keys_are_asked_for(client: TestClient) -> None:
     for headers in ({"authorization": ""}, {"authorization": "Bearer wrong"}, {"authorization": "Basic key-of-bob"}):
         for answer in (
@@ -268,10 +308,7 @@ def test_a_client_that_leaves_cancels_its_job(settings: Settings, painter: Paint
     for accept in ("image/png", "text/event-stream"):
         before = painter.stats()["cancelled_total"]
         asyncio.run(leave(accept))
-        until = time.monotonic() + 30
-        while painter.stats()["running"] or painter.stats()["waiting"]:
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        wait_for(lambda: not painter.stats()["running"] + painter.stats()["waiting"])
         assert painter.stats()["cancelled_total"] == before + 1
 
 

@@ -31,6 +31,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["no/such/model"], ["no model at no/such/model"]),
         ([str(Path(__file__).parent)], ["is no pipeline", "model_index.json"]),
         (["--adapters", "no/such/folder"], ["no folder of adapters at no/such/folder"]),
+        (["--adapters", "hf://styles"], ["cannot use the adapters at styles", "namespace/name", "expected an address"]),
         (["--keys", "no/such/file"], ["cannot read the keys in no/such/file", "CLIENT:KEY"]),
         (["--set", "max_steps=0", "--set", "max_step=1"], ["max_steps", "greater", "max_step:", "not permitted"]),
         (["--set", "max_steps"], ["NAME=VALUE", "max_steps"]),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
@@ -238,6 +239,25 @@ def test_a_damaged_or_unknown_adapter_costs_its_own_request_only(
     scheduler.close()
     assert torch.equal(pictures[0], alone(pipe, library, request("blue")))
     assert torch.equal(pictures[1], alone(pipe, library, request("gold")))
+
+
+def test_what_the_pipeline_refuses_is_the_requests_fault_and_no_other_error_is(
+    pipe: DiffusionPipeline, library: AdapterLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "scheduler", DDIMScheduler(num_train_timesteps=5))
+    with StepScheduler(pipe, library) as scheduler:
+        with pytest.raises(RequestError, match="`num_inference_steps`: 6 cannot be larger") as refused:
+            scheduler.submit(request("blue", steps=6)).result(SECONDS)
+        assert type(refused.value.__cause__) is ValueError
+        monkeypatch.setattr(pipe.scheduler, "step", lambda *_, **__: int("not a number"))
+        with pytest.raises(ValueError, match="not a number") as failed:
+            scheduler.submit(request("blue")).result(SECONDS)
+        assert type(failed.value) is ValueError
+    sd3 = tiny.whole_sd3_pipeline(with_t5=False)
+    sd3.patch_size = 8
+    refused = pytest.raises(RequestError, match="`height` and `width` have to be divisible by 16")
+    with StepScheduler(sd3, library) as scheduler, refused:
+        scheduler.submit(request(width=24)).result(SECONDS)
 
 
 def test_an_error_in_the_middle_of_a_picture_costs_no_other(

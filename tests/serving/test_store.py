@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import fsspec
+import httpx
 import pytest
 
 from shira_diffusers import ShiraError, load_adapter, save_adapter
@@ -68,13 +69,34 @@ def test_copies_are_used_while_the_store_is_out_of_reach(
     monkeypatch.setattr(stores, "FRESH", 0.0)
 
     def unreachable(*_: object) -> None:
-        raise ConnectionError("no route")
+        raise httpx.ConnectError("no route")  # which is no OSError
 
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "ukey", unreachable)
     store.fetch(["blue"])
     assert load_adapter(store.folder / "blue.safetensors")
-    with pytest.raises(ConnectionError):
+    with pytest.raises(ServiceError, match=r"cannot use the adapters at .*: no route \(ConnectError\)") as caught:
         store.fetch(["gold"])
+    assert (caught.value.type, caught.value.status) == ("storage", 503)
+
+
+def test_what_arrives_damaged_is_no_copy_and_is_fetched_again(source: str, file: bytes, tmp_path: Path) -> None:
+    store = open_store(source, str(tmp_path / "copies"))
+    fsspec.filesystem("memory").pipe(f"{source}/blue.safetensors", file[:-1] + bytes([file[-1] ^ 1]))
+    with pytest.raises(ServiceError, match="blue is not a valid SHiRA adapter") as caught:
+        store.fetch(["blue"])
+    assert (caught.value.type, caught.value.status) == ("invalid_adapter", 422)
+    assert not list(store.folder.iterdir())
+    fsspec.filesystem("memory").pipe(f"{source}/blue.safetensors", file)
+    store.fetch(["blue"])
+    assert (store.folder / "blue.safetensors").read_bytes() == file
+
+
+def test_a_hub_that_does_not_answer_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    store = open_store(f"hf://owner/{uuid.uuid4().hex}", str(tmp_path))
+    for use in (store.sizes, lambda: store.fetch(["blue"])):
+        with pytest.raises(ServiceError, match=r"cannot use the adapters at owner/.* refused .*credentials"):
+            use()
 
 
 def test_a_damaged_upload_does_not_reach_the_store(source: str, file: bytes, tmp_path: Path) -> None:
