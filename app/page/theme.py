@@ -164,7 +164,9 @@ def _styled(name: str, strength: Strength) -> str:
 
 
 def scroll_to(selector: str) -> str:
-    """JavaScript that brings a part of the page into view, if it is not: on a phone it lies below what was pressed."""
-    return (
-        f"() => {{ document.querySelector('{selector}').scrollIntoView({{ block: 'nearest', behavior: 'smooth' }}) }}"
-    )
+    """JavaScript that brings a part of the page into view, if it is not: on a phone it lies below what was pressed.
+
+    It passes on what it is given.
+    """
+    shown = f"document.querySelector('{selector}').scrollIntoView({{ block: 'nearest', behavior: 'smooth' }})"
+    return f"(...given) => {{ {shown}; return given }}"

@@ -78,9 +78,10 @@ class BrowserMemory:
         script, compared = self._named(AGREE), [self.shown, *self._inputs]
         gr.on(changes, None, compared, [changed, use], js=script, **QUIET, trigger_mode="multiple")
 
-    def reopen(self, show: Callable[..., Any], outputs: Sequence[Any]) -> Any:
+    def reopen(self, load: Any, show: Callable[..., Any], outputs: Sequence[Any]) -> Any:
         """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept; that event."""
-        loaded = gr.on(None, None, self._settings, self._inputs, js=self._named(REOPEN), **QUIET)
+        # not gr.on(None, ...), which also runs whenever an input changes, and then undoes what was changed since
+        loaded = load(None, self._settings, self._inputs, js=self._named(REOPEN), **QUIET)
         lost = gr.Textbox(visible=False)  # a drawing, by this very load
         return loaded.then(show, [self._settings, self.pictures, self.shown, lost], list(outputs), js=LOST, **TELLING)
 

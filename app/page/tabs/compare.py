@@ -99,13 +99,9 @@ class CompareTab:
             *self.down.components,
             *(each for axis in self.axes for each in axis.components),
         ]
-        buttons.draw_after(
-            self.draw.click(buttons.begin, outputs=buttons.all, js=theme.scroll_to("#strip"), **QUIET),
-            self._draw,
-            {self.kind, *forms, *self._mix.inputs},
-            self.results.outputs,
-            self.results.view,
-        )
+        asked = {self.kind, *forms, *self._mix.inputs}
+        begun = buttons.begin_on([self.draw.click], asked, theme.scroll_to("#strip"))
+        buttons.draw_after(begun, self._draw, self.results.outputs, self.results.view)
 
     async def _draw(
         self,
