@@ -42,8 +42,10 @@ AGREE = """(shown, ...inputs) => {
   const on = (mix) => Object.fromEntries(Object.entries(mix ?? {}).filter(([, strength]) => strength !== 0))
   const said = (name, value) => JSON.stringify(sorted(name === 'mix' ? on(value) : value))
   const then = shown?.settings ?? {}
-  const changed = NAMES.filter((name, place) => name in then && said(name, then[name]) !== said(name, inputs[place]))
-  const words = { mix: 'styles', method: 'merge method' }
+  const random = (name, value) => name === 'seed' && value === -1  // which no picture was drawn with
+  const differs = (name, value) => name in then && !random(name, value) && said(name, then[name]) !== said(name, value)
+  const changed = NAMES.filter((name, place) => differs(name, inputs[place]))
+  const words = { mix: 'styles', method: 'merge method', negative_mix: 'styles in the negative half' }
   const text = changed.map((name) => words[name] ?? name.replaceAll('_', ' ')).join(', ')
   return [text && `Changed since drawn: ${text}`, { __type__: 'update', visible: changed.length > 0 }]
 }"""
