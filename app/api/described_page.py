@@ -23,6 +23,8 @@ SHARED = {
     "height": "In pixels; 0 is the model's own.",
     "start_image": "The name of a picture to start from, as /add_start_image returns it.",
     "change": "0.01 to 1: how much of the start image is drawn anew.",
+    "negative_mix": "0 to 1: the part of the mix in guidance's negative half; 1 is as usual, at 0.5 guidance "
+    "drives the styles too.",
     "prompts": "A list, or text with one per line.",
     "count": "Pictures of each prompt.",
     "seeds": '"fixed", "next" or "random".',

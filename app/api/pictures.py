@@ -15,7 +15,13 @@ from app.server.served_files import cached
 from app.server.visitors import DRAWING, as_object, visitor_of
 from app.settings.axes import Axis, sheet_of
 from app.settings.checks import require_mapping, whole
-from app.settings.settings import DEFAULT_CHANGE, DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS
+from app.settings.settings import (
+    DEFAULT_CHANGE,
+    DEFAULT_GUIDANCE,
+    DEFAULT_METHOD,
+    DEFAULT_NEGATIVE_MIX,
+    DEFAULT_STEPS,
+)
 from app.settings.strengths import checked_mix
 from app.studio import Studio
 
@@ -46,10 +52,11 @@ def add_api(studio: Studio) -> None:
         height: float = 0,
         start_image: str = "",
         change: float = DEFAULT_CHANGE,
+        negative_mix: float = DEFAULT_NEGATIVE_MIX,
     ) -> tuple[gr.FileData, dict[str, Any]]:
         """Draw one picture with a mix of adapters; returns its file and a report."""
         with readable():
-            more = (negative, width, height, start_image, change)
+            more = (negative, width, height, start_image, change, negative_mix)
             settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method, *more)
             picture, _ = await studio.requests.draw(visitor_of(request), settings)
         file = paper.postprocess(picture.signed())
@@ -95,10 +102,11 @@ def add_pictures_api(studio: Studio) -> None:
         height: float = 0,
         start_image: str = "",
         change: float = DEFAULT_CHANGE,
+        negative_mix: float = DEFAULT_NEGATIVE_MIX,
     ) -> list[dict[str, Any]]:
         """Draw the base, each style of a mix alone and the mix, at one seed: a list of {label, file, report}."""
         with readable():
-            more = (negative, width, height, start_image, change)
+            more = (negative, width, height, start_image, change, negative_mix)
             settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method, *more)
             return await drawn(series_of(settings), request)
 
@@ -119,6 +127,7 @@ def add_pictures_api(studio: Studio) -> None:
         height: float = 0,
         start_image: str = "",
         change: float = DEFAULT_CHANGE,
+        negative_mix: float = DEFAULT_NEGATIVE_MIX,
     ) -> list[dict[str, Any]]:
         """Draw a style at a list of strengths, at one seed, beside the rest of a mix: a list of {label, file, report}.
 
@@ -138,7 +147,7 @@ def add_pictures_api(studio: Studio) -> None:
             axes = [axis for axis in (across, down) if axis]
             others = {axis.what: 0.0 for axis in axes}
             mixed = {**checked_mix(as_object(mix, "mix")), **others}
-            more = (negative, width, height, start_image, change)
+            more = (negative, width, height, start_image, change, negative_mix)
             settings = session.checked(prompt, mixed, seed, steps, guidance, method, *more)
             return await drawn(sheet_of(settings, axes).cells, request)
 

@@ -62,7 +62,7 @@ def add_sheets_api(studio: Studio) -> None:
         Settings: an object with prompt, mix, seed, steps and so on, as /generate takes them. Axes: a list of {kind,
         values, style}. Kinds: strength (of the style named), style (each alone), words (the first are those in the
         prompt, in whose place the others come), prompt, negative, seed, steps, guidance, method, size ("128 x 192"),
-        change. Values: a list, or text like "0, 0.5, 1" or "0 to 1 (5)". Returns as /series.
+        change, negative_mix. Values: a list, or text like "0, 0.5, 1" or "0 to 1 (5)". Returns as /series.
         """
         with readable():
             return await drawn(sheet_of(Settings.checked(**_known(settings)), _axes(axes)), request)

@@ -31,7 +31,7 @@ def build(studio: Studio) -> gr.Blocks:
         session = studio.session
         header = gr.HTML(theme.header(session.model, len(session.cards)), elem_id="header", padding=False)
         with gr.Tabs(elem_id="tabs") as row:
-            mix = MixTab(studio, row, header)
+            mix = MixTab(studio, row, header, blocks.load)
             compare, series, kept = CompareTab(studio, mix), SeriesTab(studio, mix, row), HistoryTab(studio, mix)
             tabs: dict[str, Any] = {
                 "Mix": mix,

@@ -127,7 +127,7 @@ def remark(text: str) -> str:
 
 def settings(report: Mapping[str, Any]) -> str:
     """How a picture was made, from its metadata, which may be a stranger's."""
-    mix = report.get("mix")
+    mix, weaker = report.get("mix"), report.get("negative_mix")
     sides = (report.get("width"), report.get("height"))
     lines = {
         "Prompt": report.get("prompt"),
@@ -139,6 +139,7 @@ def settings(report: Mapping[str, Any]) -> str:
         "Merge": report.get("method"),
         "Size": size(*sides) if any(sides) else None,
         "Start": f"from a picture, changed by {report.get('change')}" if report.get("start_image") else None,
+        "Negative half": f"{weaker} of the styles" if weaker not in (None, 1) else None,
         "Model": report.get("model"),
     }
     rows = (
@@ -164,7 +165,9 @@ def _styled(name: str, strength: Strength) -> str:
 
 
 def scroll_to(selector: str) -> str:
-    """JavaScript that brings a part of the page into view, if it is not: on a phone it lies below what was pressed."""
-    return (
-        f"() => {{ document.querySelector('{selector}').scrollIntoView({{ block: 'nearest', behavior: 'smooth' }}) }}"
-    )
+    """JavaScript that brings a part of the page into view, if it is not: on a phone it lies below what was pressed.
+
+    It passes on what it is given.
+    """
+    shown = f"document.querySelector('{selector}').scrollIntoView({{ block: 'nearest', behavior: 'smooth' }})"
+    return f"(...given) => {{ {shown}; return given }}"

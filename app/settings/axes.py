@@ -16,9 +16,10 @@ from app.settings.strengths import MAX_STRENGTH, MIN_STRENGTH
 Change = Callable[[Settings], Settings]
 KINDS = (
     "strength", "style", "words", "prompt", "negative", "seed", "steps", "guidance", "method", "size", "change",
+    "negative_mix",
 )  # fmt: skip
 """What an axis can change: the strength of one style; which style, alone; words of the prompt; or a setting."""
-NUMBERS = ("strength", "seed", "steps", "guidance", "change")
+NUMBERS = ("strength", "seed", "steps", "guidance", "change", "negative_mix")
 _RANGE = re.compile(r"\s*(-?[\d.]+)\s+to\s+(-?[\d.]+)\s*\(\s*(\d+)\s*\)\s*")
 
 

@@ -19,6 +19,7 @@ DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 3.0
 DEFAULT_METHOD = "sum"
 DEFAULT_CHANGE = 0.6
+DEFAULT_NEGATIVE_MIX = 1.0
 MAX_SIDE = 4096  # pixels; what a model can draw is less, see `Abilities`
 RANDOM_SEED = -1
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -40,6 +41,7 @@ class Settings:
     height: int = 0
     start_image: str = ""
     change: float = DEFAULT_CHANGE
+    negative_mix: float = DEFAULT_NEGATIVE_MIX
 
     @classmethod
     def checked(
@@ -55,6 +57,7 @@ class Settings:
         height: Any = 0,
         start_image: Any = "",
         change: Any = DEFAULT_CHANGE,
+        negative_mix: Any = DEFAULT_NEGATIVE_MIX,
     ) -> Self:
         """Settings from untrusted values; of whole numbers, floats like 20.0 count as whole.
 
@@ -69,6 +72,8 @@ class Settings:
             width, height: in pixels, up to 4096; 0 or None is the model's own.
             start_image: SHA-256 of a picture in ``StartPictures`` to start from; None or empty starts from noise.
             change: 0.01 to 1, how much of the picture to start from is drawn anew.
+            negative_mix: 0 to 1, the part of the mix in guidance's negative half; 1 is as usual, and at 0.5 guidance
+                drives the styles too.
 
         Raises:
             SettingsError: names the first setting that is wrong, what was expected and what came.
@@ -85,6 +90,7 @@ class Settings:
             whole("the height", height or 0, 0, MAX_SIDE),
             _start_image(start_image or ""),
             number("the change", change, 0.01, 1),
+            number("the part of the mix in the negative half", negative_mix, 0, 1),
         )
         if not settings.steps_drawn:
             raise SettingsError(f"a change of {settings.change:g} needs more steps, got {settings.steps}; raise either")

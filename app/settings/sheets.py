@@ -40,7 +40,8 @@ class Sheet:
         numbers = (f"{what} {same[what]:g}" for what in ("steps", "guidance") if what in same)
         seed = f"seed {same['seed']}" if "seed" in same else ""
         start = "from a picture" if same.get("start_image") else ""
-        return " · ".join(filter(None, (same.get("prompt", ""), negative, start, *styles, seed, *numbers)))
+        half = f"negative half {same['negative_mix']:g}" if same.get("negative_mix", 1) != 1 else ""
+        return " · ".join(filter(None, (same.get("prompt", ""), negative, start, *styles, seed, *numbers, half)))
 
 
 def row_of(cells: tuple[tuple[str, Settings], ...]) -> Sheet:

@@ -49,6 +49,11 @@ def is_on(strength: Strength) -> bool:
     return isinstance(strength, Mapping) or strength != 0
 
 
+def is_by_part(strength: Strength) -> bool:
+    """Whether a strength differs between the parts of a UNet."""
+    return isinstance(strength, Mapping) and any(isinstance(value, Mapping) for value in strength.values())
+
+
 def strength_text(strength: Strength) -> str:
     """A strength in a few letters: nothing for 1, the number, or each component's."""
     if not isinstance(strength, Mapping):

@@ -42,8 +42,10 @@ AGREE = """(shown, ...inputs) => {
   const on = (mix) => Object.fromEntries(Object.entries(mix ?? {}).filter(([, strength]) => strength !== 0))
   const said = (name, value) => JSON.stringify(sorted(name === 'mix' ? on(value) : value))
   const then = shown?.settings ?? {}
-  const changed = NAMES.filter((name, place) => name in then && said(name, then[name]) !== said(name, inputs[place]))
-  const words = { mix: 'styles', method: 'merge method' }
+  const random = (name, value) => name === 'seed' && value === -1  // which no picture was drawn with
+  const differs = (name, value) => name in then && !random(name, value) && said(name, then[name]) !== said(name, value)
+  const changed = NAMES.filter((name, place) => differs(name, inputs[place]))
+  const words = { mix: 'styles', method: 'merge method', negative_mix: 'styles in the negative half' }
   const text = changed.map((name) => words[name] ?? name.replaceAll('_', ' ')).join(', ')
   return [text && `Changed since drawn: ${text}`, { __type__: 'update', visible: changed.length > 0 }]
 }"""
@@ -78,9 +80,10 @@ class BrowserMemory:
         script, compared = self._named(AGREE), [self.shown, *self._inputs]
         gr.on(changes, None, compared, [changed, use], js=script, **QUIET, trigger_mode="multiple")
 
-    def reopen(self, show: Callable[..., Any], outputs: Sequence[Any]) -> Any:
+    def reopen(self, load: Any, show: Callable[..., Any], outputs: Sequence[Any]) -> Any:
         """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept; that event."""
-        loaded = gr.on(None, None, self._settings, self._inputs, js=self._named(REOPEN), **QUIET)
+        # not gr.on(None, ...), which also runs whenever an input changes, and then undoes what was changed since
+        loaded = load(None, self._settings, self._inputs, js=self._named(REOPEN), **QUIET)
         lost = gr.Textbox(visible=False)  # a drawing, by this very load
         return loaded.then(show, [self._settings, self.pictures, self.shown, lost], list(outputs), js=LOST, **TELLING)
 

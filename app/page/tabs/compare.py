@@ -37,6 +37,7 @@ AXES = {
     "Merge method": "method",
     "Size": "size",
     "Change of the start picture": "change",
+    "Styles in the negative half": "negative_mix",
 }
 EXAMPLES = {
     "strength": "0 to 1 (5)",
@@ -44,6 +45,7 @@ EXAMPLES = {
     "steps": "5, 10, 20, 40",
     "guidance": "1, 3, 5, 8",
     "change": "0.3 to 0.9 (4)",
+    "negative_mix": "1, 0.5, 0",
 }
 HINTS = {
     "words": "words in the prompt, and others in their place: fox, owl, castle",
@@ -99,13 +101,9 @@ class CompareTab:
             *self.down.components,
             *(each for axis in self.axes for each in axis.components),
         ]
-        buttons.draw_after(
-            self.draw.click(buttons.begin, outputs=buttons.all, js=theme.scroll_to("#strip"), **QUIET),
-            self._draw,
-            {self.kind, *forms, *self._mix.inputs},
-            self.results.outputs,
-            self.results.view,
-        )
+        asked = {self.kind, *forms, *self._mix.inputs}
+        begun = buttons.begin_on([self.draw.click], asked, theme.scroll_to("#strip"))
+        buttons.draw_after(begun, self._draw, self.results.outputs, self.results.view)
 
     async def _draw(
         self,
@@ -190,6 +188,7 @@ def _kinds_of(abilities: Abilities) -> list[str]:
         "negative": abilities.negative,
         "size": abilities.side,
         "change": abilities.image_to_image,
+        "negative_mix": abilities.negative_mix,
         "method": len(MERGE_METHODS) > 1,
     }
     return [kind for kind in AXES.values() if has.get(kind, True)]

@@ -73,6 +73,8 @@ def picked(names: Sequence[str], event: gr.EventData) -> str | None:
 class DrawButtons:
     """Buttons that start a drawing, and Stop, which takes their place while it lasts.
 
+    What is drawn is what the page held when a button was pressed, however long the requests take.
+
     Args:
         requests: where drawings are announced and stopped.
         starts: the buttons that start one.
@@ -81,18 +83,25 @@ class DrawButtons:
 
     def __init__(self, requests: DrawingRequests, starts: Sequence[gr.Button], stop: gr.Button) -> None:
         self._requests = requests
+        self.asked: gr.State = gr.State()
+        """Values of the inputs, as ``draw`` takes them."""
         self.all = [*starts, stop]
+        self.begun = [*self.all, self.asked]
         stop.click(self._stop, **QUIET)
 
-    def begin(self, request: gr.Request) -> list[Any]:
-        """Announce a drawing; updates of ``all``."""
+    def begin(self, asked: Any, request: gr.Request) -> list[Any]:
+        """Announce a drawing; updates of ``begun``."""
         self._requests.announce(visitor_of(request).visit)
-        return [*(gr.Button(visible=False) for _ in self.all[:-1]), gr.Button(visible=True)]
+        return [*(gr.Button(visible=False) for _ in self.all[:-1]), gr.Button(visible=True), asked]
 
-    def draw_after(self, pressed: Any, draw: Any, inputs: Any, outputs: Sequence[Any], progress_on: Any) -> None:
+    def begin_on(self, pressed: Sequence[Any], inputs: set[Any], js: str) -> Any:
+        """Announce a drawing when a button is pressed; that event."""
+        return gr.on(pressed, self.begin, inputs, self.begun, js=js, **QUIET)
+
+    def draw_after(self, begun: Any, draw: Any, outputs: Sequence[Any], progress_on: Any) -> None:
         """Draw after the event that announced it; the buttons come back when it has ended, however it ended."""
-        drawn = pressed.then(draw, inputs, outputs, api_visibility="private", show_progress_on=progress_on, **DRAWING)
-        self.idle_after(drawn)
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress_on": progress_on}
+        self.idle_after(begun.then(draw, self.asked, outputs, **private, **DRAWING))
 
     def idle_after(self, event: Any) -> None:
         """Let a drawing be started when an event has ended, however it ended."""

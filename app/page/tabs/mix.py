@@ -46,21 +46,24 @@ REUSE_SEED = """element.addEventListener('click', (event) => {
   const seed = event.target.closest('.reuse')
   if (seed) trigger('reuse', { seed: Number(seed.textContent) })
 })"""
-SHOW_PICTURE = f"() => {{ sessionStorage.shiraDrawing = true; ({theme.scroll_to('#picture')})() }}"
+SHOW_PICTURE = (
+    f"(...given) => {{ sessionStorage.shiraDrawing = true; return ({theme.scroll_to('#picture')})(...given) }}"
+)
 
 
 class MixTab:
     """The components of the tab and what they do.
 
     Other tabs read the settings through ``inputs`` and ``settings``, and send some here through ``targets`` and
-    ``fill``.
+    ``fill``. ``load`` is the event of the page that opens.
     """
 
-    def __init__(self, studio: Studio, tabs: gr.Tabs, header: gr.HTML) -> None:
+    def __init__(self, studio: Studio, tabs: gr.Tabs, header: gr.HTML, load: Any) -> None:
         self._studio = studio
         self._session = studio.session
         self._tabs = tabs
         self._header = header
+        self._load = load
         self._budget = PreviewBudget()
 
     def lay_out(self) -> None:
@@ -96,10 +99,11 @@ class MixTab:
         self._connect()
         self._connect_preview()
         self._connect_watch()
-        self.presets.connect(self.inputs, self.settings, self.targets, self.fill)
+        self.presets.connect(self.inputs, self.settings, self.targets, self.fill, self._load)
         self._memory.connect(self.undo)
         self._memory.compare(self.changed, self.use)
-        reopened = self._memory.reopen(self._reopen, [self.style_picker, self.gallery, *self._stage])
+        outputs = [self.style_picker, self.gallery, *self._stage]
+        reopened = self._memory.reopen(self._load, self._reopen, outputs)
         self._buttons.idle_after(reopened)  # what is drawn before that would be covered by what was kept
 
     def _lay_out_prompt(self) -> None:
@@ -225,13 +229,18 @@ class MixTab:
         self._buttons = buttons = DrawButtons(self._studio.requests, [self.generate, self.surprise], self.stop)
         results = [*self._stage, self.gallery, self._memory.pictures]
 
-        def begin_surprise(request: gr.Request) -> list[Any]:
-            return [*self._filled(random_settings.settings(self._session)), *buttons.begin(request)]
+        def begin_surprise(pictures: Any, request: gr.Request) -> list[Any]:
+            settings = random_settings.settings(self._session)
+            given = settings.as_dict() | {"mix": dict(settings.mix)}
+            asked = {each: given[name] for name, each in self.fields.items()} | {self._memory.pictures: pictures}
+            return [*self._filled(settings), *buttons.begin(asked, request)]
 
-        starts = [self.generate.click, self.prompt.submit]
-        surprised = self.surprise.click(begin_surprise, outputs=[*self.inputs, *buttons.all], js=SHOW_PICTURE, **QUIET)
-        for pressed in (gr.on(starts, buttons.begin, outputs=buttons.all, js=SHOW_PICTURE, **QUIET), surprised):
-            buttons.draw_after(pressed, self._generate, {*self.inputs, self._memory.pictures}, results, self.picture)
+        begun = [*self.inputs, *buttons.begun]
+        surprised = self.surprise.click(begin_surprise, self._memory.pictures, begun, js=SHOW_PICTURE, **QUIET)
+        asked = {*self.inputs, self._memory.pictures}
+        pressed = buttons.begin_on([self.generate.click, self.prompt.submit], asked, SHOW_PICTURE)
+        for each in (pressed, surprised):
+            buttons.draw_after(each, self._generate, results, self.picture)
         restored = self.dropped.upload(self._restore, self.dropped, self.targets, **TELLING)
         for ended in (restored.then, restored.failure):  # the box takes the next one
             ended(None, None, self.dropped, js="() => null", **QUIET)

@@ -1,4 +1,4 @@
-"""The fold of Mix with what few change: a negative prompt, a size, and a picture to start from."""
+"""The fold of Mix with what few change: a negative prompt, styles in its half, a size, a picture to start from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from app.page import theme
 from app.page.tabs.events import QUIET, TELLING
 from app.server.messages import readable
 from app.server.served_files import cached
-from app.settings.settings import DEFAULT_CHANGE, size_of
+from app.settings.settings import DEFAULT_CHANGE, DEFAULT_NEGATIVE_MIX, size_of
 
 SHAPES = ((1, 1), (4, 5), (3, 4), (2, 3), (9, 16), (5, 4), (4, 3), (3, 2), (16, 9))
 
@@ -33,6 +33,16 @@ class MoreSettings:
             visible=can.negative,
             interactive=True,
         )
+        negative_mix = gr.Slider(
+            0,
+            1,
+            DEFAULT_NEGATIVE_MIX,
+            step=0.05,
+            label="Styles in guidance's negative half",
+            info="1 is as usual; at 0.5 guidance drives the styles too, and pairs keep more of both.",
+            visible=bool(can.negative_mix),
+            buttons=[],
+        )
         with gr.Row(visible=bool(can.side)):
             shape = gr.Dropdown(self._shapes(), value=None, label="Shape", min_width=110, interactive=True)
             width = gr.Number(0, label=f"Width, 0 is {can.side}", precision=0, min_width=80)
@@ -52,8 +62,10 @@ class MoreSettings:
         )
         self._picture.clear(lambda: "", outputs=start_image, **QUIET)
         start_image.change(self._show, start_image, self._picture, **QUIET)
-        self.moved = [negative.change, width.change, height.change, start_image.change, change.input]
-        return {"negative": negative, "width": width, "height": height, "start_image": start_image, "change": change}
+        moved = (negative.change, width.change, height.change, start_image.change, change.input, negative_mix.input)
+        self.moved = list(moved)
+        sized = {"width": width, "height": height, "start_image": start_image, "change": change}
+        return {"negative": negative, **sized, "negative_mix": negative_mix}
 
     def _shapes(self) -> list[tuple[str, str]]:
         """Names and sizes of what has about as many pixels as the model's own square, where it can be drawn."""

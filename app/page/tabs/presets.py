@@ -54,6 +54,7 @@ class PresetsFold:
         settings: Callable[[Values], Settings],
         targets: Sequence[Any],
         fill: Callable[[Mapping[str, Any]], list[Any]],
+        load: Any,
     ) -> None:
         """Say what happens, once Mix has all its components; for the arguments see ``MixTab``."""
         self._settings, self._fill, self._targets = settings, fill, targets
@@ -72,7 +73,7 @@ class PresetsFold:
         shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **TELLING)
         self.apply.click(self._apply, self.text, list(targets), **TELLING)
         address = gr.Textbox(visible=False)
-        gr.on(None, self._open, address, list(targets), js=READ_ADDRESS, **TELLING)  # as the page loads
+        load(self._open, address, list(targets), js=READ_ADDRESS, **TELLING)
 
     def _names(self) -> list[str]:
         return list(self._presets.names)

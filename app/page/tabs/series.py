@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from app.page import theme
-from app.page.tabs.events import QUIET, TELLING, DrawButtons, Values, picked
+from app.page.tabs.events import TELLING, DrawButtons, Values, picked
 from app.page.tabs.mix import MixTab
 from app.page.tabs.sheet_results import SheetResults
 from app.server.visitors import visitor_of
@@ -46,22 +46,17 @@ class SeriesTab:
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
             with gr.Column(scale=8, min_width=320):
                 self.results.lay_out("pictures")
-        self._like: gr.State = gr.State(None)
         self._buttons = DrawButtons(self._studio.requests, [self.start], self.stop)
-        self._draw_after(
-            self.start.click(self._buttons.begin, outputs=self._buttons.all, js=theme.scroll_to("#pictures"), **QUIET),
-            self._draw,
-        )
+        asked = {self.prompts, self.count, self.seeds, self.seed, *self._mix.inputs}
+        self._draw_after(self._buttons.begin_on([self.start.click], asked, theme.scroll_to("#pictures")), self._draw)
 
     def vary_on(self, chosen: Callable[..., Any], names: gr.State) -> None:
         """Draw more pictures like one of those in ``names``, or like its only one, when it is chosen, here."""
-        opened = chosen(self._open, names, [self._like, self._tabs, *self._buttons.all], **TELLING)
+        opened = chosen(self._open, names, [self._tabs, *self._buttons.begun], **TELLING)
         self._draw_after(opened, self._draw_like)
 
-    def _draw_after(self, pressed: Any, draw: Any) -> None:
-        inputs = {self.prompts, self.count, self.seeds, self.seed, self._like, *self._mix.inputs}
-        outputs = [*self.results.outputs, self.seed]
-        self._buttons.draw_after(pressed, draw, inputs, outputs, self.results.view)
+    def _draw_after(self, begun: Any, draw: Any) -> None:
+        self._buttons.draw_after(begun, draw, [*self.results.outputs, self.seed], self.results.view)
 
     async def _draw(
         self,
@@ -81,11 +76,11 @@ class SeriesTab:
 
     async def _draw_like(
         self,
-        values: Values,
+        name: str | None,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> AsyncIterator[Any]:
-        async for shown in self.results.draw(lambda: self._variations(values[self._like], request), request, progress):
+        async for shown in self.results.draw(lambda: self._variations(name, request), request, progress):
             yield [*shown, gr.skip()]
 
     def _plan(self, values: Values) -> Sheet:
@@ -94,11 +89,8 @@ class SeriesTab:
         return prompt_series(self._mix.settings(mixed), prompts, values[self.count], values[self.seeds])
 
     def _open(self, names: list[str] | str, event: gr.EventData, request: gr.Request) -> list[Any]:
-        return [
-            names if isinstance(names, str) else picked(names, event),
-            gr.Tabs(selected="series"),
-            *self._buttons.begin(request),
-        ]
+        name = names if isinstance(names, str) else picked(names, event)
+        return [gr.Tabs(selected="series"), *self._buttons.begin(name, request)]
 
     def _variations(self, name: Any, request: gr.Request) -> Sheet:
         """Drawn from the picture where the base can, or else as it was, at other seeds."""

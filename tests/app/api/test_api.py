@@ -40,7 +40,7 @@ def test_the_endpoints_that_notebooks_use_keep_their_parameters(client: Client) 
     assert endpoints.keys() >= {"/adapters", "/generate", "/compare", "/sweep", "/presets", "/history"}
     names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
     before = ["prompt", "mix", "seed", "steps", "guidance", "method"]
-    assert names == [*before, "negative", "width", "height", "start_image", "change"]
+    assert names == [*before, "negative", "width", "height", "start_image", "change", "negative_mix"]
     required = [p["parameter_name"] for p in endpoints["/generate"]["parameters"] if not p["parameter_has_default"]]
     assert required == ["prompt"]
 

@@ -93,7 +93,7 @@ def test_strengths_may_be_given_by_component(client: Client, session: Session) -
 def test_a_negative_prompt_a_size_and_a_picture_to_start_from(client: Client, session: Session, tmp_path: Path) -> None:
     Image.effect_noise((20, 30), 90).convert("RGB").save(tmp_path / "start.png")
     start = client.predict(handle_file(str(tmp_path / "start.png")), api_name="/add_start_image")
-    more = {"negative": "dark", "width": 24, "height": 8, "start_image": start, "change": 0.5}
+    more = {"negative": "dark", "width": 24, "height": 8, "start_image": start, "change": 0.5, "negative_mix": 0.5}
     file, report = client.predict(SUGGESTION, {}, 3, 4, **more, api_name="/generate")
     expected = session.generate(SUGGESTION, {}, 3, 4, **more)
     assert Image.open(file).size == (24, 8) and Image.open(file).tobytes() == expected.image.tobytes()

@@ -52,6 +52,20 @@ def test_a_negative_prompt_and_a_size_are_the_pipelines(session: Session, pipe: 
     assert_bits(session, bits)
 
 
+def test_a_part_of_the_mix_in_the_negative_half_is_the_pipelines(session: Session, pipe: Any, photo: Path) -> None:
+    bits = bits_of(session)
+    drawing = {"prompt": SUGGESTION, "mix": {"bluefire": 1.0}, "seed": 3, "steps": 4}
+    picture = session.generate(**drawing, negative_mix=0.5)
+    weaker = {"cross_attention_kwargs": {"shira_negative": 0.5}}
+    assert picture.image.tobytes() == draw(pipe, **weaker).tobytes() != draw(pipe).tobytes()
+    assert picture.report["negative_mix"] == 0.5
+    started = session.generate(**drawing, negative_mix=0.5, start_image=session.starts.add(photo))
+    image = ImageOps.fit(Image.open(photo).convert("RGB"), (16, 16))
+    expected = draw(StableDiffusionImg2ImgPipeline(**pipe.components), image=image, strength=0.6, **weaker)
+    assert started.image.tobytes() == expected.tobytes()
+    assert_bits(session, bits)
+
+
 def test_a_picture_to_start_from_is_diffusers_image_to_image(session: Session, pipe: Any, photo: Path) -> None:
     start = session.starts.add(photo)
     steps: list[tuple[int, int]] = []
@@ -68,7 +82,7 @@ def test_a_picture_to_start_from_is_diffusers_image_to_image(session: Session, p
 def test_settings_travel_whole_and_without_what_is_not_here(session: Session, photo: Path) -> None:
     start = session.starts.add(photo)
     picture = session.generate(
-        SUGGESTION, {}, 3, 4, negative="dark", width=24, height=24, start_image=start, change=0.5
+        SUGGESTION, {}, 3, 4, negative="dark", width=24, height=24, start_image=start, change=0.5, negative_mix=0.25
     )
     restored = restore(picture.report, session)
     assert restored.notes == () and session.draw(restored.settings).image.tobytes() == picture.image.tobytes()
@@ -90,6 +104,11 @@ def test_settings_travel_whole_and_without_what_is_not_here(session: Session, ph
         ({"width": 20}, "the width must be a multiple of 8 from 8 to 32 for this model, got 20"),
         ({"height": 40}, "the height must be a multiple of 8 from 8 to 32 for this model, got 40"),
         ({"start_image": "0" * 64}, "the picture to start from is not kept here"),
+        ({"negative_mix": 1.5}, "the part of the mix in the negative half must be a number from 0 to 1, got 1.5"),
+        (
+            {"negative_mix": 0.5, "mix": {"bluefire": {"unet": {"up": 0.5}}}},
+            "takes a part of one strength per style, not of down, mid and up",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_a_sentence(session: Session, changed: dict[str, Any], message: str) -> None:
@@ -102,6 +121,11 @@ def test_what_a_base_allows(session: Session) -> None:
     assert (flux.negative, sd3.negative) == (False, True) and flux.image_to_image and sd3.image_to_image
     settings = session.checked(SUGGESTION, negative="dark")
     assert list(flux.problems(settings)) == [("this model takes no negative prompt", {"negative": ""})]
+    assert (flux.negative_mix, sd3.negative_mix) == ("", "joint_attention_kwargs")
+    weaker = session.checked(SUGGESTION, negative_mix=0.5)
+    assert list(flux.problems(weaker)) == [
+        ("this model has no negative half of guidance with other styles", {"negative_mix": 1.0})
+    ]
     fixed = replace(session.abilities, side=0, image_to_image=None)
     told = [problem for problem, _ in fixed.problems(replace(settings, width=8, start_image="0" * 64))]
     assert told == ["this model cannot start from a picture", "this model draws pictures of one width, got 8"]

@@ -130,7 +130,7 @@ def test_a_sheet_over_any_settings_has_its_axes_named(open_page: Open, session: 
     expect(page.get_by_label("Seed", exact=True)).to_have_value("4")
 
 
-def test_settings_that_few_change(open_page: Open, session: Session, tmp_path: Path) -> None:
+def test_settings_that_few_change(open_page: Open, studio: Studio, tmp_path: Path) -> None:
     Image.effect_noise((40, 20), 90).convert("RGB").save(tmp_path / "photo.png")
     page = open_page(WIDE)
     expect(page.locator("#tokens")).to_have_text("9 of 16 tokens")
@@ -146,6 +146,8 @@ def test_settings_that_few_change(open_page: Open, session: Session, tmp_path: P
     expect(page.locator("#start img")).to_be_visible(timeout=PATIENCE)
     page.get_by_label("number input for How much of it to change").fill("0.5")
     page.get_by_label("number input for How much of it to change").press("Tab")
+    page.get_by_label("number input for Styles in guidance's negative half").fill("0.5")
+    page.get_by_label("number input for Styles in guidance's negative half").press("Tab")
     page.get_by_label("Seed", exact=True).fill("-1")
     page.get_by_label("Seed", exact=True).press("Tab")
     page.get_by_label("number input for Steps").fill("4")
@@ -155,11 +157,18 @@ def test_settings_that_few_change(open_page: Open, session: Session, tmp_path: P
     size = "image => [image.naturalWidth, image.naturalHeight]"
     assert page.locator("#picture img").evaluate(size) == [24, 8]
     drawn = seed.inner_text()
+    history = studio.galleries.of(Visitor(""))
+    assert history.page(1, 1)[0].settings["negative_mix"] == 0.5
+    expect(page.locator("#changed")).to_have_text("")  # a random seed is none
+    page.get_by_label("Height").fill("16")
+    expect(page.locator("#changed")).to_have_text("Changed since drawn: height")
+    page.get_by_label("Height").fill("8")
     seed.click()
     expect(page.get_by_label("Seed", exact=True)).to_have_value(drawn)
     page.reload()  # the browser keeps them, too
     page.get_by_role("button", name="More settings").click()
     expect(page.get_by_label("Negative prompt")).to_have_value("a big dog")
+    expect(page.get_by_label("number input for Styles in guidance's negative half")).to_have_value("0.5")
     expect(page.locator("#start img")).to_be_visible(timeout=PATIENCE)
     page.locator("#start").get_by_label("Clear").or_(page.locator("#start").get_by_label("Remove Image")).first.click()
     expect(page.locator("#start img")).to_have_count(0)

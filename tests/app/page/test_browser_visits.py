@@ -40,6 +40,12 @@ def wait_for_picture(page: Any, count: int = 1) -> bytes:
     return pixels(page, "#picture img")
 
 
+def set_strength(page: Any, style: str, strength: str) -> None:
+    number = page.get_by_label(f"strength of {style}, as a number")
+    number.fill(strength)
+    number.press("Tab")
+
+
 def pixels(page: Any, selector: str) -> bytes:
     told = page.locator(selector).evaluate(
         """async (image) => {
@@ -120,8 +126,7 @@ def test_two_browsers_at_once(couple: tuple[Any, Any], url: str, session: Sessio
     with visitor(couple[0], url) as ada, visitor(couple[1], url) as bob:
         ada.get_by_role("checkbox", name="bluefire").uncheck()
         ada.get_by_role("checkbox", name="paintings").check()
-        bob.get_by_label("strength of bluefire, as a number").fill("0.5")
-        bob.get_by_label("strength of bluefire, as a number").press("Tab")
+        set_strength(bob, "bluefire", "0.5")
         for page in (ada, bob):
             page.get_by_role("button", name="Generate").click()
         hers, his = wait_for_picture(ada), wait_for_picture(bob)
@@ -225,14 +230,46 @@ def test_a_page_that_is_loaded_again_tells_of_a_drawing_that_was_lost(
         wait_for_picture(page)
 
 
+def test_what_the_page_shows_when_generate_is_pressed_is_drawn(open_page: Open, session: Session) -> None:
+    """However slow the connection is, and whatever is changed meanwhile."""
+    page, held = open_page(), []
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
+    page.route("**/run/predict", lambda route: held.append(route))
+    page.get_by_role("button", name="Generate").click()
+    set_strength(page, "bluefire", "0.5")
+    expect(page.get_by_label("strength of bluefire", exact=True)).to_have_value("0.5")
+    for request in held:
+        request.continue_()
+    page.unroute("**/run/predict")
+    assert wait_for_picture(page) == session.generate(SUGGESTION, {"bluefire": 1.0}, 7, 2).image.tobytes()
+    expect(page.locator("#changed")).to_have_text("Changed since drawn: styles")
+    expect(page.get_by_label("strength of bluefire", exact=True)).to_have_value("0.5")
+
+
+def test_a_change_while_a_picture_is_drawn_is_no_new_visit(open_page: Open, session: Session) -> None:
+    """What the browser keeps is filled in as the page loads, and never again."""
+    page, hold, asked = open_page(), Event(), []
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
+    session.queue.submit("another visitor", hold.wait)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.on("request", lambda request: asked.append(request.post_data) if "queue/join" in request.url else None)
+    kept = page.evaluate("localStorage['shira-settings']")
+    set_strength(page, "bluefire", "0.5")
+    page.wait_for_function("kept => localStorage['shira-settings'] !== kept", arg=kept)
+    hold.set()
+    wait_for_picture(page)
+    assert asked == []
+    expect(page.get_by_label("strength of bluefire", exact=True)).to_have_value("0.5")
+
+
 # -------------------------------------------------------------------- presets and sharing
 
 
 def set_mix(page: Any) -> None:
     page.get_by_label("Prompt", exact=True).fill("a big dog")
     page.get_by_role("checkbox", name="bluefire").uncheck()
-    page.get_by_label("strength of paintings, as a number").fill("0.6")
-    page.get_by_label("strength of paintings, as a number").press("Tab")
+    set_strength(page, "paintings", "0.6")
     page.get_by_label("Seed", exact=True).fill("21")
     page.get_by_label("Seed", exact=True).press("Tab")
 

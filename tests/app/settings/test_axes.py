@@ -26,6 +26,7 @@ def drawn(axis: Axis, what: str) -> list[Any]:
         ("method", "sum", "method", ["sum"]),
         ("size", "128x192, 64 x 64", "width", [128, 64]),
         ("change", "0.5\n0.75", "change", [0.5, 0.75]),
+        ("negative_mix", "1, 0.5", "negative_mix", [1, 0.5]),
         ("negative", '"dark, blurred", bright', "negative", ["dark, blurred", "bright"]),
         ("negative", "dark, blurred\nbright", "negative", ["dark, blurred", "bright"]),
         ("words", "red cat, big dog", "prompt", ["a red cat", "a big dog"]),
