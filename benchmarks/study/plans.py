@@ -10,6 +10,9 @@ from benchmarks.study.stats import best, load, table
 
 EVERYWHERE = {"mask": "steady", "budget": "global"}
 FOUR_WAYS = ("sum", "guidance_2", "half_from_plain", "half_from_plain_2")
+FOUR_STYLES = ("bluefire", "gold", "linework", "mosaic")
+LORA = lora("lora16-average", 16, 0, average=True)
+STEADY = shira("steady-global-average", 0, average=True, **EVERYWHERE)
 SCREEN = Exam(count=48, single=(0.8, 1.0, 1.2, 1.4, 1.7), mixed=(0.6, 0.8, 1.0, 1.2, 1.4, 1.7))
 
 
@@ -183,11 +186,7 @@ def fifth() -> list[Job]:
     """One seed on the shipped base: averaged values with higher rates, and the half without a prompt half plain."""
     exam = Exam(count=48, single=(1.0,), mixed=(0.8, 1.0, 1.2), methods=FOUR_WAYS)
     lasting = {"average": True, **EVERYWHERE}
-    tried = _rated(shira("steady-global-average", 0, **lasting), 1e-3)
-    tried += _rated(lora("lora16-average", 16, 0, average=True), 1e-3)
-    tried += _rated(shira("steady-global-average", 0, **lasting), 1.5e-3, 2e-3)
-    tried += _rated(lora("lora16-average", 16, 0, average=True), 2e-3)
-    tried += _rated(lora("lora16", 16, 0), 1e-3)
+    tried = _rated(STEADY, 1e-3, 1.5e-3, 2e-3) + _rated(LORA, 1e-3, 2e-3) + _rated(lora("lora16", 16, 0), 1e-3)
     tried += _rated(shira("steady-global-average-cap25", 0, cap=0.25, **lasting), 1e-3)
     tried += _rated(shira("steady-global-average-4%", 0, density=0.04, **lasting), 1e-3)
     tried += _rated(shira("steady-global-average-dropout", 0, dropout=0.5, **lasting), 1e-3)
@@ -199,17 +198,13 @@ def negatives() -> list[Job]:
     """One seed: the half without a prompt under a part of the mix, which costs two switches a step and no pass."""
     ways = ("negative_half", "negative_half_2", "negative_70")
     exam = Exam(count=48, single=(0.8, 1.0), mixed=(0.7, 0.8, 0.9, 1.0), methods=ways)
-    lasting = shira("steady-global-average", 0, average=True, **EVERYWHERE)
-    return _each([*_rated(lasting, 1e-3), *_rated(lora("lora16-average", 16, 0, average=True), 2e-3, 1e-3)], exam)
+    return _each([*_rated(STEADY, 1e-3), *_rated(LORA, 2e-3, 1e-3)], exam)
 
 
 def confirm() -> list[Job]:
     """Three seeds on test concepts: pairs, triples, and the subject with each style."""
     exam = Exam("test", 64, (1.0,), (0.7, 0.85, 1.0, 1.2), methods=FOUR_WAYS[:3], sizes=(2, 3), subject=True)
-    tried = _rated(shira("steady-global-average", 0, average=True, **EVERYWHERE), 1e-3)
-    tried += _rated(lora("lora16-average", 16, 0, average=True), 1e-3)
-    tried += _rated(lora("lora16", 16, 0), 1e-3)
-    return _each(tried, exam, (0, 1, 2))
+    return _each([*_rated(STEADY, 1e-3), *_rated(LORA, 2e-3)], exam, (0, 1, 2))
 
 
 def size() -> list[Job]:
@@ -219,15 +214,18 @@ def size() -> list[Job]:
         single=(1.0,),
         mixed=(0.7, 0.85, 1.0, 1.2),
         methods=FOUR_WAYS[:2],
-        styles=("bluefire", "gold", "linework", "mosaic"),
+        styles=FOUR_STYLES,
     )
-    lasting = shira("steady-global-average", 0, average=True, **EVERYWHERE)
-    tried = [*_rated(lora("lora16-average", 16, 0, average=True), 5e-4), *_rated(lasting, 5e-4)]
-    tried += [*_rated(lora("lora16-average", 16, 0, average=True), 1e-3), *_rated(lasting, 1e-3)]
-    tried += [*_rated(lora("lora16-average", 16, 0, average=True), 2.5e-4), *_rated(lasting, 2.5e-4)]
+    tried = _rated(LORA, 2e-3, 4e-3, 1e-3, 5e-4, 2.5e-4) + _rated(STEADY, 5e-4, 1e-3, 2.5e-4)
     tried += _rated(shira("grad", 0), 1e-3, 5e-4)
     tried += _rated(shira("steady-global-average-10%", 0, density=0.1, average=True, **EVERYWHERE), 3e-4)
     return _each(tried, exam)
+
+
+def large() -> list[Job]:
+    """Three seeds of four styles on test concepts, for the study base: pairs, triples, and equal single strengths."""
+    exam = Exam("test", 64, (0.85, 1.0, 1.2), (0.7, 0.85, 1.0, 1.2), (), FOUR_WAYS[:3], (2, 3), FOUR_STYLES)
+    return _each([*_rated(LORA, 1e-3, 2e-3), *_rated(STEADY, 5e-4)], exam, (0, 1, 2))
 
 
 FAMILIES = (
@@ -286,6 +284,7 @@ PLANS = {
     "negatives": negatives,
     "confirm": confirm,
     "size": size,
+    "large": large,
 }
 
 

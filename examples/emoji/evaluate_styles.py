@@ -49,11 +49,11 @@ def style_figures(pipe: Any, judge: Judge, renderer: Renderer, style: str, count
 
 @torch.no_grad()
 def style_sheet(pipe: Any, names: list[str], scale: float) -> tuple[Tensor, list[str]]:
-    """Rows of the base, each style, and all pairs at 0.7, at one seed a column."""
+    """Rows of the base, each style, and all pairs at 0.8, at one seed a column."""
     concepts = ["owl", "rocket", "red apple", "violin", "turtle", "castle", "robot", "sunflower"]
     prompts = prompts_for(concepts, None)
     mixes: list[dict[str, float]] = [{}, *({name: scale} for name in names)]
-    mixes += [{a: 0.7 * scale, b: 0.7 * scale} for i, a in enumerate(names) for b in names[i + 1 :]]
+    mixes += [{a: 0.8 * scale, b: 0.8 * scale} for i, a in enumerate(names) for b in names[i + 1 :]]
     pictures, labels = [], []
     for mix in mixes:
         with pipe.shira(list(mix), list(mix.values())):
