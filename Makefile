@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 PORT ?= 7860
 SERVE_PORT ?= 8000
 SHOTS ?= $(or $(TMPDIR),/tmp)/shira-screenshots
-# pip compiles what it has installed on one core, compileall on all
+# pip compiles what it has installed on one core, compileall on all, without a third that is hardly imported
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages hold templates of Python
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models|_inductor|rllib)/' $(VENV)/lib \
+	|| true # some packages hold templates of Python
 
 .DEFAULT_GOAL := help
 .PHONY: help app demo serve test nightly check site format lint types bench bench-size bench-toy screenshots soak clean

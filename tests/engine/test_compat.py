@@ -69,7 +69,8 @@ def assert_adapts_and_restores(
     **options: object,
 ) -> None:
     """Configure before, during and after adapters are active; every picture equals that of a dense twin."""
-    adapters = {name: tiny.adapter_for(make(), seed, **options) for seed, name in enumerate("ab")}
+    like = make()
+    adapters = {name: tiny.adapter_for(like, seed, **options) for seed, name in enumerate("ab")}
     mixes: list[dict[str, float]] = [{"a": 1.0}, {"b": 0.5}, {"a": 0.3, "b": 1.0}]
     base = dense_picture(configure, adapters, {}, make)
     pictures = [dense_picture(configure, adapters, mix, make) for mix in mixes]

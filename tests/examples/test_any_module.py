@@ -1,4 +1,4 @@
-"""The examples with a Llama and a ViT, tiny: adapters learn, switching restores bits, fusing equals the oracle."""
+"""The examples with a tiny ViT, nightly a Llama: adapters learn, switching restores bits, fusing equals the oracle."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,10 @@ from tests import reference
 TOY = Settings(base_steps=60, steps=60, shira_rate=1e-2, lora_rates=(1e-2,), batch=32, judged=500)
 
 
-@pytest.fixture(scope="module", params=[llama.llama, vit.vit], ids=["llama", "vit"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(llama.llama, marks=pytest.mark.nightly, id="llama"), pytest.param(vit.vit, id="vit")],
+)
 def result(request: pytest.FixtureRequest) -> Result:
     subject: Callable[[int], Subject] = request.param
     torch.manual_seed(0)

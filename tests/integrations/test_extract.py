@@ -71,11 +71,12 @@ def test_single_models(folders: Path) -> None:
         tiny.assert_same_adapter(
             extract_adapter(folders / "base", tuned, 0.1, ranking="layer").adapter.part("unet"), expected
         )
-    for base in (folders / "base" / "unet", folders / "base" / "unet" / "diffusion_pytorch_model.safetensors"):
-        for tuned in (*beside, folders / "tuned"):
-            found = extract_adapter(base, tuned, 0.1, ranking="layer")
-            tiny.assert_same_adapter(found.adapter, expected)
-            assert list(found.report.components) == [""]
+    folder = folders / "base" / "unet"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    for base, tuned in (*((folder, tuned) for tuned in beside), (file, beside[2]), (file, folders / "tuned")):
+        found = extract_adapter(base, tuned, 0.1, ranking="layer")
+        tiny.assert_same_adapter(found.adapter, expected)
+        assert list(found.report.components) == [""]
 
 
 def test_names_of_older_transformers(folders: Path, tmp_path: Path) -> None:

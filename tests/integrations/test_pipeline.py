@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import huggingface_hub
@@ -43,14 +43,20 @@ from shira_diffusers.integrations.pipelines import resident_of
 from tests import reference, tiny
 
 
-@pytest.fixture
-def file(pipe: StableDiffusionPipeline, tmp_path: Path) -> Path:
-    return save_adapter(tiny.adapter_for(pipe, 1), tmp_path / "bluefire.safetensors")
+@cache
+def adapters() -> dict[str, ShiraAdapter]:
+    like = tiny.pipeline()
+    return {"bluefire": tiny.adapter_for(like, 1), "paintings": tiny.adapter_for(like, 2, dtype=torch.float16)}
 
 
 @pytest.fixture
-def second(pipe: StableDiffusionPipeline, tmp_path: Path) -> Path:
-    return save_adapter(tiny.adapter_for(pipe, 2, dtype=torch.float16), tmp_path / "paintings.safetensors")
+def file(tmp_path: Path) -> Path:
+    return save_adapter(adapters()["bluefire"], tmp_path / "bluefire.safetensors")
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    return save_adapter(adapters()["paintings"], tmp_path / "paintings.safetensors")
 
 
 @pytest.fixture
@@ -72,9 +78,7 @@ def assert_unchanged(pipe: DiffusionPipeline, act: Callable[[], object], error: 
 
 
 def oracle(pipe: DiffusionPipeline, base: dict, scales: dict) -> bool:
-    adapters = {"bluefire": tiny.adapter_for(tiny.pipeline(), 1)}
-    adapters["paintings"] = tiny.adapter_for(tiny.pipeline(), 2, dtype=torch.float16)
-    expected = reference.apply(base, adapters, scales)
+    expected = reference.apply(base, adapters(), scales)
     return all(tiny.same_bits(now, expected[name]) for name, now in tiny.snapshot(pipe).items())
 
 

@@ -198,7 +198,7 @@ def test_eight_visitors_get_what_each_would_get_alone(url: str, session: Session
     clients = [connect(url) for _ in range(8)]
     jobs = [
         (k % len(orders), clients[k % 8].submit(SUGGESTION, *orders[k % len(orders)], 1, api_name="/generate"))
-        for k in range(100)
+        for k in range(40)
     ]
     with ThreadPoolExecutor(8) as pool:
         drawn = list(pool.map(lambda job: (job[0], Image.open(job[1].result(60)[0])), jobs))
