@@ -1,10 +1,11 @@
 """The site: links out of docs/ lead into the repository, plots follow the colours, drawings are the code's."""
 
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 from docs import masks
-from docs.hooks import on_page_markdown
+from docs.hooks import on_config, on_page_markdown
 
 CONFIG = SimpleNamespace(repo_url="https://example.org/us/it")
 ROOT = Path(__file__).parents[1]
@@ -19,6 +20,18 @@ def test_links_out_of_docs_lead_into_the_repository() -> None:
     assert built("[a](../assets/README.md#x)") == "[a](https://example.org/us/it/blob/main/assets/README.md#x)"
     assert built("[a](../examples/comfyui)") == "[a](https://example.org/us/it/tree/main/examples/comfyui)"
     assert built("[a](training.md#x) ![b](app.png)") == "[a](training.md#x) ![b](app.png)"
+
+
+def test_without_a_repository_their_text_stays() -> None:
+    page = on_page_markdown(
+        "a [b c](../LICENSE), [d](x.md) ![e](../assets/styles.png)", None, SimpleNamespace(repo_url=None), None
+    )
+    assert page == "a b c, [d](x.md) ![e](assets/styles.png)"
+
+
+def test_the_repository_is_the_packages() -> None:
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    assert on_config(SimpleNamespace()).repo_url == urls.get("Repository")
 
 
 def test_a_shared_picture_is_part_of_the_site() -> None:

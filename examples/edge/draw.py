@@ -4,7 +4,7 @@ shira export-onnx assets/emoji-diffusion exported --dtype fp16           # once,
 python -m examples.edge.draw exported "a picture of a red apple on a teal background" \\
     --adapter assets/adapters/bluefire.safetensors=0.8 -o apple.png
 
-On the device: pip install onnxruntime tokenizers safetensors numpy pillow, and pip install --no-deps shira-diffusers.
+On the device: pip install onnxruntime tokenizers safetensors numpy pillow, and pip install --no-deps . in a clone.
 Where torch is installed too, it is loaded by ``import shira_diffusers``, but takes no part.
 """
 
