@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from shira_diffusers import ShiraError
 from shira_diffusers.serving import app
 from shira_diffusers.serving.local import joined, start
 from shira_diffusers.serving.settings import Settings
-from tests.serving.service import BODY, drawn_alone, make_service, pixels
+from tests.serving.service import BODY, drawn_alone, free_port, make_service, pixels
 
 SOON = 120.0  # seconds; on a busy machine a replica takes a while to start
 
@@ -38,12 +37,6 @@ def service(settings: Settings) -> Iterator[httpx.Client]:
         start(settings, "127.0.0.1", port)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SOON) as client:
             yield client
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ask(service: httpx.Client, **changes: Any) -> httpx.Response:
