@@ -234,4 +234,14 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "size": tuple(t for model in MODELS for t in bytes_per_entry(model)),
     "training": tuple(t for model in MODELS for t in training(model)),
     "demo": tuple(demo()),
+    "serving_load": (
+        Target(
+            "Demo model, CPU: wrong pictures of `shira serve` under faults",
+            "at most",
+            0,
+            "",
+            Source("serving_load", "cpu", method="shira serve", faults="all").value("wrong"),
+            WHY["defect"],
+        ),
+    ),
 }

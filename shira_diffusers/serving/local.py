@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import socket
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _APP = "shira"
 _STARTS = 3  # Ray gives up after 30 seconds, which may be too few where much else runs
+_LOOK = 5.0  # seconds after which the service looks again whether Ray is there
 _OBJECTS = 256 * 2**20  # bytes of shared memory: pictures on their way
 _PRIVATE = {  # read by Ray when it is imported
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -48,7 +49,7 @@ def run(given: dict[str, Any], host: str, port: int, report: Callable[[str], Non
         report: called with a line when the service starts and when it is ready.
 
     Raises:
-        ShiraError: Ray Serve is not installed, wrong settings, or a service that cannot start.
+        ShiraError: Ray Serve is not installed, wrong settings, or a service that cannot start or has lost Ray.
     """
     if find_spec("ray") is None or find_spec("fastapi") is None:
         raise ShiraError("the service runs on Ray Serve, which is not installed: pip install 'shira-diffusers[serve]'")
@@ -72,8 +73,19 @@ def run(given: dict[str, Any], host: str, port: int, report: Callable[[str], Non
         _end_on_signals()  # in the place of Ray's own handlers, which abort
         start(settings, host, port)
         report(f"ready at http://{host}:{port}")
-        threading.Event().wait()
+        while _is_alive():
+            time.sleep(_LOOK)
+        raise ShiraError(
+            "Ray has ended, and the service with it; its logs in /tmp/ray say why. Start the service again"
+        )
     report("ended")
+
+
+def _is_alive() -> bool:
+    """Whether a node of the cluster is; without its head's store, Ray ends this process after a minute."""
+    import ray
+
+    return any(node["Alive"] for node in ray.nodes())
 
 
 def _require_free(host: str, port: int) -> None:
@@ -131,7 +143,8 @@ def joined(address: str | None = None, cpus: float = 1) -> Iterator[None]:
     try:
         yield
     finally:
-        serve.delete(_APP)  # Serve itself stays where others may use it, and ends with a cluster of our own
+        if _is_alive():
+            serve.delete(_APP)  # Serve itself stays where others may use it, and ends with a cluster of our own
         ray.shutdown()
 
 

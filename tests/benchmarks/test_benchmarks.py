@@ -4,21 +4,25 @@ import importlib
 import json
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from benchmarks.measure import Run, options, python_calls, timed
+from shira_diffusers.serving.requests import ImageRequest
+from tests import tiny
 
 SCRIPTS = sorted(
     path.stem for path in Path("benchmarks/scripts").glob("*.py") if path.stem not in ("__init__", "compiled")
 )
 TOYS = (
     "overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "per_picture", "size",
-    "library_scale", "fleet", "training", "train_step_flow",
+    "library_scale", "fleet", "serving_load", "training", "train_step_flow",
 )  # fmt: skip
 
 
@@ -112,6 +116,24 @@ def test_what_runs_around_a_call_is_not_timed() -> None:
     )
     assert order == ["before", "call", "after"] * 3
     assert figures["n"] == 2 and figures["median_ms"] < 20
+
+
+def test_a_picture_of_other_bytes_than_alone_is_counted_as_wrong() -> None:
+    from benchmarks.scripts.serving_load import Alone, summary
+    from benchmarks.serving.clients import Answer
+
+    alone = Alone(tiny.pipeline(), lambda _: nullcontext())
+    one = ImageRequest(prompt=tiny.PROMPT, steps=2, width=tiny.SIZE, height=tiny.SIZE)
+    answers = [Answer(one, "left", 0.1)]
+    for batch in (1, 2):
+        image = Image.frombytes("RGB", (tiny.SIZE, tiny.SIZE), alone.pixels(one, batch))
+        for shown in (image, ImageOps.mirror(image)):
+            png = BytesIO()
+            shown.save(png, "PNG")
+            answers.append(Answer(one, "200", 1.0, png.getvalue(), batch))
+    found = summary(answers, 2.0, alone)
+    assert (found["pictures"], found["wrong"], found["pictures_per_s"]) == (4, 2, 2.0)
+    assert found["outcomes"] == {"left": 1, "200": 4} and found["batches"] == {"1": 2, "2": 2}
 
 
 @pytest.mark.nightly

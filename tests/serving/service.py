@@ -1,6 +1,7 @@
 """A service of a tiny pipeline: its folder, and what its pictures must be."""
 
 import io
+import socket
 from pathlib import Path
 
 import torch
@@ -41,3 +42,9 @@ def drawn_alone(settings: Settings, name: str, strength: float, n: int = 1, step
 def pixels(*pngs: bytes) -> bytes:
     """Of all pictures, one after the other."""
     return b"".join(Image.open(io.BytesIO(png)).tobytes() for png in pngs)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from shira_diffusers import ShiraError
 from shira_diffusers.serving import app
 from shira_diffusers.serving.local import joined, start
 from shira_diffusers.serving.settings import Settings
-from tests.serving.service import BODY, drawn_alone, make_service, pixels
+from tests.serving.service import BODY, drawn_alone, free_port, make_service, pixels
 
 SOON = 120.0  # seconds; on a busy machine a replica takes a while to start
 
@@ -38,12 +37,6 @@ def service(settings: Settings) -> Iterator[httpx.Client]:
         start(settings, "127.0.0.1", port)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SOON) as client:
             yield client
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ask(service: httpx.Client, **changes: Any) -> httpx.Response:
@@ -90,22 +83,6 @@ def test_a_client_that_leaves_cancels_its_job(service: httpx.Client) -> None:
     assert sum(figures(service, "cancelled_total").values()) == 1
 
 
-def test_a_picture_survives_its_replica(service: httpx.Client, settings: Settings) -> None:
-    import ray
-
-    body = {**BODY, "steps": 200, "mix": {"blue": 0.5}, "response_format": "stream"}
-    with service.stream("POST", "/v1/images", json=body) as answer:
-        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
-        assert [json.loads(next(lines)) for _ in range(2)] == [{"step": 0, "of": 200}, {"step": 1, "of": 200}]
-        (busy,) = [name for name, running in figures(service, "running").items() if running]
-        ray.kill(ray.get_actor(f"SERVE_REPLICA::shira#Replica#{busy}", namespace="serve"))
-        events = [json.loads(line) for line in lines]
-    steps = [event["step"] for event in events[:-1]]
-    assert steps[-201:] == list(range(201))  # it was drawn anew: the first two steps had been read
-    (drawn,) = events[-1]["images"]
-    assert pixels(base64.b64decode(drawn["b64_json"])) == drawn_alone(settings, "blue", 0.5, steps=200)
-
-
 def test_a_rolling_restart_keeps_answering(service: httpx.Client, settings: Settings) -> None:
     wait_for(lambda: len(figures(service, "running")) == 2)
     before, answers = set(figures(service, "running")), list[int]()
@@ -119,6 +96,23 @@ def test_a_rolling_restart_keeps_answering(service: httpx.Client, settings: Sett
     assert set(answers) == {200} and len(answers) > 5
     wait_for(lambda: len(set(figures(service, "running")) - before) == 2)
     assert ask(service).status_code == 200
+
+
+def test_a_picture_survives_its_replica(service: httpx.Client, settings: Settings) -> None:
+    """After the restart, so that nothing waits for another replica to start."""
+    import ray
+
+    body = {**BODY, "steps": 200, "mix": {"blue": 0.5}, "response_format": "stream"}
+    with service.stream("POST", "/v1/images", json=body) as answer:
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
+        assert [json.loads(next(lines)) for _ in range(2)] == [{"step": 0, "of": 200}, {"step": 1, "of": 200}]
+        (busy,) = [name for name, running in figures(service, "running").items() if running]
+        ray.kill(ray.get_actor(f"SERVE_REPLICA::shira#Replica#{busy}", namespace="serve"))
+        events = [json.loads(line) for line in lines]
+    steps = [event["step"] for event in events[:-1]]
+    assert steps[-201:] == list(range(201))  # it was drawn anew: the first two steps had been read
+    (drawn,) = events[-1]["images"]
+    assert pixels(base64.b64decode(drawn["b64_json"])) == drawn_alone(settings, "blue", 0.5, steps=200)
 
 
 def test_the_documented_config_file_is_valid_and_all_settings_are_documented() -> None:

@@ -1,0 +1,1 @@
+"""What `serving_load` compares `shira serve` with, and the clients that ask all of them."""

@@ -1,0 +1,76 @@
+"""A LoRA server as one writes it first: FastAPI, one pipeline, a lock, and for each request: load, set, draw, unload.
+
+uvicorn --factory benchmarks.serving.lora_server:build, with the folders of model and LoRAs in MODEL and LORAS
+"""
+
+import io
+import os
+import threading
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from fastapi import FastAPI, Response
+from pydantic import BaseModel
+
+LORAS = os.environ.get("LORAS", "")
+
+
+class Body(BaseModel):
+    """What `shira serve` takes too."""
+
+    prompt: str
+    mix: dict[str, float]
+    seed: int
+    steps: int
+    guidance: float
+    size: str
+
+
+def open_model() -> Any:
+    pipe = StableDiffusionPipeline.from_pretrained(os.environ["MODEL"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, body: Body) -> Any:
+    width, height = map(int, body.size.split("x"))
+    return pipe(
+        body.prompt,
+        num_inference_steps=body.steps,
+        guidance_scale=body.guidance,
+        generator=torch.Generator().manual_seed(body.seed),
+        width=width,
+        height=height,
+    ).images[0]
+
+
+def load(pipe: Any, names: list[str]) -> None:
+    for name in names:
+        pipe.load_lora_weights(LORAS, weight_name=f"{name}.safetensors", adapter_name=name)
+
+
+def answer(image: Any) -> Response:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Response(buffer.getvalue(), media_type="image/png")
+
+
+def build() -> FastAPI:
+    app, pipe, lock = FastAPI(), open_model(), threading.Lock()
+
+    @app.get("/readyz")
+    def ready() -> None:
+        return None
+
+    @app.post("/v1/images")
+    def images(body: Body) -> Response:  # in a thread of Starlette's
+        with lock:
+            try:
+                load(pipe, list(body.mix))
+                pipe.set_adapters(list(body.mix), list(body.mix.values()))
+                return answer(draw(pipe, body))
+            finally:
+                pipe.unload_lora_weights()
+
+    return app
