@@ -1,6 +1,10 @@
-"""Prompts that the app suggests."""
+"""Prompts and a mix that the app suggests."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from app.settings.strengths import Mix
+from shira_diffusers.cli.demo import MIX
 
 FALLBACK_SUGGESTIONS = (
     "a picture of a red apple on a teal background",
@@ -10,6 +14,11 @@ FALLBACK_SUGGESTIONS = (
     "a picture of a rocket on a black background",
     "a picture of a castle on a pink background",
 )
+
+
+def first_mix(names: Sequence[str]) -> Mix:
+    """What the page opens with: the bundled pair where it is there, or else the first style."""
+    return MIX if MIX.keys() <= set(names) else dict.fromkeys(names[:1], 1.0)
 
 
 def read_suggestions(*folders: Path) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ def build(studio: Studio) -> gr.Blocks:
         for results in (compare.results, series.results):
             series.vary_on(results.view.more, results.names)
         series.vary_on(kept.more.click, kept.chosen)
+        series.vary_on(mix.more_like.click, mix.shown)
         add_api(studio)
         add_pictures_api(studio)
         add_sheets_api(studio)

@@ -60,6 +60,13 @@ def assert_different(pictures: list[Image.Image]) -> None:
         assert ImageChops.difference(one, other).getbbox() is not None
 
 
+def test_the_mix_of_the_bundled_styles_is_the_pair_that_shows_both() -> None:
+    assert demo._columns(["blorp", "bluefire", "gold", "paintings"])[-1] == (
+        "gold + paintings 0.7",
+        {"gold": 1.0, "paintings": 0.7},
+    )
+
+
 # -------------------------------------------------------------------- the command
 
 

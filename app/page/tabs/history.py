@@ -40,7 +40,7 @@ class HistoryTab:
             with gr.Column(scale=6, min_width=320):
                 with gr.Row(elem_id="find"):
                     self.words = gr.Textbox("", label="Search prompts, styles and seeds", min_width=160, scale=3)
-                    self.favourites = gr.Checkbox(False, label="Favourites", min_width=120)
+                    self.favourites = gr.Checkbox(False, label="Favourites", min_width=140)
                 self.gallery = gallery("kept", columns=6)
                 with gr.Row(elem_id="pages"):
                     self.newer = gr.Button("← Newer", min_width=90)
@@ -53,11 +53,11 @@ class HistoryTab:
                 self.picture = picture("kept-picture", "Chosen picture", type="filepath")
                 self.description = gr.HTML(theme.remark("Choose a picture to see how it was made."), elem_id="told")
                 with gr.Row():
-                    self.send = gr.Button("Send to Mix", variant="primary", size="md", min_width=110, interactive=False)
-                    self.more = gr.Button("More like this", size="md", min_width=110, interactive=False)
-                    self.star = gr.Button(STAR, size="md", min_width=110, interactive=False)
+                    self.send = gr.Button("Send to Mix", variant="primary", size="md", min_width=170, interactive=False)
+                    self.more = gr.Button("More like this", size="md", min_width=170, interactive=False)
+                    self.star = gr.Button(STAR, size="md", min_width=170, interactive=False)
                     self.delete = gr.Button(
-                        "Delete", variant="stop", size="md", min_width=90, interactive=False, elem_classes="asks"
+                        "Delete", variant="stop", size="md", min_width=170, interactive=False, elem_classes="asks"
                     )
         self._connect()
 

@@ -12,6 +12,7 @@ from app.drawing import random_settings
 from app.drawing.preview_budget import PreviewBudget
 from app.drawing.requests import Stopped
 from app.drawing.restore import Restored, restore
+from app.drawing.suggestions import first_mix
 from app.history.history import Kept
 from app.history.png_metadata import read_settings
 from app.page import theme
@@ -77,9 +78,7 @@ class MixTab:
                 self.presets.lay_out()
                 with gr.Accordion("More settings", open=False, elem_id="more"):
                     more = self._lay_out_more()
-                self.style_picker = make_style_picker(
-                    self._cards(), {name: 1.0 for name in self._session.names_first[:1]}
-                )
+                self.style_picker = make_style_picker(self._cards(), first_mix(self._session.names_first))
                 self.refused = gr.HTML(**self._refused(), elem_id="refused", padding=False)
                 self.presets.lay_out_sharing()
             with gr.Column(scale=6, min_width=320, elem_id="results"):
@@ -94,7 +93,8 @@ class MixTab:
         }
         self.inputs = list(self.fields.values())
         self._memory = BrowserMemory(self.fields)
-        self._stage = [self.picture, self.facts, self._memory.shown]
+        self.shown = self._memory.shown
+        self._stage = [self.picture, self.facts, self.shown]
         self.targets = [self._tabs, *self.inputs, *self._stage]
         self._connect()
         self._connect_preview()
@@ -102,6 +102,7 @@ class MixTab:
         self.presets.connect(self.inputs, self.settings, self.targets, self.fill, self._load)
         self._memory.connect(self.undo)
         self._memory.compare(self.changed, self.use)
+        self.prompt.change(self._counted, self.prompt, self.tokens, **QUIET)  # kept first, however slow the server is
         outputs = [self.style_picker, self.gallery, *self._stage]
         reopened = self._memory.reopen(self._load, self._reopen, outputs)
         self._buttons.idle_after(reopened)  # what is drawn before that would be covered by what was kept
@@ -112,8 +113,7 @@ class MixTab:
             self.prompt = gr.Textbox(
                 suggestions[0], label="Prompt", lines=2, max_lines=5, elem_id="prompt", submit_btn=False, autofocus=True
             )
-            tokens = gr.HTML(theme.tokens(*self._session.tokens(suggestions[0])), elem_id="tokens", padding=False)
-            self.prompt.change(lambda prompt: theme.tokens(*self._session.tokens(prompt)), self.prompt, tokens, **QUIET)
+            self.tokens = gr.HTML(self._counted(suggestions[0]), elem_id="tokens", padding=False)
         chips = gr.Dataset(
             components=[gr.Textbox(visible=False)],
             samples=[[text] for text in suggestions],
@@ -159,6 +159,7 @@ class MixTab:
                     "Use these settings", size="sm", visible=False, min_width=130, scale=0, elem_id="use"
                 )
                 gr.Button("Hold to compare", size="sm", min_width=120, scale=0, elem_id="hold")
+                self.more_like = gr.Button("More like this", size="sm", min_width=110, scale=0)
         self.facts = gr.HTML(theme.facts(None), elem_id="facts", padding=False, js_on_load=REUSE_SEED)
         self.facts.reuse(_seed_of, None, self.seed, **QUIET)
         self.lora = gr.HTML(self._lora(), elem_id="lora", padding=False)
@@ -245,7 +246,7 @@ class MixTab:
         for ended in (restored.then, restored.failure):  # the box takes the next one
             ended(None, None, self.dropped, js="() => null", **QUIET)
         self.gallery.select(self._choose, None, self._stage, **TELLING)
-        self.use.click(self._use, self._memory.shown, self.targets, **TELLING)
+        self.use.click(self._use, self.shown, self.targets, **TELLING)
         self.style_picker.words(self._add_words, self.prompt, self.prompt, **QUIET)
 
     async def _generate(
@@ -343,6 +344,9 @@ class MixTab:
         cards = self._cards()
         header = theme.header(self._session.model, len(cards))
         return now, header, gr.HTML(cards=cards), gr.HTML(**self._refused()), self._lora()
+
+    def _counted(self, prompt: str) -> str:
+        return theme.tokens(*self._session.tokens(prompt))
 
     def _refused(self) -> dict[str, Any]:
         refused = self._session.library.refused

@@ -35,7 +35,7 @@ class PresetsFold:
         """Add the choice of a preset, and saving one, to the Blocks that is being built."""
         with gr.Row(elem_id="presets"):
             self.chosen = gr.Dropdown(self._names(), value=None, label="Preset", min_width=140, scale=3)
-            self.name = gr.Textbox(label="Save these settings as", max_length=60, min_width=140, scale=3)
+            self.name = gr.Textbox(label="Save settings as", max_length=60, min_width=140, scale=3)
             self.save = gr.Button(SAVE, min_width=60, size="md", scale=0)
 
     def lay_out_sharing(self) -> None:

@@ -50,8 +50,13 @@ class SeriesTab:
         asked = {self.prompts, self.count, self.seeds, self.seed, *self._mix.inputs}
         self._draw_after(self._buttons.begin_on([self.start.click], asked, theme.scroll_to("#pictures")), self._draw)
 
-    def vary_on(self, chosen: Callable[..., Any], names: gr.State) -> None:
-        """Draw more pictures like one of those in ``names``, or like its only one, when it is chosen, here."""
+    def vary_on(self, chosen: Callable[..., Any], names: Any) -> None:
+        """Draw more pictures like one of those in ``names``, or like its only one, when it is chosen, here.
+
+        Args:
+            chosen: the event.
+            names: holds a list of names in History, or one; or a picture as Mix shows it.
+        """
         opened = chosen(self._open, names, [self._tabs, *self._buttons.begun], **TELLING)
         self._draw_after(opened, self._draw_like)
 
@@ -88,8 +93,10 @@ class SeriesTab:
         mixed = {**values, self._mix.prompt: prompts[0], self._mix.seed: values[self.seed]}
         return prompt_series(self._mix.settings(mixed), prompts, values[self.count], values[self.seeds])
 
-    def _open(self, names: list[str] | str, event: gr.EventData, request: gr.Request) -> list[Any]:
-        name = names if isinstance(names, str) else picked(names, event)
+    def _open(self, names: Any, event: gr.EventData, request: gr.Request) -> list[Any]:
+        if isinstance(names, dict):
+            names = names.get("name")
+        name = picked(names, event) if isinstance(names, list) else names
         return [gr.Tabs(selected="series"), *self._buttons.begin(name, request)]
 
     def _variations(self, name: Any, request: gr.Request) -> Sheet:

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load, save
 
 from app.drawing.session import Session
-from app.drawing.suggestions import FALLBACK_SUGGESTIONS, read_suggestions
+from app.drawing.suggestions import FALLBACK_SUGGESTIONS, first_mix, read_suggestions
 from app.library import library as library_module
 from app.library.cards import one_sentence, sha256_of
 from app.library.library import Library
@@ -515,3 +515,8 @@ def test_suggestions_are_read_from_the_first_folder_that_has_some(folders: Folde
     (tmp_path / "suggestions.txt").write_text("\n")
     assert read_suggestions(tmp_path, folders.base) == SUGGESTIONS
     assert read_suggestions(tmp_path) == FALLBACK_SUGGESTIONS
+
+
+def test_the_page_opens_with_the_bundled_pair_that_shows_both_or_else_the_first_style() -> None:
+    assert first_mix(["bluefire", "gold", "paintings", "blorp"]) == {"gold": 1.0, "paintings": 0.7}
+    assert first_mix(["bluefire", "gold"]) == {"bluefire": 1.0} and first_mix([]) == {}

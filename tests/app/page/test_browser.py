@@ -69,8 +69,9 @@ def test_a_reload_loses_nothing_and_changes_are_undone(
     page.get_by_label("strength of paintings, as a number").fill("0.6")
     seed.fill("23")
     generate(page)
+    kept = page.evaluate("localStorage['shira-settings']")
     prompt.fill("")  # cannot be drawn, and is kept as well
-    page.wait_for_timeout(1500)
+    page.wait_for_function("kept => localStorage['shira-settings'] !== kept", arg=kept)
     page.get_by_role("button", name="Surprise me").click()
     expect(page.locator("#gallery .grid-container button")).to_have_count(2, timeout=PATIENCE)
     undo.click()
@@ -216,5 +217,6 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page: Open) -> None:
     assert box["x"] + box["width"] <= PHONE[0]  # a row of five
 
     page.get_by_role("tab", name="History").click()
+    expect(page.get_by_text("Favourites", exact=True)).to_be_in_viewport(ratio=1)
     page.locator("#kept .grid-container button").first.click()
     expect(page.locator("#kept-picture img")).to_be_in_viewport(ratio=0.9)  # below the gallery

@@ -106,6 +106,10 @@ def test_pictures_open_large_and_make_more_like_them(open_page: Open) -> None:
     large.get_by_role("button", name="Send to Mix").click()
     page.get_by_role("button", name="More settings").click()
     expect(page.locator("#start img")).to_be_visible()
+    seeds = page.locator("#pictures .sheet-caption").all_inner_texts()
+    page.locator("#stage").get_by_role("button", name="More like this").click()  # the picture that Mix shows
+    expect(page.locator("#pictures .sheet-caption")).not_to_have_text(seeds, timeout=PATIENCE)
+    expect(page.locator("#pictures td img")).to_have_count(4, timeout=PATIENCE)
 
 
 def test_a_sheet_over_any_settings_has_its_axes_named(open_page: Open, session: Session) -> None:

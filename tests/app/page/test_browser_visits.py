@@ -285,13 +285,13 @@ def expect_mix(page: Any) -> None:
 def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: str, studio: Studio) -> None:
     page = open_page()
     set_mix(page)
-    page.get_by_label("Save these settings as").fill("night dog")
+    page.get_by_label("Save settings as").fill("night dog")
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.get_by_label("Preset", exact=True)).to_have_value("night dog")
     expect(page.get_by_text("Saved as “night dog”.")).to_be_visible()
     page.get_by_label("Seed", exact=True).fill("98")
     for button, seed in (("Save", 21), ("Replace “night dog”", 98)):  # overwritten only when asked again
-        page.get_by_label("Save these settings as").fill(" night  dog")
+        page.get_by_label("Save settings as").fill(" night  dog")
         assert studio.presets.get("night dog")["seed"] == 21
         page.get_by_role("button", name=button, exact=True).click()
         expect(page.get_by_role("button", name="Replace “night dog”")).to_have_count(int(seed == 21))
