@@ -63,10 +63,9 @@ def parser(version: str) -> argparse.ArgumentParser:
     """What parses the command line; ``command`` in its result is the subcommand's name."""
     whole = argparse.ArgumentParser(prog="shira", description="Sparse high rank adapters (SHiRA) for diffusers.")
     whole.add_argument("--version", action="version", version=f"shira_diffusers {version}")
-    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
 
     inspect = commands.add_parser("inspect", help="show what a file holds", description="Show what a file holds.")
-    inspect.set_defaults(command="inspect")
     inspect.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that holds one")
     _add_json(inspect)
     inspect.add_argument("--all", action="store_true", help="list all parameters; on a terminal only the first 20 are")
@@ -76,13 +75,11 @@ def parser(version: str) -> argparse.ArgumentParser:
         help="check that an adapter fits a base",
         description="Check names, shapes and base, apply the adapter, remove it and compare every bit.",
     )
-    verify.set_defaults(command="verify")
     verify.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that holds one")
     verify.add_argument("--base", required=True, help="a diffusers pipeline: a folder, or a Hub id")
     _add_json(verify)
 
     fuse = commands.add_parser("fuse", help="fuse adapters into one file", description="Fuse adapters into one file.")
-    fuse.set_defaults(command="fuse")
     fuse.add_argument("files", metavar="FILE", type=Path, nargs="+", help="adapter files, or folders that hold one")
     fuse.add_argument("-o", "--output", type=Path, required=True, help="a .safetensors file, or a folder for it")
     fuse.add_argument(
@@ -97,7 +94,6 @@ def parser(version: str) -> argparse.ArgumentParser:
         description="Convert a LoRA (diffusers, kohya, PEFT): keep the top entries of its update of the weights, and "
         "report how much of the update's energy (squared norm) they hold.",
     )
-    convert.set_defaults(command="convert")
     convert.add_argument("file", metavar="FILE", type=Path, help="a LoRA file, or the folder that it was saved to")
     convert.add_argument("--base", required=True, help="the diffusers pipeline that it is for: a folder, or a Hub id")
     convert.add_argument("-o", "--output", type=Path, help="a .safetensors file, or a folder (NAME-shira.safetensors)")
@@ -116,7 +112,6 @@ def parser(version: str) -> argparse.ArgumentParser:
         description="Keep the top entries of what a fine-tuned model changes, reading both models weight by weight, "
         "and report how much of the difference's energy (squared norm) they hold.",
     )
-    extract.set_defaults(command="extract")
     extract.add_argument("base", metavar="BASE", type=Path, help="a folder of diffusers, or a .safetensors file")
     extract.add_argument("tuned", metavar="TUNED", type=Path, help="the same model after training; folder or file")
     extract.add_argument("-o", "--output", type=Path, help="a .safetensors file, or a folder (NAME-shira.safetensors)")
@@ -127,7 +122,6 @@ def parser(version: str) -> argparse.ArgumentParser:
         help="draw styles side by side and time the switches",
         description="Draw a sheet, base | each style | the mix, and report how long switching took.",
     )
-    demo.set_defaults(command="demo")
     demo.add_argument("--base", help="a diffusers pipeline (the bundled emoji-diffusion)")
     demo.add_argument("--adapters", type=Path, metavar="FOLDER", help="a folder of adapters (the bundled styles)")
     demo.add_argument("-o", "--output", type=Path, default=Path("shira-demo.png"), help="the sheet (%(default)s)")
@@ -143,7 +137,6 @@ def parser(version: str) -> argparse.ArgumentParser:
         help="export a pipeline for devices without torch",
         description="Write UNet, text encoder and VAE decoder for ONNX Runtime, where OnnxResident switches adapters.",
     )
-    export.set_defaults(command="export-onnx")
     export.add_argument("base", metavar="BASE", help="a Stable Diffusion 1.x or 2.x pipeline: a folder, or a Hub id")
     export.add_argument("output", metavar="OUT", type=Path, help="the folder to write, a new one")
     export.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="of the weights (%(default)s)")
@@ -163,7 +156,6 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="serve pictures over HTTP",
         description="Serve pictures of one model with any mix of many adapters, for many clients, by Ray Serve.",
     )
-    serve.set_defaults(command="serve")
     serve.add_argument("model", metavar="MODEL", nargs="?", help="a diffusers pipeline (the bundled emoji-diffusion)")
     serve.add_argument("--adapters", metavar="FOLDER", help="or s3://..., hf://... (the bundled styles, read-only)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")

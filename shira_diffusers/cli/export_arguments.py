@@ -35,7 +35,6 @@ def _add_bake(commands: Any) -> None:
         help="write a plain checkpoint with adapters in its weights",
         description="Copy a checkpoint with a mix of adapters in its weights, for programs that know no adapters.",
     )
-    command.set_defaults(command="bake")
     command.add_argument("base", metavar="BASE", type=Path, help="a diffusers folder, or a .safetensors checkpoint")
     command.add_argument(
         "adapters",
@@ -62,7 +61,6 @@ def _add_export_peft(commands: Any) -> None:
         help="write an adapter as PEFT's SHiRA tuner reads it",
         description="Write a folder for PeftModel.from_pretrained; of an adapter for several models one for each.",
     )
-    command.set_defaults(command="export-peft")
     command.add_argument("file", metavar="FILE", type=Path, help="an adapter file, or a folder that holds one")
     command.add_argument("-o", "--output", type=Path, required=True, help="a folder that does not exist yet")
     command.add_argument("--partial", action="store_true", help="leave out, by name, what PEFT cannot hold")
@@ -78,7 +76,6 @@ def _add_diff(commands: Any) -> None:
         help="show how two adapters differ",
         description="Show how two adapters differ: components, weights, shared entries, values and metadata.",
     )
-    command.set_defaults(command="diff")
     for name in ("a", "b"):
         command.add_argument(name, metavar=name.upper(), type=Path, help="an adapter file, or a folder that holds one")
     command.add_argument("--json", action="store_true", help="as JSON, for programs")
