@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from shira_diffusers.dreambooth import sampling
 from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class and validation pictures with fewer steps than users get."""
+    monkeypatch.setattr(sampling, "_STEPS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -24,5 +31,5 @@ def run_settings(base: Path, tmp_path: Path) -> dict[str, object]:
     return {
         "pretrained_model_name_or_path": str(base), "instance_data_dir": str(tmp_path / "pictures"),
         "instance_prompt": "a sks cat", "output_dir": str(tmp_path / "out"), "resolution": 16, "train_batch_size": 2,
-        "learning_rate": 1e-2, "seed": 7, "report_to": "none",
+        "learning_rate": 1e-2, "seed": 7, "report_to": "none", "calibration_steps": 1,
     }  # fmt: skip

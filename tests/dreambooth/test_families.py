@@ -38,7 +38,7 @@ def settings(bases: Path, base: str, **others: object) -> TrainingConfig:
     given = {
         "pretrained_model_name_or_path": str(bases / base), "instance_data_dir": str(bases / "pictures"),
         "instance_prompt": "a sks cat", "resolution": 16, "train_batch_size": 2, "max_train_steps": 2,
-        "learning_rate": 1e-2, "seed": 7, "report_to": "none",
+        "learning_rate": 1e-2, "seed": 7, "report_to": "none", "calibration_steps": 1,
     }  # fmt: skip
     return TrainingConfig(**(given | others))
 

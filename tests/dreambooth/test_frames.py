@@ -105,7 +105,7 @@ def settings(base: Path, tmp_path: Path) -> dict[str, object]:
         "pretrained_model_name_or_path": str(base), "instance_data_dir": str(tmp_path / "pictures"),
         "instance_prompt": "a sks cat", "output_dir": str(tmp_path / "out"), "resolution": 16, "enable_bucket": True,
         "min_bucket_reso": 8, "max_bucket_reso": 32, "bucket_reso_steps": 4, "train_batch_size": 2, "seed": 7,
-        "learning_rate": 1e-2, "report_to": "none", "random_flip": True,
+        "learning_rate": 1e-2, "report_to": "none", "random_flip": True, "calibration_steps": 1,
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def settings(base: Path, tmp_path: Path) -> dict[str, object]:
         "pretrained_model_name_or_path": str(base), "instance_data_dir": str(tmp_path / "pictures"),
         "instance_prompt": "a sks cat", "output_dir": str(tmp_path / "sks-cat"), "resolution": 16,
         "max_train_steps": 1, "checkpointing_steps": 1, "report_to": "none", "validation_prompt": "a `red` sks cat",
-        "num_validation_images": 2, "density": 0.05,
+        "num_validation_images": 2, "density": 0.05, "calibration_steps": 1,
     }  # fmt: skip
 
 

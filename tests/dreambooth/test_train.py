@@ -57,6 +57,7 @@ def settings(base: Path, pictures: Path, tmp_path: Path) -> dict[str, object]:
         "learning_rate": 1e-2,
         "seed": 7,
         "report_to": "none",
+        "calibration_steps": 1,
     }
 
 
