@@ -21,6 +21,7 @@ from app.server.access import protection
 from app.studio import Studio
 from app.training import trainings
 from shira_diffusers import save_adapter
+from shira_diffusers.cli import convert
 from tests import tiny
 from tests.warm import python
 
@@ -45,7 +46,8 @@ def one_core() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_core() -> Iterator[None]:
-    with one_core():
+    with one_core(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "_STEPS", 2)  # of each picture that a conversion looks at
         yield
 
 
@@ -116,15 +118,6 @@ def session(studio: Studio) -> Session:
 def url(studio: Studio, one_url: str) -> str:
     """The address of the served app."""
     return one_url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window."""
-    from tests.app.browsing import chromium  # Playwright may be missing
-
-    with chromium() as browser:
-        yield browser
 
 
 @contextmanager

@@ -16,6 +16,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.flaky(reruns=2))
 
 
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, one for all files: it has the page's scripts from the first on."""
+    from tests.app.browsing import chromium  # Playwright may be missing
+
+    with chromium() as browser:
+        yield browser
+
+
 @pytest.fixture
 def open_page(browser: Any, url: str) -> Iterator[Any]:
     """Opens a tab of the app: see ``browsing.pages``."""
