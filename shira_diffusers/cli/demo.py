@@ -58,8 +58,8 @@ def find_assets(base: str | None, adapters: Path | None) -> tuple[str, Path]:
     if missing:
         raise ShiraError(
             f"no folder {' and no folder '.join(str(path) for _, path in missing)}: the demo's files come with the "
-            "source code, not with an installed package; work in a checkout, or name your own with "
-            f"{' and '.join(flag for flag, _ in missing)}"
+            "source code, not with an installed package; install it with pip install -e . in a clone, or name your own "
+            f"with {' and '.join(flag for flag, _ in missing)}"
         )
     return base or str(BASE), adapters or ADAPTERS
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from base64 import b64decode
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.warm import python
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 FUSION = ROOT / "examples" / "fusion.ipynb"
+TRAINING = ROOT / "examples" / "training.ipynb"
 ASSETS = ROOT / "assets"
 STEPS = 2
 PROBE = """
@@ -46,7 +48,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Run all cells in a kernel of its own; CellExecutionError names the cell that failed."""
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     assert "STEPS = 20" in parameters.source
-    parameters.source = f"STEPS = {STEPS}"
+    parameters.source = re.sub(r"= \d+", f"= {STEPS}", parameters.source)
     resources = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(notebook, kernel_manager_class=WarmKernel, timeout=300, resources=resources).execute()
 
@@ -57,7 +59,9 @@ def pictures_of(cell: nbformat.NotebookNode) -> list[Image.Image]:
 
 
 @pytest.mark.parametrize(
-    ("path", "shapes"), [(NOTEBOOK, [1, 5, 3, 5, 3]), (FUSION, [3, 5])], ids=lambda it: str(it)[-15:]
+    ("path", "shapes"),
+    [(NOTEBOOK, [1, 5, 3, 5, 3]), (FUSION, [3, 5]), (TRAINING, [8, 2, 5, 3])],
+    ids=lambda it: str(it)[-15:],
 )
 def test_the_file_is_stored_with_its_outputs(path: Path, shapes: list[int]) -> None:
     notebook = read(path)
@@ -100,6 +104,20 @@ def test_fusion_runs() -> None:
         "a report of three pairs, one of one, and a mix of two"
     )
     assert any("same picture: True" in str(cell.get("outputs")) for cell in notebook.cells)
+
+
+@needs_the_demo
+def test_training_runs() -> None:
+    """An adapter is trained and saved; loaded again, it draws the same pictures, and without it the base draws its."""
+    notebook = read(TRAINING)
+    probe = "import json\nprint(json.dumps([file.is_file(), restored, reloaded, pipe.get_active_shira()]))"
+    notebook.cells.append(nbformat.v4.new_code_cell(probe))
+    execute(notebook, TRAINING.parent)
+    assert json.loads(notebook.cells[-1].outputs[-1].text) == [True, True, True, {"reloaded": 1.0}]
+    shown = [picture for cell in notebook.cells for picture in pictures_of(cell)]
+    pair = shown[1]
+    before, after = (pair.crop((0, top, pair.width, top + pair.height // 2)) for top in (0, pair.height // 2))
+    assert ImageChops.difference(before.convert("RGB"), after.convert("RGB")).getbbox() is not None
 
 
 @needs_the_demo
