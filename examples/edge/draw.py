@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from shira_diffusers import ShiraError
 from shira_diffusers.edge import OnnxResident
 
 Floats = NDArray[np.float32]
@@ -151,4 +152,7 @@ def config_of(folder: Path, name: str = "config") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ShiraError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -23,7 +23,7 @@ from shira_diffusers.adapters.base_probes import probe_base, probed_names
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError, listing
 from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, find_lora
-from shira_diffusers.formats.header import FORMAT, PREFIX, is_lora_key
+from shira_diffusers.formats.header import FORMAT, PREFIX, VALUES, is_lora_key
 from shira_diffusers.formats.safetensors_bytes import open_safetensors
 from shira_diffusers.formats.shira_file import read_safetensors
 from shira_diffusers.masks.activations import ActivationChooser
@@ -382,6 +382,8 @@ def _peft_state(folder: Path, maps: Mapping[str, WeightMap], component: str | No
     if not (folder / PEFT_WEIGHTS).is_file():
         raise AdapterFormatError(f"{folder} has no {PEFT_WEIGHTS}; save it with safe_serialization=True")
     tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
+    if any(key.endswith(VALUES) for key in tensors):
+        raise AdapterFormatError(f"{folder} is a SHiRA adapter already, expected a LoRA; load it with load_shira")
     if component is not None and component not in maps:
         raise ShiraError(f"no component {component!r}, expected one of {', '.join(maps)}")
     missing: dict[str, list[str]] = {}

@@ -107,3 +107,13 @@ def test_the_demo_model_draws_its_pictures(tmp_path: Path, dtype: torch.dtype, c
         )
         expected = (drawn.images[0] * 255).round().astype(int)
         assert np.abs(found.astype(int) - expected).max() <= close
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.edge.draw", tmp_path / "none", "a cat"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 1 and not ran.stdout
+    assert (
+        ran.stderr
+        == f"error: no exported models in {tmp_path / 'none'}: expected a folder that shira export-onnx wrote\n"
+    )

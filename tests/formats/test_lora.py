@@ -19,9 +19,11 @@ from shira_diffusers import (
     ResidentStateError,
     ShiraAdapter,
     ShiraError,
+    SparseDelta,
     convert_lora,
     save_adapter,
 )
+from shira_diffusers.formats.peft_export import save_peft_adapter
 from tests import loras, tiny
 
 ROUNDING = {"rtol": 0.0, "atol": 2e-6}  # of float32, for weights up to about 10
@@ -255,6 +257,8 @@ def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError
     good = load_file(files / "kohya.safetensors")
     shira = save_adapter(tiny.adapter_for(tiny.pipeline()), folder / "shira.safetensors")
     loras.of_peft(folder / "peft", tiny.unet(), ["to_q"])
+    delta = SparseDelta(torch.arange(48, dtype=torch.int32), torch.ones(48), (16, 32))
+    save_peft_adapter(ShiraAdapter({"0.weight": delta}), folder / "peft shira")
     (folder / "loose").mkdir()
     (folder / "peft" / "adapter_model.safetensors").rename(folder / "loose" / "adapter_model.safetensors")
     made = {
@@ -271,6 +275,7 @@ def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError
     return {
         "missing": (folder / "nowhere", FileNotFoundError, "no adapter at"),
         "ours": (shira, AdapterFormatError, "is a SHiRA adapter already"),
+        "peft's": (folder / "peft shira", AdapterFormatError, "is a SHiRA adapter already"),
         "loha": (paths["loha"], AdapterFormatError, "is a LoHa, which diffusers does not read"),
         "half": (paths["half"], AdapterMismatchError, "cannot be loaded into this model by diffusers"),
         "other": (paths["other"], AdapterFormatError, "is no LoRA: expected keys with lora_A.* got 'conv.weight'"),
@@ -282,7 +287,7 @@ def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError
     }
 
 
-KINDS = ("missing", "ours", "loha", "half", "other", "nan", "cut", "pickle", "no weights", "no config")
+KINDS = ("missing", "ours", "peft's", "loha", "half", "other", "nan", "cut", "pickle", "no weights", "no config")
 
 
 @pytest.fixture(scope="module")
