@@ -19,6 +19,7 @@ from shira_diffusers import (
     ResidentStateError,
     ShiraAdapter,
     ShiraError,
+    SparseDelta,
     convert_lora,
     save_adapter,
 )
@@ -256,8 +257,8 @@ def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError
     good = load_file(files / "kohya.safetensors")
     shira = save_adapter(tiny.adapter_for(tiny.pipeline()), folder / "shira.safetensors")
     loras.of_peft(folder / "peft", tiny.unet(), ["to_q"])
-    linear = tiny.adapter_for(tiny.linears())
-    save_peft_adapter(linear, folder / "peft shira")
+    delta = SparseDelta(torch.arange(48, dtype=torch.int32), torch.ones(48), (16, 32))
+    save_peft_adapter(ShiraAdapter({"0.weight": delta}), folder / "peft shira")
     (folder / "loose").mkdir()
     (folder / "peft" / "adapter_model.safetensors").rename(folder / "loose" / "adapter_model.safetensors")
     made = {
