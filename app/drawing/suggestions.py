@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.settings.strengths import Mix
-from shira_diffusers.cli.demo import MIX
+from shira_diffusers.cli.demo import BUNDLED, MIX
 
 FALLBACK_SUGGESTIONS = (
     "a picture of a red apple on a teal background",
@@ -17,8 +17,8 @@ FALLBACK_SUGGESTIONS = (
 
 
 def first_mix(names: Sequence[str]) -> Mix:
-    """What the page opens with: the bundled pair where it is there, or else the first style."""
-    return MIX if MIX.keys() <= set(names) else dict.fromkeys(names[:1], 1.0)
+    """What the page opens with: of the bundled styles a pair, or else the first style."""
+    return MIX if set(names) >= BUNDLED else dict.fromkeys(names[:1], 1.0)
 
 
 def read_suggestions(*folders: Path) -> tuple[str, ...]:

@@ -33,8 +33,9 @@ PROMPTS = (  # of what no picture shows that the bundled styles were trained on;
 GUIDANCE = 3.0
 ROUNDS = 9
 Mix = Mapping[str, float]
-MIX: Mix = {"gold": 1.0, "paintings": 0.7}
-"""Of the bundled pairs and strengths, chosen by eye: both styles are seen, and what is drawn; the app opens with it."""
+BUNDLED = frozenset({"bluefire", "gold", "paintings"})
+MIX: Mix = {"bluefire": 1.0, "paintings": 1.0}
+"""Of the bundled pairs, chosen by eye: both styles are seen, and what is drawn; the app opens with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +166,8 @@ def _load(pipe: Any, files: Mapping[str, Path], report: Callable[[str], None]) -
 def _columns(names: list[str]) -> list[tuple[str, Mix]]:
     """Labels and mixes: the base, each adapter alone and a mix: the bundled pair where it is there, or else of all."""
     columns: list[tuple[str, Mix]] = [("base", {}), *((name, {name: 1.0}) for name in names)]
-    if MIX.keys() <= set(names):
-        columns.append(("gold + paintings 0.7", MIX))
+    if set(names) >= BUNDLED:
+        columns.append((" + ".join(MIX), MIX))
     elif len(names) > 1:
         strength = round(len(names) ** -0.5, 1)  # deltas that are strangers to each other add up like noise
         columns.append((f"mix, {strength:g} each", dict.fromkeys(names, strength)))

@@ -518,5 +518,5 @@ def test_suggestions_are_read_from_the_first_folder_that_has_some(folders: Folde
 
 
 def test_the_page_opens_with_the_bundled_pair_that_shows_both_or_else_the_first_style() -> None:
-    assert first_mix(["bluefire", "gold", "paintings", "blorp"]) == {"gold": 1.0, "paintings": 0.7}
+    assert first_mix(["bluefire", "gold", "paintings", "blorp"]) == {"bluefire": 1.0, "paintings": 1.0}
     assert first_mix(["bluefire", "gold"]) == {"bluefire": 1.0} and first_mix([]) == {}

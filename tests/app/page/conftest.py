@@ -1,19 +1,9 @@
 """What the tests of the page share."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Try a browser's test again where it fails: on a machine with other work, pages and clicks cross in time."""
-    for item in items:
-        if HERE in item.path.parents and item.path.name.startswith("test_browser"):
-            item.add_marker(pytest.mark.flaky(reruns=2))
 
 
 @pytest.fixture(scope="package")
