@@ -38,6 +38,7 @@ from benchmarks.measure import ASSETS, Run, options, seconds_of
 from benchmarks.models import lora_state
 from benchmarks.scripts.serving_schedule import ADAPTERS, percentiles, request
 from benchmarks.serving.clients import CLIENTS, Answer, ask_all
+from benchmarks.serving.lora_server import load
 from shira_diffusers import AdapterLibrary
 from shira_diffusers.serving.requests import ImageRequest
 from shira_diffusers.serving.stepping import arguments_of
@@ -114,8 +115,7 @@ def offer(folder: Path, files: list[Path]) -> Path:
 
 @contextmanager
 def lora(pipe: Any, folder: Path, mix: Mapping[str, float]) -> Iterator[None]:
-    for name in mix:
-        pipe.load_lora_weights(str(folder), weight_name=f"{name}.safetensors", adapter_name=name)
+    load(pipe, str(folder), mix)
     pipe.set_adapters(list(mix), list(mix.values()))
     yield
     pipe.unload_lora_weights()

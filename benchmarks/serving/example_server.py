@@ -18,7 +18,7 @@ from benchmarks.serving.lora_server import LORAS, Body, answer, draw, load, open
 
 def build() -> FastAPI:
     app, shared = FastAPI(), open_model()
-    load(shared, sorted(file.stem for file in Path(LORAS).glob("*.safetensors")))
+    load(shared, LORAS, sorted(file.stem for file in Path(LORAS).glob("*.safetensors")))
 
     @app.get("/readyz")
     def ready() -> None:

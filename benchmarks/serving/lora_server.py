@@ -6,6 +6,7 @@ uvicorn --factory benchmarks.serving.lora_server:build, with the folders of mode
 import io
 import os
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,9 +46,9 @@ def draw(pipe: Any, body: Body) -> Any:
     ).images[0]
 
 
-def load(pipe: Any, names: list[str]) -> None:
+def load(pipe: Any, folder: str, names: Iterable[str]) -> None:
     for name in names:
-        pipe.load_lora_weights(LORAS, weight_name=f"{name}.safetensors", adapter_name=name)
+        pipe.load_lora_weights(folder, weight_name=f"{name}.safetensors", adapter_name=name)
 
 
 def answer(image: Any) -> Response:
@@ -67,7 +68,7 @@ def build() -> FastAPI:
     def images(body: Body) -> Response:  # in a thread of Starlette's
         with lock:
             try:
-                load(pipe, list(body.mix))
+                load(pipe, LORAS, body.mix)
                 pipe.set_adapters(list(body.mix), list(body.mix.values()))
                 return answer(draw(pipe, body))
             finally:
