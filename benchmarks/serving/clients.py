@@ -58,7 +58,7 @@ def ask_all(
 
     Args:
         leaving: of this many requests one is left by its client; 0 is none.
-        at: what to do just before the request of a number is sent.
+        at: what to do just before the request of a number is sent; one at a time, in their order.
     """
     return asyncio.run(_ask_all(address, enumerate(requests), leaving, at or {}))
 
@@ -67,11 +67,13 @@ async def _ask_all(
     address: str, todo: "enumerate[ImageRequest]", leaving: int, at: Mapping[int, Callable[[], object]]
 ) -> list[Answer]:
     answers: list[Answer] = []
+    in_turn = asyncio.Lock()
 
     async def client(service: httpx.AsyncClient) -> None:
         for number, request in todo:  # all clients share it
             if number in at:
-                await asyncio.to_thread(at[number])
+                async with in_turn:
+                    await asyncio.to_thread(at[number])
             leaves = leaving and number % leaving == leaving - 1
             answers.append(await _ask(service, request, LEAVES if leaves else None))
 
