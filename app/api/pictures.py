@@ -11,7 +11,7 @@ from app.drawing.restore import restore, to_keep
 from app.drawing.session import series_of
 from app.history.history import page_of
 from app.server.messages import readable
-from app.server.served_files import cached
+from app.server.served_files import file_data
 from app.server.visitors import DRAWING, as_object, visitor_of
 from app.settings.axes import Axis, sheet_of
 from app.settings.checks import require_mapping, whole
@@ -58,9 +58,8 @@ def add_api(studio: Studio) -> None:
         with readable():
             more = (negative, width, height, start_image, change, negative_mix)
             settings = session.checked(prompt, as_object(mix, "mix"), seed, steps, guidance, method, *more)
-            picture, _ = await studio.requests.draw(visitor_of(request), settings)
-        file = paper.postprocess(picture.signed())
-        return file.model_dump(), dict(picture.report)  # type: ignore[union-attr,return-value]
+            picture, file = await studio.requests.draw(visitor_of(request), settings)
+        return file_data(paper, file), dict(picture.report)  # type: ignore[return-value]
 
     def add_start_image(file: str) -> str:
         """Keep a picture to start from; returns its name for start_image, which is the SHA-256 of its pixels as PNG."""
@@ -79,13 +78,10 @@ def add_pictures_api(studio: Studio) -> None:
     session = studio.session
     paper = gr.Image(format="png", type="pil", visible=False)
 
-    def sent(file: Path) -> dict[str, Any]:
-        return gr.FileData(path=cached(paper, file), mime_type="image/png").model_dump()
-
     async def drawn(series: Series, request: gr.Request) -> list[dict[str, Any]]:
         pictures = studio.requests.draw_series(visitor_of(request), series)
         return [
-            {"label": label, "file": sent(file), "report": dict(picture.report)}
+            {"label": label, "file": file_data(paper, file), "report": dict(picture.report)}
             async for label, picture, file in pictures
         ]
 
@@ -196,7 +192,7 @@ def add_pictures_api(studio: Studio) -> None:
             return [
                 {
                     "name": kept.name,
-                    "file": sent(kept.path),
+                    "file": file_data(paper, kept.path),
                     "settings": kept.settings,
                     "favourite": kept.favourite,
                 }

@@ -12,7 +12,7 @@ from gradio.events import api
 
 from app.history.archive import write_sheet
 from app.server.messages import readable
-from app.server.served_files import cached
+from app.server.served_files import file_data
 from app.server.visitors import DRAWING, as_object, visitor_of
 from app.settings.axes import Axis, sheet_of
 from app.settings.checks import SettingsError, require_mapping
@@ -27,9 +27,6 @@ def add_sheets_api(studio: Studio) -> None:
     session = studio.session
     out = gr.File(visible=False)
 
-    def sent(file: Path) -> dict[str, Any]:
-        return gr.FileData(path=cached(out, file)).model_dump()
-
     async def drawn(sheet: Sheet, request: gr.Request) -> dict[str, Any]:
         for _, settings in sheet.cells:
             session.drawable(settings)
@@ -37,9 +34,10 @@ def add_sheets_api(studio: Studio) -> None:
         with tempfile.TemporaryDirectory() as folder:
             paths = [path for _, _, path in done]
             picture, archive = await asyncio.to_thread(write_sheet, sheet, paths, Path(folder))
-            files = {"sheet": sent(picture), "zip": sent(archive)}
+            files = {"sheet": file_data(out, picture), "zip": file_data(out, archive)}
         pictures = [
-            {"label": label, "file": sent(path), "report": dict(picture.report)} for label, picture, path in done
+            {"label": label, "file": file_data(out, path), "report": dict(picture.report)}
+            for label, picture, path in done
         ]
         return {**files, "shared": sheet.shared, "pictures": pictures}
 

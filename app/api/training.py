@@ -5,9 +5,9 @@ from typing import Any
 
 import gradio as gr
 from gradio.events import api
-from PIL import Image
 
 from app.server.messages import readable
+from app.server.served_files import file_data
 from app.server.visitors import STARTING
 from app.settings.checks import SettingsError
 from app.studio import Studio
@@ -27,10 +27,7 @@ def add_training_api(studio: Studio) -> None:
 
     def status(id: str | None) -> dict[str, Any]:
         progress = trainings.progress(id or None)
-        samples = [
-            {"step": step, "picture": paper.postprocess(Image.open(path)).model_dump()}  # type: ignore[union-attr]
-            for step, path in progress.samples
-        ]
+        samples = [{"step": step, "picture": file_data(paper, path)} for step, path in progress.samples]
         return {**progress.as_dict(), "samples": samples}
 
     def train(pictures: list[str], settings: Any, captions: Any = None) -> dict[str, Any]:

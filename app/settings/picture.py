@@ -1,6 +1,5 @@
 """A picture and how it was made."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,3 @@ class Picture:
 
     image: Image
     report: Mapping[str, Any]
-
-    def signed(self) -> Image:
-        """A copy that carries the report as JSON text under ``METADATA_KEY`` in its ``info``, so in a PNG's text."""
-        image = self.image.copy()
-        image.info[METADATA_KEY] = json.dumps(dict(self.report))
-        return image

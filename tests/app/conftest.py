@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradio import processing_utils
 from gradio_client import Client
 
 from app.drawing.fair_queue import BACKGROUND
@@ -48,7 +49,12 @@ def one_core() -> Iterator[None]:
 def _one_core() -> Iterator[None]:
     with one_core(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "_STEPS", 2)  # of each picture that a conversion looks at
+        patch.setattr(processing_utils, "save_pil_to_cache", _overwriting)
         yield
+
+
+def _overwriting(*_: Any, **__: Any) -> None:
+    raise AssertionError("Gradio was handed an image and overwrites a file that may be being read: use served_files")
 
 
 @pytest.fixture(scope="session")

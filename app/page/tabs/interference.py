@@ -13,6 +13,7 @@ from app.page import interference_html
 from app.page.tabs.events import TELLING, Values, gallery
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
+from app.server.served_files import cached_picture
 from app.server.visitors import COMPARING, DRAWING, visitor_of
 from app.studio import Studio
 
@@ -68,7 +69,7 @@ class InterferenceTab:
         shown.select(self._offered, self.chosen, self.chosen, **TELLING)
 
     async def _compare(self, values: Values, request: gr.Request) -> AsyncIterator[Any]:
-        names, drawn = values[self.chosen], dict[tuple[str, ...], Any]()
+        names, drawn, shown = values[self.chosen], dict[tuple[str, ...], Any](), list[tuple[str, str]]()
         with readable("the adapters could not be compared"):
             pairs = await asyncio.to_thread(self._comparer.compare, names)
             heat = interference_html.heat_map(pairs, values[self.measure])
@@ -81,8 +82,9 @@ class InterferenceTab:
         try:
             with readable():
                 for mix, settings in orders.items():
-                    drawn[mix] = (await self._requests.preview(visit, settings)).image
-                    shown = [(image, " + ".join(each) or "base") for each, image in drawn.items()]
+                    picture = await self._requests.preview(visit, settings)
+                    drawn[mix] = picture.image
+                    shown.append((cached_picture(self.pictures, picture), " + ".join(mix) or "base"))
                     yield shown, same, same, same, same
                 measure = self._session.queue.submit(visit, lambda: opposing(self._session.pipe, drawn))
                 measured = await asyncio.wrap_future(measure)

@@ -32,7 +32,7 @@ from app.page.tabs.events import (
 from app.page.tabs.more_settings import MoreSettings
 from app.page.tabs.presets import PresetsFold
 from app.server.messages import readable
-from app.server.served_files import cached
+from app.server.served_files import cached, cached_picture
 from app.server.visitors import visitor_of
 from app.settings.checks import SettingsError
 from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEPS, MAX_GUIDANCE, MAX_STEPS, Settings
@@ -327,7 +327,7 @@ class MixTab:
         except (Stopped, SettingsError):  # a newer one was requested, or a prompt is half typed
             return nothing
         self._budget.drew(fewer.steps, drawn.report["generation_s"])
-        return self._shown(drawn.signed(), drawn.report, settings, None, preview=True)
+        return self._shown(cached_picture(self.picture, drawn), drawn.report, settings, None, preview=True)
 
     # ---------------------------------------------------------------- what changes by itself
 

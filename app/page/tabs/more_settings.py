@@ -50,8 +50,8 @@ class MoreSettings:
         shape.input(lambda size: size_of(size), shape, [width, height], **QUIET)
         with gr.Row(visible=bool(can.image_to_image)):
             self._picture = gr.Image(
-                label="Start from a picture", type="filepath", format="png", sources=["upload", "clipboard"],
-                height=150, min_width=140, elem_id="start", buttons=[],
+                label="Start from a picture", type="filepath", image_mode=None, format="png",
+                sources=["upload", "clipboard"], height=150, min_width=140, elem_id="start", buttons=[],
             )  # fmt: skip
             change = gr.Slider(
                 0.05, 1, DEFAULT_CHANGE, step=0.05, label="How much of it to change", min_width=140, buttons=[]

@@ -69,15 +69,18 @@ class SeriesTab:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> AsyncIterator[Any]:
-        seeds: list[int] = []
+        seed: Any = gr.skip()
 
         def planned() -> Sheet:
+            nonlocal seed
             sheet = self._plan(values)
-            seeds.extend(settings.seed for _, settings in sheet.cells)
+            if sheet.cells[0][1].seed != values[self.seed]:
+                seed = sheet.cells[0][1].seed
             return sheet
 
         async for shown in self.results.draw(planned, request, progress):
-            yield [*shown, seeds[0]]
+            yield [*shown, seed]
+            seed = gr.skip()  # which may be another by now
 
     async def _draw_like(
         self,

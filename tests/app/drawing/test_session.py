@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 from app.drawing.session import Session, series_of, strip_of
 from app.settings.checks import SettingsError
-from app.settings.picture import METADATA_KEY, Picture
+from app.settings.picture import Picture
 from shira_diffusers import ShiraError, load_adapter
 from tests import tiny
 from tests.app.conftest import SUGGESTION, SUGGESTIONS, Folders, assert_bits, bits_of
@@ -77,14 +77,6 @@ def test_the_report_tells_what_switching_took(session: Session, folders: Folders
     assert report["share_changed"] == entries / total
     assert 0 < report["switch_ms"] < 1000 * report["generation_s"] + 1000
     assert draw(session, {}).report["entries_changed"] == 0
-
-
-def test_a_signed_picture_carries_its_report(session: Session) -> None:
-    picture = draw(session, {})
-    signed = picture.signed()
-    assert json.loads(signed.info[METADATA_KEY]) == picture.report
-    assert METADATA_KEY not in picture.image.info
-    assert signed.tobytes() == bytes_of(picture)
 
 
 # ---------------------------------------------------------------- nothing stays

@@ -18,8 +18,10 @@ pytestmark = MARKS
 
 
 def draw(page: Any, button: str, view: str, count: int) -> Any:
-    """Draw a sheet; returns its pictures."""
+    """Draw a sheet; returns its pictures, not those of the sheet before it."""
+    page.locator(view).evaluate("sheet => sheet.querySelectorAll('table').forEach(each => each.dataset.before = '')")
     page.get_by_role("button", name=button, exact=True).click()
+    expect(page.locator(f"{view} [data-before]")).to_have_count(0, timeout=PATIENCE)
     expect(page.locator(f"{view}-told")).to_contain_text("Choose a picture", timeout=PATIENCE)
     pictures = page.locator(f"{view} td img")
     expect(pictures).to_have_count(count)
@@ -77,9 +79,11 @@ def test_a_series_stops_and_says_what_is_wrong(open_page: Open, session: Session
     page.get_by_label("Pictures of each").fill("20")
     page.get_by_role("button", name="Draw the series").click()
     expect(page.locator("#pictures td img").first).to_be_visible(timeout=PATIENCE)
+    page.get_by_label("First seed").fill("5")  # for the next series
     page.locator("#series").get_by_role("button", name="Stop").click()
     expect(page.locator("#pictures-told")).to_contain_text(re.compile(r"Stopped, \d+ of 20 drawn\."), timeout=PATIENCE)
     assert page.locator("#pictures td img").count() < 20 and session.active == {}
+    expect(page.get_by_label("First seed")).to_have_value("5")
     with page.expect_download() as download:
         take(page, "Download the sheet")
     assert Image.open(download.value.path()).width > 16
