@@ -154,6 +154,8 @@ class History:
 
     def _text(self, kept: Kept) -> str:
         if kept.name not in self._texts:
+            if len(self._texts) >= self._most:  # with those of pictures that are gone
+                self._texts.clear()
             with suppress(SettingsError):  # its file was replaced by another or removed
                 settings = kept.settings
                 told = (settings.get("prompt"), settings.get("negative"), f"seed {settings.get('seed')}")

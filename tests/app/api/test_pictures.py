@@ -201,7 +201,7 @@ def test_eight_visitors_get_what_each_would_get_alone(url: str, session: Session
         for k in range(40)
     ]
     with ThreadPoolExecutor(8) as pool:
-        drawn = list(pool.map(lambda job: (job[0], Image.open(job[1].result(60)[0])), jobs))
+        drawn = list(pool.map(lambda job: (job[0], Image.open(job[1].result(300)[0])), jobs))
     assert all(picture.tobytes() == alone[order] for order, picture in drawn)
     assert all(json.loads(picture.info[METADATA_KEY])["mix"] == orders[order][0] for order, picture in drawn)
     assert session.active == {}

@@ -47,6 +47,14 @@ def test_pages_are_newest_first_and_names_are_looked_up(session: Session, tmp_pa
     assert len(history) == 4 and (tmp_path / "note.png").exists()
 
 
+def test_searches_keep_no_more_texts_than_there_are_pictures(session: Session, tmp_path: Path) -> None:
+    history = History(tmp_path, most=2)
+    for seed in range(5):
+        history.add(session.generate(SUGGESTION, {}, seed, 1))
+        assert len(history.find(f"seed {seed}")) == 1
+        assert len(history._texts) <= 2
+
+
 def _with_text(text: str, *, zipped: bool = False) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         info = PngImagePlugin.PngInfo()
