@@ -3,9 +3,12 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import pytest
+
+from app.drawing.session import Session
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
@@ -15,7 +18,7 @@ MARKS = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
 ]
 WIDE, PHONE = (1280, 900), (390, 844)
-PATIENCE = 60_000  # milliseconds
+PATIENCE = 120_000  # milliseconds
 expect.set_options(timeout=PATIENCE)  # machines of tests are busy
 FORGET = "if (!sessionStorage.opened) { localStorage.clear(); sessionStorage.opened = true }"
 """A tab begins as a new visitor's, and remembers when it is reloaded."""
@@ -51,6 +54,17 @@ def _shared_context(browser: Any, size: tuple[int, int]) -> Any:
     context = new_context(browser, size)
     context.new_page()  # stays open and tells the size
     return context
+
+
+@contextmanager
+def drawing_held(session: Session) -> Iterator[None]:
+    """No picture is begun while the body runs: it is another visitor's turn."""
+    hold = Event()
+    session.queue.submit("another visitor", hold.wait)
+    try:
+        yield
+    finally:
+        hold.set()
 
 
 @contextmanager

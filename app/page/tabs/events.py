@@ -39,7 +39,7 @@ def picture(elem_id: str, label: str, **options: Any) -> gr.Image:
     return gr.Image(label=label, elem_id=elem_id, **fixed, **options)
 
 
-def at_most_often(show: Callable[[int, int], None], seconds: float = 0.1) -> Callable[[int, int], None]:
+def at_most_often(show: Callable[[int, int], None], seconds: float = 0.25) -> Callable[[int, int], None]:
     """Show steps no more often than that, and the last one always.
 
     Each is an event for the browser: a small model draws 200 steps per second, and the page no longer answers a click.

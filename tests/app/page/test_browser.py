@@ -10,7 +10,7 @@ import pytest
 import app
 from app.drawing import random_settings
 from app.drawing.session import Session
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, drawing_held, expect
 from tests.app.conftest import SUGGESTION
 
 pytestmark = MARKS
@@ -190,8 +190,9 @@ def test_an_error_is_a_sentence_and_the_page_goes_on(open_page: Open) -> None:
 def test_stop_ends_a_generation(open_page: Open, session: Session) -> None:
     page = open_page(WIDE)
     page.get_by_label("number input for Steps").fill("100")
-    page.get_by_role("button", name="Generate").click()
-    page.get_by_role("button", name="Stop").click()
+    with drawing_held(session):
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Generate")).to_be_visible(timeout=PATIENCE)
     assert session.active == {}
     page.get_by_label("number input for Steps").fill("2")

@@ -5,7 +5,6 @@ import io
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from PIL import Image
 
 from app.drawing.session import Session
 from app.history.png_metadata import write_png
-from tests.app.browsing import MARKS, PATIENCE, WIDE, Open, expect, new_context
+from tests.app.browsing import MARKS, PATIENCE, WIDE, Open, drawing_held, expect, new_context
 from tests.app.conftest import SUGGESTION, Folders, free_port, popen_warm
 
 pytestmark = MARKS
@@ -93,15 +92,14 @@ def test_a_picture_is_shown_with_its_settings_and_says_what_has_changed_since(op
 
 def test_the_picture_stays_while_the_next_is_drawn_and_is_compared_with_it(open_page: Open, session: Session) -> None:
     page = open_page(WIDE)
-    first, hold = draw(page, 11), Event()
-    session.queue.submit("another visitor", hold.wait)
-    page.get_by_label("Seed", exact=True).fill("12")
-    page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    expect(page.locator("#picture [data-testid=status-tracker]")).to_be_visible()
-    assert page.locator("#picture img").evaluate(UNCOVERED)
-    expect(page.locator("#changed")).to_have_text("Changed since drawn: seed")
-    hold.set()
+    first = draw(page, 11)
+    with drawing_held(session):
+        page.get_by_label("Seed", exact=True).fill("12")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        expect(page.locator("#picture [data-testid=status-tracker]")).to_be_visible()
+        assert page.locator("#picture img").evaluate(UNCOVERED)
+        expect(page.locator("#changed")).to_have_text("Changed since drawn: seed")
     expect(page.locator("#picture img")).not_to_have_attribute("src", first, timeout=PATIENCE)
     second = source(page)
     compare = page.get_by_role("button", name="Hold to compare")

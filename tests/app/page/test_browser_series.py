@@ -11,7 +11,7 @@ from PIL import Image
 from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.studio import Studio
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, drawing_held, expect
 from tests.app.conftest import SUGGESTION
 
 pytestmark = MARKS
@@ -79,8 +79,9 @@ def test_a_series_stops_and_says_what_is_wrong(open_page: Open, session: Session
     page.get_by_label("Pictures of each").fill("20")
     page.get_by_role("button", name="Draw the series").click()
     expect(page.locator("#pictures td img").first).to_be_visible(timeout=PATIENCE)
-    page.get_by_label("First seed").fill("5")  # for the next series
-    page.locator("#series").get_by_role("button", name="Stop").click()
+    with drawing_held(session):
+        page.get_by_label("First seed").fill("5")  # for the next series
+        page.locator("#series").get_by_role("button", name="Stop").click()
     expect(page.locator("#pictures-told")).to_contain_text(re.compile(r"Stopped, \d+ of 20 drawn\."), timeout=PATIENCE)
     assert page.locator("#pictures td img").count() < 20 and session.active == {}
     expect(page.get_by_label("First seed")).to_have_value("5")

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.history.png_metadata import write_png
 from app.studio import Studio
-from tests.app.browsing import FORGET, MARKS, PATIENCE, WIDE, Open, expect, new_context
+from tests.app.browsing import FORGET, MARKS, PATIENCE, WIDE, Open, drawing_held, expect, new_context
 from tests.app.conftest import SUGGESTION, Folders, served
 
 pytestmark = MARKS
@@ -216,14 +215,12 @@ def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any
 def test_a_page_that_is_loaded_again_tells_of_a_drawing_that_was_lost(
     couple: tuple[Any, Any], url: str, session: Session
 ) -> None:
-    hold = Event()
     with visitor(couple[0], url) as page:
         page.get_by_label("Prompt", exact=True).fill("a big dog")
-        session.queue.submit("another visitor", hold.wait)
-        page.get_by_role("button", name="Generate").click()
-        expect(page.get_by_role("button", name="Stop")).to_be_visible()
-        page.reload()
-        hold.set()
+        with drawing_held(session):
+            page.get_by_role("button", name="Generate").click()
+            expect(page.get_by_role("button", name="Stop")).to_be_visible()
+            page.reload()
         expect(page.get_by_text("Generate draws it again")).to_be_visible(timeout=PATIENCE)
         expect(page.get_by_label("Prompt", exact=True)).to_have_value("a big dog")
         page.get_by_role("button", name="Generate").click()
@@ -248,16 +245,15 @@ def test_what_the_page_shows_when_generate_is_pressed_is_drawn(open_page: Open, 
 
 def test_a_change_while_a_picture_is_drawn_is_no_new_visit(open_page: Open, session: Session) -> None:
     """What the browser keeps is filled in as the page loads, and never again."""
-    page, hold, asked = open_page(), Event(), []
+    page, asked = open_page(), []
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
-    session.queue.submit("another visitor", hold.wait)
-    page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    page.on("request", lambda request: asked.append(request.post_data) if "queue/join" in request.url else None)
-    kept = page.evaluate("localStorage['shira-settings']")
-    set_strength(page, "bluefire", "0.5")
-    page.wait_for_function("kept => localStorage['shira-settings'] !== kept", arg=kept)
-    hold.set()
+    with drawing_held(session):
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_role("button", name="Stop")).to_be_visible()
+        page.on("request", lambda request: asked.append(request.post_data) if "queue/join" in request.url else None)
+        kept = page.evaluate("localStorage['shira-settings']")
+        set_strength(page, "bluefire", "0.5")
+        page.wait_for_function("kept => localStorage['shira-settings'] !== kept", arg=kept)
     wait_for_picture(page)
     assert asked == []
     expect(page.get_by_label("strength of bluefire", exact=True)).to_have_value("0.5")
@@ -361,7 +357,7 @@ def test_a_sweep_shows_progress_can_be_stopped_and_goes_back_to_mix(open_page: O
     page.locator("#compare").get_by_role("button", name="Send to Mix").click()
     expect(page.get_by_label("strength of bluefire, as a number")).to_have_value("0.25")
 
-    page.get_by_label("number input for Steps").fill("100")  # so that a busy browser presses Stop in time
+    page.get_by_label("number input for Steps").fill("100")  # so that the grid is not whole before it is held
     page.get_by_label("number input for Steps").press("Tab")
     page.get_by_role("tab", name="Compare").click()
     page.get_by_label("Two styles, a grid").check()
@@ -371,7 +367,8 @@ def test_a_sweep_shows_progress_can_be_stopped_and_goes_back_to_mix(open_page: O
     page.get_by_label("from", exact=True).first.fill("0")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#strip .progress-level, #strip .progress-text").first).to_be_visible(timeout=PATIENCE)
-    page.locator("#compare").get_by_role("button", name="Stop").click()
+    with drawing_held(session):
+        page.locator("#compare").get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Draw")).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#strip-told")).to_have_text(re.compile(r"Stopped, \d+ of 15 drawn\."))
     assert page.locator("#strip td img").count() < 15 and session.active == {}
