@@ -1,5 +1,6 @@
 """Convert a LoRA to an adapter file: ``shira convert``."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,60 +8,43 @@ from typing import Any
 import torch
 
 from shira_diffusers.cli.base_model import open_pipeline
-from shira_diffusers.cli.fuse import new_file
+from shira_diffusers.cli.fuse import DTYPES, new_file
+from shira_diffusers.cli.inspect import written_line
 from shira_diffusers.cli.progress_bar import progress_bar
-from shira_diffusers.cli.terminal import table
+from shira_diffusers.cli.terminal import say, say_json, table
 from shira_diffusers.formats.find import PEFT_WEIGHTS, find_lora
+from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.lora import convert_lora
 from shira_diffusers.formats.shira_file import save_adapter
-from shira_diffusers.masks.sparsify import DENSITIES, Energy, EnergyReport, Ranking, require_density
+from shira_diffusers.masks.sparsify import DENSITIES, Energy, EnergyReport, require_density
 
 CALIBRATION_PROMPTS = ("a picture of a cat", "a portrait of a woman", "a red car on a street", "a house by a lake")
 _STEPS = 8
 
 
-def convert_file(
-    file: Path,
-    base: str,
-    output: Path | None,
-    *,
-    density: float,
-    ranking: Ranking,
-    dtype: torch.dtype,
-    force: bool = False,
-    prompts: Sequence[str] = (),
-    component: str | None = None,
-) -> tuple[Path, EnergyReport]:
-    """Read a LoRA, convert it and write an adapter, whole or not at all.
-
-    Args:
-        file: as for ``convert_lora``.
-        base: a diffusers folder, or a Hub id.
-        output: as for ``output_file``.
-        prompts: to calibrate with; none is plain top entries.
-
-    Returns:
-        The file written, and what is kept.
+def convert(args: argparse.Namespace) -> None:
+    """Run the command: read a LoRA, convert it and write an adapter, whole or not at all.
 
     Raises:
         ShiraError: the output exists, the base cannot be loaded, or as ``convert_lora``.
         OSError: a file cannot be read or written.
     """
-    require_density(density)
-    target = output_file(output, find_lora(file), force)  # before the base is loaded, which takes long
-    pipe = open_pipeline(base)
+    require_density(args.density)
+    target = output_file(args.output, find_lora(args.file), args.force)  # before the base is loaded, which takes long
+    prompts = args.prompt or (CALIBRATION_PROMPTS if args.calibrated else ())
+    pipe = open_pipeline(args.base)
     with progress_bar(unit="weights") as progress:
         found = convert_lora(
-            file,
+            args.file,
             pipe,
-            density,
-            ranking=ranking,
+            args.density,
+            ranking=args.ranking,
             calibration=calibration_of(pipe, prompts) if prompts else None,
-            dtype=dtype,
-            component=component,
+            dtype=DTYPES[args.dtype],
+            component=args.component,
             progress=progress,
         )
-    return save_adapter(found.adapter.with_metadata(base_model=base), target), found.report
+    say_energy(args, save_adapter(found.adapter.with_metadata(base_model=args.base), target), found.report)
 
 
 def calibration_of(pipe: Any, prompts: Sequence[str]) -> Callable[[], None]:
@@ -84,7 +68,19 @@ def output_file(output: Path | None, source: Path, force: bool) -> Path:
     return new_file(output or Path(f"{name}-shira.safetensors"), force)
 
 
-def energy_table(report: EnergyReport) -> list[str]:
+def say_energy(args: argparse.Namespace, written: Path, report: EnergyReport) -> None:
+    """Say what of an update a file that was just written keeps."""
+    found = inspect_adapter(written)
+    effect = {name: float(value) for name, value in found.metadata.items() if name == "effect_kept"}
+    if args.json:
+        return say_json({"output": str(written), "bytes": found.size, **effect, **report.as_dict()})
+    say("\n".join(_energy_table(report)))
+    for share in effect.values():
+        say(f"kept of the update's effect on the calibration pictures' activations: {100 * share:.1f} %")
+    say(written_line(found))
+
+
+def _energy_table(report: EnergyReport) -> list[str]:
     """A report as lines for people: what is kept, and what each density would keep."""
     head = ("", "entries", "density", "energy kept", *(f"at {100 * density:g} %" for density in DENSITIES))
     rows = [(part, energy) for part, energy in report.components.items() if part]

@@ -1,12 +1,13 @@
 """Draw the styles of a folder side by side on one sheet, and time the switches between them: ``shira demo``."""
 
+import argparse
 import io
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL.Image import Image
 from shira_diffusers.atomic_write import write_atomically
 from shira_diffusers.cli.base_model import fingerprints, open_pipeline
 from shira_diffusers.cli.sheet import contact_sheet
+from shira_diffusers.cli.terminal import note, say, say_json, table
 from shira_diffusers.errors import ResidentStateError, ShiraError, counted, verb
 from shira_diffusers.formats.paths import did_you_mean
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
@@ -55,7 +57,8 @@ def find_assets(base: str | None, adapters: Path | None) -> tuple[str, Path]:
     Raises:
         ShiraError: not given and not there.
     """
-    missing = [(flag, path) for flag, given, path in _defaults(base, adapters) if given is None and not path.is_dir()]
+    defaults = (("--base FOLDER", base, BASE), ("--adapters FOLDER", adapters, ADAPTERS))
+    missing = [(flag, path) for flag, given, path in defaults if given is None and not path.is_dir()]
     if missing:
         raise ShiraError(
             f"no folder {' and no folder '.join(str(path) for _, path in missing)}: the demo's files come with the "
@@ -63,10 +66,6 @@ def find_assets(base: str | None, adapters: Path | None) -> tuple[str, Path]:
             f"with {' and '.join(flag for flag, _ in missing)}"
         )
     return base or str(BASE), adapters or ADAPTERS
-
-
-def _defaults(base: str | None, adapters: Path | None) -> tuple[tuple[str, str | Path | None, Path], ...]:
-    return ("--base FOLDER", base, BASE), ("--adapters FOLDER", adapters, ADAPTERS)
 
 
 def check_output(path: Path) -> None:
@@ -86,38 +85,20 @@ def check_output(path: Path) -> None:
         raise ShiraError(f"cannot write {path}: {error.strerror}; name another place with -o") from error
 
 
-def run_demo(
-    base: str,
-    adapters: Path,
-    output: Path,
-    *,
-    seed: int,
-    steps: int,
-    prompts: tuple[str, ...],
-    report: Callable[[str], None],
-) -> list[Switch]:
-    """Draw each prompt with the base, with each adapter and with their mix, and write the sheet.
-
-    Args:
-        base: a diffusers folder or a Hub id of a text-to-image pipeline.
-        adapters: a folder of them, see ``catalog.adapters_in``.
-        output: the PNG, replaced whole if it exists.
-        seed, steps: of every picture; a row starts from one noise.
-        prompts: one per row.
-        report: called with each line of progress.
-
-    Returns:
-        The switches, one per column and one back to the base, with times in milliseconds.
+def demo(args: argparse.Namespace) -> None:
+    """Run the command: draw each prompt with the base, each adapter and their mix, write the sheet, and say the times.
 
     Raises:
         ShiraError: nothing to open, or an adapter that does not fit; nothing is written.
         ResidentStateError: a parameter is not bit-equal to the start after the last switch; nothing is written.
     """
-    check_output(output)
-    files = _adapter_files(adapters)
-    report(f"loading {base}")
+    base, folder = find_assets(args.base, args.adapters)
+    prompts = tuple(args.prompt or PROMPTS)
+    check_output(args.output)
+    files = _adapter_files(folder)
+    note(f"loading {base}")
     pipe = open_pipeline(base)
-    _load(pipe, files, report)
+    _load(pipe, files)
     before = fingerprints(models_of(pipe))
     columns = _columns(list(files))
     first: list[Switch] = []
@@ -125,17 +106,29 @@ def run_demo(
     for number, (label, mix) in enumerate(columns, 1):
         first.append(_switch(pipe, label, mix))
         start = time.perf_counter()
-        pictures.append(_draw(pipe, prompts, seed, steps))
+        pictures.append(_draw(pipe, prompts, args.seed, args.steps))
         seconds = time.perf_counter() - start
-        report(f"column {number} of {len(columns)}, {label}: {counted(len(prompts), 'picture')} in {seconds:.1f} s")
+        note(f"column {number} of {len(columns)}, {label}: {counted(len(prompts), 'picture')} in {seconds:.1f} s")
     switches = _again(pipe, columns, first)
     _require_restored(before, fingerprints(models_of(pipe)))
-    report(f"all {counted(len(before), 'parameter')} {verb(len(before), 'is', 'are')} bit-equal to the start")
+    note(f"all {counted(len(before), 'parameter')} {verb(len(before), 'is', 'are')} bit-equal to the start")
     rows = [[column[row] for column in pictures] for row in range(len(prompts))]
     buffer = io.BytesIO()
     contact_sheet([label for label, _ in columns], prompts, rows).save(buffer, "PNG", optimize=True)
-    write_atomically(output, buffer.getvalue())
-    return switches
+    write_atomically(args.output, buffer.getvalue())
+    _say_times(args, switches)
+
+
+def _say_times(args: argparse.Namespace, switches: list[Switch]) -> None:
+    """Say how long the switches took, one per column, the one back to the base last."""
+    if args.json:
+        return say_json({"output": str(args.output.resolve()), "switches": [asdict(switch) for switch in switches]})
+    rows = [("switch to", "first time", "again", "weights changed")]
+    for switch in switches:
+        share = f"{100 * switch.entries / switch.total:.3f} %"
+        rows.append((switch.label, f"{switch.first_ms:.2f} ms", f"{switch.again_ms:.2f} ms", share))
+    say("\n".join(table(rows, right=(1, 2, 3))))
+    say(f"wrote {args.output.resolve()}")
 
 
 def _adapter_files(folder: Path) -> dict[str, Path]:
@@ -151,7 +144,7 @@ def _adapter_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _load(pipe: Any, files: Mapping[str, Path], report: Callable[[str], None]) -> None:
+def _load(pipe: Any, files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -160,7 +153,7 @@ def _load(pipe: Any, files: Mapping[str, Path], report: Callable[[str], None]) -
             except ShiraError as error:
                 raise type(error)(f"{path}: {error}") from error
         for warning in caught:
-            report(f"note: {warning.message}")
+            note(f"note: {warning.message}")
 
 
 def _columns(names: list[str]) -> list[tuple[str, Mix]]:

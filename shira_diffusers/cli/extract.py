@@ -1,40 +1,23 @@
 """Extract an adapter file from a fine-tuned model: ``shira extract``."""
 
-from pathlib import Path
+import argparse
 
-import torch
-
-from shira_diffusers.cli.convert import output_file
+from shira_diffusers.cli.convert import output_file, say_energy
+from shira_diffusers.cli.fuse import DTYPES
 from shira_diffusers.cli.progress_bar import progress_bar
 from shira_diffusers.formats.shira_file import save_adapter
 from shira_diffusers.integrations.extract import extract_adapter
-from shira_diffusers.masks.sparsify import EnergyReport, Ranking
 
 
-def extract_file(
-    base: Path,
-    tuned: Path,
-    output: Path | None,
-    *,
-    density: float,
-    ranking: Ranking,
-    dtype: torch.dtype,
-    force: bool = False,
-) -> tuple[Path, EnergyReport]:
-    """Compare two models and write an adapter, whole or not at all.
-
-    Args:
-        base, tuned: as for ``extract_adapter``.
-        output: as for ``output_file``.
-
-    Returns:
-        The file written, and what is kept.
+def extract(args: argparse.Namespace) -> None:
+    """Run the command: compare two models and write an adapter, whole or not at all.
 
     Raises:
         ShiraError: the output exists, or as ``extract_adapter``.
         OSError: a file cannot be read or written.
     """
-    target = output_file(output, tuned, force)
+    target = output_file(args.output, args.tuned, args.force)
+    how = {"ranking": args.ranking, "dtype": DTYPES[args.dtype]}
     with progress_bar(unit="weights") as progress:
-        found = extract_adapter(base, tuned, density, ranking=ranking, dtype=dtype, progress=progress)
-    return save_adapter(found.adapter, target), found.report
+        found = extract_adapter(args.base, args.tuned, args.density, progress=progress, **how)
+    say_energy(args, save_adapter(found.adapter, target), found.report)

@@ -1,15 +1,18 @@
 """Fuse adapter files into one file: ``shira fuse``."""
 
+import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.merge import fuse
-from shira_diffusers.cli.terminal import note
+from shira_diffusers.cli.inspect import written_line
+from shira_diffusers.cli.terminal import note, say, say_json
 from shira_diffusers.errors import ShiraError, counted
+from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.formats.paths import SUFFIX
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, file_to_write, save_adapter
@@ -17,49 +20,31 @@ from shira_diffusers.formats.shira_file import WEIGHTS_NAME, file_to_write, save
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def fuse_files(
-    files: Sequence[Path],
-    output: Path,
-    *,
-    weights: Sequence[float] | None = None,
-    method: str = "sum",
-    dtype: torch.dtype = torch.float32,
-    force: bool = False,
-    report: Callable[[str], None] = note,
-) -> Path:
-    """Read adapters, fuse them in this order and write one file, whole or not at all.
-
-    Args:
-        files: files, or folders that hold one.
-        output: a ``.safetensors`` file, or a folder, made if needed, for the default name.
-        weights: the scale of each adapter, or one for all; None is 1.0.
-        method: a name in ``shira_diffusers.MERGE_METHODS``.
-        dtype: of the values; float32 gives bit for bit the weights that the adapters give together.
-        force: replace an output that exists.
-        report: called with each remark.
-
-    Returns:
-        The file written.
+def fuse_files(args: argparse.Namespace) -> None:
+    """Run the command: fuse adapters in the order given and write one file, whole or not at all.
 
     Raises:
         ShiraError: the output exists, or the weights do not fit the files.
-        AdapterFormatError: a file that is no adapter, or values too large for ``dtype``.
+        AdapterFormatError: a file that is no adapter, or values too large for the dtype.
         AdapterMismatchError: adapters of different models.
         OSError: a file cannot be read or written.
     """
-    new_file(output, force)
-    if weights is not None and len(weights) == 1:
-        weights = list(weights) * len(files)
-    if weights is not None and len(weights) != len(files):
+    new_file(args.output, args.force)
+    count, weights = len(args.files), args.weights or [1.0]
+    if len(weights) not in (1, count):
         raise ShiraError(
-            f"expected one weight per file, got {counted(len(weights), 'weight')} for {counted(len(files), 'file')}"
+            f"expected one weight per file, got {counted(len(weights), 'weight')} for {counted(count, 'file')}"
         )
-    adapters = [open_adapter(file).decode() for file in files]
-    _compare_bases(adapters, report)
-    fused = fuse(adapters, weights, method).astype(dtype)
-    scales = [1.0] * len(files) if weights is None else list(weights)
-    mix = dict(zip(titles(files), scales, strict=True))
-    return save_adapter(fused.with_metadata(mix=json.dumps(mix), method=method), output)
+    scales = weights if len(weights) == count else weights * count
+    adapters = [open_adapter(file).decode() for file in args.files]
+    _compare_bases(adapters)
+    fused = fuse(adapters, scales, args.method).astype(DTYPES[args.dtype])
+    mix = json.dumps(dict(zip(titles(args.files), scales, strict=True)))
+    found = inspect_adapter(save_adapter(fused.with_metadata(mix=mix, method=args.method), args.output))
+    if args.json:
+        say_json({"output": str(found.path), "entries": found.nnz, "bytes": found.size})
+    else:
+        say(written_line(found))
 
 
 def new_file(output: Path, force: bool) -> Path:
@@ -76,11 +61,11 @@ def new_file(output: Path, force: bool) -> Path:
     return target
 
 
-def _compare_bases(adapters: Sequence[ShiraAdapter], report: Callable[[str], None]) -> None:
+def _compare_bases(adapters: Sequence[ShiraAdapter]) -> None:
     """One base may go by several names, so other names are no error."""
     bases = sorted({adapter.metadata["base_model"] for adapter in adapters if "base_model" in adapter.metadata})
     if len(bases) > 1:
-        report(f"note: the adapters name different bases: {', '.join(map(repr, bases))}")
+        note(f"note: the adapters name different bases: {', '.join(map(repr, bases))}")
 
 
 def titles(files: Sequence[Path]) -> list[str]:

@@ -1,21 +1,21 @@
 """Try out whether an adapter fits a base: ``shira verify``."""
 
+import argparse
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.cli.base_model import fingerprints, open_pipeline
 from shira_diffusers.cli.inspect import checksum_finding
+from shira_diffusers.cli.terminal import printable, say, say_json
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import AdapterMismatchError, counted, listing, verb
-from shira_diffusers.formats.adapter_file import AdapterFile
-from shira_diffusers.formats.inspect import inspect_adapter
-from shira_diffusers.formats.shira_file import load_adapter
+from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.integrations.pipelines import models_of, resident_of
 from shira_diffusers.weights.finder import WeightMap
 
@@ -36,59 +36,66 @@ class Verdict(NamedTuple):
     finding: str
 
 
-def verify_adapter(path: Path, base: str, report: Callable[[Verdict], None]) -> bool:
-    """Check that an adapter fits a base, and that applying and removing it leaves every bit as it was.
+Report = Callable[[str, bool, str], None]
+"""Takes what a ``Verdict`` holds, as soon as it is known."""
 
-    Args:
-        path: a file or a folder, PEFT's SHiRA folders too.
-        base: a diffusers folder or a Hub id.
-        report: called with each verdict as soon as it is known.
 
-    Returns:
-        Whether all checks passed. Checks that cannot be made after a failure are left out.
+def verify(args: argparse.Namespace) -> None:
+    """Run the command: check that an adapter fits a base, and that every bit is as it was once it is removed.
 
     Raises:
         OSError, AdapterFormatError: the adapter cannot be read.
+        AdapterMismatchError: a check has failed.
         ShiraError: the base cannot be loaded, or its weights cannot be overwritten.
     """
-    passed = True
+    verdicts: list[Verdict] = []
 
-    def note(check: str, ok: bool, finding: str) -> None:
-        nonlocal passed
-        passed &= ok
-        report(Verdict(check, ok, finding))
+    def report(check: str, passed: bool, finding: str) -> None:
+        verdicts.append(Verdict(check, passed, finding))
+        if not args.json:
+            _say(verdicts[-1])
 
-    found = inspect_adapter(path)
-    note("file", True, f"{found.kind}, {counted(found.nnz, 'entry')} in {counted(len(found.parameters), 'parameter')}")
-    note("checksum", True, checksum_finding(found))
+    _verify(args.file, args.base, report)
+    fits = all(verdict.passed for verdict in verdicts)
+    if args.json:
+        say_json({"fits": fits, "checks": [verdict._asdict() for verdict in verdicts]})
+    if not fits:
+        raise AdapterMismatchError(f"{args.file} does not fit {args.base}; use it with the model it was trained for")
+    if not args.json:
+        say(f"{args.file} fits {args.base}")
+
+
+def _say(verdict: Verdict) -> None:
+    head, *offenders = verdict.finding.split("\n")
+    say(f"{verdict.check:<9}{'ok' if verdict.passed else 'FAILED':<8}{printable(head)}")
+    for offender in offenders:
+        say(f"{'':17}{printable(offender.strip())}")
+
+
+def _verify(path: Path, base: str, report: Report) -> None:
+    """Make all checks; those that cannot be made after a failure are left out."""
+    found = open_adapter(path)
+    found.check()
+    entries, parameters = counted(found.nnz, "entry"), counted(len(found.parameters), "parameter")
+    report("file", True, f"{found.kind}, {entries} in {parameters}")
+    report("checksum", True, checksum_finding(found))
     pipe = open_pipeline(base)
     models, resident = models_of(pipe), resident_of(pipe)
-    adapter = _read(found, pipe, path)
+    adapter = found.decode(models=models)
     strangers, misshapen = _misfits(adapter, models)
     total = len(adapter.deltas)
-    note("names", not strangers, _finding(strangers, total, f"in this {type(pipe).__name__}"))
-    note("shapes", not misshapen, _finding(misshapen, total - len(strangers), "shaped as in the base"))
-    if not passed:
-        return False
+    report("names", not strangers, _finding(strangers, total, f"in this {type(pipe).__name__}"))
+    report("shapes", not misshapen, _finding(misshapen, total - len(strangers), "shaped as in the base"))
+    if strangers or misshapen:
+        return
     match = resident.check(adapter)
-    note("base", match != "other", _MATCHES[match])
+    report("base", match != "other", _MATCHES[match])
     before = fingerprints(models)
-    note("apply", *_apply(adapter, resident))
+    report("apply", *_apply(adapter, resident))
     resident.clear()
     after = fingerprints(models)
     changed = [name for name in before if before[name] != after[name]]
-    note("restore", not changed, _finding(changed, len(before), "bit-equal after removal"))
-    return passed
-
-
-def _read(found: AdapterFile, pipe: Any, path: Path) -> ShiraAdapter:
-    """The adapter with component names; PEFT's needs the model for its shapes."""
-    if found.format_version is not None:
-        return load_adapter(found.path)
-    pipe.load_shira(path, NAME, activate=False)
-    adapter = resident_of(pipe).adapter(NAME)
-    pipe.unload_shira()
-    return adapter
+    report("restore", not changed, _finding(changed, len(before), "bit-equal after removal"))
 
 
 def _misfits(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
