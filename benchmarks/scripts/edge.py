@@ -30,7 +30,6 @@ from diffusers import StableDiffusionPipeline
 
 from benchmarks.measure import ASSETS, ROOT, alternate, out_of, seconds_of, spread, timed, write
 from shira_diffusers.edge import OnnxResident
-from shira_diffusers.edge.adapter import as_float32
 from shira_diffusers.edge.export import export_onnx
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -110,7 +109,7 @@ def rebuild(resident: OnnxResident, folder: Path) -> Callable[[str], Any]:
 
     def build(name: str) -> Any:
         merged, entries = base.copy(), model.adapters[name]
-        total = merged[entries.positions].astype(np.float32) + as_float32(*entries.values)
+        total = merged[entries.positions].astype(np.float32) + entries.values.to_float32()
         merged[entries.positions] = total.astype(merged.dtype)
         (folder / "model.safetensors").write_bytes(content[: -merged.nbytes] + merged.tobytes())
         return ort.InferenceSession(str(folder / "model.onnx"), options())

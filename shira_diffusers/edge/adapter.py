@@ -3,20 +3,13 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from shira_diffusers.errors import AdapterFormatError
 from shira_diffusers.formats.block import Block
 from shira_diffusers.formats.gap_codec import Indices
 from shira_diffusers.formats.header import read_header, without_shapes
 from shira_diffusers.formats.safetensors_bytes import Raw
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +53,7 @@ def read_adapter(path: str | os.PathLike[str]) -> ArrayAdapter:
     if file.reader is None:
         raise AdapterFormatError(without_shapes(file.path))
     with file.compared():
-        found = file.decode_blocks(lambda block: block.decode())
+        found = file.decode_blocks(Block.decode)
     deltas = {name: delta for block, indices in found for name, delta in _deltas(block, indices).items()}
     probes = {name: _copy(probe) for name, probe in file.reader.probes.items()}
     return ArrayAdapter(dict(sorted(deltas.items())), file.metadata, probes)
@@ -68,20 +61,10 @@ def read_adapter(path: str | os.PathLike[str]) -> ArrayAdapter:
 
 def _deltas(block: Block, indices: list[Indices]) -> dict[str, Delta]:
     """The deltas of a block; nothing of the file is kept."""
-    dtype, values = _copy(block.values)
-    ends = list(accumulate(map(len, indices)))
-    return {
-        weight.name: Delta(own, Raw(dtype, values[end - len(own) : end]), weight.shape or ())
-        for weight, own, end in zip(block.weights, indices, ends, strict=True)
-    }
+    dtype, copied = _copy(block.values)
+    parts = zip(block.weights, indices, block.split(copied), strict=True)
+    return {weight.name: Delta(own, Raw(dtype, values), weight.shape or ()) for weight, own, values in parts}
 
 
 def _copy(raw: Raw) -> Raw:
     return Raw(raw.dtype, raw.array.copy())
-
-
-def as_float32(dtype: str, array: NDArray[Any]) -> Floats:
-    """A tensor of a file in float32, a copy, which holds all of its values exactly: float32, float16, bfloat16 bits."""
-    if dtype == "BF16":
-        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)

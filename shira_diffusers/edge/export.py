@@ -11,7 +11,6 @@ it takes 22 s in place of 1.6 s for a tiny UNet.)
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.scales import blocks_of
+from shira_diffusers.atomic_write import made_whole
 from shira_diffusers.edge.exported import ABOUT, FORMAT, FORMAT_VERSION, MODEL, WEIGHTS
 from shira_diffusers.errors import ShiraError
-from shira_diffusers.formats.safetensors_bytes import body_of, mapped
+from shira_diffusers.formats.safetensors_bytes import spans_of
 
 _CODES = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16}
 _PREFIX = "model."  # of parameters' names in what is traced
@@ -95,15 +95,13 @@ def export_onnx(
             "float16; load the pipeline with torch_dtype"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        whole = Path(temporary, "export")
+    with made_whole(target) as whole:
         parts = _components(pipe)
         for number, (name, traced) in enumerate(parts.items(), 1):
             _write(traced, whole / name, str(pipe.config.get("_name_or_path", "")))
             progress(number, len(parts))
         pipe.tokenizer.save_pretrained(whole / "tokenizer")
         pipe.scheduler.save_pretrained(whole / "scheduler")
-        whole.rename(target)
     return target
 
 
@@ -218,16 +216,11 @@ def _name_weights(graph: Any, file: Path) -> None:
 
     As inputs they are no constants, so no session folds, reorders or prepacks them: it computes with the memory itself.
     """
-    content = mapped(file)
-    body = len(content) - len(body_of(content))
-    header = json.loads(content[8:body].tobytes())
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, end = entry["data_offsets"]
-            tensor = onnx.TensorProto(name=name, data_type=_CODES[entry["dtype"]], dims=entry["shape"], raw_data=b"")
-            external_data_helper.set_external_data(tensor, file.name, body + first, end - first)
-            tensor.ClearField("raw_data")
-            graph.initializer.append(tensor)
+    for name, span in spans_of(file).items():
+        tensor = onnx.TensorProto(name=name, data_type=_CODES[span.dtype], dims=span.shape, raw_data=b"")
+        external_data_helper.set_external_data(tensor, file.name, span.start, span.end - span.start)
+        tensor.ClearField("raw_data")
+        graph.initializer.append(tensor)
     for node in graph.node:
         for k, name in enumerate(node.input):
             node.input[k] = name.removeprefix(_PREFIX)

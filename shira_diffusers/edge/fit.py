@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from shira_diffusers.adapters.base_match import ROUNDING, UNDERFLOW, BaseMatch, match, trained_on
-from shira_diffusers.edge.adapter import ArrayAdapter, Delta, as_float32
+from shira_diffusers.edge.adapter import ArrayAdapter, Delta
 from shira_diffusers.edge.exported import ExportedWeights
 from shira_diffusers.edge.switch import Entries, SwitchedWeights
 from shira_diffusers.errors import AdapterMismatchError, counted, listing, verb
@@ -48,7 +48,7 @@ def _entries(weights: ExportedWeights, deltas: Mapping[str, Delta]) -> Entries:
     positions = np.concatenate([empty, *(parts[name] for name in names)])
     values = [deltas[name].values for name in names]
     dtype = values[0].dtype if len({raw.dtype for raw in values}) == 1 else "F32"  # which holds all of them exactly
-    held = [raw.array if raw.dtype == dtype else as_float32(*raw) for raw in values]
+    held = [raw.array if raw.dtype == dtype else raw.to_float32() for raw in values]
     order = np.argsort(positions, kind="stable")
     counts = tuple(len(parts[name]) for name in names)
     joined = np.concatenate(held)[order] if held else np.empty(0, np.float32)
@@ -62,7 +62,7 @@ def compare_base(adapter: ArrayAdapter, models: Mapping[str, SwitchedWeights]) -
     expected, got, allowed = [], [], []
     for full_name, probe in adapter.base_probes.items():
         component, _, name = full_name.partition(".")
-        model, values = models[component], as_float32(*probe).astype(np.float64)
+        model, values = models[component], probe.to_float32().astype(np.float64)
         own = model.weights.own_name(name) or name
         now = model.base_at(model.weights.positions(own, adapter.deltas[full_name].indices[: len(values)]))
         expected.append(values)

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shira_diffusers.adapters.scales import Scale, scale_of
-from shira_diffusers.edge.adapter import Floats, as_float32
 from shira_diffusers.edge.exported import ExportedWeights
 from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.formats.gap_codec import Indices
 from shira_diffusers.formats.safetensors_bytes import Raw
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Entries:
         else:
             by_weight = [scale_of(scale, component, name) for name in self.names]
             factor = np.repeat(np.array(by_weight, np.float32), self.counts)
-        return as_float32(*self.values) * factor
+        return self.values.to_float32() * factor
 
 
 @dataclass(frozen=True, slots=True)

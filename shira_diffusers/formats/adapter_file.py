@@ -133,7 +133,7 @@ class AdapterFile:
         """
         if self.reader is not None:
             with self.compared():
-                self.decode_blocks(lambda block: block.decode())
+                self.decode_blocks(Block.decode)
 
     def decode_blocks(self, how: Callable[[Block], T | None]) -> list[tuple[Block, T]]:
         """The blocks, and what a decoder makes of each: None for one that is damaged.

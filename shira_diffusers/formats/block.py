@@ -92,8 +92,11 @@ class Block:
         found = decode_many(self.gaps, self.counts, self.limits, threads=threads, **how)
         if found is None:
             return None
+        return self.split(spread(found, self.run))
+
+    def split(self, whole: NDArray[Any]) -> list[NDArray[Any]]:
+        """The part of each weight of an array ``(nnz,)`` over all of them."""
         edges = accumulate((weight.nnz for weight in self.weights), initial=0)
-        whole = spread(found, self.run)
         return [whole[a:b] for a, b in pairwise(edges)]
 
     def _decode_each(self) -> list[Indices] | None:
@@ -111,8 +114,7 @@ class Block:
             parts = split_gaps(self.gaps, self.counts)
         except AdapterFormatError as error:
             return [str(error)]
-        edges = accumulate((weight.nnz for weight in self.weights), initial=0)
-        values = [Raw(self.values.dtype, self.values.array[a:b]) for a, b in pairwise(edges)]
+        values = [Raw(self.values.dtype, own) for own in self.split(self.values.array)]
         found = [problem_of(*each, self.run) for each in zip(self.weights, parts, values, strict=True)]
         return [f"{weight.name}: {what}" for weight, what in zip(self.weights, found, strict=True) if what]
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 
 from shira_diffusers.errors import AdapterFormatError
 from shira_diffusers.formats.adapter_file import AdapterFile
+from shira_diffusers.formats.block import Block
 from shira_diffusers.formats.header import read_header
-from shira_diffusers.formats.safetensors_bytes import Raw
 
 Shape = tuple[int, ...]
 
@@ -144,18 +143,11 @@ def _deltas(file: AdapterFile) -> dict[str, _Delta]:
         )
     found = {}
     with file.compared():
-        for block, indices in file.decode_blocks(lambda block: block.decode()):
-            edges = np.cumsum([0, *(weight.nnz for weight in block.weights)]).tolist()
-            values = _as_float64(block.values)
-            for weight, own, (a, b) in zip(block.weights, indices, pairwise(edges), strict=True):
-                found[weight.name] = _Delta(own, values[a:b], weight.shape or ())
+        for block, indices in file.decode_blocks(Block.decode):
+            values = block.split(block.values.to_float32().astype(np.float64))
+            for weight, at, own in zip(block.weights, indices, values, strict=True):
+                found[weight.name] = _Delta(at, own, weight.shape or ())
     return dict(sorted(found.items()))
-
-
-def _as_float64(raw: Raw) -> NDArray[np.float64]:
-    if raw.dtype == "BF16":  # the upper half of a float32
-        return (raw.array.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.array.astype(np.float64)
 
 
 def _compare(one: _Delta, other: _Delta) -> EntryDifference:

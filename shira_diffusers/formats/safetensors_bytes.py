@@ -51,6 +51,12 @@ class Raw(NamedTuple):
     dtype: str
     array: NDArray[Any]
 
+    def to_float32(self) -> NDArray[np.float32]:
+        """A copy in float32, which holds all values of float32, float16 and bfloat16 exactly."""
+        if self.dtype == "BF16":  # the upper half of a float32
+            return (self.array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return self.array.astype(np.float32)
+
 
 class Opened(NamedTuple):
     """An intact safetensors file: tensors by key, which are parts of ``content``, and the header's strings.

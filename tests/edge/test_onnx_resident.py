@@ -25,7 +25,7 @@ from shira_diffusers import (
 )
 from shira_diffusers.adapters.base_probes import probe_base
 from shira_diffusers.edge import OnnxResident, session
-from shira_diffusers.edge.adapter import as_float32, read_adapter
+from shira_diffusers.edge.adapter import read_adapter
 from shira_diffusers.edge.exported import ExportedWeights
 from tests import tiny
 from tests.edge.conftest import DTYPES, one_thread
@@ -405,10 +405,10 @@ def test_a_file_is_read_as_torch_reads_it(file: Path) -> None:
         own = found.deltas[name]
         assert own.shape == delta.shape
         assert torch.equal(torch.from_numpy(own.indices), delta.indices)
-        assert tiny.same_bits(torch.from_numpy(as_float32(*own.values)), delta.values.float())
+        assert tiny.same_bits(torch.from_numpy(own.values.to_float32()), delta.values.float())
     assert found.base_probes.keys() == expected.base_probes.keys()
     for name, probe in expected.base_probes.items():
-        assert tiny.same_bits(torch.from_numpy(as_float32(*found.base_probes[name])), probe.float())
+        assert tiny.same_bits(torch.from_numpy(found.base_probes[name].to_float32()), probe.float())
 
 
 def test_a_damaged_file_is_refused(saved: Save) -> None:
