@@ -194,6 +194,7 @@ def pair_up(groups: Sequence[Sequence[Picture]], frames: Sequence[Size]) -> list
     return [Pairing(pictures, nearest_frame(frames, pictures[0].size)) for pictures in chosen]
 
 
+@dataclass(frozen=True)
 class Examples(Dataset[list[Example]]):
     """Pairings with their pictures read. Indexed by ``Draw``.
 
@@ -204,36 +205,33 @@ class Examples(Dataset[list[Example]]):
         seed: of the run.
     """
 
-    def __init__(
-        self, pairings: Sequence[Pairing], reader: Reader, caption_dropout_rate: float = 0.0, seed: int = 0
-    ) -> None:
-        self._pairings = pairings
-        self._reader = reader
-        self._caption_dropout_rate = caption_dropout_rate
-        self._seed = seed
+    pairings: Sequence[Pairing]
+    reader: Reader
+    caption_dropout_rate: float = 0.0
+    seed: int = 0
 
     def __len__(self) -> int:
-        return len(self._pairings)
+        return len(self.pairings)
 
     @property
     def frames(self) -> list[Size]:
         """The frame of each example; all examples of a batch have the same."""
-        return [pairing.frame for pairing in self._pairings]
+        return [pairing.frame for pairing in self.pairings]
 
     def __getitem__(self, draw: Draw) -> list[Example]:
         position, index = draw
-        pairing = self._pairings[index]
+        pairing = self.pairings[index]
         prompts = [picture.prompt for picture in pairing.pictures]
         if self._drops_caption(position):
             prompts[0] = ""
-        views = [self._reader(picture, pairing.frame, position) for picture in pairing.pictures]
+        views = [self.reader(picture, pairing.frame, position) for picture in pairing.pictures]
         return [Example(view, prompt) for view, prompt in zip(views, prompts, strict=True)]
 
     def _drops_caption(self, position: int) -> bool:
-        if not self._caption_dropout_rate:
+        if not self.caption_dropout_rate:
             return False
-        generator = seeded(self._seed, f"caption:{position}")
-        return float(torch.rand((), generator=generator, device="cpu")) < self._caption_dropout_rate
+        generator = seeded(self.seed, f"caption:{position}")
+        return float(torch.rand((), generator=generator, device="cpu")) < self.caption_dropout_rate
 
 
 def collate(examples: Sequence[list[Example]]) -> Batch:

@@ -148,13 +148,16 @@ def _cast(given: Conditions, dtype: torch.dtype) -> Conditions:
 
 _OF_FLOW = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs")
 _OF_DIFFUSION = ("snr_gamma", "validation_scheduler")
-_FLOW_DEFAULTS = {
-    "mask_type": "wm",  # gradients of all weights, in float32, beside such a model would not fit
-    "resolution": 512,
+_LARGE_DEFAULTS = {
     "learning_rate": 1e-4,
     "text_encoder_lr": 5e-6,
     "adam_weight_decay": 1e-4,
     "adam_weight_decay_text_encoder": 1e-3,
+}
+_FLOW_DEFAULTS = {
+    "mask_type": "wm",  # gradients of all weights, in float32, beside such a model would not fit
+    "resolution": 512,
+    **_LARGE_DEFAULTS,
 }
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -174,16 +177,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             unread=MappingProxyType({"text_encoder": r".*layers\.{last}\..*"}),
             embed=_embed_xl,
             denoise=_denoise_xl,
-            defaults=MappingProxyType(
-                {
-                    "mask_type": "grad_mean",
-                    "resolution": 1024,
-                    "learning_rate": 1e-4,
-                    "text_encoder_lr": 5e-6,
-                    "adam_weight_decay": 1e-4,
-                    "adam_weight_decay_text_encoder": 1e-3,
-                }
-            ),
+            defaults=MappingProxyType({"mask_type": "grad_mean", "resolution": 1024, **_LARGE_DEFAULTS}),
             idle=(*_OF_FLOW, "max_sequence_length", "guidance_scale"),
         ),
         "StableDiffusion3Pipeline": Family(  # 3 and 3.5; without T5 its tokens are zeros

@@ -1,7 +1,7 @@
 """What a denoiser learns: latents with noise, and the error of its prediction, by diffusion or by flow matching."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,14 +80,7 @@ class Noised:
         return F.mse_loss(predicted, self.target, reduction="none").flatten(1).mean(1) * self.weights
 
 
-class Noising(Protocol):
-    """How latents and noise are mixed."""
-
-    def mix(self, latents: Tensor, noise: Tensor, draws: Draws) -> Noised:
-        """Mix latents and noise, float32 ``(n, c, h, w)``, at timesteps that are drawn."""
-
-
-def noising_of(pipe: Pipe, config: TrainingConfig) -> Noising:
+def noising_of(pipe: Pipe, config: TrainingConfig) -> "Diffusion | FlowMatching":
     """Return the noising that a base is trained with, from its own scheduler's configuration.
 
     Args:

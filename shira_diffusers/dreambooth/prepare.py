@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
@@ -120,6 +121,7 @@ def _tell_what_may_surprise(pairings: Sequence[Pairing], config: TrainingConfig)
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
 class _MomentReader:
     """Looks up the moments of latents that were encoded in advance, float32 ``(2c, h, w)``, on the CPU.
 
@@ -128,13 +130,12 @@ class _MomentReader:
         seed: with the position in the run it selects one of the two.
     """
 
-    def __init__(self, views: dict[tuple[Picture, Size], list[View]], seed: int) -> None:
-        self._views = views
-        self._seed = seed
+    views: dict[tuple[Picture, Size], list[View]]
+    seed: int
 
     def __call__(self, picture: Picture, frame: Size, position: int) -> View:
-        either = self._views[picture, frame]
-        generator = seeded(self._seed, f"framing:{position}:{picture.path.name}")
+        either = self.views[picture, frame]
+        generator = seeded(self.seed, f"framing:{position}:{picture.path.name}")
         return either[int(torch.randint(len(either), (), generator=generator, device="cpu"))]
 
 

@@ -26,7 +26,7 @@ from shira_diffusers.engine.switch import plan_switch, require_in_range, require
 from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.weights.finder import WeightMap, unwrap, weights_of
 from shira_diffusers.weights.sweep_triton import engine_for
-from shira_diffusers.weights.targets import models_of
+from shira_diffusers.weights.targets import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,8 @@ class Resident:
     """
 
     def __init__(self, components: nn.Module | Mapping[str, nn.Module]) -> None:
-        if not isinstance(components, nn.Module | Mapping):
-            components = models_of(components) or components
-        parts = {"": components} if isinstance(components, nn.Module) else components
-        if not isinstance(parts, Mapping):
-            raise ShiraError(f"expected a module or {{component: module}}, got {type(parts).__name__}")
+        found = parts_of(components)
+        parts = {"": found} if isinstance(found, nn.Module) else found
         wrong = [
             f"{name!r}: {type(model).__name__}" for name, model in parts.items() if not isinstance(model, nn.Module)
         ]

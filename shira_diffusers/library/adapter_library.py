@@ -20,11 +20,11 @@ from shira_diffusers.engine.resident import Resident
 from shira_diffusers.engine.state import ShiraState, state_of
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.formats.gpu_decoder import record_stream
-from shira_diffusers.integrations.pipelines import models_of, resident_of
 from shira_diffusers.library.folder import Catalog, Listing, Version
 from shira_diffusers.library.header_index import AdapterHeader, HeaderIndex
 from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store, TierStats
 from shira_diffusers.weights.finder import unwrap
+from shira_diffusers.weights.targets import models_of
 
 logger = logging.getLogger(__name__)
 
@@ -392,10 +392,8 @@ class _User:
     def __init__(self, target: Any) -> None:
         if isinstance(target, Resident):
             self.resident = target
-        elif isinstance(target, nn.Module | Mapping):
+        elif isinstance(target, nn.Module | Mapping) or models_of(target):
             self.resident = Resident(target)
-        elif models_of(target):
-            self.resident = resident_of(target)
         else:
             raise ShiraError(
                 f"expected a pipeline, a Resident, a module or {{component: module}}, got {type(target).__name__}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.errors import AdapterMismatchError, listing
-from shira_diffusers.weights.targets import canonical_name
+from shira_diffusers.weights.targets import by_prefix, canonical_name
 
 Calibration = Mapping[str, Tensor] | Iterable[Tensor | Callable[[], Tensor]]
 
@@ -52,8 +52,8 @@ def gradient_magnitudes(
 
 
 def _parameters(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    parts = {"": model} if isinstance(model, nn.Module) else {f"{part}.": m for part, m in model.items()}
-    return {prefix + canonical_name(n): p for prefix, m in parts.items() for n, p in m.named_parameters()}
+    parts = by_prefix(model).items()
+    return {prefix + canonical_name(name): p for prefix, part in parts for name, p in part.named_parameters()}
 
 
 def _accumulate(

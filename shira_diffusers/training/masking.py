@@ -13,17 +13,9 @@ from shira_diffusers.engine.state import state_of
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError, ShiraError, counted, listing, verb
 from shira_diffusers.weights.finder import WeightMap, unwrap
 from shira_diffusers.weights.scatter import gather, overwrite
-from shira_diffusers.weights.targets import canonical_name, parts_of
+from shira_diffusers.weights.targets import by_prefix, canonical_name
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def components_of(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules, or a pipeline's, by the prefix of their parameters' names: ``component.``, or nothing."""
-    model = parts_of(model)
-    if isinstance(model, nn.Module):
-        return {"": model}
-    return {f"{component}.": module for component, module in model.items()}
 
 
 def masked_parameters(
@@ -42,7 +34,7 @@ def masked_parameters(
     """
     if not masks:
         raise AdapterMismatchError("no masks: there is nothing to train; build some with build_masks")
-    parts = components_of(model)
+    parts = by_prefix(model)
     _require_no_adapter(parts)
     finders = {prefix: _Finder(prefix, module) for prefix, module in parts.items()}
     found: dict[str, nn.Parameter] = {}
@@ -158,14 +150,14 @@ class MaskedGradients:
         self._parameters = masked_parameters(model, masks)
         self._masks = {id(p): masks[name].to(p.device) for name, p in self._parameters.items()}
         self._base = {id(p): p.detach().clone() for p in self._parameters.values()}
-        everything = [p for module in components_of(model).values() for p in module.parameters()]
+        everything = [p for module in by_prefix(model).values() for p in module.parameters()]
         self._flags = [(p, p.requires_grad) for p in everything]
         for parameter in everything:
             parameter.requires_grad_(id(parameter) in self._masks)
         self._hooks: list[Any] = [
             p.register_post_accumulate_grad_hook(self._mask_gradient) for p in self._parameters.values()
         ]
-        self._hooks += [hook for part in components_of(model).values() for hook in let_gradients_in(part)]
+        self._hooks += [hook for part in by_prefix(model).values() for hook in let_gradients_in(part)]
         # for all optimizers, also those made later; weak, so that the global hook keeps no model alive
         guard = weakref.WeakMethod(self._keep_the_rest)
         self._hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: (g := guard()) and g(optimizer)))

@@ -19,8 +19,9 @@ from shira_diffusers.training.dora import Dora, Identity, Parametrization
 from shira_diffusers.training.gradient_buffer import GradientBuffer
 from shira_diffusers.training.gradient_taps import Columns, Tap, find_columns, narrows, tappable
 from shira_diffusers.training.masked_entries import MaskedEntries
-from shira_diffusers.training.masking import components_of, let_gradients_in, masked_parameters
+from shira_diffusers.training.masking import let_gradients_in, masked_parameters
 from shira_diffusers.training.recompute import ActivationRecompute
+from shira_diffusers.weights.targets import by_prefix
 
 
 class _Adapted(NamedTuple):
@@ -71,7 +72,7 @@ class SparseTuner:
     ) -> None:
         parameters = masked_parameters(modules, masks)
         device = _only_device(parameters)
-        parts = components_of(modules).values()
+        parts = by_prefix(modules).values()
         sizes = [masks[name].numel() for name in parameters]
         self._indices = torch.cat([masks[name].to(device, index_dtype(p.numel())) for name, p in parameters.items()])
         bounds = pairwise(accumulate(sizes, initial=0))

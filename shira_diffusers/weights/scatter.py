@@ -7,15 +7,7 @@ import torch
 from torch import Tensor
 
 # No index kernel exists for these: their bits are moved as bytes.
-_BYTE_DTYPES = frozenset(
-    dtype
-    for dtype in (
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.float8_e4m3fnuz,
-        torch.float8_e5m2fnuz,
-    )
-)
+_BYTE_DTYPES = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 
 
 def is_byte_dtype(dtype: torch.dtype) -> bool:

@@ -73,6 +73,12 @@ def parts_of(target: Any) -> nn.Module | Mapping[str, nn.Module]:
     raise ShiraError(f"expected a module, {{component: module}} or a pipeline, got {type(target).__name__}")
 
 
+def by_prefix(target: Any) -> dict[str, nn.Module]:
+    """The modules of ``parts_of`` by the prefix of their parameters' names: ``component.``, or nothing."""
+    parts = parts_of(target)
+    return {"": parts} if isinstance(parts, nn.Module) else {f"{name}.": part for name, part in parts.items()}
+
+
 def require_modules(target: Any, expected: str, call: str) -> None:
     """Require something else than a pipeline, where its meaning is not clear.
 
@@ -151,10 +157,7 @@ def select(model: nn.Module | Mapping[str, nn.Module], targets: Targets = DEFAUL
     Raises:
         AdapterMismatchError: a preset or pattern that matches no Linear or Conv2d weight.
     """
-    if isinstance(model, Mapping):
-        named = {f"{part}.{n}": w for part, module in model.items() for n, w in named_weights(module).items()}
-    else:
-        named = named_weights(model)
+    named = {f"{prefix}{n}": w for prefix, part in by_prefix(model).items() for n, w in named_weights(part).items()}
     if isinstance(targets, str) and targets in PRESETS:
         only_linear = targets != "all"
         patterns: Sequence[str | re.Pattern[str]] = PRESETS[targets]

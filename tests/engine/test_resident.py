@@ -503,7 +503,7 @@ def test_one_module_under_two_names_is_one_component() -> None:
     ("given", "message"),
     [
         ({"unet": nn.Linear(2, 2), "vae": None, "size": 3}, r"leave out what is no module:\n  - 'vae': None.*\n.*int"),
-        (3, r"expected a module or \{component: module\}, got int"),
+        (3, r"expected a module, \{component: module\} or a pipeline, got int"),
         ([nn.Linear(2, 2)], "got list"),
     ],
 )
