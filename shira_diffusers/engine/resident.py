@@ -454,7 +454,8 @@ class Resident:
                 )
             require_in_range({part: state.overwritten for part, state in self._states().items()}, self.active)
             for state in self._states().values():
-                state.overwritten, state.mix, state.disabled = (), Mix(), None
+                state.mix, state.disabled = Mix(), None
+                state.set_overwritten((), {})
 
     def verify(self) -> None:
         """Require that every overwritten entry still holds what was written.

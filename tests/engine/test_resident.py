@@ -475,6 +475,20 @@ def test_tied_weights_are_written_once() -> None:
     tiny.assert_same_bits(model, base)
 
 
+def test_a_mix_that_was_baked_into_a_tied_weight_is_the_base_of_the_next() -> None:
+    model = Tied()
+    delta = SparseDelta(torch.tensor([3, 5]), torch.ones(2), (6, 4))
+    resident = Resident(model)
+    resident.add(ShiraAdapter({"first.weight": delta}), "a")
+    resident.set({"a": 1.0})
+    resident.bake()
+    baked = tiny.snapshot(model)
+    resident.set({"a": 2.0})
+    assert torch.equal(model.second.weight.view(-1)[[3, 5]], baked["first.weight"].view(-1)[[3, 5]] + 2)
+    resident.clear()
+    tiny.assert_same_bits(model, baked)
+
+
 def test_different_deltas_for_one_tied_weight_are_refused() -> None:
     model = Tied()
     one, two = (SparseDelta(torch.tensor([3]), torch.tensor([v]), (6, 4)) for v in (1.0, 2.0))
