@@ -145,7 +145,8 @@ def run_number(output: Path, resumed: Path | None) -> int:
     have = list_checkpoints(output)
     if resumed is not None and resumed.resolve().parent == output.resolve():
         number = _run_of(resumed)
-        if [path for path in have if _run_of(path) == number][-1].name == resumed.name:
+        names = [path.name for path in have if _run_of(path) == number]
+        if names[-1:] == [resumed.name]:  # a checkpoint that was renamed is not among them
             return number
     return 1 + max(map(_run_of, have), default=0)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from shira_diffusers import ShiraAdapter, ShiraError, load_adapter
-from shira_diffusers.dreambooth.checkpoints import run_number, save_checkpoint
+from shira_diffusers.dreambooth.checkpoints import find_checkpoint, run_number, save_checkpoint
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.pictures import find_pictures
 from shira_diffusers.dreambooth.run import checkpoint_interval
@@ -151,6 +151,16 @@ def test_a_run_has_a_number_of_its_own(tmp_path: Path) -> None:
     assert run_number(tmp_path, tmp_path / "checkpoint-3") == 2
     assert run_number(tmp_path, tmp_path / "checkpoint-1") == 3
     assert run_number(tmp_path / "elsewhere", tmp_path / "checkpoint-3") == 1
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_was_renamed(tmp_path: Path) -> None:
+    """Its steps are no longer known by the name, so what follows is a new run."""
+    adapter = tiny.adapter_for(tiny.unet())
+    save_checkpoint(tmp_path, 2, {}, adapter, None, run=1).rename(tmp_path / "best")
+    assert find_checkpoint(tmp_path, "best") == tmp_path / "best"
+    assert run_number(tmp_path, tmp_path / "best") == 1
+    save_checkpoint(tmp_path, 4, {}, adapter, None, run=1)
+    assert run_number(tmp_path, tmp_path / "best") == 2
 
 
 def test_what_another_program_left_is_not_replaced(settings: dict[str, object], tmp_path: Path) -> None:
