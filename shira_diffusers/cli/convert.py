@@ -64,7 +64,8 @@ def output_file(output: Path | None, source: Path, force: bool) -> Path:
     Raises:
         ShiraError: it exists, and is not to be replaced.
     """
-    name = source.parent.name if source.name == PEFT_WEIGHTS else source.resolve().stem
+    source = (source.parent if source.name == PEFT_WEIGHTS else source).resolve()
+    name = source.stem if source.is_file() else source.name
     return new_file(output or Path(f"{name}-shira.safetensors"), force)
 
 

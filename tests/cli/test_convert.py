@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,12 @@ def test_extract(run: Run, files: Path, tmp_path: Path) -> None:
     assert percent(expected.report.total.kept) in out and "wrote tuned-shira.safetensors" in out
     status, out, _ = run("extract", files / "base", files / "tuned", "--density", "0.05", "--force", "--json")
     assert json.loads(out)["total"]["energy_kept"] == expected.report.total.kept
+
+
+def test_a_folder_with_a_point_in_its_name_gives_all_of_it(run: Run, files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "peft", tmp_path / "lora-v1.0")
+    assert run("convert", tmp_path / "lora-v1.0", "--base", files / "base")[0] == 0
+    assert (tmp_path / "lora-v1.0-shira.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
