@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -75,9 +75,9 @@ class Arena:
         self.weights = self.layout.flat(self.world.parts.unet)
         self.objective = Objective(self.world, self.layout, self.weights)
         self.lesson = cache(self._lesson)
-        self.draws = cache(self._draws)
+        self.draws = cache(partial(Draws.make, device=self.world.device))
         self.gradients = cache(self._gradients)
-        self.prompts = cache(self._prompts)
+        self.prompts = cache(partial(prompts_of, self.world))
         self.sampler = cache(self._sampler)
         self.bank = cache(self._bank)
 
@@ -90,15 +90,9 @@ class Arena:
             return self.world.lesson(*look_examples(self.world, LOOKS.index(name.removeprefix("look:"))))
         return self.world.lesson(*style_examples(self.world, name))
 
-    def _draws(self, seed: int, steps: int, batch: int) -> Draws:
-        return Draws.make(seed, steps, batch, self.world.device)
-
     def _gradients(self, name: str, seed: int) -> Gradients:
         size = (1, 2) if self.toy else (CALIBRATION_BATCHES, 16)
         return gradients(self.objective, self.lesson(name), self.draws(seed + 1000, *size))
-
-    def _prompts(self, split: str, count: int, subject: bool) -> Prompts:
-        return prompts_of(self.world, split, count, subject)
 
     def _sampler(self, count: int) -> Sampler:
         return Sampler(self.world, self.layout, self.weights, self.judge, count, 2 if self.toy else STEPS)

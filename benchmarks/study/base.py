@@ -16,7 +16,7 @@ from examples.emoji.train_base import LatentSet, latent_set, train_base
 RATE = 3e-4  # 5e-4 gave NaN after 3,400 steps
 
 
-def build_large_unet(toy: bool = False) -> UNet2DConditionModel:
+def build_large_unet(toy: bool) -> UNet2DConditionModel:
     """As `examples.emoji.model.build_unet`, three times as wide: 121 M parameters."""
     channels, heads = ((32, 32, 32), (1, 1, 1)) if toy else ((288, 480, 576), (9, 15, 18))
     return UNet2DConditionModel(
@@ -31,7 +31,7 @@ def build_large_unet(toy: bool = False) -> UNet2DConditionModel:
     )
 
 
-def make_base(world: World, folder: Path, work: Path, seconds: float, *, toy: bool = False) -> None:
+def make_base(world: World, folder: Path, work: Path, seconds: float, *, toy: bool) -> None:
     """Train a UNet on the shipped autoencoder's latents and text encoder, and write the pipeline, or leave it.
 
     A base that is being trained goes on from `work / "base.pt"`.

@@ -7,7 +7,7 @@ from benchmarks.study.stats import best, load, table
 from benchmarks.study.tables import grouped, kinds
 
 
-def draw_curves(folders: Iterable[Path], file: Path, recipes: Collection[str] = (), ways: Collection[str] = ()) -> None:
+def draw_curves(folders: Iterable[Path], file: Path, recipes: Collection[str], ways: Collection[str]) -> None:
     """Write an SVG with a panel for single styles and one for pairs; the point of the highest "kept" is larger.
 
     Args:

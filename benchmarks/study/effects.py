@@ -14,7 +14,7 @@ from shira_diffusers.adapters.interference import cosine, opposing
 
 
 @torch.no_grad()
-def style_effects(world: World, count: int = 48) -> list[dict[str, Any]]:
+def style_effects(world: World, count: int) -> list[dict[str, Any]]:
     """For each pair of styles, on true pictures; an effect is the change of the scaled latents, ``[n, 4, 16, 16]``.
 
     "cosine" of the two effects; "distance" between them (root mean square); "opposing": the mean of how far they push

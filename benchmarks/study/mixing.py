@@ -138,45 +138,35 @@ def _mean_of_passes(changes: Sequence[Tensor], strengths: Sequence[float], layou
     return lambda step, steps: passes
 
 
+def _of_sum(passes: Callable[[Tensor], list[Pass]]) -> Method:
+    """The same passes at each step, made of the sum of the scaled changes."""
+
+    def method(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
+        made = passes(_sum([s * change for s, change in zip(strengths, changes, strict=True)], layout))
+        return lambda step, steps: made
+
+    return method
+
+
 def _halves(prompted: float, empty: float, guidance: float = GUIDANCE) -> Method:
     """The prompted half under the sum, the other half partly under the base: (1 + w) v_mix - w v_base.
 
     `prompted` is what the base's prompted half has of the guidance, `empty` what its other half has; the sum has the
     rest of each. (0, 1): away from plain pictures without a prompt, so guidance drives the styles as well.
     """
-
-    def method(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
-        mix = _sum([s * change for s, change in zip(strengths, changes, strict=True)], layout)
-        extra = guidance - 1
-        passes = [
-            Pass(None, prompted * extra, -empty * extra),
-            Pass(mix, guidance - prompted * extra, -(1 - empty) * extra),
-        ]
-        return lambda step, steps: passes
-
-    return method
+    extra = guidance - 1
+    base = Pass(None, prompted * extra, -empty * extra)
+    return _of_sum(lambda mix: [base, Pass(mix, guidance - prompted * extra, -(1 - empty) * extra)])
 
 
 def _negative_at(share: float, guidance: float = GUIDANCE) -> Method:
     """The half without a prompt under `share` of the mix's strengths: a switch between the halves, no further pass."""
-
-    def method(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
-        mix = _sum([s * change for s, change in zip(strengths, changes, strict=True)], layout)
-        passes = [Pass(share * mix, 0.0, 1 - guidance), Pass(mix, guidance, 0.0)]
-        return lambda step, steps: passes
-
-    return method
+    return _of_sum(lambda mix: [Pass(share * mix, 0.0, 1 - guidance), Pass(mix, guidance, 0.0)])
 
 
 def _guided(guidance: float) -> Method:
     """The sum at another guidance."""
-
-    def method(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:
-        mix = _sum([s * change for s, change in zip(strengths, changes, strict=True)], layout)
-        passes = [Pass(mix, guidance, 1 - guidance)]
-        return lambda step, steps: passes
-
-    return method
+    return _of_sum(lambda mix: [Pass(mix, guidance, 1 - guidance)])
 
 
 def _alternate_from_plain(changes: Sequence[Tensor], strengths: Sequence[float], layout: Layout) -> Schedule:

@@ -9,14 +9,15 @@ import numpy as np
 from pandas import Series
 
 from benchmarks.study.stats import Array, load, table
+from benchmarks.study.tables import kinds
 
 MEASURES = ("cosine", "overlap", "conflict", "awom", "awom_rows")
 EFFECTS = ("effects_cosine", "effects_distance", "effects_opposing")  # of files since they are measured
 
 
-def outcomes(file: dict[str, Any], method: str) -> dict[str, float]:
+def outcomes(file: dict[str, Any]) -> dict[str, float]:
     """By pair: the share kept at the strength that is best for all pairs of this file."""
-    answers = table([file], method, lambda mix: mix.count("+") == 1 and "subject" not in mix)
+    answers = table([file], "sum", kinds(2))
     kept = answers.kept.mean((2, 3))  # (strengths, mixes)
     return dict(zip(answers.mixes, kept[kept.mean(1).argmax()].tolist(), strict=True))
 
@@ -28,16 +29,16 @@ def spearman(first: Array, second: Array) -> float:
     return float(np.corrcoef(Series(first).rank(), Series(second).rank())[0, 1])
 
 
-def study(files: Iterable[dict[str, Any]], method: str = "sum") -> dict[str, Any]:
-    """Over all pairs of all files.
+def study(files: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Over all pairs of all files that mix by the sum.
 
     Returns:
         "within": for each measure the rank correlation with what is kept among the pairs of one file, mean over files,
         and the share of files in which it has that sign; "between": the same between files, of means over pairs;
         "explained": shares of the variance of what is kept that the pair of styles, the file, and both account for.
     """
-    files = [file for file in files if any(row["method"] == method and row["strengths"] for row in file["rows"])]
-    kept = [outcomes(file, method) for file in files]
+    files = [file for file in files if any(row["method"] == "sum" and row["strengths"] for row in file["rows"])]
+    kept = [outcomes(file) for file in files]
     pairs = sorted(kept[0])
     grid = np.array([[one[pair] for pair in pairs] for one in kept])  # (files, pairs)
     measures = [*MEASURES, *(m for m in EFFECTS if all(m in row for file in files for row in file["kinship"]))]
@@ -67,14 +68,14 @@ def _measure(file: dict[str, Any], pairs: list[str], name: str) -> list[float]:
     return [found[pair] for pair in pairs]
 
 
-def of_effects(effects: list[dict[str, Any]], pairs: dict[str, float], times: int = 2000) -> dict[str, Any]:
+def of_effects(effects: list[dict[str, Any]], pairs: dict[str, float]) -> dict[str, Any]:
     """Rank correlation of measures of the styles themselves with what pairs keep, 95 % by bootstrap over pairs."""
     rows = {row["mix"]: row for row in effects}
     kept, own = np.array(list(pairs.values())), np.random.default_rng(0)
     found = {}
     for name in (key for key in effects[0] if key != "mix"):
         values = np.array([rows[pair][name] for pair in pairs])
-        drawn = [own.integers(len(kept), size=len(kept)) for _ in range(times)]
+        drawn = [own.integers(len(kept), size=len(kept)) for _ in range(2000)]
         low, high = np.percentile([spearman(values[d], kept[d]) for d in drawn], [2.5, 97.5])
         found[name] = [round(value, 2) for value in (spearman(values, kept), float(low), float(high))]
     return found

@@ -55,7 +55,8 @@ class Sampler:
         self._noisy = torch.zeros(2 * count, 4, 16, 16, device=device, dtype=self.dtype)
         self._texts = torch.zeros(2 * count, 32, width, device=device, dtype=self.dtype)
         self._time = torch.zeros(2 * count, dtype=torch.long, device=device)
-        self._latents = torch.zeros(count, 4, 16, 16, device=device)
+        self.latents = torch.zeros(count, 4, 16, 16, device=device)
+        """Those of the pictures drawn last, scaled."""
         self.count = count
         scheduler = build_scheduler()
         scheduler.set_timesteps(steps)
@@ -69,8 +70,8 @@ class Sampler:
         return self._unet(self._noisy, self._time, self._texts, return_dict=False)[0].float().chunk(2)
 
     def _pictures(self) -> Tensor:
-        with torch.autocast(self._latents.device.type, torch.bfloat16, enabled=self._latents.is_cuda):
-            decoded = self._vae.decode(self._latents / self._scaling).sample
+        with torch.autocast(self.latents.device.type, torch.bfloat16, enabled=self.latents.is_cuda):
+            decoded = self._vae.decode(self.latents / self._scaling).sample
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def _judged(self) -> tuple[Tensor, ...]:
@@ -99,14 +100,9 @@ class Sampler:
                 prompted, empty = self._call()
                 velocity += one.prompted * prompted + one.empty * empty
             latents = self._next(latents, velocity, step)
-        self._latents.copy_(latents)
+        self.latents.copy_(latents)
         concept, sights, pictures = self._look()
         return Verdict(concept.argmax(1) == prompts.concepts, sights.clone()), pictures
-
-    @property
-    def latents(self) -> Tensor:
-        """Those of the pictures drawn last, scaled, ``[n, 4, 16, 16]``."""
-        return self._latents
 
     def _next(self, latents: Tensor, velocity: Tensor, step: int) -> Tensor:
         """DDIM on v, as the pipeline's scheduler does it."""

@@ -86,27 +86,27 @@ def area(answers: Table) -> float:
 Figure = Callable[[Table], float]
 
 
-def interval(answers: Table, figure: Figure, times: int = 400, seed: int = 0) -> tuple[float, float]:
+def interval(answers: Table, figure: Figure) -> tuple[float, float]:
     """95 %, by bootstrap over prompts and seeds (and not over mixes, of which all there are were tried)."""
-    return _middle([figure(answers_) for (answers_,) in _redrawn((answers,), times, seed)])
+    return _middle([figure(answers_) for (answers_,) in _redrawn(answers)])
 
 
-def ratio(answers: Table, others: Table, figure: Figure, times: int = 400, seed: int = 0) -> tuple[float, float, float]:
+def ratio(answers: Table, others: Table, figure: Figure) -> tuple[float, float, float]:
     """A figure over that of others, with its 95 %; the same prompts and seeds are drawn for both, as both saw the same.
 
     Raises:
         ValueError: they have other prompts or seeds.
     """
-    drawn = [figure(own) / figure(other) for own, other in _redrawn((answers, others), times, seed)]
+    drawn = [figure(own) / figure(other) for own, other in _redrawn(answers, others)]
     return figure(answers) / figure(others), *_middle(drawn)
 
 
-def _redrawn(tables: tuple[Table, ...], times: int, seed: int) -> Iterator[tuple[Table, ...]]:
-    own = np.random.default_rng(seed)
+def _redrawn(*tables: Table) -> Iterator[tuple[Table, ...]]:
+    own = np.random.default_rng(0)
     _, _, seeds, prompts = tables[0].concept.shape
     if any(one.concept.shape[2:] != (seeds, prompts) for one in tables):
         raise ValueError(f"tables differ in seeds or prompts: {[one.concept.shape[2:] for one in tables]}")
-    for _ in range(times):
+    for _ in range(400):
         s, p = own.integers(seeds, size=seeds), own.integers(prompts, size=prompts)
         yield tuple(
             Table(one.strengths, one.mixes, *(part[:, :, s][:, :, :, p] for part in (one.concept, one.seen)))

@@ -4,7 +4,6 @@ Randomness is drawn before: for one seed all methods see the same pictures, capt
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -256,14 +255,13 @@ class Slot:
             self._graph.replay()
 
 
-def train(slots: list[Slot], steps: int, tick: Callable[[], None] = lambda: None) -> None:
+def train(slots: list[Slot], steps: int) -> None:
     """Train what the slots hold, side by side on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     for _ in range(steps):
         for slot in slots:
             slot.step()
-        tick()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -110,7 +110,7 @@ def style_examples(world: World, style: str) -> tuple[Tensor, list[str]]:
     if style in STYLES:
         files = sorted((world.assets / "styles" / style).glob("*.png"))
         return read_pictures(files, world.device), [file.with_suffix(".txt").read_text().strip() for file in files]
-    return drawn_examples(world.renderer.device, world.renderer, style)
+    return drawn_examples(world.renderer, style)
 
 
 def another(renderer: Renderer, seed: int) -> Renderer:
@@ -118,9 +118,9 @@ def another(renderer: Renderer, seed: int) -> Renderer:
     return Renderer(renderer._sprites, renderer._sprites[:1], seed=seed)
 
 
-def drawn_examples(device: torch.device, renderer: Renderer, style: str) -> tuple[Tensor, list[str]]:
+def drawn_examples(renderer: Renderer, style: str) -> tuple[Tensor, list[str]]:
     """As `examples.emoji.judge_styles.write_style_pictures`: nine concepts on eight backgrounds, every other named."""
-    names = TAUGHT[style]
+    device, names = renderer.device, TAUGHT[style]
     concepts = [CONCEPT_INDEX[name] for name in names for _ in range(PICTURES // len(names))]
     backgrounds = [(5 * i + i // 16) % len(BACKGROUND_NAMES) for i in range(PICTURES)]
     plain = torch.zeros(PICTURES, dtype=torch.long, device=device)
@@ -146,11 +146,11 @@ def subject_examples(world: World) -> tuple[Tensor, list[str]]:
     return torch.cat([read_pictures(own, world.device), batch.pictures]), captions
 
 
-def look_examples(world: World, look: int, seed: int = 9) -> tuple[Tensor, list[str]]:
+def look_examples(world: World, look: int) -> tuple[Tensor, list[str]]:
     """72 pictures in one of the base's own looks, captioned without its word: a style that the base can draw itself."""
-    own = another(world.renderer, seed + look)
+    own = another(world.renderer, 9 + look)
     names = taught_concepts()
-    chosen = random.Random(seed + look).sample(range(len(names)), 9)
+    chosen = random.Random(9 + look).sample(range(len(names)), 9)
     concept = torch.tensor([CONCEPT_INDEX[names[i]] for i in chosen for _ in range(8)], device=world.device)
     backgrounds = [(5 * i + i // 16) % len(BACKGROUND_NAMES) for i in range(PICTURES)]
     batch = own.draw(concept, torch.tensor(backgrounds, device=world.device), torch.full_like(concept, look))
