@@ -37,18 +37,26 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat1
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy")
 
 
+def toy_options(
+    doc: str | None, toy: str = "tiny models", file: str = "<name>_<device>.json"
+) -> argparse.ArgumentParser:
+    """The options of scripts that run on one machine only: ``--toy``, which says what it means, and ``--out``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help=f"{toy}, to try the code")
+    parser.add_argument("--out", type=Path, help=f"file to write; default benchmarks/results/{file}")
+    return parser
+
+
 def options(
     doc: str | None, budget: dict[str, int] = SECONDS, models: Sequence[str] = MODELS
 ) -> argparse.ArgumentParser:
-    """The options that all scripts share; ``budget`` has the default seconds per device."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options that nearly all scripts share; ``budget`` has the default seconds per device."""
+    parser = toy_options(doc)
     parser.add_argument("--device", choices=SECONDS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", choices=models, default=list(models))
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default float16 on CUDA, float32 on a CPU")
     limits = f"{budget['cuda']} on CUDA, {budget['cpu']} on a CPU"
     parser.add_argument("--budget", type=float, help=f"seconds after which no further case starts; default {limits}")
-    parser.add_argument("--toy", action="store_true", help="tiny models, to try the code")
-    parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/<name>_<device>.json")
     parser.set_defaults(seconds=budget)
     return parser
 
@@ -115,7 +123,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": round(1000 * statistics.median(ordered), 4), "p10_ms": low, "p90_ms": high, "n": len(ordered)}
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Stands for an action that is not needed."""
 
 
@@ -126,8 +134,8 @@ def timed(
     repeats: int = 30,
     warm_up: int = 5,
     *,
-    before: Callable[[], object] = _nothing,
-    after: Callable[[], object] = _nothing,
+    before: Callable[[], object] = nothing,
+    after: Callable[[], object] = nothing,
 ) -> dict[str, float]:
     """``spread`` of the wall time of an action; ``before`` and ``after`` run around each call, untimed."""
     taken = []

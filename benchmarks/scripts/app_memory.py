@@ -7,7 +7,6 @@ is a rough preview, every seventh is stopped amid. Reported: resident memory of 
 the garbage collector has run, and its growth from picture 50 on, when all caches have been filled.
 """
 
-import argparse
 import asyncio
 import gc
 import random
@@ -23,19 +22,17 @@ from app.drawing.requests import Stopped
 from app.history.galleries import Visitor
 from app.settings.settings import Settings
 from app.studio import Studio
-from benchmarks.measure import ASSETS, out_of, write
+from benchmarks.measure import ASSETS, out_of, toy_options, write
 from shira_diffusers import MERGE_METHODS
 
 EVERY = 50
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = toy_options(__doc__, "12 pictures", "app_memory.json")
     parser.add_argument("--pictures", type=int, default=300)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--adapters", type=Path, default=ASSETS / "adapters")
-    parser.add_argument("--toy", action="store_true", help="12 pictures, to try the code")
-    parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/app_memory.json")
     args = parser.parse_args()
     pictures, every = (12, 3) if args.toy else (args.pictures, EVERY)
     with tempfile.TemporaryDirectory() as data:

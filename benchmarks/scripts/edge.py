@@ -12,7 +12,6 @@ guidance, batch 2: ``resident``, whose weights can be overwritten; ``constant``,
 builds another.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -28,7 +27,7 @@ import onnxruntime as ort
 import torch
 from diffusers import StableDiffusionPipeline
 
-from benchmarks.measure import ASSETS, ROOT, alternate, out_of, seconds_of, spread, timed, write
+from benchmarks.measure import ASSETS, ROOT, alternate, out_of, seconds_of, spread, timed, toy_options, write
 from shira_diffusers.edge import OnnxResident
 from shira_diffusers.edge.export import export_onnx
 
@@ -38,10 +37,7 @@ UNPACKED = ("ConstantFolding", "NchwcTransformer")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="few repeats in float32, to try the code")
-    parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/edge.json")
-    args = parser.parse_args()
+    args = toy_options(__doc__, "few repeats in float32", "edge.json").parse_args()
     rows = [measure(dtype, 3 if args.toy else 15) for dtype in (["fp32"] if args.toy else DTYPES)]
     versions = {"onnxruntime": ort.__version__, "onnx": onnx.__version__, "onnxruntime_threads": 1}
     figures = {"model": "emoji-diffusion", "toy": args.toy, **versions, "rows": rows}

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.measure import Run, alternate, free, options, seconds_of, spread
+from benchmarks.measure import Run, alternate, free, nothing, options, seconds_of, spread
 from benchmarks.models import RANK, add_pair, inputs_of, latents_of, make_pipe
 from benchmarks.scripts import compiled
 from shira_diffusers.integrations.pipelines import resident_of
@@ -102,10 +102,6 @@ def caller(unet: Any, inputs: dict[str, Any]) -> Callable[[], Tensor]:
         return unet(**inputs).sample
 
     return call
-
-
-def nothing() -> None:
-    """What has to be done before a call where two UNets stand beside each other."""
 
 
 Step = tuple[Callable[[], object], Callable[[], Tensor]]

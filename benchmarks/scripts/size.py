@@ -10,7 +10,6 @@ The masks of grad and snip are those of the loss of one step on random weights, 
 float32 values and two indices; LoRA has rank 64 and float16 values, and no share of entries to be counted by.
 """
 
-import argparse
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.measure import MODELS, out_of, write
+from benchmarks.measure import MODELS, out_of, toy_options, write
 from benchmarks.models import RANK, TOY, UNETS, inputs_of, lora_state, make_unet
 from shira_diffusers import ShiraAdapter, SparseDelta, build_masks, save_adapter
 from shira_diffusers.masks.calibration import gradient_magnitudes
@@ -37,10 +36,8 @@ VALUE_BYTES = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = toy_options(__doc__, file="size.json")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--toy", action="store_true", help="tiny models, to try the code")
-    parser.add_argument("--out", type=Path, help="file to write; default benchmarks/results/size.json")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for model in args.models:
