@@ -3,7 +3,7 @@
 python -m benchmarks.scripts.app_memory [--pictures 300] [--steps 2] [--adapters FOLDER] [--toy] [--out FILE]
 
 Pictures go the way of the app's own: settings checked, a turn, a switch, a picture, a PNG in the history; every tenth
-is a rough preview, every seventh is stopped amid. Reported: resident memory of the process every 50 pictures, after
+is a rough preview, every seventh is stopped midway. Reported: resident memory of the process every 50 pictures, after
 the garbage collector has run, and its growth from picture 50 on, when all caches have been filled.
 """
 

@@ -243,7 +243,7 @@ def faulted(adapters: Path, requests: list[ImageRequest], alone: Alone) -> dict[
 
 
 class Faults:
-    """What befalls a service while it draws, each of which asserts what clients see of it."""
+    """Faults of a service while it draws; each asserts what clients see of it."""
 
     DAMAGED = "a1"
 
@@ -260,7 +260,7 @@ class Faults:
         self._note("replicas killed")
 
     def damage(self) -> None:
-        """Put a file with one other bit in the place of an adapter."""
+        """Put a file with one other bit in place of an adapter."""
         self._whole = self._file.read_bytes()
         self._replace(self._whole[:-1] + bytes([self._whole[-1] ^ 1]))
         self._note("adapters damaged")

@@ -101,7 +101,7 @@ def make_transformer(name: str, args: argparse.Namespace) -> Any:
 
 
 def sd3_inputs(model: Any, latents: int, batch: int) -> dict[str, Any]:
-    """Noise in the place of latents ``(batch, 16, latents, latents)`` and of the text of two CLIPs and a T5."""
+    """Noise in place of latents ``(batch, 16, latents, latents)`` and of the text of two CLIPs and a T5."""
     noise = partial(_noise, model)
     return {
         "hidden_states": noise(batch, 16, latents, latents),
@@ -112,7 +112,7 @@ def sd3_inputs(model: Any, latents: int, batch: int) -> dict[str, Any]:
 
 
 def flux_inputs(model: Any, latents: int, batch: int) -> dict[str, Any]:
-    """Noise in the place of packed latents ``(batch, (latents / 2)^2, 64)`` and of the text of a CLIP and a T5."""
+    """Noise in place of packed latents ``(batch, (latents / 2)^2, 64)`` and of the text of a CLIP and a T5."""
     noise, side = partial(_noise, model), latents // 2
     places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(float(side))] * 2)  # (side^2, 3)
     return {

@@ -55,7 +55,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What may be a picture: a path or name, what to say about it, and how its bytes are had."""
+    """What may be a picture: a path or name, what to say about it, and how its bytes are read."""
 
     path: Path
     prompt: str

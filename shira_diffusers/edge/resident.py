@@ -70,7 +70,7 @@ class OnnxResident:
 
     @property
     def sessions(self) -> dict[str, ort.InferenceSession]:
-        """The sessions by component, the same ones for ever."""
+        """The sessions by component; each stays the same object."""
         return {name: session.onnx for name, session in self._sessions.items()}
 
     @property

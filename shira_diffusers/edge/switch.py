@@ -93,7 +93,7 @@ class SwitchedWeights:
         old, memory = self.saved, self.weights.memory
         if old is not None:
             self._require_written(old)
-        with np.errstate(over="ignore", invalid="ignore"):  # told below, with the names
+        with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the names
             found = self._mixed(mix)
         stays = old is not None and found is not None and found[0] is old.positions
         if old is not None and not stays:

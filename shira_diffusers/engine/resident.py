@@ -226,7 +226,7 @@ class Resident:
                 ensure_state(unwrap(self._models[part])).adapters[name] = its_own
 
     def replace(self, adapter: ShiraAdapter, name: str) -> None:
-        """Put another adapter in the place of one that was added: active as that was, with its scale.
+        """Put another adapter in place of one that was added: active if that was, with its scale.
 
         Strengths for components that the new one does not change are dropped.
 

@@ -122,7 +122,7 @@ def hooks_of(root: nn.Module, kind: type[SideBranch]) -> list[tuple[nn.Module, S
 
 
 def replace_hooks(root: nn.Module, kind: type[SideBranch], branches: Iterable[tuple[nn.Module, SideBranch]]) -> None:
-    """Give layers of a module these branches in the place of all of one kind."""
+    """Give layers of a module these branches, replacing all of one kind."""
     for module, branch in hooks_of(root, kind):
         key = next(key for key, hook in module._forward_hooks.items() if hook is branch)
         del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]

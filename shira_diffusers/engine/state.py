@@ -51,7 +51,7 @@ class ShiraState(nn.Module):
         self.pool = BufferPool()
 
     def note_untied(self, weights: WeightMap) -> None:
-        """Count weights as overwritten that were tied to one that is, and hold a copy of its mix by now."""
+        """Count as overwritten the weights that were untied from one that is, if they hold a copy of its mix."""
         entries = self.entries if self.twins else {}
         for name, twin in list(self.twins.items()):
             _, indices, base, written = entries[twin]

@@ -97,7 +97,7 @@ def plan_switch(component: str, model: nn.Module, mix: Mix, disabled: Mix | None
 
     Raises:
         AdapterMismatchError: an adapter with different deltas for one tied weight, or for weights of another shape.
-        ResidentStateError: weights that cannot be overwritten now, or that share memory by now.
+        ResidentStateError: weights that cannot be overwritten now, or that share memory now.
     """
     module = unwrap(model)
     state = ensure_state(module)
@@ -167,7 +167,7 @@ def _plan_branches(
 
 
 def _resized(plan: EntryPlan, live: Mapping[str, Tensor], version: int) -> list[str]:
-    """Weights (any shape) that have another number of entries by now than when they were overwritten."""
+    """Weights (any shape) whose number of entries has changed since they were overwritten."""
     numels = zip(plan.names, plan.numels, strict=True)
     return plan.once("resized", lambda: [name for name, numel in numels if live[name].numel() != numel], version)
 

@@ -349,7 +349,7 @@ def _by_weight(
 ) -> dict[str, Tensor]:
     """LyCORIS' magnitudes ``(out, 1, ...)`` by the names of the weights, which diffusers does not load.
 
-    Where diffusers puts each layer is seen by loading numbers in the place of values.
+    Where diffusers puts each layer is seen by loading numbers in place of values.
 
     Raises:
         AdapterFormatError: magnitudes of another kind, such as per input.

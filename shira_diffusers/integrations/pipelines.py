@@ -81,7 +81,7 @@ def load_shira(
         activate: make it active, alone; False only loads it, and ``scale`` then has no effect, which a warning says.
         component: the model that an adapter is for which does not say so: one of PEFT's where several models fit, such
             as ``"transformer_2"``, or one with plain parameter names.
-        hotswap: put it in the place of the loaded adapter ``adapter_name``. The mix stays as it was, its strengths too:
+        hotswap: put it in place of the loaded adapter ``adapter_name``. The mix stays as it was, its strengths too:
             ``scale`` and ``activate`` do not count. Nothing is compiled anew.
         hub_kwargs: ``weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download, proxies``,
             as for ``load_lora_weights``. (Proxies come from the environment; others are refused.) ``low_cpu_mem_usage``
@@ -139,7 +139,7 @@ def set_shira(
         adapter_weights: for all, or one each: a float, ``{component: float}``,
             ``{component: {"down" | "mid" | "up": float}}``, or None for 1.0; what a mapping leaves out is 1.0. For
             down, mid and up also finer, in the forms of diffusers' ``set_adapters``: ``{"up": {"block_0": 0.5}}``, and
-            a list with one float per layer in the place of a float: ``{"up": {"block_0": [0.5, 0.2, 1.0]}}``.
+            a list with one float per layer in place of a float: ``{"up": {"block_0": [0.5, 0.2, 1.0]}}``.
         method: how several are merged, a name in ``shira_diffusers.MERGE_METHODS``.
 
     Raises:

@@ -229,7 +229,7 @@ class AdapterLibrary:
     def pinned(self, name: str, target: Any = None) -> Iterator[ShiraAdapter]:
         """``with library.pinned("bluefire", pipe) as adapter: ...``: an adapter by itself, not evicted meanwhile.
 
-        It is the same object as long as the file is the same and somebody has it pinned. Args, Raises: as ``get``.
+        It is the same object as long as the file is unchanged and it is pinned by any caller. Args, Raises: as ``get``.
         """
         models = {} if target is None else _User(target).models
         version = self._store.fitted(self._find(name), models)
@@ -314,7 +314,7 @@ class AdapterLibrary:
                     pins.callback(self._store.release, version)
 
     def _register(self, user: "_User", version: Version, pins: ExitStack, undo: ExitStack) -> Version:
-        """Load an adapter, pinned, and add it to the model, in the place of an older version; which one it is."""
+        """Load an adapter, pinned, and add it to the model, in place of an older version; which one it is."""
 
         def leave(other: Version, decoded: Decoded) -> None:
             if user.holding(other, decoded):

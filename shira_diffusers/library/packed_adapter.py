@@ -95,7 +95,7 @@ class HostMemory:
         """Read a file of exactly this size, and return the memory.
 
         Raises:
-            ValueError: the file has another size by now.
+            ValueError: the size of the file has changed.
         """
         with open(file, "rb", buffering=0) as raw:
             if (size := os.fstat(raw.fileno()).st_size) != len(self.content):

@@ -145,7 +145,7 @@ class SparseTuner:
         """Make an adapter of the deltas as they are now, on the CPU, rounded to ``dtype``; also after ``restore``.
 
         Args:
-            deltas: in the place of ``self.deltas``, float32 of their shape ``(nnz,)``: their mean over steps, say.
+            deltas: in place of ``self.deltas``, float32 of their shape ``(nnz,)``: their mean over steps, say.
 
         Raises:
             AdapterFormatError: a delta that is not finite in ``dtype``.

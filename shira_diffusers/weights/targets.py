@@ -51,7 +51,7 @@ WRAPPERS = ("_orig_mod", "base_layer")
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline by component name; of a modular one those that are loaded by now."""
+    """The models of a pipeline by component name; of a modular one those that are loaded so far."""
     # not `components`, which refuses pipelines of the user's own whose __init__ takes other names; one that registers
     # nothing has no config, and that of a modular one leaves out models that it makes itself
     is_modular = any(cls.__name__ == "ModularPipeline" for cls in type(pipe).__mro__)
