@@ -21,7 +21,7 @@ from itertools import accumulate
 from math import inf
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +29,7 @@ from torch import nn
 
 from benchmarks.measure import Run, options, seconds_of
 from shira_diffusers import AdapterLibrary, ShiraAdapter, SparseDelta, save_adapter
+from shira_diffusers.library.folder import Version
 from shira_diffusers.library.two_tier_cache import Tier
 
 LAYERS, SIDE, KEPT = 16, 16, 8
@@ -181,12 +182,6 @@ POLICIES: dict[str, Priority] = {
 }
 
 
-class Named(NamedTuple):
-    """A key of a library's tier."""
-
-    name: str
-
-
 def evict(args: Namespace, policy: str) -> dict[str, Any]:
     """Hit rate, bytes read and time of loading of one policy, for the same trace."""
     draw, (low, high) = random.Random(2), SIZES
@@ -207,10 +202,10 @@ def cost_ms(size: int) -> float:
 
 def of_the_library(budget: int, sizes: Mapping[str, int]) -> Lookup:
     """What ``AdapterLibrary`` does."""
-    tier: Tier[Named, bool] = Tier(budget)
+    tier: Tier[bool] = Tier(budget)
 
     def lookup(name: str) -> bool:
-        key = Named(name)
+        key = Version(name, Path(name), sizes[name], 0, 0)
         if tier.find(key):
             return True
         tier.reserve(key, sizes[name], lambda *_: True)

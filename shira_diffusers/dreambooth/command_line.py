@@ -10,7 +10,7 @@ import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from types import MappingProxyType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from shira_diffusers.dreambooth.config import TrainingConfig
@@ -19,23 +19,21 @@ from shira_diffusers.dreambooth.published_settings import public_settings
 logger = logging.getLogger(__name__)
 
 # the setting with which each group of ``--help`` begins; the settings are in this order
-_GROUPS: Mapping[str, str] = MappingProxyType(
-    {
-        "instance_data_dir": "pictures and prompts",
-        "mask_type": "which weights are trained",
-        "seed": "training and memory",
-        "learning_rate": "optimizer and loss",
-        "with_prior_preservation": "prior preservation",
-        "output_dir": "results, checkpoints and validation",
-        "report_to": "trackers and the Hub",
-    }
-)
+_GROUPS: Mapping[str, str] = {
+    "instance_data_dir": "pictures and prompts",
+    "mask_type": "which weights are trained",
+    "seed": "training and memory",
+    "learning_rate": "optimizer and loss",
+    "with_prior_preservation": "prior preservation",
+    "output_dir": "results, checkpoints and validation",
+    "report_to": "trackers and the Hub",
+}
 
 _EXAMPLES = """examples:
   %(prog)s --pretrained_model_name_or_path ./my-model --instance_data_dir ./photos --instance_prompt "a sks dog"
   %(prog)s --pretrained_model_name_or_path ./my-model --instance_data_dir ./style --instance_prompt "zxc" --json"""
 
-_METAVARS: Mapping[type, str] = MappingProxyType({int: "N", float: "X", str: "TEXT"})
+_METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 OFFSET_NOISE = 0.1  # the --noise_offset for the switch --offset_noise of diffusers' train_dreambooth.py
@@ -45,31 +43,29 @@ _ATTENTION = "attention is PyTorch's scaled_dot_product_attention, which chooses
 _FRAMING = "the UNet receives the real crop of each picture"
 
 # flag -> why it has no effect
-_IGNORED: Mapping[str, str] = MappingProxyType(
-    {
-        "rank": _NO_LORA,
-        "lora_alpha": _NO_LORA,
-        "lora_dropout": "there are no low-rank matrices to drop: lower --density to regularize more",
-        "output_kohya_format": "a SHiRA adapter has a format of its own, docs/format.md",
-        "enable_xformers_memory_efficient_attention": _ATTENTION,
-        "enable_npu_flash_attention": _ATTENTION,
-        "local_rank": "accelerate launch and torchrun set the rank of each process",
-        "tokenizer_name": "the base's own tokenizers are used",
-        "tokenizer_max_length": "prompts are padded and cut to the length of the base's tokenizers",
-        "text_encoder_use_attention_mask": "prompts are encoded as the base's pipeline encodes them",
-        "pre_compute_text_embeddings": "prompts are always encoded in advance, except with --train_text_encoder",
-        "class_labels_conditioning": "Stable Diffusion's UNets take no class labels",
-        "validation_images": "validation pictures are made from --validation_prompt alone",
-        "crops_coords_top_left_h": _FRAMING,
-        "crops_coords_top_left_w": _FRAMING,
-        "do_edm_style_training": "the loss is that of the base's own prediction type, epsilon or v_prediction",
-        "set_grads_to_none": "gradients are always freed after a step",
-        "lora_layers": "--target_modules names the layers",
-        "lora_blocks": "--target_modules names the layers, of some blocks by patterns such as *blocks.3.*to_q",
-        "upcast_before_saving": "an adapter's values are trained in float32 and saved in float16",
-        "skip_save_text_encoder": "an adapter's file holds trained entries only, never a text encoder",
-    }
-)
+_IGNORED: Mapping[str, str] = {
+    "rank": _NO_LORA,
+    "lora_alpha": _NO_LORA,
+    "lora_dropout": "there are no low-rank matrices to drop: lower --density to regularize more",
+    "output_kohya_format": "a SHiRA adapter has a format of its own, docs/format.md",
+    "enable_xformers_memory_efficient_attention": _ATTENTION,
+    "enable_npu_flash_attention": _ATTENTION,
+    "local_rank": "accelerate launch and torchrun set the rank of each process",
+    "tokenizer_name": "the base's own tokenizers are used",
+    "tokenizer_max_length": "prompts are padded and cut to the length of the base's tokenizers",
+    "text_encoder_use_attention_mask": "prompts are encoded as the base's pipeline encodes them",
+    "pre_compute_text_embeddings": "prompts are always encoded in advance, except with --train_text_encoder",
+    "class_labels_conditioning": "Stable Diffusion's UNets take no class labels",
+    "validation_images": "validation pictures are made from --validation_prompt alone",
+    "crops_coords_top_left_h": _FRAMING,
+    "crops_coords_top_left_w": _FRAMING,
+    "do_edm_style_training": "the loss is that of the base's own prediction type, epsilon or v_prediction",
+    "set_grads_to_none": "gradients are always freed after a step",
+    "lora_layers": "--target_modules names the layers",
+    "lora_blocks": "--target_modules names the layers, of some blocks by patterns such as *blocks.3.*to_q",
+    "upcast_before_saving": "an adapter's values are trained in float32 and saved in float16",
+    "skip_save_text_encoder": "an adapter's file holds trained entries only, never a text encoder",
+}
 _IGNORED_SWITCHES = {
     "output_kohya_format", "enable_xformers_memory_efficient_attention", "enable_npu_flash_attention",
     "text_encoder_use_attention_mask", "pre_compute_text_embeddings", "do_edm_style_training", "set_grads_to_none",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class Family:
     text_encoders: tuple[str, ...]
     frozen_encoders: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    unread: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    unread: Mapping[str, str] = field(default_factory=dict)
     embed: Callable[[Pipe, Sequence[str], int | None], Conditions]
     denoise: Callable[[Pipe, Tensor, Tensor, Conditions, Tensor, float], Tensor]
     defaults: Mapping[str, Any]
@@ -160,57 +159,50 @@ _FLOW_DEFAULTS = {
     **_LARGE_DEFAULTS,
 }
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "StableDiffusionPipeline": Family(  # 1.x and 2.x
-            text_encoders=("text_encoder",),
-            embed=_embed,
-            denoise=_denoise,
-            defaults=MappingProxyType(
-                {"mask_type": "grad_mean", "resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2}
-            ),
-            idle=(*_OF_FLOW, "max_sequence_length", "guidance_scale"),
-        ),
-        "StableDiffusionXLPipeline": Family(
-            text_encoders=("text_encoder", "text_encoder_2"),
-            # the UNet reads the layer before it; of the second the last is pooled
-            unread=MappingProxyType({"text_encoder": r".*layers\.{last}\..*"}),
-            embed=_embed_xl,
-            denoise=_denoise_xl,
-            defaults=MappingProxyType({"mask_type": "grad_mean", "resolution": 1024, **_LARGE_DEFAULTS}),
-            idle=(*_OF_FLOW, "max_sequence_length", "guidance_scale"),
-        ),
-        "StableDiffusion3Pipeline": Family(  # 3 and 3.5; without T5 its tokens are zeros
-            denoiser="transformer",
-            flow=True,
-            patch=2,
-            text_encoders=("text_encoder", "text_encoder_2"),
-            optional=("text_encoder_3", "tokenizer_3"),
-            # the last block's text is dropped, so nothing reads what it asks for
-            unread=MappingProxyType({"transformer": r"transformer_blocks\.{last}\.attn\.add_q_proj\..*"}),
-            embed=_embed_3,
-            denoise=_denoise_3,
-            defaults=MappingProxyType(
-                _FLOW_DEFAULTS
-                | {"weighting_scheme": "logit_normal", "precondition_outputs": True, "max_sequence_length": 77}
-            ),
-            idle=(*_OF_DIFFUSION, "guidance_scale"),
-        ),
-        "FluxPipeline": Family(  # dev and schnell
-            denoiser="transformer",
-            flow=True,
-            patch=2,
-            text_encoders=("text_encoder",),
-            frozen_encoders=("text_encoder_2",),
-            embed=_embed_flux,
-            denoise=_denoise_flux,
-            defaults=MappingProxyType(
-                _FLOW_DEFAULTS | {"weighting_scheme": "none", "precondition_outputs": False, "max_sequence_length": 512}
-            ),
-            idle=_OF_DIFFUSION,
-        ),
-    }
-)
+FAMILIES: Mapping[str, Family] = {
+    "StableDiffusionPipeline": Family(  # 1.x and 2.x
+        text_encoders=("text_encoder",),
+        embed=_embed,
+        denoise=_denoise,
+        defaults={"mask_type": "grad_mean", "resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2},
+        idle=(*_OF_FLOW, "max_sequence_length", "guidance_scale"),
+    ),
+    "StableDiffusionXLPipeline": Family(
+        text_encoders=("text_encoder", "text_encoder_2"),
+        # the UNet reads the layer before it; of the second the last is pooled
+        unread={"text_encoder": r".*layers\.{last}\..*"},
+        embed=_embed_xl,
+        denoise=_denoise_xl,
+        defaults={"mask_type": "grad_mean", "resolution": 1024, **_LARGE_DEFAULTS},
+        idle=(*_OF_FLOW, "max_sequence_length", "guidance_scale"),
+    ),
+    "StableDiffusion3Pipeline": Family(  # 3 and 3.5; without T5 its tokens are zeros
+        denoiser="transformer",
+        flow=True,
+        patch=2,
+        text_encoders=("text_encoder", "text_encoder_2"),
+        optional=("text_encoder_3", "tokenizer_3"),
+        # the last block's text is dropped, so nothing reads what it asks for
+        unread={"transformer": r"transformer_blocks\.{last}\.attn\.add_q_proj\..*"},
+        embed=_embed_3,
+        denoise=_denoise_3,
+        defaults=_FLOW_DEFAULTS
+        | {"weighting_scheme": "logit_normal", "precondition_outputs": True, "max_sequence_length": 77},
+        idle=(*_OF_DIFFUSION, "guidance_scale"),
+    ),
+    "FluxPipeline": Family(  # dev and schnell
+        denoiser="transformer",
+        flow=True,
+        patch=2,
+        text_encoders=("text_encoder",),
+        frozen_encoders=("text_encoder_2",),
+        embed=_embed_flux,
+        denoise=_denoise_flux,
+        defaults=_FLOW_DEFAULTS
+        | {"weighting_scheme": "none", "precondition_outputs": False, "max_sequence_length": 512},
+        idle=_OF_DIFFUSION,
+    ),
+}
 
 
 def find_family(kind: str, base: str) -> Family:

@@ -8,12 +8,12 @@ Of models it knows only what its callers pass: which adapters may be evicted.
 
 import threading
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,15 +33,6 @@ class NoRoomError(ShiraError):
     """An adapter that there is no room for beside those in use, within the budget of the device."""
 
 
-class Named(Hashable, Protocol):
-    """What identifies an item: several may have one name."""
-
-    @property
-    def name(self) -> str:
-        """Of the adapter."""
-
-
-Key = TypeVar("Key", bound=Named)
 Item = TypeVar("Item")
 Models = Mapping[str, nn.Module]
 
@@ -77,7 +68,7 @@ class _Slot(Generic[Item]):
     pins: int = 0
 
 
-class Tier(Generic[Key, Item]):
+class Tier(Generic[Item]):
     """Room is reserved before an item is made, so that items and those being made never exceed the budget.
 
     Not safe for several threads by itself: the library's lock is held around each call.
@@ -85,32 +76,32 @@ class Tier(Generic[Key, Item]):
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._slots: OrderedDict[Key, _Slot[Item]] = OrderedDict()
-        self._named: defaultdict[str, dict[Key, None]] = defaultdict(dict)
-        self._reserved: dict[Key, int] = {}
+        self._slots: OrderedDict[Version, _Slot[Item]] = OrderedDict()
+        self._named: defaultdict[str, dict[Version, None]] = defaultdict(dict)
+        self._reserved: dict[Version, int] = {}
         self._age = 0  # the priority of what was evicted last: what is used from now on is above it
         self._used = self._hits = self._misses = self._evictions = 0
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: Version) -> bool:
         return key in self._slots
 
-    def __iter__(self) -> Iterator[tuple[Key, Item]]:
+    def __iter__(self) -> Iterator[tuple[Version, Item]]:
         """Keys and items in the order in which they are evicted: a snapshot."""
         return iter([(key, slot.item) for key, slot in self._ordered()])
 
-    def _ordered(self) -> list[tuple[Key, _Slot[Item]]]:
-        def order(pair: tuple[Key, _Slot[Item]]) -> tuple[bool, int]:
+    def _ordered(self) -> list[tuple[Version, _Slot[Item]]]:
+        def order(pair: tuple[Version, _Slot[Item]]) -> tuple[bool, int]:
             return self.expects(pair[0]), pair[1].priority
 
         return sorted(self._slots.items(), key=order)  # stable: of equals the least recently used first
 
-    def named(self, names: Iterable[str]) -> Iterator[tuple[Key, Item]]:
+    def named(self, names: Iterable[str]) -> Iterator[tuple[Version, Item]]:
         """Keys and items of some names, in time that depends on how many those are: a snapshot."""
         keys = [key for name in names for key in self._named.get(name, ())]
         return iter([(key, self._slots[key].item) for key in keys])
 
     @property
-    def arriving(self) -> list[Key]:
+    def arriving(self) -> list[Version]:
         """Keys for which room is reserved."""
         return list(self._reserved)
 
@@ -118,7 +109,7 @@ class Tier(Generic[Key, Item]):
         """Count a hit or a miss."""
         self._hits, self._misses = self._hits + hit, self._misses + (not hit)
 
-    def find(self, key: Key) -> Item | None:
+    def find(self, key: Version) -> Item | None:
         """The item, which has been used once more; None if it is not there."""
         slot = self._slots.get(key)
         if slot is None:
@@ -128,7 +119,7 @@ class Tier(Generic[Key, Item]):
         self._slots.move_to_end(key)
         return slot.item
 
-    def expect(self, key: Key) -> bool:
+    def expect(self, key: Version) -> bool:
         """Whether an item is there; it is then evicted after all others, for as many evictions as there are items.
 
         This keeps what is prefetched from being evicted for the next before it is used; ``find`` ends it.
@@ -139,29 +130,29 @@ class Tier(Generic[Key, Item]):
         self._slots.move_to_end(key)
         return True
 
-    def expects(self, key: Key) -> bool:
+    def expects(self, key: Version) -> bool:
         """Whether an item that is there is expected to be used."""
         return self._slots[key].expected > self._evictions
 
-    def size(self, key: Key) -> int:
+    def size(self, key: Version) -> int:
         """Bytes of an item that is there."""
         return self._slots[key].nbytes
 
-    def pin(self, key: Key) -> None:
+    def pin(self, key: Version) -> None:
         """Keep an item from eviction until it is unpinned as often as it was pinned."""
         self._slots[key].pins += 1
 
-    def unpin(self, key: Key) -> None:
+    def unpin(self, key: Version) -> None:
         """Take back one ``pin``."""
         self._slots[key].pins -= 1
 
-    def pinned(self, key: Key) -> bool:
+    def pinned(self, key: Version) -> bool:
         """Whether an item that is there is pinned."""
         return self._slots[key].pins > 0
 
     def reserve(
-        self, key: Key, nbytes: int, may_leave: Callable[[Key, Item], bool], *, exceed: bool = False
-    ) -> list[tuple[Key, Item]] | None:
+        self, key: Version, nbytes: int, may_leave: Callable[[Version, Item], bool], *, exceed: bool = False
+    ) -> list[tuple[Version, Item]] | None:
         """Reserve room for an item, evicting what is needed for it.
 
         Args:
@@ -173,7 +164,7 @@ class Tier(Generic[Key, Item]):
         Returns:
             The keys and items that were evicted; None if there is no way to make room, then nothing has changed.
         """
-        leaving: list[tuple[Key, Item]] = []
+        leaving: list[tuple[Version, Item]] = []
         free = self.budget - self._used
         for candidate, slot in self._ordered() if free < nbytes else ():
             if free >= nbytes or (nbytes > self.budget and not exceed):
@@ -191,11 +182,11 @@ class Tier(Generic[Key, Item]):
         self._used += nbytes
         return leaving
 
-    def release(self, key: Key) -> None:
+    def release(self, key: Version) -> None:
         """Give back what was reserved for an item, if anything was."""
         self._used -= self._reserved.pop(key, 0)
 
-    def put(self, key: Key, item: Item, nbytes: int) -> bool:
+    def put(self, key: Version, item: Item, nbytes: int) -> bool:
         """Put an item into the room reserved for it, as one that is expected; whether it fits there."""
         reserved = self._reserved.get(key, 0)
         self.release(key)
@@ -206,7 +197,7 @@ class Tier(Generic[Key, Item]):
         self._used += nbytes
         return self.expect(key)
 
-    def drop(self, key: Key) -> None:
+    def drop(self, key: Version) -> None:
         """Forget an item that is there."""
         self._used -= self._slots.pop(key).nbytes
         del self._named[key.name][key]
@@ -251,8 +242,8 @@ class Store:
     def __init__(self, ram_bytes: int, device_bytes: int, device: torch.device, *, exceed: bool = False) -> None:
         self._exceed = exceed
         self.lock = threading.RLock()
-        self.ram: Tier[Version, PackedAdapter] = Tier(ram_bytes)
-        self.device: Tier[Version, Decoded] = Tier(device_bytes)
+        self.ram: Tier[PackedAdapter] = Tier(ram_bytes)
+        self.device: Tier[Decoded] = Tier(device_bytes)
         self.refused: dict[str, tuple[Version | None, AdapterFormatError]] = {}  # None: it may be being written
         self._decoder = None if device.type == "cpu" else DeviceDecoder(device)
         self._pin_for = device if device.type == "cuda" else None
@@ -515,7 +506,7 @@ def _require_unchanged(version: Version) -> None:
         raise AdapterFormatError(f"{version.path} changed while it was read; use it again once it is written")
 
 
-def _drop(tier: Tier[Version, T], leaves: Callable[[Version, T], bool], names: Iterable[str] | None = None) -> None:
+def _drop(tier: Tier[T], leaves: Callable[[Version, T], bool], names: Iterable[str] | None = None) -> None:
     for key, item in tier if names is None else tier.named(names):
         if not tier.pinned(key) and leaves(key, item):
             tier.drop(key)

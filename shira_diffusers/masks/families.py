@@ -5,12 +5,12 @@ P below is "Sparse High Rank Adapters", https://arxiv.org/abs/2406.13175 (sectio
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.adapters.delta import SparseDelta, check_indices
+from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.adapters.delta import check_indices
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.masks.calibration import Calibration, gradient_magnitudes
 from shira_diffusers.masks.sparsify import require_density
@@ -34,13 +34,6 @@ class MaskContext:
     generator: torch.Generator
     blocked: Tensor | None
     gradient: Tensor | None
-
-
-class HasDeltas(Protocol):
-    """Anything with named deltas: a ``ShiraAdapter``."""
-
-    @property
-    def deltas(self) -> Mapping[str, SparseDelta]: ...
 
 
 MaskFamily = Callable[[Tensor, int, MaskContext], Tensor]
@@ -246,7 +239,7 @@ def build_masks(
     *,
     seed: int = 0,
     calibration: Calibration | None = None,
-    avoid: Iterable[HasDeltas] = (),
+    avoid: Iterable[ShiraAdapter] = (),
     budget: str = "weight",
 ) -> dict[str, Tensor]:
     """Choose the entries that an adapter trains: one mask per weight.
@@ -350,7 +343,7 @@ def _global_counts(
     return counts
 
 
-def _blocked(name: str, weight: Tensor, avoid: list[HasDeltas]) -> Tensor | None:
+def _blocked(name: str, weight: Tensor, avoid: list[ShiraAdapter]) -> Tensor | None:
     taken = [adapter.deltas[name] for adapter in avoid if name in adapter.deltas]
     if not taken:
         return None

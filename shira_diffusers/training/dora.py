@@ -4,30 +4,16 @@ Sources: DoRA, arXiv 2402.09353, section 4; its use with SHiRA masks, arXiv 2406
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
-
-
-class Parametrization(Protocol):
-    """How trained values, float32 ``(n,)``, make deltas, float32 ``(nnz,)``, one per masked entry of all weights."""
-
-    @property
-    def count(self) -> int:
-        """Trained values beyond one per entry: ``n - nnz``."""
-
-    def deltas(self, trained: Tensor) -> Tensor:
-        """Make deltas ``(nnz,)`` of ``trained``, float32 ``(n,)``; exactly zero where everything trained is zero."""
-
-    def gradient(self, trained: Tensor, of_entries: Tensor) -> Tensor:
-        """Make the gradient of ``trained``, float32 ``(n,)``, of that of the weights' entries, float32 ``(nnz,)``."""
 
 
 class Identity:
     """SHiRA itself: the trained values, float32 ``(nnz,)``, are the deltas."""
 
     count = 0
+    """Trained values beyond one per entry."""
 
     def deltas(self, trained: Tensor) -> Tensor:
         """Return ``trained``, ``(nnz,)``, as it is."""
@@ -70,7 +56,7 @@ class Dora:
         return self._lengths.numel()
 
     def deltas(self, trained: Tensor) -> Tensor:
-        """Make deltas ``(nnz,)`` of ``trained``, float32 ``(nnz + rows,)``."""
+        """Make deltas ``(nnz,)`` of ``trained``, float32 ``(nnz + rows,)``; exactly zero where all of that is zero."""
         directions, offsets = trained.split([self._base.numel(), self.count])
         ratios = self._ratios(self._norms(self._base + directions), offsets)
         return (ratios - 1) * self._base + ratios * directions

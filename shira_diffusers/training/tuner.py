@@ -15,7 +15,7 @@ from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_probes import probe_base
 from shira_diffusers.adapters.delta import SparseDelta, index_dtype
 from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, counted, listing, verb
-from shira_diffusers.training.dora import Dora, Identity, Parametrization
+from shira_diffusers.training.dora import Dora, Identity
 from shira_diffusers.training.gradient_buffer import GradientBuffer
 from shira_diffusers.training.gradient_taps import Columns, Tap, find_columns, narrows, tappable
 from shira_diffusers.training.masked_entries import MaskedEntries
@@ -84,7 +84,7 @@ class SparseTuner:
         self._base = self._entries.read()  # float32: a later cast of the model rounds it as the weights themselves
         self._probes = probe_base(self._sparse(torch.zeros_like(self._base), torch.float32), parameters)
         self._flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
-        self._change: Parametrization = self._dora() if dora else Identity()
+        self._change = self._dora() if dora else Identity()
         self.deltas = nn.Parameter(torch.zeros(self._base.numel() + self._change.count, device=device))
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
