@@ -140,8 +140,7 @@ def memory(way: str, folder: Path, feeds: dict[str, Any]) -> dict[str, float]:
     np.savez(folder / "feeds.npz", **feeds)
     command = [sys.executable, "-c", _MEMORY, way, str(folder), str(ASSETS / "adapters")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 _MEMORY = """

@@ -120,8 +120,7 @@ def _row(script: str, **labels: Any) -> dict[str, Any]:
     """The first measured row of SD 1.5 with these labels."""
     rows = json.loads((RESULTS / f"{script}_cuda.json").read_text())["rows"]
     labels |= {"model": "SD 1.5"}
-    found: dict[str, Any] = next(row for row in rows if labels.items() <= row.items())
-    return found
+    return next(row for row in rows if labels.items() <= row.items())
 
 
 class Replica:
@@ -207,8 +206,7 @@ def choose(
 
 def zipf(draw: np.random.Generator, world: dict[str, float], requests: int) -> list[int]:
     weights = np.arange(1, int(world["adapters"]) + 1) ** -world["zipf"]
-    names: list[int] = np.searchsorted(np.cumsum(weights) / weights.sum(), draw.random(requests)).tolist()
-    return names
+    return np.searchsorted(np.cumsum(weights) / weights.sum(), draw.random(requests)).tolist()
 
 
 def some_with(name: int, holders: list[int], replicas: Sequence[Replica], pair: Iterable[int]) -> list[int]:

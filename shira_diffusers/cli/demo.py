@@ -187,8 +187,7 @@ def _again(pipe: Any, columns: list[tuple[str, Mix]], first: list[Switch]) -> li
 def _draw(pipe: Any, prompts: tuple[str, ...], seed: int, steps: int) -> list[Image]:
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     result = pipe(list(prompts), num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators)
-    images: list[Image] = result.images
-    return images
+    return result.images
 
 
 def _require_restored(before: Mapping[str, str], after: Mapping[str, str]) -> None:

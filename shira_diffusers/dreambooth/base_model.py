@@ -36,10 +36,9 @@ def _read_index(config: TrainingConfig) -> dict[str, Any]:
     """The ``model_index.json``: the pipeline's class, and library and class of each component."""
     name = config.pretrained_model_name_or_path
     try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(name, revision=config.revision)
+        return DiffusionPipeline.load_config(name, revision=config.revision)
     except (OSError, ValueError) as error:  # diffusers raises either for what is not there
         raise _not_found("base model", name, "model_index.json", error) from error
-    return index
 
 
 def complete(config: TrainingConfig) -> TrainingConfig:
@@ -111,8 +110,7 @@ def _load_autoencoder(name: str) -> nn.Module:
     failures = []
     for place in ({}, {"subfolder": "vae"}):
         try:
-            autoencoder: nn.Module = AutoencoderKL.from_pretrained(name, **place)
-            return autoencoder
+            return AutoencoderKL.from_pretrained(name, **place)
         except (OSError, ValueError) as error:
             failures.append(error)
     raise _not_found("autoencoder", name, "the config.json of an AutoencoderKL", failures[0]) from failures[0]

@@ -248,7 +248,6 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         ShiraError: it cannot be read.
     """
     try:
-        state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ShiraError(f"cannot read {folder / _STATE}: {error}; resume from another checkpoint") from error
-    return state

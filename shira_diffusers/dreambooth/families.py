@@ -63,8 +63,7 @@ def _embed(pipe: Pipe, prompts: Sequence[str], _: int | None) -> Conditions:
 
 
 def _denoise(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, _: Tensor, __: float) -> Tensor:
-    predicted: Tensor = pipe.unet(noisy, timesteps, **given, return_dict=False)[0]
-    return predicted
+    return pipe.unet(noisy, timesteps, **given, return_dict=False)[0]
 
 
 def _embed_xl(pipe: Pipe, prompts: Sequence[str], _: int | None) -> Conditions:
@@ -77,14 +76,13 @@ def _embed_xl(pipe: Pipe, prompts: Sequence[str], _: int | None) -> Conditions:
 
 def _denoise_xl(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, time_ids: Tensor, _: float) -> Tensor:
     pooled = given["text_embeds"]
-    predicted: Tensor = pipe.unet(
+    return pipe.unet(
         noisy,
         timesteps,
         encoder_hidden_states=given["encoder_hidden_states"],
         added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.to(pooled)},
         return_dict=False,
     )[0]
-    return predicted
 
 
 def _embed_3(pipe: Pipe, prompts: Sequence[str], tokens: int | None) -> Conditions:
@@ -99,8 +97,7 @@ def _embed_3(pipe: Pipe, prompts: Sequence[str], tokens: int | None) -> Conditio
 def _denoise_3(pipe: Pipe, noisy: Tensor, timesteps: Tensor, given: Conditions, _: Tensor, __: float) -> Tensor:
     model = pipe.transformer
     given = _cast(given, model.dtype)
-    predicted: Tensor = model(noisy.to(model.dtype), timestep=timesteps, **given, return_dict=False)[0]
-    return predicted
+    return model(noisy.to(model.dtype), timestep=timesteps, **given, return_dict=False)[0]
 
 
 def _embed_flux(pipe: Pipe, prompts: Sequence[str], tokens: int | None) -> Conditions:
@@ -137,8 +134,7 @@ def unpack(pipe: Pipe, latents: Tensor, height: int, width: int) -> Tensor:
     """
     if latents.ndim == 4:
         return latents
-    unpacked: Tensor = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    return unpacked
+    return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
 
 
 def _cast(given: Conditions, dtype: torch.dtype) -> Conditions:

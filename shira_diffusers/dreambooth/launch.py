@@ -123,11 +123,9 @@ def close_trackers(accelerator: Accelerator) -> None:
 
 def from_main(accelerator: Accelerator, compute: Callable[[], T]) -> T:
     """Return on all processes what the main process computes; tensors should be on the CPU."""
-    box = [compute() if accelerator.is_main_process else None]
+    box: list[Any] = [compute() if accelerator.is_main_process else None]
     broadcast_object_list(box)
-    value: Any = box[0]
-    result: T = value
-    return result
+    return box[0]
 
 
 def choose_seed(accelerator: Accelerator, config: TrainingConfig, checkpoint: Mapping[str, Any] | None) -> int:

@@ -68,8 +68,7 @@ class Objective:
     @property
     def device(self) -> torch.device:
         """Where losses are computed."""
-        device: torch.device = denoiser_of(self._pipe).device
-        return device
+        return denoiser_of(self._pipe).device
 
     def _latents(self, tensors: Tensor, draws: Draws) -> Tensor:
         """Sample latents: pixels ``(n, 3, 8h, 8w)`` or moments ``(n, 2c, h, w)`` -> float32 ``(n, c, h, w)``."""

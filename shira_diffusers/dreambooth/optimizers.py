@@ -84,8 +84,7 @@ def make_optimizer(config: TrainingConfig, slices: Slices, examples_a_step: int)
 
 def _adamw(config: TrainingConfig, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
     kind: Any = _adamw_8bit() if config.use_8bit_adam else torch.optim.AdamW
-    optimizer: torch.optim.Optimizer = kind(groups, **options)
-    return optimizer
+    return kind(groups, **options)
 
 
 def _adamw_8bit() -> Any:
@@ -121,7 +120,7 @@ def _prodigy(config: TrainingConfig, groups: list[dict[str, Any]], options: dict
         logger.warning("use_8bit_adam has no effect with optimizer prodigy")
     if config.learning_rate <= 0.1:
         logger.warning("Prodigy finds its own step size: a learning_rate of about 1.0 is usual")
-    optimizer: torch.optim.Optimizer = _prodigy_class()(
+    return _prodigy_class()(
         groups,
         beta3=config.prodigy_beta3,
         decouple=config.prodigy_decouple,
@@ -129,7 +128,6 @@ def _prodigy(config: TrainingConfig, groups: list[dict[str, Any]], options: dict
         safeguard_warmup=config.prodigy_safeguard_warmup,
         **options,
     )
-    return optimizer
 
 
 def make_schedule(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:

@@ -172,8 +172,7 @@ class Cell:
         value = self.rows[self.number][self.column]
         if value is None:
             raise ValueError("no picture in this row")
-        content: bytes = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-        return content
+        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
 
 def _require_columns(library: Any, config: TrainingConfig, name: str, features: Any) -> None:

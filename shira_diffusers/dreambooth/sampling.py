@@ -48,8 +48,7 @@ def decode(pipe: Pipe, latents: Tensor) -> list[Image.Image]:
     """Decode latents ``(n, c, h, w)`` of any dtype into pictures, in the autoencoder's own dtype."""
     vae = pipe.vae
     latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    images: list[Image.Image] = pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])
-    return images
+    return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])
 
 
 def class_pictures(config: TrainingConfig, device: torch.device, seed: int) -> list[Picture]:

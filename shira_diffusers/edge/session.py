@@ -40,8 +40,7 @@ class LiveSession:
 
     def run(self, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """All outputs of the model."""
-        found: list[NDArray[Any]] = self.onnx.run(None, feeds)
-        return found
+        return self.onnx.run(None, feeds)
 
 
 def _opened(model: Path, options: Any, providers: Sequence[str]) -> Any:

@@ -132,8 +132,7 @@ def replace_hooks(root: nn.Module, kind: type[SideBranch], branches: Iterable[tu
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a layer is called with: AnimateDiff passes ``input=``."""
-    given: Tensor = args[0] if args else kwargs["input"]
-    return given
+    return args[0] if args else kwargs["input"]
 
 
 def branch_of(layer: nn.Module, delta: SparseDelta, kind: type[SideBranch] = SideBranch) -> SideBranch:

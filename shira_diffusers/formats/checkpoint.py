@@ -105,8 +105,7 @@ def stored_in(file: Path) -> dict[str, StoredWeight]:
 def _read(file: Path, key: str) -> Tensor:
     """One tensor, mapped for as long as it is held."""
     with safe_open(file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(key)
-        return tensor
+        return opened.get_tensor(key)
 
 
 def _named(weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:

@@ -114,8 +114,7 @@ class Tap:
         source, tensors = self._keep(args[0] if args else kwargs["input"], y.dtype)
         # makes autograd call backward here even if the layer's inputs need no gradient, as those of text
         anchor = None if y.requires_grad else y.new_empty(0, requires_grad=True)
-        tapped: Tensor = _Tapped.apply(y, anchor, self, source, tensors)
-        return tapped
+        return _Tapped.apply(y, anchor, self, source, tensors)
 
     def _keep(self, x: Tensor, dtype: torch.dtype) -> tuple[Source | None, tuple[Tensor, ...]]:
         """Choose what to keep of a layer's inputs: what they are made of or, if that is less, what the columns need."""

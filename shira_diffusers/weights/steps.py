@@ -60,8 +60,7 @@ class EntryPlan:
         known = self.found.get(key)
         if known is None or known[0] != version:
             known = self.found[key] = version, make()
-        value: T = known[1]
-        return value
+        return known[1]
 
     @property
     def sizes(self) -> list[int]:
