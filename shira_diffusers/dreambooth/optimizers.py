@@ -79,10 +79,8 @@ def make_optimizer(config: TrainingConfig, slices: Slices, examples_a_step: int)
     ]
     options: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     groups = [group for group in groups if group["params"]]
-    return _prodigy(config, groups, options) if config.uses_prodigy else _adamw(config, groups, options)
-
-
-def _adamw(config: TrainingConfig, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    if config.uses_prodigy:
+        return _prodigy(config, groups, options)
     kind: Any = _adamw_8bit() if config.use_8bit_adam else torch.optim.AdamW
     return kind(groups, **options)
 

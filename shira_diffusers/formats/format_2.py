@@ -49,7 +49,8 @@ class Reader:
 
     def __init__(self, tensors: Mapping[str, Raw], metadata: Mapping[str, str], source: str) -> None:
         self._source = source
-        self._refuse([f"{key}: unknown key, expected {_VALUES}, {_GAPS} or {_BASE}" for key in _strangers(tensors)])
+        strangers = [key for key in tensors if key not in (_VALUES, _GAPS, _BASE)]
+        self._refuse([f"{key}: unknown key, expected {_VALUES}, {_GAPS} or {_BASE}" for key in strangers])
         self._refuse(
             [f"{key}: missing, expected {_VALUES} and {_GAPS}" for key in (_VALUES, _GAPS) if key not in tensors]
         )
@@ -98,10 +99,6 @@ class Reader:
     def blocks(self) -> list[Block]:
         """All weights in one block, which is a part of the tensors."""
         return [self._block]
-
-
-def _strangers(tensors: Mapping[str, Raw]) -> list[str]:
-    return [key for key in tensors if key not in (_VALUES, _GAPS, _BASE)]
 
 
 def _misshapen(tensors: Mapping[str, Raw]) -> list[str]:
