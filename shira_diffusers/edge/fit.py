@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from shira_diffusers.adapters.base_match import ROUNDING, UNDERFLOW, BaseMatch, match, trained_on
-from shira_diffusers.edge.adapter import ArrayAdapter, Delta
+from shira_diffusers.edge.adapter import ArrayAdapter
 from shira_diffusers.edge.exported import ExportedWeights
 from shira_diffusers.edge.switch import Entries, SwitchedWeights
 from shira_diffusers.errors import AdapterMismatchError, counted, listing, verb
+from shira_diffusers.formats.format_1 import Sparse
 from shira_diffusers.formats.safetensors_bytes import Raw
 
 
@@ -18,7 +19,7 @@ def fit(adapter: ArrayAdapter, models: Mapping[str, SwitchedWeights]) -> dict[st
     Raises:
         AdapterMismatchError: it fits nothing or fits in part; all offenders are named.
     """
-    deltas: dict[str, dict[str, Delta]] = {}
+    deltas: dict[str, dict[str, Sparse]] = {}
     wrong: list[str] = []
     for full_name, delta in adapter.deltas.items():
         component, _, name = full_name.partition(".")
@@ -40,7 +41,7 @@ def fit(adapter: ArrayAdapter, models: Mapping[str, SwitchedWeights]) -> dict[st
     return {component: _entries(models[component].weights, own) for component, own in deltas.items()}
 
 
-def _entries(weights: ExportedWeights, deltas: Mapping[str, Delta]) -> Entries:
+def _entries(weights: ExportedWeights, deltas: Mapping[str, Sparse]) -> Entries:
     """Deltas end to end in the order of memory, so that a switch walks through it once."""
     parts = {name: weights.positions(name, delta.indices) for name, delta in deltas.items()}
     names = sorted((name for name in parts if len(parts[name])), key=lambda name: parts[name].min())

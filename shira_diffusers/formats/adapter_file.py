@@ -135,6 +135,20 @@ class AdapterFile:
             with self.compared():
                 self.decode_blocks(Block.decode)
 
+    def arrays(self) -> dict[str, format_1.Sparse]:
+        """The adapted weights of one of ours, sorted by name, in NumPy; nothing of the file is kept.
+
+        Raises:
+            AdapterFormatError: see ``check``.
+        """
+        found: dict[str, format_1.Sparse] = {}
+        with self.compared():
+            for block, indices in self.decode_blocks(Block.decode):
+                values = block.split(block.values.array.copy())
+                for weight, at, own in zip(block.weights, indices, values, strict=True):
+                    found[weight.name] = format_1.Sparse(at, Raw(weight.dtype, own), weight.shape or ())
+        return dict(sorted(found.items()))
+
     def decode_blocks(self, how: Callable[[Block], T | None]) -> list[tuple[Block, T]]:
         """The blocks, and what a decoder makes of each: None for one that is damaged.
 

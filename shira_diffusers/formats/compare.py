@@ -4,25 +4,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shira_diffusers.errors import AdapterFormatError
 from shira_diffusers.formats.adapter_file import AdapterFile
-from shira_diffusers.formats.block import Block
+from shira_diffusers.formats.format_1 import Sparse
 from shira_diffusers.formats.header import read_header
+from shira_diffusers.formats.safetensors_bytes import Raw
 
 Shape = tuple[int, ...]
-
-
-class _Delta(NamedTuple):
-    """The entries of one weight: indices, integers ``(nnz,)``, sorted; values, float64 ``(nnz,)``; the dense shape."""
-
-    indices: NDArray[Any]
-    values: NDArray[np.float64]
-    shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +110,11 @@ def compare_adapters(first: Path, second: Path) -> AdapterDifference:
         AdapterFormatError: one that is no intact adapter, or PEFT's, which has no shapes.
     """
     files = read_header(first), read_header(second)
-    one, other = map(_deltas, files)
+    one, other = map(_arrays, files)
     shared = [name for name in one if name in other]
     misshapen = {n: (one[n].shape, other[n].shape) for n in shared if one[n].shape != other[n].shape}
     weights = {name: _compare(one[name], other[name]) for name in shared if name not in misshapen}
-    nothing = _Delta(np.empty(0, np.int32), np.empty(0), ())
+    nothing = Sparse(np.empty(0, np.int32), Raw("F32", np.empty(0, np.float32)), ())
     alone = [_compare(delta, nothing) for name, delta in one.items() if name not in weights]
     alone += [_compare(nothing, delta) for name, delta in other.items() if name not in weights]
     return AdapterDifference(
@@ -135,34 +128,29 @@ def compare_adapters(first: Path, second: Path) -> AdapterDifference:
     )
 
 
-def _deltas(file: AdapterFile) -> dict[str, _Delta]:
+def _arrays(file: AdapterFile) -> dict[str, Sparse]:
     if file.reader is None:
         raise AdapterFormatError(
             f"{file.path} is PEFT's, which stores no shapes to compare: load it into its model with load_shira and "
             "write it with save_shira first"
         )
-    found = {}
-    with file.compared():
-        for block, indices in file.decode_blocks(Block.decode):
-            values = block.split(block.values.to_float32().astype(np.float64))
-            for weight, at, own in zip(block.weights, indices, values, strict=True):
-                found[weight.name] = _Delta(at, own, weight.shape or ())
-    return dict(sorted(found.items()))
+    return file.arrays()
 
 
-def _compare(one: _Delta, other: _Delta) -> EntryDifference:
+def _compare(one: Sparse, other: Sparse) -> EntryDifference:
+    first, second = (each.values.to_float32().astype(np.float64) for each in (one, other))
     _, mine, theirs = np.intersect1d(one.indices, other.indices, assume_unique=True, return_indices=True)
-    a, b = one.values[mine], other.values[theirs]
+    a, b = first[mine], second[theirs]
     # entries that only one of them holds are apart by their own value
-    apart = a - b, np.delete(one.values, mine), np.delete(other.values, theirs)
+    apart = a - b, np.delete(first, mine), np.delete(second, theirs)
     return EntryDifference(
         len(one.indices),
         len(other.indices),
         len(mine),
         int(np.count_nonzero(a == b)),
         int(np.count_nonzero(a * b < 0)),
-        _square(one.values),
-        _square(other.values),
+        _square(first),
+        _square(second),
         sum(map(_square, apart)),
     )
 
@@ -171,7 +159,7 @@ def _square(values: NDArray[np.float64]) -> float:
     return float(values @ values)
 
 
-def _components(deltas: Mapping[str, _Delta]) -> list[str]:
+def _components(deltas: Mapping[str, Sparse]) -> list[str]:
     return sorted({name.partition(".")[0] for name in deltas})
 
 

@@ -27,7 +27,7 @@ _VALUES, _SHAPE, _GAPS, _BASE = ".values", ".shape", ".gaps", ".base"
 
 
 class Sparse(NamedTuple):
-    """One weight to write: indices int32 or int64 ``(nnz,)``, values ``(nnz,)``, the dense weight's shape."""
+    """One weight, decoded: sorted indices int32 or int64 ``(nnz,)``, values ``(nnz,)``, the dense weight's shape."""
 
     indices: Indices
     values: Raw
