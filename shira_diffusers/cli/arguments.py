@@ -104,7 +104,9 @@ def parser(version: str) -> argparse.ArgumentParser:
         help="draw a few pictures to choose entries by what reaches them, and to correct their values",
     )
     convert.add_argument("--prompt", action="append", metavar="TEXT", help="to calibrate with; may be repeated")
-    convert.add_argument("--component", help="the model it is for, where one of PEFT's fits several")
+    convert.add_argument(
+        "--component", metavar="NAME", help="convert for this model of the pipeline only, such as text_encoder"
+    )
 
     extract = commands.add_parser(
         "extract",

@@ -73,7 +73,8 @@ def convert_lora(
         calibration: runs ``target`` on a few inputs. Entries are then chosen by ``abs(dW_ij) * sqrt(E[x_j^2])``, and
             their values corrected to reproduce the whole update's effect on these inputs (``masks.activations``).
         dtype: of the values.
-        component: the model that it is for, where one of PEFT's fits several.
+        component: the model to convert for; what the file has for others is left out. Needed where the file does not
+            say which one it is for, and fits several.
         progress: called after each weight, per pass over them.
 
     Returns:
@@ -85,7 +86,7 @@ def convert_lora(
         AdapterFormatError: a damaged file, no LoRA, or one of a kind that cannot be read, such as LoHa.
         AdapterMismatchError: layers that the model does not have, or of other shapes.
         ResidentStateError: weights that cannot be read or overwritten, such as quantized ones.
-        ShiraError: density or ranking; several models that fit; PEFT is not installed.
+        ShiraError: density or ranking; no such component, or several that fit; PEFT is not installed.
 
     On error, and after, the target is as before.
     """
@@ -126,7 +127,7 @@ class LoraUpdates:
     Args:
         file: as ``find_lora`` gives it.
         target: a pipeline, ``{component: module}``, or a module; its weights are read for DoRA, never written.
-        component: the model that it is for, where one of PEFT's fits several.
+        component: as for ``convert_lora``.
 
     Raises:
         AdapterFormatError, AdapterMismatchError, ShiraError: as ``convert_lora``.
@@ -137,6 +138,7 @@ class LoraUpdates:
         models = {"": parts} if isinstance(parts, nn.Module) else dict(parts)
         self._maps = {part: WeightMap(model) for part, model in models.items()}
         self._magnitudes: dict[str, Tensor] = {}
+        _require_component(component, models)
         if file.is_dir():
             part, state = _peft_state(file, self._maps, component)
             hollow = {part: _hollow(models[part])}
@@ -144,7 +146,7 @@ class LoraUpdates:
             self._layers = _adapted(hollow)
             return
         tensors = _lora_tensors(file)
-        load = partial(_load, file, target, models)
+        load = partial(_load, file, target, models, component)
         plain = {key: tensor for key, tensor in tensors.items() if not key.endswith(_SCALE)}
         self._layers = load(file if len(plain) == len(tensors) else plain)
         if len(plain) < len(tensors):
@@ -171,6 +173,13 @@ class LoraUpdates:
     def _split(self, name: str) -> tuple[str, str]:
         part, _, own = name.partition(".")
         return ("", name) if "" in self._maps else (part, own)
+
+
+def _require_component(component: str | None, models: Mapping[str, nn.Module]) -> None:
+    if component is not None and "" in models:
+        raise ShiraError(f"component {component!r} of a single model, expected none; leave it out, or give a pipeline")
+    if component is not None and component not in models:
+        raise ShiraError(f"no component {component!r}, expected one of {', '.join(models)}")
 
 
 def _hollow(model: nn.Module) -> nn.Module:
@@ -252,12 +261,17 @@ def _lora_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _load(
-    file: Path, target: Any, models: Mapping[str, nn.Module], source: Path | Mapping[str, Tensor]
+    file: Path,
+    target: Any,
+    models: Mapping[str, nn.Module],
+    component: str | None,
+    source: Path | Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Let diffusers load a LoRA into hollow models, and return its layers as ``_adapted``.
 
     Args:
         file: what to call it.
+        component: the only one whose layers to return; None is all.
         source: the file, whose header has its configuration, or tensors by key, of any shapes.
     """
     _require_peft()
@@ -266,7 +280,9 @@ def _load(
     try:
         with _quiet():
             keys = (
-                _load_module(file, hollow[""], given) if "" in hollow else _load_pipeline(file, target, hollow, given)
+                _load_module(file, hollow[""], given)
+                if "" in hollow
+                else _load_pipeline(file, target, hollow, given, component)
             )
     except _LOADING as error:
         raise AdapterMismatchError(
@@ -283,7 +299,16 @@ def _load(
         )
     if partly := [name for name, layer in layers.items() if any(each.is_meta for each in layer.parameters())]:
         raise AdapterFormatError(f"{file} is incomplete, get an intact copy; tensors are missing for:{listing(partly)}")
-    return layers
+    return layers if component is None else _only(component, layers, file)
+
+
+def _only(component: str, layers: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The layers of one component. Raises AdapterMismatchError: the file has none for it."""
+    found = {name: layer for name, layer in layers.items() if name.startswith(f"{component}.")}
+    if not found:
+        has = ", ".join(sorted({name.partition(".")[0] for name in layers}))
+        raise AdapterMismatchError(f"{file} has nothing for the component {component!r}, expected one of {has}")
+    return found
 
 
 @contextmanager
@@ -304,7 +329,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _load_pipeline(file: Path, pipe: Any, hollow: Mapping[str, nn.Module], given: Any) -> list[str]:
+def _load_pipeline(
+    file: Path, pipe: Any, hollow: Mapping[str, nn.Module], given: Any, component: str | None
+) -> list[str]:
     """Load by the pipeline's own loader; returns diffusers' keys of what it loads."""
     if not hasattr(pipe, "load_lora_weights"):
         raise TypeError(f"{type(pipe).__name__} has no load_lora_weights; give the pipeline itself")
@@ -319,8 +346,9 @@ def _load_pipeline(file: Path, pipe: Any, hollow: Mapping[str, nn.Module], given
         return (_in_one_notation(state), *rest) if rest else _in_one_notation(state)
 
     twin.lora_state_dict = read
-    twin.load_lora_weights(given, adapter_name=_NAME, use_safetensors=True)
-    denoiser = hollow.get("transformer", hollow.get("unet"))
+    second = {"load_into_transformer_2": True} if component == "transformer_2" else {}  # Wan's, named as its first
+    twin.load_lora_weights(given, adapter_name=_NAME, use_safetensors=True, **second)
+    denoiser = hollow.get(component or "transformer", hollow.get("unet"))
     if denoiser is not None and not _adapted(hollow) and any(".lora_A." in key for key in keys):
         return _load_module(file, denoiser, given)  # what save_lora_adapter wrote, which names no component
     return keys
@@ -384,8 +412,6 @@ def _peft_state(folder: Path, maps: Mapping[str, WeightMap], component: str | No
     tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
     if any(key.endswith(VALUES) for key in tensors):
         raise AdapterFormatError(f"{folder} is a SHiRA adapter already, expected a LoRA; load it with load_shira")
-    if component is not None and component not in maps:
-        raise ShiraError(f"no component {component!r}, expected one of {', '.join(maps)}")
     missing: dict[str, list[str]] = {}
     fitting: dict[str, dict[str, Tensor]] = {}
     for part in maps if component is None else [component]:

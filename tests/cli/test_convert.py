@@ -105,6 +105,7 @@ def test_a_folder_with_a_point_in_its_name_gives_all_of_it(run: Run, files: Path
         ("convert {f}/style.safetensors --base {f}/base -o {f}/note.txt", "note.txt is a file whose name does not end"),
         ("convert {f}/style.safetensors --base {f}/nowhere -o new", "no base pipeline at"),
         ("convert {f}/nowhere --base {f}/base", "no adapter at"),
+        ("convert {f}/style.safetensors --base {f}/base --component vae", "nothing for the component 'vae'"),
         ("convert {f}/adapter.safetensors --base {f}/base", "is a SHiRA adapter already"),
         ("convert {f}/style.safetensors --base {f}/base --density 0", r"density must be in \(0, 1\], got 0.0"),
         (

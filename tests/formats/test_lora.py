@@ -7,7 +7,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, WanPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -330,6 +330,44 @@ def test_peft_for_no_model_or_several(tmp_path: Path) -> None:
     assert all(name.startswith("two.") for name in found.deltas)
     with pytest.raises(ShiraError, match="no component 'three', expected one of one, two"):
         convert_lora(tmp_path, two, component="three")
+
+
+@pytest.mark.parametrize("name", ["diffusers", "kohya.safetensors"])
+def test_one_component_of_a_file(files: Path, name: str) -> None:
+    """The part of the whole file's update that is its own; what the file has for others is left out."""
+    whole = convert_lora(files / name, tiny.pipeline(), 1.0).adapter
+    for part in ("unet", "text_encoder"):
+        found = convert_lora(files / name, tiny.pipeline(), 1.0, component=part).adapter
+        tiny.assert_same_adapter(found, whole.part(part).prefixed(part))
+    with pytest.raises(AdapterMismatchError, match="nothing for the component 'vae', expected one of text_encoder, un"):
+        convert_lora(files / name, tiny.pipeline(), component="vae")
+    with pytest.raises(ShiraError, match="no component 'other', expected one of vae, text_encoder, unet"):
+        convert_lora(files / name, tiny.pipeline(), component="other")
+    with pytest.raises(ShiraError, match="component 'unet' of a single model, expected none"):
+        convert_lora(files / name, tiny.unet(), component="unet")
+
+
+def test_the_second_transformer_of_wan(tmp_path: Path) -> None:
+    """Its LoRAs are files that name the first one, as diffusers' ``load_into_transformer_2`` expects; or none."""
+    pipe = wan_pipeline()
+    pipe.transformer.add_adapter(loras.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"]))
+    loras.randomized(pipe.transformer, 0).save_lora_adapter(tmp_path / "own")
+    WanPipeline.save_lora_weights(tmp_path / "named", get_peft_model_state_dict(pipe.transformer))
+    for source in (tmp_path / "named", tmp_path / "own"):
+        first = convert_lora(source, wan_pipeline(), 1.0).adapter
+        second = convert_lora(source, wan_pipeline(), 1.0, component="transformer_2").adapter
+        tiny.assert_same_adapter(second, first.part("transformer").prefixed("transformer_2"))
+
+
+def wan_pipeline() -> WanPipeline:
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=tiny.wan_transformer(),
+        transformer_2=tiny.wan_transformer(),
+    )
 
 
 def test_peft_of_another_kind(tmp_path: Path) -> None:
