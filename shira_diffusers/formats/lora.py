@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_probes import probe_base, probed_names
 from shira_diffusers.engine.resident import Resident
-from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError, ResidentStateError, ShiraError, listing
+from shira_diffusers.errors import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    ResidentStateError,
+    ShiraError,
+    counted,
+    listing,
+    verb,
+)
 from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS, find_lora
 from shira_diffusers.formats.header import FORMAT, PREFIX, VALUES, is_lora_key
 from shira_diffusers.formats.safetensors_bytes import open_safetensors
@@ -35,15 +43,20 @@ Progress = Callable[[int, int], object]
 """Called with how many of how many steps are done."""
 
 _NAME = "shira_convert"  # of the adapter in the hollow copy
-_SCALE, _DOWN = ".dora_scale", ".lora_down.weight"  # keys of kohya's trainers and LyCORIS
+_SCALE, _DOWN, _MID = ".dora_scale", ".lora_down.weight", ".lora_mid.weight"  # of kohya's trainers and LyCORIS
 _MATRIX = re.compile(r"lora_A|lora_down|lora\.down|lora_linear_layer\.down|lokr_w1(_a)?$")  # one key per layer
+_PLAIN = re.compile(
+    r"lora\d?[._](A|B|down|up|mid|embedding_[AB]|magnitude_vector|linear_layer)\b|\.lokr_|alpha$|\.dora_scale$"
+)  # keys of tensors that make an update of weights together with the base, and with nothing else
 _LAYER = re.compile(r"(.*?)(\.(?:lora|lokr|hada|oft|vera)_.*)")  # a layer's path in PEFT's keys, and the rest
 # What offloading and hooks attach to modules; it holds weights or refers to other modules, and hollow ones never run.
 _ATTACHED = ("_hf_hook", "_diffusers_hook", "_old_forward", "forward")
 # What diffusers, PEFT and torch raise for keys that they do not know and shapes that do not fit.
 _LOADING = (
-    ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError
+    ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError,
+    ImportError,
 )  # fmt: skip
+_KINDS = ("LORA", "LOHA", "LOKR", "OFT")  # of PEFT's methods
 # Starts of PEFT's that take something away from the base, and do so again when the LoRA is loaded.
 _RESIDUAL_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -83,7 +96,8 @@ def convert_lora(
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterFormatError: a damaged file, no LoRA, or one of a kind that cannot be read, such as LoHa.
+        AdapterFormatError: a damaged file, no LoRA, or one that changes the model in other ways too, such as
+            LyCORIS' LoHa, or biases.
         AdapterMismatchError: layers that the model does not have, or of other shapes.
         ResidentStateError: weights that cannot be read or overwritten, such as quantized ones.
         ShiraError: density or ranking; no such component, or several that fit; PEFT is not installed.
@@ -144,13 +158,15 @@ class LoraUpdates:
             hollow = {part: _hollow(models[part])}
             _inject_folder(file, hollow[part], state)
             self._layers = _adapted(hollow)
+            _require_weights_only(file, self._layers)
             return
         tensors = _lora_tensors(file)
         load = partial(_load, file, target, models, component)
-        plain = {key: tensor for key, tensor in tensors.items() if not key.endswith(_SCALE)}
+        scales = {key: tensor for key, tensor in tensors.items() if key.endswith(_SCALE)}
+        plain = _in_two_factors({key: tensor for key, tensor in tensors.items() if key not in scales})
         self._layers = load(file if len(plain) == len(tensors) else plain)
-        if len(plain) < len(tensors):
-            self._magnitudes = _by_weight(tensors, load)
+        if scales:
+            self._magnitudes = _by_weight(plain | scales, load)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -159,7 +175,7 @@ class LoraUpdates:
         """Yield each weight's name and dense update, float32 ``(out, ...)``, on the weight's device."""
         for name, layer in self._layers.items():
             weight = self.weight(name)
-            yield name, _dense(layer, weight, self._magnitudes.get(name)).to(weight.device)
+            yield name, _dense(name, layer, weight, self._magnitudes.get(name)).to(weight.device)
 
     def weight(self, name: str) -> Tensor:
         """The model's own weight ``(out, ...)``."""
@@ -248,9 +264,11 @@ def _lora_tensors(file: Path) -> dict[str, Tensor]:
         raise AdapterFormatError(
             f"{file} is no LoRA: expected keys with lora_A, lora_down or lora.down, got {first!r} first; check the path"
         )
-    if loha := next((key for key in tensors if "hada_" in key), None):
+    if others := [key for key, tensor in tensors.items() if not _PLAIN.search(key) and bool(tensor.any())]:
         raise AdapterFormatError(
-            f"{file} is a LoHa, which diffusers does not read ({loha}); expected a LoRA or a LoCon"
+            f"{file} is more than a LoRA or a LoCon: {counted(len(others), 'tensor', of=len(tensors))} "
+            f"{verb(len(others), 'is', 'are')} of another kind; merge it into the base with the program that made it, "
+            f"and use shira extract:{listing(others)}"
         )
     if any(key.startswith(PREFIX) for key in tensors):
         raise AdapterFormatError(
@@ -258,6 +276,16 @@ def _lora_tensors(file: Path) -> dict[str, Tensor]:
             "put both into one folder"
         )
     return tensors
+
+
+def _in_two_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LyCORIS' three factors of a convolution, ``up @ mid @ down``, as two; ``mid @ down`` is ``(r, in, ...)``."""
+    found = dict(tensors)
+    for key, mid in tensors.items():
+        down = key.removesuffix(_MID) + _DOWN
+        if key.endswith(_MID) and down in found and mid.shape[1:2] == found[down].shape[:1]:
+            found[down] = torch.einsum("rs...,si->ri...", found.pop(key).float(), found[down].float().flatten(1))
+    return found
 
 
 def _load(
@@ -299,6 +327,7 @@ def _load(
         )
     if partly := [name for name, layer in layers.items() if any(each.is_meta for each in layer.parameters())]:
         raise AdapterFormatError(f"{file} is incomplete, get an intact copy; tensors are missing for:{listing(partly)}")
+    _require_weights_only(file, layers)
     return layers if component is None else _only(component, layers, file)
 
 
@@ -343,6 +372,8 @@ def _load_pipeline(
         found = type(pipe).lora_state_dict(*args, **options)
         state, *rest = found if isinstance(found, tuple) else (found,)
         keys.extend(state)
+        if rest and rest[0] and all(key.endswith(".alpha") for key in rest[0]):
+            state, rest[0] = _with_alphas(state, rest[0])
         return (_in_one_notation(state), *rest) if rest else _in_one_notation(state)
 
     twin.lora_state_dict = read
@@ -352,6 +383,25 @@ def _load_pipeline(
     if denoiser is not None and not _adapted(hollow) and any(".lora_A." in key for key in keys):
         return _load_module(file, denoiser, given)  # what save_lora_adapter wrote, which names no component
     return keys
+
+
+def _with_alphas(state: Mapping[str, Tensor], alphas: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Put each layer's ``alpha / r`` into its up matrix ``(out, r, ...)`` where alphas differ: diffusers mistakes some.
+
+    Args:
+        state: by diffusers' keys, with all down matrices ``(r, in, ...)``.
+        alphas: by the path of a layer or the key of its down matrix, with ``.alpha`` at the end.
+    """
+    found = dict(state)
+    downs = {key: tensor for key, tensor in state.items() if re.search(r"\.down\.|\.lora_A\.", key)}
+    if len(set(map(float, alphas.values()))) == 1 and len(alphas) == len(downs):
+        return found, alphas
+    for key, down in downs.items():
+        path = re.split(r"\.lora\.|\.lora_A\.", key)[0]
+        up = key.replace(".down.", ".up.").replace(".lora_A.", ".lora_B.")
+        if up in found and f"{path}.alpha" in alphas:
+            found[up] = found[up].float() * (float(alphas[f"{path}.alpha"]) / len(down))
+    return found, {}
 
 
 def _in_one_notation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -412,6 +462,7 @@ def _peft_state(folder: Path, maps: Mapping[str, WeightMap], component: str | No
     tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
     if any(key.endswith(VALUES) for key in tensors):
         raise AdapterFormatError(f"{folder} is a SHiRA adapter already, expected a LoRA; load it with load_shira")
+    _peft_config(folder)
     missing: dict[str, list[str]] = {}
     fitting: dict[str, dict[str, Tensor]] = {}
     for part in maps if component is None else [component]:
@@ -449,21 +500,51 @@ def _renamed(tensors: Mapping[str, Tensor], weights: WeightMap) -> tuple[dict[st
 
 def _inject_folder(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put PEFT's layers into a hollow model, of tensors ``(r, in)``, ``(out, r)`` and so on by its own names."""
-    from peft import PeftConfig
-
+    config = _peft_config(folder)
+    _require_plain_start(folder, config)
     try:
-        config = PeftConfig.from_pretrained(os.fspath(folder))
-        config.inference_mode = True
-        _require_plain_start(folder, config)
         with _quiet():
             _inject(model, config, state, _NAME)
-    except AdapterFormatError:
-        raise
     except _LOADING as error:
         raise AdapterMismatchError(
             f"{folder} cannot be loaded into this model by PEFT ({_reason(error)}); use it with the model it was "
             "trained for"
         ) from error
+
+
+def _peft_config(folder: Path) -> Any:
+    """What ``adapter_config.json`` says. Raises AdapterFormatError: damaged, or of a method that is none of these."""
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(folder))
+    except _LOADING as error:
+        raise AdapterFormatError(
+            f"{folder / PEFT_CONFIG} is no configuration of PEFT's ({_reason(error)}); get an intact copy"
+        ) from error
+    if config.peft_type not in _KINDS or getattr(config, "alora_invocation_tokens", None):
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        got = "an aLoRA, which acts on some tokens only" if kind in _KINDS else kind
+        raise AdapterFormatError(
+            f"{folder} is PEFT's of another method: expected {', '.join(_KINDS)}, got {got}; merge it into the base "
+            "with PEFT, where it can be merged, and use shira extract"
+        )
+    config.inference_mode = True
+    return config
+
+
+def _require_weights_only(file: Path, layers: Mapping[str, Any]) -> None:
+    """Raise AdapterFormatError where a LoRA changes biases too (``lora_bias=True``)."""
+    biased = [
+        name
+        for name, layer in layers.items()
+        if getattr(layer, "lora_bias", {}).get(_NAME) and bool(layer.lora_B[_NAME].bias.any())
+    ]
+    if biased:
+        raise AdapterFormatError(
+            f"{file} changes biases too (lora_bias), expected weights only; merge it into the base with PEFT, and use "
+            f"shira extract:{listing(biased)}"
+        )
 
 
 def _require_plain_start(file: Path, config: Any) -> None:
@@ -486,20 +567,31 @@ def _require_peft() -> None:
 # -------------------------------------------------------------------- dense updates
 
 
-def _dense(layer: Any, weight: Tensor, magnitude: Tensor | None) -> Tensor:
+def _dense(name: str, layer: Any, weight: Tensor, magnitude: Tensor | None) -> Tensor:
     """What fusing a layer's LoRA adds to its weight, float32 ``(out, ...)``.
 
     Args:
+        name: of the weight, for messages.
         layer: PEFT's, over a hollow layer.
-        weight: the model's own, ``(out, ...)``, which DoRA scales.
+        weight: the model's own, ``(out, ...)``, which DoRA scales and OFT rotates.
         magnitude: of DoRA, one number per output, where the layer does not know it itself.
     """
-    if _NAME in getattr(layer, "lora_magnitude_vector", ()):
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    additive: tuple[Any, ...] = (LoraLayer, LycorisLayer)
+    if _NAME in getattr(layer, "lora_magnitude_vector", ()) or not isinstance(layer, additive):
         return _merged(layer, weight)
     for each in layer.adapter_layer_names:
         if isinstance(part := getattr(layer, each, None), nn.Module):
             part.to(weight.device)
-    update: Tensor = layer.get_delta_weight(_NAME).float().view(weight.shape)
+    update: Tensor = layer.get_delta_weight(_NAME).float()
+    if [size for size in update.shape if size > 1] != [size for size in weight.shape if size > 1]:
+        raise AdapterMismatchError(
+            f"{name}: expected an update of {tuple(weight.shape)}, got {tuple(update.shape)}; use the LoRA with the "
+            "architecture it was trained for"
+        )
+    update = update.view(weight.shape)
     if magnitude is None:
         return update
     base = weight.detach().cpu().double()

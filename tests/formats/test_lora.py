@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, WanPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -151,6 +152,99 @@ def test_the_denoisers_own_file_for_a_pipeline(tmp_path: Path) -> None:
         torch.testing.assert_close(before + delta.to_dense(), whole[name], **ROUNDING)
 
 
+def test_alphas_and_ranks_of_each_layer(tmp_path: Path) -> None:
+    """Each layer's own ``alpha / r`` counts, in attention too, where diffusers takes the commonest alpha."""
+    state, expected = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, r, alpha in (
+        ("attn1.to_q", 1, 1.0),
+        ("attn1.to_k", 3, 2.0),
+        ("ff.net.2", 3, 2.0),
+        ("attn2.to_v", 3, 2.0),
+    ):
+        path = f"mid_block.attentions.0.transformer_blocks.0.{name}"
+        width, height = tiny.weights_of(tiny.unet())[f"{path}.weight"].T.shape
+        down, up = torch.randn(r, width), torch.randn(height, r)
+        key = f"lora_unet_{path.replace('.', '_')}"
+        state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(alpha)}
+        expected[f"unet.{path}.weight"] = up @ down * (alpha / r)
+    del state[f"{key}.alpha"]  # is r then
+    expected[f"unet.{path}.weight"] = up @ down
+    save_file(state, tmp_path / "mixed.safetensors")
+    found = convert_lora(tmp_path / "mixed.safetensors", tiny.pipeline(), 1.0).adapter
+    assert found.deltas.keys() == expected.keys()
+    for name, delta in found.deltas.items():
+        torch.testing.assert_close(delta.to_dense(), expected[name])
+
+
+def test_three_factors_of_a_convolution(tmp_path: Path) -> None:
+    """LyCORIS' LoCon with ``use_tucker``: 1 x 1 down, 3 x 3 in the middle, 1 x 1 up."""
+    path, key = "mid_block.resnets.0.conv1", "lora_unet_mid_block_resnets_0_conv1"
+    down, mid, up = torch.randn(2, 64, 1, 1), torch.randn(2, 2, 3, 3), torch.randn(64, 2, 1, 1)
+    factors = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    save_file({f"{key}.{name}": tensor for name, tensor in factors.items()}, tmp_path / "tucker.safetensors")
+    found = convert_lora(tmp_path / "tucker.safetensors", tiny.pipeline(), 1.0).adapter
+    expected = torch.einsum("or,rshw,si->oihw", up[:, :, 0, 0], mid, down[:, :, 0, 0]) / 2
+    torch.testing.assert_close(found.deltas[f"unet.{path}.weight"].to_dense(), expected)
+
+
+@pytest.mark.parametrize("kind", ["diff_b", "w_norm", "hada_w1_a", "oft_blocks", "scalar"])
+def test_a_lora_with_more_in_it(files: Path, tmp_path: Path, kind: str) -> None:
+    """What LyCORIS puts beside factors is not left out without a word, and the remedy is one."""
+    state = load_file(files / "kohya.safetensors")
+    key = f"lora_unet_conv_out.{kind}"
+    save_file(state | {key: torch.ones(4)}, tmp_path / "more.safetensors")
+    with pytest.raises(AdapterFormatError, match=rf"1 of {len(state) + 1} tensors is of another.*extract:\n  - {key}"):
+        convert_lora(tmp_path / "more.safetensors", tiny.pipeline())
+
+
+def test_biases_are_refused(tmp_path: Path) -> None:
+    loras.of_peft(tmp_path / "peft", tiny.unet(), ["conv1"], lora_bias=True)
+    loras.of_diffusers(tmp_path / "diffusers", loras.adapted(tiny.unet(), ["conv1"], lora_bias=True))
+    for source in (tmp_path / "peft", tmp_path / "diffusers"):
+        with pytest.raises(AdapterFormatError, match=r"changes biases too \(lora_bias\).*\n  - unet\..*conv1.weight"):
+            convert_lora(source, tiny.pipeline())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OFTConfig(r=0, oft_block_size=4, target_modules=["to_q", "conv1"]),
+        LoHaConfig(r=2, alpha=3, target_modules=["to_q", "conv1"]),
+        LoKrConfig(r=2, alpha=3, target_modules=["to_q", "conv1"]),
+    ],
+    ids=["oft", "loha", "lokr"],
+)
+def test_other_methods_of_peft(tmp_path: Path, config: PeftConfig) -> None:
+    """As PEFT merges them; OFT turns the base's own rows."""
+    model = get_peft_model(tiny.unet(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.requires_grad * 0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path)
+    assert_weights(convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter, tiny.weights_of(model.merge_and_unload()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "of another method: expected LORA, LOHA, LOKR, OFT, got IA3; merge it"),
+        ({"alora_invocation_tokens": [1]}, "got an aLoRA, which acts on some tokens only"),
+        ({"peft_type": "FOO"}, r"adapter_config.json is no configuration of PEFT's .KeyError: 'FOO'.; get an intact"),
+        (
+            {"megatron_config": {"a": 1}, "megatron_core": "megatron.core"},
+            "cannot be loaded into this model by PEFT .ModuleN",
+        ),
+    ],
+    ids=["ia3", "alora", "unknown", "a library that is not there"],
+)
+def test_configurations_that_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    loras.of_peft(tmp_path, tiny.unet(), ["to_q"])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises((AdapterFormatError, AdapterMismatchError), match=message):
+        convert_lora(tmp_path, tiny.pipeline())
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
 def test_a_lora_that_changed_its_base_is_refused(tmp_path: Path, start: str) -> None:
     """PEFT takes the start away from the base when it loads such a folder: ``B A`` alone is another update."""
@@ -276,7 +370,7 @@ def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError
         "missing": (folder / "nowhere", FileNotFoundError, "no adapter at"),
         "ours": (shira, AdapterFormatError, "is a SHiRA adapter already"),
         "peft's": (folder / "peft shira", AdapterFormatError, "is a SHiRA adapter already"),
-        "loha": (paths["loha"], AdapterFormatError, "is a LoHa, which diffusers does not read"),
+        "loha": (paths["loha"], AdapterFormatError, "is more than a LoRA or a LoCon: 1 of 1 tensor"),
         "half": (paths["half"], AdapterMismatchError, "cannot be loaded into this model by diffusers"),
         "other": (paths["other"], AdapterFormatError, "is no LoRA: expected keys with lora_A.* got 'conv.weight'"),
         "nan": (paths["nan"], AdapterFormatError, "the update holds NaN or infinity"),
@@ -303,6 +397,15 @@ def test_bad_files(damaged: dict[str, tuple[Path, type[Exception], str]], kind: 
     with pytest.raises(error, match=message):
         convert_lora(file, pipe)
     tiny.assert_same_bits(pipe, before)
+
+
+def test_layers_of_other_shapes_that_diffusers_lets_pass(tmp_path: Path) -> None:
+    """It widens layers of Flux for LoRAs with more inputs."""
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    state = {f"{key}.lora_A.weight": torch.ones(2, 33), f"{key}.lora_B.weight": torch.ones(32, 2)}
+    save_file(state, tmp_path / "wide.safetensors")
+    with pytest.raises(AdapterMismatchError, match=r"to_q.weight: expected an update of \(32, 32\), got \(32, 33\)"):
+        convert_lora(tmp_path / "wide.safetensors", tiny.flux_pipeline())
 
 
 @pytest.mark.parametrize(
