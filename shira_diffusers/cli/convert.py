@@ -12,6 +12,7 @@ from shira_diffusers.cli.fuse import DTYPES, new_file
 from shira_diffusers.cli.inspect import written_line
 from shira_diffusers.cli.progress_bar import progress_bar
 from shira_diffusers.cli.terminal import say, say_json, table
+from shira_diffusers.errors import ShiraError
 from shira_diffusers.formats.find import PEFT_WEIGHTS, find_lora
 from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.lora import convert_lora
@@ -58,15 +59,21 @@ def calibration_of(pipe: Any, prompts: Sequence[str]) -> Callable[[], None]:
     return draw
 
 
-def output_file(output: Path | None, source: Path, force: bool) -> Path:
+def output_file(output: Path | None, source: Path, force: bool, *others: Path) -> Path:
     """The file to write: what the user asks for, or ``NAME-shira.safetensors`` here, after what it is made from.
 
+    Args:
+        others: files that it is made from too.
+
     Raises:
-        ShiraError: it exists, and is not to be replaced.
+        ShiraError: it exists, and is not to be replaced; or it is what the adapter is made from.
     """
-    source = (source.parent if source.name == PEFT_WEIGHTS else source).resolve()
-    name = source.stem if source.is_file() else source.name
-    return new_file(output or Path(f"{name}-shira.safetensors"), force)
+    path = (source.parent if source.name == PEFT_WEIGHTS else source).resolve()
+    name = path.stem if path.is_file() else path.name
+    target = new_file(output or Path(f"{name}-shira.safetensors"), force)
+    if target.exists() and any(each.exists() and target.samefile(each) for each in (source, *others)):
+        raise ShiraError(f"{target} is what the adapter is made from, and stays; choose another name")
+    return target
 
 
 def say_energy(args: argparse.Namespace, written: Path, report: EnergyReport) -> None:

@@ -16,7 +16,7 @@ def extract(args: argparse.Namespace) -> None:
         ShiraError: the output exists, or as ``extract_adapter``.
         OSError: a file cannot be read or written.
     """
-    target = output_file(args.output, args.tuned, args.force)
+    target = output_file(args.output, args.tuned, args.force, args.base)
     how = {"ranking": args.ranking, "dtype": DTYPES[args.dtype]}
     with progress_bar(unit="weights") as progress:
         found = extract_adapter(args.base, args.tuned, args.density, progress=progress, **how)

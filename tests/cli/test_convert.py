@@ -99,6 +99,23 @@ def test_a_folder_with_a_point_in_its_name_gives_all_of_it(run: Run, files: Path
 
 
 @pytest.mark.parametrize(
+    "argv",
+    [
+        "convert style.safetensors --base {f}/base -o style.safetensors --force",
+        "extract {f}/base style.safetensors -o style.safetensors --force",
+        "extract style.safetensors {f}/base -o link.safetensors --force",
+    ],
+)
+def test_what_an_adapter_is_made_from_stays(run: Run, files: Path, tmp_path: Path, argv: str) -> None:
+    content = (files / "style.safetensors").read_bytes()
+    (tmp_path / "style.safetensors").write_bytes(content)
+    (tmp_path / "link.safetensors").symlink_to("style.safetensors")
+    status, _, err = run(*argv.format(f=files).split())
+    assert status == 1 and "safetensors is what the adapter is made from, and stays" in err
+    assert (tmp_path / "style.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("convert {f}/style.safetensors --base {f}/base -o {f}/adapter.safetensors", "exists, expected a new file"),
