@@ -217,6 +217,8 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
     wrong += [f"{n} must be in [0, 1), got {values[n]}" for n in _SHARES if not 0 <= values[n] < 1]
     if not 0 < config.density <= 1:
         wrong.append(f"density must be in (0, 1], got {config.density}; 0.01 to 0.02 is usual")
+    if (config.max_sequence_length or 0) > 512:
+        wrong.append(f"max_sequence_length must be at most 512, as in drawing, got {config.max_sequence_length}")
     if config.snr_gamma is not None and not config.snr_gamma > 0:
         wrong.append(f"snr_gamma must be above 0, got {config.snr_gamma}; 5.0 is usual")
     if config.optimizer.lower() not in ("adamw", "prodigy"):

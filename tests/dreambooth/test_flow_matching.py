@@ -368,6 +368,8 @@ def test_what_cannot_be_trained_is_named(bases: Path, tmp_path: Path) -> None:
         complete(settings(bases, str(tmp_path)))
     with pytest.raises(ShiraError, match=r"(?s)max_sequence_length must be at least 1.*logit_std must not be neg"):
         settings(bases, "sd3", max_sequence_length=0, logit_std=-1.0)
+    with pytest.raises(ShiraError, match="max_sequence_length must be at most 512, as in drawing, got 513"):
+        settings(bases, "flux", max_sequence_length=513)
 
 
 def test_buckets_are_multiples_of_the_packed_latents(bases: Path, tmp_path: Path) -> None:
