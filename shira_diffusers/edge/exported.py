@@ -49,9 +49,14 @@ class ExportedWeights:
         self.folder = folder
         self.tensors: dict[str, NDArray[Any]] = {name: raw.array for name, raw in opened.tensors.items()}
         self.memory: NDArray[Any] = body_of(opened.content).view(_DTYPES[kinds.pop()])
-        self.transposed = frozenset(about["transposed"])
-        self.blocks: Mapping[str, tuple[int, ...]] = {name: tuple(own) for name, own in about["blocks"].items()}
-        self.inputs: Mapping[str, list[int]] = about["inputs"]
+        try:
+            self.transposed = frozenset(about["transposed"])
+            self.blocks: Mapping[str, tuple[int, ...]] = {name: tuple(own) for name, own in about["blocks"].items()}
+            self.inputs: Mapping[str, list[int]] = dict(about["inputs"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ShiraError(
+                f"{folder / ABOUT} is damaged ({type(error).__name__}: {error}); export the model again"
+            ) from error
         first, size = self.memory.ctypes.data, self.memory.itemsize
         self._starts = {name: (array.ctypes.data - first) // size for name, array in self.tensors.items()}
         self._order = sorted(self._starts, key=lambda name: self._starts[name])

@@ -55,6 +55,12 @@ class OnnxResident:
         if not found:
             raise ShiraError(f"no exported models in {folder}: expected a folder that shira export-onnx wrote")
         wanted = found if components is None else list(components)
+        if not wanted or isinstance(components, str):
+            raise ShiraError(f"expected a list of some of {', '.join(found)} as components, got {components!r}")
+        if not callable(session_options):
+            raise ShiraError(
+                f"expected a function that makes session_options anew for each session, got {session_options!r}"
+            )
         self._models = {name: SwitchedWeights(name, ExportedWeights(Path(folder, name))) for name in wanted}
         self._sessions = {
             name: open_live(model.weights, session_options, providers) for name, model in self._models.items()

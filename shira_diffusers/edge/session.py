@@ -66,9 +66,9 @@ def open_live(weights: ExportedWeights, options: Options, providers: Sequence[st
     constant = weights.tensors.keys() - {each.name for each in session.onnx.get_overridable_initializers()}
     if constant:
         raise _stale(weights, sorted(constant), "are constants, which are prepacked or folded into copies")
-    feeds = _feeds(session, weights.inputs)
     parts = [array.reshape(-1)[:_ALTERED] for array in weights.tensors.values()]
-    before, base = [part.copy() for part in parts], session.run(feeds)
+    before = [part.copy() for part in parts]
+    feeds, base = _first_run(session, weights)
     try:
         for part in parts:
             part[:] = part[::-1] + part.dtype.type(1 / 64)
@@ -81,6 +81,24 @@ def open_live(weights: ExportedWeights, options: Options, providers: Sequence[st
         for part, bits in zip(parts, before, strict=True):
             part[:] = bits
     return session
+
+
+def _first_run(session: LiveSession, weights: ExportedWeights) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]]:
+    """The smallest inputs, and what the model gives for them.
+
+    Raises:
+        ShiraError: its files are not of one export.
+    """
+    others = {each.name for each in session.onnx.get_overridable_initializers()} - weights.tensors.keys()
+    wrong = f"the files in {weights.folder} do not belong together"
+    if others:
+        raise ShiraError(f"{wrong} (the weights lack {', '.join(sorted(others)[:3])}); export the model again")
+    try:
+        feeds = _feeds(session, weights.inputs)
+        return feeds, session.run(feeds)
+    except Exception as error:  # ONNX Runtime's errors have no base class of their own
+        why = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ShiraError(f"{wrong} ({why}); export the model again") from error
 
 
 def _stale(weights: ExportedWeights, names: Sequence[str], why: str) -> ResidentStateError:

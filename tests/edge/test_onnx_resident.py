@@ -1,5 +1,6 @@
 """OnnxResident beside Resident: the same bits of every weight, whatever is done, and sessions that follow."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shira_diffusers import (
@@ -375,6 +377,45 @@ def test_another_base_gives_a_warning_whatever_is_active(opened: Open, saved: Sa
     edge.add(saved(fitting, "again"), "again")
     with pytest.warns(UserWarning, match="was trained on another model than this one; it was trained on 'tiny'"):
         edge.add(saved(strange, "strange"), "strange")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"transposed": 3}, r"model.json is damaged \(TypeError: 'int' object is not iterable\); export"),
+        ({"blocks": None}, r"model.json is damaged \(AttributeError"),
+        ({"inputs": {}}, r"do not belong together \(KeyError: 'sample'\); export the model again"),
+        (
+            {"inputs": {"sample": [1, 1, 8, 8], "timestep": [1], "encoder_hidden_states": [1, 16, 32]}},
+            r"together \(\w+: ",
+        ),
+        ("weight", "do not belong together .the weights lack conv_in.bias.; export the model again"),
+    ],
+    ids=["transposed", "blocks", "inputs", "shapes", "weight"],
+)
+def test_files_of_different_exports_are_refused(
+    exported: Export, tmp_path: Path, damage: dict[str, Any] | str, message: str
+) -> None:
+    """Without a weight of its own the graph would read other bytes of the file in its place."""
+    folder = tmp_path / "export" / "unet"
+    shutil.copytree(exported("fp32") / "unet", folder)
+    if isinstance(damage, dict):
+        about = json.loads((folder / "model.json").read_text())
+        (folder / "model.json").write_text(json.dumps(about | damage))
+    else:
+        state = load_file(folder / "model.safetensors")
+        del state["conv_in.bias"]
+        save_file(state, folder / "model.safetensors")
+    with pytest.raises(ShiraError, match=message):
+        OnnxResident(tmp_path / "export", session_options=one_thread)
+
+
+def test_wrong_arguments_are_refused(exported: Export) -> None:
+    for components in ("unet", []):
+        with pytest.raises(ShiraError, match="expected a list of some of text_encoder, unet, vae as components, got"):
+            OnnxResident(exported("fp32"), components)
+    with pytest.raises(ShiraError, match="expected a function that makes session_options anew"):
+        OnnxResident(exported("fp32"), ["unet"], session_options=ort.SessionOptions())
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path, exported: Export) -> None:
