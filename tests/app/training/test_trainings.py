@@ -31,7 +31,7 @@ from tests.app.conftest import Folders
 from tests.dreambooth import colour_science as science
 
 TINY = {"name": "moss", "prompt": "a sks cat", "steps": 6, "batch": 1, "mask": "rand", "learning_rate": 1e-2}
-PATIENCE = 90  # seconds
+PATIENCE = 240  # seconds
 
 
 def sent_in(folder: Path) -> Sent:
