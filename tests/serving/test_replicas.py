@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,17 @@ def test_requests_go_where_the_adapter_is_warm(service: httpx.Client, settings: 
     assert sorted(figures(service, "finished_total").values()) == [6, 6]
 
 
-def test_a_client_that_leaves_cancels_its_job(service: httpx.Client) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        service.post("/v1/images", json={**BODY, "steps": 900}, timeout=1)
+def test_clients_that_leave_cancel_their_jobs(service: httpx.Client) -> None:
+    """All that a replica has, whether it draws them or they wait in its queue."""
+
+    def leave(seed: int) -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            service.post("/v1/images", json={**BODY, "steps": 900, "seed": seed}, timeout=3)
+
+    with ThreadPoolExecutor(4) as clients:
+        list(clients.map(leave, range(4)))
     wait_for(lambda: not any(figures(service, "running").values()))
-    assert sum(figures(service, "cancelled_total").values()) == 1
+    assert sum(figures(service, "cancelled_total").values()) == 4
 
 
 def test_a_rolling_restart_keeps_answering(service: httpx.Client, settings: Settings) -> None:
