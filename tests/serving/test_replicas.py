@@ -77,6 +77,16 @@ def test_requests_go_where_the_adapter_is_warm(service: httpx.Client, settings: 
     assert sorted(figures(service, "finished_total").values()) == [6, 6]
 
 
+def test_a_warm_replica_with_many_requests_lets_others_have_some(service: httpx.Client) -> None:
+    def draw(seed: int) -> int:
+        return ask(service, mix={"blue": 0.5}, seed=seed, steps=100).status_code
+
+    before = figures(service, "finished_total")
+    with ThreadPoolExecutor(8) as clients:
+        assert set(clients.map(draw, range(16))) == {200}
+    assert all(now - before[name] > 3 for name, now in figures(service, "finished_total").items())
+
+
 def test_clients_that_leave_cancel_their_jobs(service: httpx.Client) -> None:
     """All that a replica has, whether it draws them or they wait in its queue."""
 
