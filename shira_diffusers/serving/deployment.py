@@ -112,7 +112,10 @@ class Replicas:
         for _ in range(ATTEMPTS):
             left = request.deadline and request.deadline - (time.monotonic() - start)
             if left is not None and left <= 0:
-                break
+                late = (
+                    f"the deadline has passed: expected pictures within {request.deadline:g} seconds; allow more time"
+                )
+                raise ServiceError("deadline", late, 504)
             try:
                 async with aclosing(self._drawn(replace(request, deadline=left))) as events:
                     async for event in events:

@@ -77,6 +77,11 @@ def test_requests_go_where_the_adapter_is_warm(service: httpx.Client, settings: 
     assert sorted(figures(service, "finished_total").values()) == [6, 6]
 
 
+def test_a_deadline_that_has_passed_before_a_replica_is_asked_is_told(service: httpx.Client) -> None:
+    late = ask(service, timeout=1e-12)
+    assert (late.status_code, late.json()["type"]) == (504, "deadline")
+
+
 def test_a_warm_replica_with_many_requests_lets_others_have_some(service: httpx.Client) -> None:
     def draw(seed: int) -> int:
         return ask(service, mix={"blue": 0.5}, seed=seed, steps=100).status_code
