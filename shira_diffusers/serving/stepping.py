@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import schedulers
 from greenlet import getcurrent, greenlet
 
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.serving.requests import ImageRequest, RequestError
 
 _CALLBACK = "callback_on_step_end"
-_SCHEDULERS = Path(schedulers.__file__).parent
+_SCHEDULERS = ("diffusers", "schedulers")  # the folder of their code
 
 
 def require_steps(pipe: Any, call: Callable[..., Any]) -> None:
@@ -107,7 +106,11 @@ def _remedy(error: BaseException) -> str:
     if any(frame.name == "check_inputs" for frame in frames):
         return "ask for other settings"
     # some schedulers refuse a number of steps; others find no noise level for it, as late as at a step
-    return "ask for another number of steps" if any(Path(one.filename).parent == _SCHEDULERS for one in frames) else ""
+    return (
+        "ask for another number of steps"
+        if any(Path(one.filename).parts[-3:-1] == _SCHEDULERS for one in frames)
+        else ""
+    )
 
 
 def arguments_of(requests: list[ImageRequest]) -> dict[str, Any]:
