@@ -7,6 +7,7 @@ clients ask for pictures with one of 32 adapters by Zipf's law, each as soon as 
 requests goes to each server without faults: `shira serve`; a plain LoRA server (load, set, draw, unload); and one as
 diffusers' examples/server. All requests go to `shira serve` under faults: killed replicas, a damaged adapter, clients
 that leave, a disk that is full for uploads (the kernel refuses the ingress's writes beyond 64 KiB, by RLIMIT_FSIZE).
+``cancelled``: requests that the replicas of the end gave up as their clients had left, not those of killed ones.
 After the load each picture is compared with what a plain call gives for its settings and the size of its batch.
 The bundled adapters are offered under 32 names; LoRAs have random values, rank 4 and about the same bytes.
 """
@@ -239,7 +240,8 @@ def faulted(adapters: Path, requests: list[ImageRequest], alone: Alone) -> dict[
     found = summary(answers, seconds, alone)
     refused = {answer.outcome for answer in answers if answer.request.mix.keys() != {Faults.DAMAGED}}
     assert refused <= {"200", "left", "503 replica_lost", "503 overloaded"}, f"unexpected answers: {refused}"
-    return {**found, "done": faults.done}
+    cancelled = sum(float(line.rsplit(" ", 1)[1]) for line in metrics if line.startswith("shira_cancelled_total{"))
+    return {**found, "done": faults.done, "cancelled": int(cancelled)}
 
 
 class Faults:

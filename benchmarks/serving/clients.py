@@ -13,7 +13,7 @@ import httpx
 from shira_diffusers.serving.requests import ImageRequest
 
 CLIENTS = 16
-LEAVES = 0.05  # seconds that a client stays who leaves
+LEAVES = 0.25  # seconds that a client stays who leaves: long enough for its request to reach a replica
 SECONDS = 300.0  # that a client waits
 
 

@@ -15,14 +15,14 @@ def serve(args: argparse.Namespace) -> None:
         ShiraError: see ``local.run``.
     """
 
-    def report(line: str) -> None:
-        note(line)
-        if args.json and line.startswith("ready"):
-            say_json({"address": f"http://{args.host}:{args.port}"})
+    def ready(address: str) -> None:
+        note(f"ready at {address}")
+        if args.json:
+            say_json({"address": address})
 
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in _NAMES and value is not None}
     given |= dict(map(_pair, args.set))
-    run(given, args.host, args.port, report)
+    run(given, args.host, args.port, note, ready)
 
 
 _NAMES = ("model", "adapters", "keys", "replicas", "device", "dtype")

@@ -12,6 +12,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from shira_diffusers._version import __version__
 from shira_diffusers.serving.body import ImageBody, parse
@@ -47,6 +48,7 @@ def build_api(settings: Settings, store: FolderStore, backend: Backend) -> FastA
     app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _bad_query)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _failed)
 
     def client(request: Request) -> Client:
@@ -202,6 +204,11 @@ async def _bad_query(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     places = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
     return _answer(invalid("; ".join(places)))
+
+
+async def _left(_: Request, error: Exception) -> Response:
+    """Of a client that has left while it sent its body: nobody reads it, but metrics count the status."""
+    return Response(status_code=499)
 
 
 async def _failed(_: Request, error: Exception) -> Response:

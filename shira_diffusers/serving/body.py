@@ -24,7 +24,9 @@ class ImageBody(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**32, description="of the first picture, the next has the next; or random")
     steps: int = Field(20, ge=1)
     guidance: float = Field(3.0, ge=0, le=30)
-    size: str | None = Field(None, pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$", description="WIDTHxHEIGHT, or the model's")
+    size: str | None = Field(
+        None, pattern="^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="WIDTHxHEIGHT, or the model's"
+    )
     n: int = Field(1, ge=1, description="pictures")
     timeout: float | None = Field(None, gt=0, description="seconds after which the pictures are of no use")
     response_format: Format | None = Field(None, description="or by the header Accept")

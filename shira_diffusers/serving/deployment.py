@@ -13,8 +13,10 @@ from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve._private import replica
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RunningReplica
 
 from shira_diffusers.serving.api import build_api
 from shira_diffusers.serving.errors import ServiceError
@@ -25,6 +27,7 @@ from shira_diffusers.serving.settings import Settings
 from shira_diffusers.serving.store import open_store
 
 ATTEMPTS = 3  # replicas that may be lost under one request
+AHEAD = 2  # requests that a warm replica may have more than another
 WARM = 64  # adapters and mixes per replica that routing remembers
 _LEAVING = {"graceful_shutdown_timeout_s": 120.0, "graceful_shutdown_wait_loop_s": 0.1}
 """How long a replica which is to end may take for what it has begun, and how often it looks whether that is done."""
@@ -67,6 +70,27 @@ class Replica:
             painter.close()
 
 
+class Router(PowerOfTwoChoicesRequestRouter):
+    """Ray's choice of replicas, which is a warm one; but not where it has many more requests than another.
+
+    Ray sends a request elsewhere only once all that are warm have as many as they may: one replica worked through a
+    queue while another had nothing to do, and stayed cold.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Groups of candidates, those of the first before others."""
+        chosen = await super().choose_replicas(candidate_replicas, pending_request)
+        idlest = min(candidate_replicas, key=self._requests)
+        is_behind = any(self._requests(idlest) + AHEAD < min(map(self._requests, group)) for group in chosen[:1])
+        return [[idlest], *chosen] if is_behind else chosen
+
+    def _requests(self, replica: RunningReplica) -> int:
+        """Those that it works on, as far as this ingress knows; Ray asks replicas that it has not heard of lately."""
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+
+
 def mix_id(mix: Mapping[str, float]) -> str:
     """What a mix is called for routing: its adapters, whatever their strengths, which cost nothing to change."""
     return "/".join(sorted(mix))
@@ -88,7 +112,10 @@ class Replicas:
         for _ in range(ATTEMPTS):
             left = request.deadline and request.deadline - (time.monotonic() - start)
             if left is not None and left <= 0:
-                break
+                late = (
+                    f"the deadline has passed: expected pictures within {request.deadline:g} seconds; allow more time"
+                )
+                raise ServiceError("deadline", late, 504)
             try:
                 async with aclosing(self._drawn(replace(request, deadline=left))) as events:
                     async for event in events:
@@ -158,6 +185,7 @@ def application(settings: Settings) -> Application:
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": gpus},
         max_ongoing_requests=settings.max_running,
         max_queued_requests=settings.max_queued,
+        request_router_config={"request_router_class": f"{__name__}.{Router.__name__}"},
         **_LEAVING,
     )
     ingress = deployed(serve.ingress()(Ingress)).options(

@@ -36,7 +36,7 @@ def invalid(message: str) -> ServiceError:
 
 def not_found(name: str) -> ServiceError:
     """An adapter that the service does not have."""
-    message = f"no adapter named {name!r}: expected one of those that GET /v1/adapters lists"
+    message = f"no adapter named {name[:80]!r}: expected one of those that GET /v1/adapters lists"
     return ServiceError("adapter_not_found", message, 404)
 
 

@@ -26,12 +26,14 @@ class Job:
         steps: that are done.
         batch: how many pictures are drawn together with its own, those included; 0 while it waits. The bits of a
             picture depend on it, and on nothing else but its settings.
+        due: by ``Turns``: when it is finished if the jobs of its client have equal shares, in work of each.
     """
 
     def __init__(self, request: ImageRequest, on_step: Callable[[int], object] | None = None) -> None:
         self.request = request
         self.future: Future[list[Any]] = Future()
         self.steps = self.batch = 0
+        self.due = 0.0
         self.until = math.inf if request.deadline is None else time.monotonic() + request.deadline
         self._on_step = on_step
         self._changed = threading.Condition()
@@ -41,6 +43,11 @@ class Job:
     def client(self) -> object:
         """Whose share it takes from."""
         return self if self.request.client is None else self.request.client
+
+    @property
+    def work(self) -> int:
+        """What is left to do: the cost of its steps, and as much as that of one to decode."""
+        return self.request.cost * (self.request.steps - self.steps + 1)
 
     @property
     def over(self) -> bool:

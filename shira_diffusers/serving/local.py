@@ -40,13 +40,16 @@ def require_model(model: str) -> None:
         raise ShiraError(f"{model} is no pipeline: expected a diffusers folder with a model_index.json")
 
 
-def run(given: dict[str, Any], host: str, port: int, report: Callable[[str], None]) -> None:
+def run(
+    given: dict[str, Any], host: str, port: int, report: Callable[[str], object], ready: Callable[[str], object]
+) -> None:
     """Serve until SIGINT or SIGTERM; then what is being drawn is finished, and all processes end.
 
     Args:
         given: see ``Settings``.
         host, port: of HTTP.
-        report: called with a line when the service starts and when it is ready.
+        report: called with a line when the service starts and ends, and with warnings.
+        ready: called with the address when the service answers.
 
     Raises:
         ShiraError: Ray Serve is not installed, wrong settings, or a service that cannot start or has lost Ray.
@@ -72,7 +75,7 @@ def run(given: dict[str, Any], host: str, port: int, report: Callable[[str], Non
     with suppress(KeyboardInterrupt), joined(cluster, settings.replicas * settings.cpus):
         _end_on_signals()  # in the place of Ray's own handlers, which abort
         start(settings, host, port)
-        report(f"ready at http://{host}:{port}")
+        ready(f"http://{host}:{port}")
         while _is_alive():
             time.sleep(_LOOK)
         raise ShiraError(

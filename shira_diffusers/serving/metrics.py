@@ -13,6 +13,7 @@ from shira_diffusers.serving.events import Events, Pictures
 
 __all__ = ["CONTENT_TYPE", "Measured", "Metrics"]
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 
 
@@ -94,4 +95,5 @@ class Measured:
             await self._app(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(scope["method"], route, status).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"  # clients may make up any
+            self._metrics.requests.labels(method, route, status).inc()

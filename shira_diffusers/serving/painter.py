@@ -4,7 +4,7 @@ import asyncio
 import io
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
@@ -70,17 +70,23 @@ class Painter:
         """
         with _explained():
             await asyncio.to_thread(self._store.fetch, request.mix)
-            missing = [name for name in request.mix if not self._store.has(name)]
-            if missing:
-                raise not_found(missing[0])
+            self._require(request.mix)
             job, steps = self._submit(request)
             try:
                 yield Progress(0, request.steps)
                 while (done := await steps.get()) is not None:
                     yield Progress(done, request.steps)
                 yield await asyncio.to_thread(_encoded, job)
+            except (ShiraError, OSError):
+                self._require(request.mix)  # it may have been deleted while the job waited
+                raise
             finally:
                 job.cancel()
+
+    def _require(self, names: Iterable[str]) -> None:
+        missing = [name for name in names if not self._store.has(name)]
+        if missing:
+            raise not_found(missing[0])
 
     def _submit(self, request: ImageRequest) -> tuple[Job, asyncio.Queue[int | None]]:
         """Submit; the steps that are done come out of the queue, None at the end."""

@@ -17,7 +17,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(str(ASSETS / "emoji-diffusion"), description="a pipeline: a folder, or a Hub id")
+    model: str = Field(default_factory=lambda: str(ASSETS / "emoji-diffusion"), description="a folder, or a Hub id")
     adapters: str | None = Field(None, description="a folder, s3://bucket/folder, hf://owner/name, or what fsspec has")
     cache: str | None = Field(None, description="a local folder for copies of others' adapters, and for the index")
     device: str = Field("cpu", description="as torch names it")
@@ -47,12 +47,21 @@ class Settings(BaseModel):
         """Settings from a command line or config file.
 
         Raises:
-            ShiraError: lists all that are unknown or out of range.
+            ShiraError: lists all that are unknown or out of range; or the demo's files are asked for and not there.
         """
         try:
-            return cls.model_validate(given)
+            settings = cls.model_validate(given)
         except ValidationError as error:
             raise ShiraError(f"the service's settings are wrong:{listing(problems(error))}") from None
+        given_by = {"MODEL": settings.model, "--adapters FOLDER": settings.adapter_source}
+        if missing := [
+            name for name, path in given_by.items() if Path(path).parent == ASSETS and not Path(path).exists()
+        ]:
+            raise ShiraError(
+                "the demo's model and adapters come with the source code, not with an installed package: name your own "
+                f"with {' and '.join(missing)}, or install with pip install -e . in a clone"
+            )
+        return settings
 
     @property
     def adapter_source(self) -> str:

@@ -5,6 +5,7 @@ import copy
 import inspect
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from shira_diffusers.errors import ShiraError
 from shira_diffusers.serving.requests import ImageRequest, RequestError
 
 _CALLBACK = "callback_on_step_end"
+_SCHEDULERS = ("diffusers", "schedulers")  # the folder of their code
 
 
 def require_steps(pipe: Any, call: Callable[..., Any]) -> None:
@@ -66,14 +68,14 @@ class SteppedCall:
             The number of steps done, or the pictures of the batch.
 
         Raises:
-            RequestError: the pipeline's own checks refuse the settings; it has ended then.
+            RequestError: the pipeline's own checks, or its scheduler, refuse the settings; it has ended then.
             Exception: whatever else the pipeline raises; it has ended then.
         """
         try:
             outcome = self._inside.switch()
-        except ValueError as error:
-            if _is_refusal(error):
-                raise RequestError(f"the model cannot draw this: {error}") from error
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            if remedy := _remedy(error):
+                raise RequestError(f"the model cannot draw this: {error}; {remedy}") from error
             raise
         return list(outcome) if self._inside.dead else outcome
 
@@ -95,10 +97,20 @@ class SteppedCall:
                 self._queued.pop(0).synchronize()
 
 
-def _is_refusal(error: BaseException) -> bool:
-    """Whether diffusers' checks of what a pipeline is called with raised an error; any other is not the client's."""
-    raised = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    return not raised.isdisjoint(("check_inputs", "set_timesteps"))
+def _remedy(error: BaseException) -> str:
+    """What to ask for where a pipeline's check of its arguments raised an error, or a scheduler of diffusers did.
+
+    Any other error is not the client's: empty.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.name == "check_inputs" for frame in frames):
+        return "ask for other settings"
+    # some schedulers refuse a number of steps; others find no noise level for it, as late as at a step
+    return (
+        "ask for another number of steps"
+        if any(Path(one.filename).parts[-3:-1] == _SCHEDULERS for one in frames)
+        else ""
+    )
 
 
 def arguments_of(requests: list[ImageRequest]) -> dict[str, Any]:

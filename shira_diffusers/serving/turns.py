@@ -1,7 +1,7 @@
 """Decide whose denoising step comes next. No models, no clock: a simulation uses it as the scheduler does."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -43,10 +43,13 @@ class Turns:
 
     Args:
         policy: ``turns``: jobs that have not begun get every second turn, so that each shows its first step soon; the
-            other turns go to whichever job would finish first if clients shared the machine equally. So jobs finish
-            about when they would by equal shares, or before; a short one never waits for a long one, and a client with
-            many delays another's by little. (After Friedman and Henderson, Fairness and efficiency in web server
-            protocols, 2003.)
+            other turns go to whichever job would finish first if clients shared the machine equally, and the jobs of
+            each client its share. So jobs finish about when they would by equal shares, or before; a short one never
+            waits for a long one, and a client with many delays another's by little. (After Friedman and Henderson,
+            Fairness and efficiency in web server protocols, 2003.) Nor do short jobs put off a long one for ever: while
+            one client has at most ``k`` jobs at a time, whose steps cost the same and are ``m`` at most, its job of
+            ``n`` steps is finished after at most ``k * (n + m + 3)`` turns. After ``k * (n + 1)`` of them no new job
+            goes before it, and those that do have no more than ``k * (m + 1)`` left, beside first steps of others.
             ``arrival``: one job after the other, first come, first served.
             ``grouped``: as ``arrival``, but jobs of the active mix go first: few switches, and long waits for others.
         max_batch: pictures drawn together.
@@ -60,6 +63,7 @@ class Turns:
         self._choose = POLICIES[policy]
         self._used: dict[object, float] = {}  # work that clients have had, on the scale of ``_virtual``
         self._virtual = 0.0  # work that a client would have had who had always waited for some
+        self._shared: dict[object, float] = {}  # the same for the jobs of each client
         self._begun = False  # whether the last turn was the first of a group
         self._full = False  # there is no room for the adapters of another group
         self._last: Mapping[str, float] = {}  # the mix of the last turn
@@ -68,6 +72,7 @@ class Turns:
         """Take a job in."""
         self.waiting.append(job)
         self._used[job.client] = max(self._virtual, self._used.get(job.client, 0.0))
+        job.due = self._shared.get(job.client, 0.0) + job.work
 
     def jobs(self) -> list[Job]:
         """All jobs that wait, or are in a group that has begun."""
@@ -94,9 +99,11 @@ class Turns:
 
     def ran(self, group: Group) -> None:
         """Charge clients for a turn that a group had."""
-        clients = {job.client for job in self.jobs()}
+        clients = Counter(job.client for job in self.jobs())
+        self._shared = {who: self._shared.get(who, 0.0) for who in clients}
         for job in group.jobs:
             self._used[job.client] += job.request.cost
+            self._shared[job.client] += job.request.cost / clients[job.client]
         self._virtual += sum(job.request.cost for job in group.jobs) / len(clients)
         self._used = {who: used for who, used in self._used.items() if who in clients or used > self._virtual}
 
@@ -113,14 +120,20 @@ class Turns:
 
     def _fair(self) -> Group | None:
         has_room = len(self.running) < self._max_running and not self._full
-        if self.waiting and has_room and not (self._begun and self.running):
-            return self._group(min(self.waiting, key=self._due), self.waiting)
-        # another thread may end the last job of a group at any time
-        return min(self.running, key=lambda group: min(map(self._due, group.live), default=math.inf), default=None)
+        waiting = self.waiting if has_room else []
+        groups = {job: group for group in self.running for job in group.live}
+        jobs = waiting if waiting and not self._begun else [*groups, *waiting]
+        if not jobs:  # another thread may end the last job of a group at any time
+            return next(iter(self.running), None)
+        first = self._first(jobs)
+        return groups.get(first) or self._group(first, waiting)
 
-    def _due(self, job: Job) -> float:
-        """When a job would be finished if all clients had equal shares, in work of each."""
-        return self._used[job.client] + job.request.cost * (job.request.steps - job.steps + 1)
+    def _first(self, jobs: Iterable[Job]) -> Job:
+        """Of each client's job that is due first, the one that would be finished first by equal shares of clients."""
+        heads: dict[object, Job] = {}
+        for job in jobs:
+            heads[job.client] = min(heads.get(job.client, job), job, key=lambda each: each.due)
+        return min(heads.values(), key=lambda job: self._used[job.client] + job.work)
 
     def _arrival(self) -> Group | None:
         if self.running or not self.waiting:

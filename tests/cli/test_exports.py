@@ -304,11 +304,13 @@ def test_train_is_among_the_commands(capsys: pytest.CaptureFixture[str]) -> None
 def test_serve_for_programs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard output holds the address alone, once the service is ready."""
 
-    def serve(given: dict[str, str], host: str, port: int, report: Callable[[str], None]) -> None:
-        report("starting")
-        report(f"ready at http://{host}:{port}")
+    def serve(
+        given: dict[str, str], host: str, port: int, report: Callable[[str], object], ready: Callable[[str], object]
+    ) -> None:
+        report("ready to start")
+        ready(f"http://{host}:{port}")
 
     monkeypatch.setattr("shira_diffusers.cli.serve.run", serve)
     status, told, err = run("serve", "--json", "--port", 8123)
     assert (status, json.loads(told)) == (0, {"address": "http://127.0.0.1:8123"})
-    assert err == "starting\nready at http://127.0.0.1:8123\n"
+    assert err == "ready to start\nready at http://127.0.0.1:8123\n"

@@ -154,6 +154,7 @@ def test_the_format_is_the_clients_choice(client: TestClient, accept: str, wante
         ({"seed": 2**32}, ["seed"]),
         ({"n": 5}, ["n: expected at most 4, got 5"]),
         ({"size": "16"}, ["size"]),
+        ({"size": "1\u0666x16"}, ["size"]),
         ({"size": "16x12"}, ["height", "multiple of 8", "12"]),
         ({"size": "99999x99999"}, ["pixels", "1,048,576"]),
         ({"guidance": 31}, ["guidance"]),
@@ -190,7 +191,9 @@ def test_other_bodies_and_routes_are_refused(client: TestClient) -> None:
 
 def test_unknown_and_broken_adapters_are_refused(client: TestClient, folder: Path) -> None:
     for name in ("red", "../adapters/blue", "blue\0", "x" * 300, ""):
-        assert_refused(client.post("/v1/images", json={**BODY, "mix": {name: 1}}), 404, "adapter_not_found")
+        answer = client.post("/v1/images", json={**BODY, "mix": {name: 1}})
+        assert_refused(answer, 404, "adapter_not_found")
+        assert len(answer.text) < 250
     refused = client.post("/v1/images", json={**BODY, "mix": {"red": 1}}, headers={"accept": "text/event-stream"})
     assert_refused(refused, 404, "adapter_not_found", "red")  # not in the stream
     broken, other = folder / "adapters" / "broken.safetensors", folder / "adapters" / "other.safetensors"
@@ -310,6 +313,55 @@ def test_a_client_that_leaves_cancels_its_job(settings: Settings, painter: Paint
         asyncio.run(leave(accept))
         wait_for(lambda: not painter.stats()["running"] + painter.stats()["waiting"])
         assert painter.stats()["cancelled_total"] == before + 1
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters/cut", "/v1/images"])
+def test_a_body_that_is_cut_off_leaves_nothing_and_is_no_failure(
+    settings: Settings, painter: Painter, folder: Path, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, before = build_api(settings, open_store(settings.adapter_source), InProcess(painter)), [*folder.rglob("*")]
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    headers = [(b"authorization", ADMIN["authorization"].encode()), (b"content-type", b"application/json")]
+    method = "PUT" if "cut" in path else "POST"
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "headers": headers,
+        "query_string": b"",
+        "http_version": "1",
+    }
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    asyncio.run(app(scope, receive, send))
+    assert [*folder.rglob("*")] == before
+    assert not caplog.records
+    counted = TestClient(app).get("/metrics").text
+    assert f'method="{method}"' in counted and 'status="499"} 1.0' in counted and 'status="500"' not in counted
+
+
+def test_an_adapter_that_is_deleted_before_its_job_begins_is_not_found(
+    client: TestClient, painter: Painter, folder: Path
+) -> None:
+    file = folder / "adapters" / "gone.safetensors"
+    save_adapter(tiny.adapter_for(tiny.pipeline(), 3), file)
+    has = painter._store.has
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(painter._store, "has", lambda name: has(name) and not file.unlink())
+        assert_refused(client.post("/v1/images", json={**BODY, "mix": {"gone": 1}}), 404, "adapter_not_found", "gone")
+
+
+def test_made_up_methods_share_a_counter(client: TestClient) -> None:
+    """Anybody may send them: a counter of each would fill the memory."""
+    for number in range(3):
+        assert_refused(client.request(f"X{number}", "/v1/images"), 405, "method_not_allowed")
+    counted = client.get("/metrics").text
+    assert 'method="other"' in counted and 'method="X0"' not in counted
 
 
 def test_clients_at_once_each_get_their_own(client: TestClient, settings: Settings) -> None:

@@ -44,6 +44,15 @@ def test_bad_settings(arguments: list[str], words: list[str], model: str, capsys
         assert word in line
 
 
+def test_an_installed_package_says_what_to_name(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shira_diffusers.serving.settings.ASSETS", tmp_path / "site-packages" / "assets")
+    line = refusal(capsys)
+    assert "not with an installed package: name your own with MODEL and --adapters FOLDER, or" in line
+    assert "name your own with --adapters FOLDER, or" in refusal(capsys, model)
+
+
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], model: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

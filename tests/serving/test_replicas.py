@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,32 @@ def test_requests_go_where_the_adapter_is_warm(service: httpx.Client, settings: 
     assert sorted(figures(service, "finished_total").values()) == [6, 6]
 
 
-def test_a_client_that_leaves_cancels_its_job(service: httpx.Client) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        service.post("/v1/images", json={**BODY, "steps": 900}, timeout=1)
+def test_a_deadline_that_has_passed_before_a_replica_is_asked_is_told(service: httpx.Client) -> None:
+    late = ask(service, timeout=1e-12)
+    assert (late.status_code, late.json()["type"]) == (504, "deadline")
+
+
+def test_a_warm_replica_with_many_requests_lets_others_have_some(service: httpx.Client) -> None:
+    def draw(seed: int) -> int:
+        return ask(service, mix={"blue": 0.5}, seed=seed, steps=100).status_code
+
+    before = figures(service, "finished_total")
+    with ThreadPoolExecutor(8) as clients:
+        assert set(clients.map(draw, range(16))) == {200}
+    assert all(now - before[name] > 3 for name, now in figures(service, "finished_total").items())
+
+
+def test_clients_that_leave_cancel_their_jobs(service: httpx.Client) -> None:
+    """All that a replica has, whether it draws them or they wait in its queue."""
+
+    def leave(seed: int) -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            service.post("/v1/images", json={**BODY, "steps": 900, "seed": seed}, timeout=3)
+
+    with ThreadPoolExecutor(4) as clients:
+        list(clients.map(leave, range(4)))
     wait_for(lambda: not any(figures(service, "running").values()))
-    assert sum(figures(service, "cancelled_total").values()) == 1
+    assert sum(figures(service, "cancelled_total").values()) == 4
 
 
 def test_a_rolling_restart_keeps_answering(service: httpx.Client, settings: Settings) -> None:

@@ -15,6 +15,7 @@ from diffusers import (
     DiffusionPipeline,
     FirstBlockCacheConfig,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -258,6 +259,17 @@ def test_what_the_pipeline_refuses_is_the_requests_fault_and_no_other_error_is(
     refused = pytest.raises(RequestError, match="`height` and `width` have to be divisible by 16")
     with StepScheduler(sd3, library) as scheduler, refused:
         scheduler.submit(request(width=24)).result(SECONDS)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(DDIMScheduler, 1000), (PNDMScheduler, 1)])
+def test_steps_that_a_scheduler_cannot_take_are_the_requests_fault(
+    pipe: DiffusionPipeline, library: AdapterLibrary, monkeypatch: pytest.MonkeyPatch, kind: type, steps: int
+) -> None:
+    """DDIM finds no noise level for the first of 1,000 steps, PNDM none to interpolate: neither checks."""
+    monkeypatch.setattr(pipe, "scheduler", kind.from_config(pipe.scheduler.config))
+    refused = pytest.raises(RequestError, match=r"cannot draw this: .*; ask for another number of steps")
+    with StepScheduler(pipe, library) as scheduler, refused:
+        scheduler.submit(request("blue", steps=steps)).result(SECONDS)
 
 
 def test_an_error_in_the_middle_of_a_picture_costs_no_other(

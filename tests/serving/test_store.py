@@ -1,8 +1,10 @@
 """Adapters in an object store, read through copies; fsspec's store in memory stands for S3 and the Hub."""
 
 import asyncio
+import threading
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -58,6 +60,29 @@ def test_uploads_reach_the_store_and_copies_follow_it(
     assert not other.has("blue")
     with pytest.raises(ServiceError, match="no adapter named 'blue'"):
         other.remove("blue")
+
+
+def test_an_adapter_that_two_requests_name_at_once_is_downloaded_once(
+    source: str, file: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, memory, downloads = open_store(source, str(tmp_path)), fsspec.get_filesystem_class("memory"), list[str]()
+    add(store, "blue", file)
+    get_file, began, again = memory.get_file, threading.Event(), threading.Event()
+
+    def slow(self: fsspec.AbstractFileSystem, path: str, *rest: object) -> None:
+        downloads.append(path)
+        (again if began.is_set() else began).set()
+        again.wait(1)  # a second download has the time to begin
+        get_file(self, path, *rest)
+
+    monkeypatch.setattr(memory, "get_file", slow)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(store.fetch, ["blue"])
+        assert began.wait(60)
+        second = threads.submit(store.fetch, ["blue"])
+        first.result(60), second.result(60)
+    assert len(downloads) == 1
+    assert (store.folder / "blue.safetensors").read_bytes() == file
 
 
 def test_copies_are_used_while_the_store_is_out_of_reach(

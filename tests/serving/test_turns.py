@@ -1,6 +1,10 @@
 """Whose step comes next: pure decisions, no models."""
 
+import random
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from shira_diffusers.serving.jobs import Job
 from shira_diffusers.serving.requests import ImageRequest
@@ -61,6 +65,32 @@ def test_a_long_job_is_not_put_off_for_ever_by_short_ones() -> None:
     long = job("a", 20)
     done = ended("turns", [long], {at: job("b", 3) for at in range(1, 200, 4)})
     assert done.index(long) < 15
+
+
+@pytest.mark.parametrize("steps", [(2, 2, 2, 4, 4, 10), (1, 1, 1, 50)])
+@pytest.mark.parametrize("client", [lambda number: "one", str, lambda _: None])
+def test_no_job_waits_for_more_than_its_share_of_the_others(steps: tuple[int, ...], client: Callable[..., Any]) -> None:
+    """Connections each of which asks as soon as it has its picture: short jobs never cease to come."""
+    turns, draw, came, now = Turns("turns", 1, 16), random.Random(0), dict[Job, tuple[int, int]](), 0
+
+    def ask(number: int) -> None:
+        turns.add(asked := job("a", draw.choice(steps), client=client(number)))
+        came[asked] = now, number
+
+    for number in range(16):
+        ask(number)
+    while now < 5000:
+        now += 1
+        group = turns.next()
+        assert group is not None
+        turns.ran(group)
+        (one,) = group.jobs
+        assert now - came[one][0] <= 16 * (one.request.steps + max(steps) + 3)
+        if one.steps == one.request.steps:
+            one.finish([])
+            turns.leave(group)
+            ask(came[one][1])
+        one.step(one.steps + 1)
 
 
 def test_what_a_client_had_before_others_came_counts_no_longer() -> None:
