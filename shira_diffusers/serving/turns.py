@@ -44,12 +44,13 @@ class Turns:
     Args:
         policy: ``turns``: jobs that have not begun get every second turn, so that each shows its first step soon; the
             other turns go to whichever job would finish first if clients shared the machine equally, and the jobs of
-            each client its share. So jobs finish about when they would by equal shares, or before; a short one never
-            waits for a long one, and a client with many delays another's by little. (After Friedman and Henderson,
-            Fairness and efficiency in web server protocols, 2003.) Nor do short jobs put off a long one for ever: while
-            one client has at most ``k`` jobs at a time, whose steps cost the same and are ``m`` at most, its job of
-            ``n`` steps is finished after at most ``k * (n + m + 3)`` turns. After ``k * (n + 1)`` of them no new job
-            goes before it, and those that do have no more than ``k * (m + 1)`` left, beside first steps of others.
+            each client its share. So jobs finish about when they would by equal shares, or before: a short one need
+            not wait until a long one is done, and a client with many delays another's by little. (After Friedman and
+            Henderson, Fairness and efficiency in web server protocols, 2003.) Nor do short jobs put off a long one for
+            ever: while one client has at most ``k`` jobs at a time, whose steps cost the same and are ``m`` at most,
+            its job of ``n`` steps is finished after at most ``k * (n + m + 3)`` turns. After ``k * (n + 1)`` of them no
+            new job goes before it, and those that do have no more than ``k * (m + 1)`` left, beside first steps of
+            others.
             ``arrival``: one job after the other, first come, first served.
             ``grouped``: as ``arrival``, but jobs of the active mix go first: few switches, and long waits for others.
         max_batch: pictures drawn together.
