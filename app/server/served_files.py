@@ -28,7 +28,7 @@ def file_data(component: Component, file: Path) -> dict[str, Any]:
 def cached_picture(component: Component, picture: Picture) -> str:
     """The path of a PNG with its report, for a picture that has no file.
 
-    Gradio writes an image that it is handed over the file of the same pixels, even while a browser is reading that.
+    Gradio itself, handed an image, overwrites the file of the same pixels even while a browser is reading it.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "image.png"

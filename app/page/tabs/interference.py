@@ -84,7 +84,8 @@ class InterferenceTab:
                 for mix, settings in orders.items():
                     picture = await self._requests.preview(visit, settings)
                     drawn[mix] = picture.image
-                    shown.append((cached_picture(self.pictures, picture), " + ".join(mix) or "base"))
+                    file = await asyncio.to_thread(cached_picture, self.pictures, picture)
+                    shown.append((file, " + ".join(mix) or "base"))
                     yield shown, same, same, same, same
                 measure = self._session.queue.submit(visit, lambda: opposing(self._session.pipe, drawn))
                 measured = await asyncio.wrap_future(measure)

@@ -1,5 +1,6 @@
 """Mix: a prompt, the styles, the picture with what it took, and this visit's pictures."""
 
+import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -327,7 +328,8 @@ class MixTab:
         except (Stopped, SettingsError):  # a newer one was requested, or a prompt is half typed
             return nothing
         self._budget.drew(fewer.steps, drawn.report["generation_s"])
-        return self._shown(cached_picture(self.picture, drawn), drawn.report, settings, None, preview=True)
+        file = await asyncio.to_thread(cached_picture, self.picture, drawn)
+        return self._shown(file, drawn.report, settings, None, preview=True)
 
     # ---------------------------------------------------------------- what changes by itself
 
