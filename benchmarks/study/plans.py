@@ -216,16 +216,21 @@ def size() -> list[Job]:
         methods=FOUR_WAYS[:2],
         styles=FOUR_STYLES,
     )
-    tried = _rated(LORA, 2e-3, 4e-3, 1e-3, 5e-4, 2.5e-4) + _rated(STEADY, 5e-4, 1e-3, 2.5e-4)
+    lasting = {"average": True, **EVERYWHERE}
+    tried = _rated(LORA, 2e-3, 1e-3, 5e-4, 2.5e-4) + _rated(STEADY, 5e-4, 1e-3, 2.5e-4)
+    tried += _rated(shira("steady-global-average-1%", 0, density=0.01, **lasting), 7e-4)
+    tried += _rated(LORA, 4e-3)
+    tried += _rated(shira("steady-global-average-0.5%", 0, density=0.005, **lasting), 1e-3)
     tried += _rated(shira("grad", 0), 1e-3, 5e-4)
-    tried += _rated(shira("steady-global-average-10%", 0, density=0.1, average=True, **EVERYWHERE), 3e-4)
+    tried += _rated(shira("steady-global-average-10%", 0, density=0.1, **lasting), 3e-4)
     return _each(tried, exam)
 
 
-def large() -> list[Job]:
-    """Three seeds of four styles on test concepts, for the study base: pairs, triples, and equal single strengths."""
-    exam = Exam("test", 64, (0.85, 1.0, 1.2), (0.7, 0.85, 1.0, 1.2), (), FOUR_WAYS[:3], (2, 3), FOUR_STYLES)
-    return _each([*_rated(LORA, 1e-3, 2e-3), *_rated(STEADY, 5e-4)], exam, (0, 1, 2))
+def large(results: Path) -> list[Job]:
+    """Three seeds of four styles on test concepts, for the study base: the best LoRA and the best SHiRA of "size"."""
+    exam = Exam("test", 64, (0.85, 1.0), (0.7, 0.85, 1.0, 1.2), (), FOUR_WAYS[:3], (2, 3), FOUR_STYLES)
+    families = (("lora",), ("steady-global-average@", "steady-global-average-1%@", "steady-global-average-0.5%@"))
+    return _each(_best_of("size", size(), families, results), exam, (0, 1, 2))
 
 
 FAMILIES = (
@@ -243,16 +248,18 @@ def final(results: Path) -> list[Job]:
     exam = Exam(
         "test", 64, (0.85, 1.0, 1.2, 1.4), (0.7, 0.85, 1.0, 1.15, 1.3), (), ("sum", "guidance_2", "guidance_15")
     )
-    found = {
+    return _each(_best_of("third", third(), FAMILIES, results), exam, (0, 1, 2))
+
+
+def _best_of(name: str, jobs: list[Job], families: tuple[tuple[str, ...], ...], results: Path) -> list[Recipe]:
+    """Of each family of names the recipe that kept most pairs in the results of the plan `name`, its jobs `jobs`."""
+    kept = {
         file["recipe"]["name"]: max(best(table([file], way, lambda mix: "+" in mix)) for way in file["exam"]["methods"])
-        for file in load(results / "third")
+        for file in load(results / name)
     }
-    recipes = []
-    for family in FAMILIES:
-        names = [name for name in found if name.startswith(family)]
-        chosen = max(names, key=lambda name: found[name], default=None)
-        recipes += [job.recipe for job in third() if job.recipe.name == chosen]
-    return _each(recipes, exam, (0, 1, 2))
+    recipes = {job.recipe.name: job.recipe for job in jobs}
+    tried = [[name for name in kept if name.startswith(family)] for family in families]
+    return [recipes[max(names, key=kept.__getitem__)] for names in tried if names]
 
 
 def toy() -> list[Job]:
@@ -284,13 +291,12 @@ PLANS = {
     "negatives": negatives,
     "confirm": confirm,
     "size": size,
-    "large": large,
 }
+CONFIRMATIONS = {"final": final, "large": large}
+"""Plans of the best recipes of an earlier one."""
+NAMES = (*PLANS, *CONFIRMATIONS)
 
 
 def plan(name: str, results: Path) -> list[Job]:
-    """The jobs of a plan; "final" builds on what "third" left in `results`."""
-    return final(results) if name == "final" else PLANS[name]()
-
-
-NAMES = (*PLANS, "final")
+    """The jobs of a plan; confirmations build on what an earlier one left in `results`."""
+    return CONFIRMATIONS[name](results) if name in CONFIRMATIONS else PLANS[name]()
