@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.measure import Run, free, options
 from benchmarks.scripts import training
 from benchmarks.scripts.training import Case, Trained
+from shira_diffusers.dreambooth.launch import without_cudnn_attention
 
 RANK = 16
 MODELS = ("SD3 medium", "Flux")
@@ -146,4 +147,5 @@ METHODS: dict[str, Callable[[Any, float], Any]] = {
 
 
 if __name__ == "__main__":
-    main()
+    with without_cudnn_attention():
+        main()

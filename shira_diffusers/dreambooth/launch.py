@@ -3,7 +3,8 @@
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,6 +93,21 @@ def _require_plain_accelerate() -> None:
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         logger.warning("accelerate's dynamo_backend %s has no effect: models are not compiled in training", compiler)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Keep attention off cuDNN, torch's first choice on Hopper; flash and memory-efficient attention take its place.
+
+    Its backward pass gives NaN there or reads beyond its memory, as for Flux in half precision (seen with torch 2.11;
+    https://github.com/pytorch/pytorch/issues/196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:

@@ -35,7 +35,14 @@ from shira_diffusers.dreambooth.data import Examples
 from shira_diffusers.dreambooth.earlier_adapter import inherited, read_earlier, require_fit, start_from
 from shira_diffusers.dreambooth.families import Pipe
 from shira_diffusers.dreambooth.interrupts import StopRequest, end_by
-from shira_diffusers.dreambooth.launch import choose_seed, close_trackers, from_main, start, start_trackers
+from shira_diffusers.dreambooth.launch import (
+    choose_seed,
+    close_trackers,
+    from_main,
+    start,
+    start_trackers,
+    without_cudnn_attention,
+)
 from shira_diffusers.dreambooth.loss import Objective
 from shira_diffusers.dreambooth.model_card import Origin, create_repository, upload, write_card
 from shira_diffusers.dreambooth.optimizers import require_optimizer, warm_up_problem
@@ -81,7 +88,7 @@ def train(config: TrainingConfig) -> Path:
     require_outputs(config)
     require_optimizer(config)
     saved: list[Path] = []
-    with explained_memory(config, lambda: _so_far(saved)):
+    with without_cudnn_attention(), explained_memory(config, lambda: _so_far(saved)):
         return _train(asked, config, saved)
 
 
@@ -156,6 +163,10 @@ def _train(asked: TrainingConfig, config: TrainingConfig, saved: list[Path]) -> 
                     try_to_validate(accelerator, pipe, config, step, seed)
         run.finish()
         adapter = tuner.adapter(run.metadata())
+        if not tuner.deltas.any():
+            logger.warning(
+                "all values of the adapter are 0: the learning rate is 0, or no gradient reached the weights"
+            )
         if accelerator.is_main_process:
             logger.info("wrote %s", save_result(output, adapter))  # first: what follows can fail
             try_to_validate(accelerator, pipe, config, run.last, seed)

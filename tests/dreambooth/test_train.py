@@ -312,6 +312,28 @@ def test_epochs_are_passes_over_the_pictures(settings: dict[str, object]) -> Non
 # ---------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_training_keeps_off_cudnn_attention(settings: dict[str, object], before: bool) -> None:
+    found: set[bool] = set()
+    watch = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: found.add(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    usual = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        train(TrainingConfig(**settings))
+        assert found == {False}
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        watch.remove()
+        torch.backends.cuda.enable_cudnn_sdp(usual)
+
+
+def test_a_run_that_changes_nothing_says_so(settings: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
+    train(TrainingConfig(**(settings | {"learning_rate": 0.0})))
+    assert "all values of the adapter are 0" in caplog.text
+
+
 def test_a_diverging_run_says_so_and_saves_nothing(settings: dict[str, object]) -> None:
     with pytest.raises(ShiraError, match=r"the loss is (nan|inf) at step 2: training diverged"):
         run(settings, learning_rate=1e30, max_train_steps=3)
