@@ -9,22 +9,30 @@ python -m benchmarks.study effects                    # what the styles themselv
 python -m benchmarks.study predict benchmarks/study/results/screen      # what foretells how much a pair keeps
 python -m benchmarks.study curves benchmarks/study/results/size --ways sum      # the plot
 python -m benchmarks.study sheet lora16@0.001=1.15 steady-global@0.001=1.0   # pictures, unpicked
+
+On any base that `shira train` takes, with CLIP and DINO in place of the judge; each sub-folder of pictures is a style:
+
+python -m benchmarks.study scores --base SD_FOLDER --clip CLIP_FOLDER --dino DINO_FOLDER --styles-from FOLDER \\
+    --concepts "a fox" "an owl"
 """
 
 import argparse
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.study import base, plans
 from benchmarks.study.arena import STYLES, Arena, run_recipe
-from benchmarks.study.curves import draw_curves
+from benchmarks.study.curves import draw_curves, draw_scores
 from benchmarks.study.effects import style_effects
 from benchmarks.study.predictors import print_study
+from benchmarks.study.score_tables import print_scores
 from benchmarks.study.sheets import draw_sheet
 from benchmarks.study.tables import print_tables
 from benchmarks.study.world import World, load_world, save_sprites
@@ -89,6 +97,19 @@ def sheet(args: argparse.Namespace) -> None:
     draw_sheet(arena, wanted, args.work / "study-sheet.png", args.styles or STYLES)
 
 
+def scores(args: argparse.Namespace) -> None:
+    from benchmarks.study.scores import Trial, run_scores  # the trainer and PEFT, which no other step needs
+
+    little: Any = {"steps": 2, "batch": 2, "drawing_steps": 2, "strengths": (1.0,)} if args.toy else {}
+    shared = {name: getattr(args, name) for name in ("clip", "dino", "styles_from", "concepts", "resolution")}
+    trial = Trial(str(args.base), prompt=args.prompt, caption=args.caption, guidance=args.guidance, **shared, **little)
+    methods = [("lora", rate) for rate in args.lora_rates] + [("shira", rate) for rate in args.shira_rates]
+    folder = args.results / "scores"
+    run_scores(trial, methods, args.seeds, args.work / "scores", folder, args.device)
+    print_scores(folder)
+    draw_scores(folder, args.work / "scores.svg")
+
+
 def claimed(folder: Path | None, name: str) -> bool:
     """Whether this process takes a job that others beside it could take; a lone process takes all."""
     if folder is None:
@@ -101,9 +122,9 @@ def claimed(folder: Path | None, name: str) -> bool:
     return True
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = ("judge", "base", "run", "table", "predict", "effects", "curves", "sheet", "sprites")
+    steps = ("judge", "base", "run", "table", "predict", "effects", "curves", "sheet", "sprites", "scores")
     parser.add_argument("step", choices=steps)
     parser.add_argument("plan", nargs="*", default=[], help=f"for run: {', '.join(plans.NAMES)}; else folders or names")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
@@ -120,7 +141,21 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=(), help="for curves: names of recipes; default: all")
     parser.add_argument("--ways", nargs="+", default=(), help="for curves: ways to mix; default: all")
     parser.add_argument("--toy", action="store_true", help="next to nothing, to try the code on a CPU")
-    args = parser.parse_args()
+    apart = parser.add_argument_group("scores")
+    apart.add_argument("--clip", help="folder of a CLIPModel and its processor")
+    apart.add_argument("--dino", help="folder of a Dinov2Model or ViTModel and its processor; without, CLIP alone")
+    apart.add_argument("--styles-from", help="folder of folders of pictures; a .txt beside a picture is its caption")
+    apart.add_argument("--concepts", nargs="+", help='what is drawn, such as "a fox"; twice is with two noises')
+    apart.add_argument("--prompt", default="a picture of", help="what stands before a concept")
+    apart.add_argument("--caption", default="a picture", help="of training pictures that have none")
+    apart.add_argument("--resolution", type=int, help="pixels a side; default: the trainer's for the base")
+    apart.add_argument("--guidance", type=float, default=7.5)
+    apart.add_argument("--lora-rates", nargs="*", type=float, default=[1e-4])
+    apart.add_argument("--shira-rates", nargs="*", type=float, default=[5e-4])
+    apart.add_argument("--seeds", nargs="+", type=int, default=[0])
+    args = parser.parse_args(arguments)
+    if args.step == "scores" and not (args.base and args.clip and args.styles_from and args.concepts):
+        parser.error("scores needs --base, --clip, --styles-from and --concepts")
     torch.set_float32_matmul_precision("high")
     random.seed(0)
     if args.step == "sprites":
@@ -135,7 +170,7 @@ def main() -> None:
     elif args.step == "curves":
         draw_curves([Path(folder) for folder in args.plan], args.work / "study-curves.svg", args.recipes, args.ways)
     else:
-        {"judge": judge, "base": make_base, "run": run, "sheet": sheet}[args.step](args)
+        {"judge": judge, "base": make_base, "run": run, "sheet": sheet, "scores": scores}[args.step](args)
 
 
 if __name__ == "__main__":
