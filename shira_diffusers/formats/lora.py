@@ -41,9 +41,15 @@ from shira_diffusers.weights.targets import canonical_name, parts_of
 
 Progress = Callable[[int, int], object]
 """Called with how many of how many steps are done."""
+Convert = Callable[[Any], list[Any]]
+"""A file, or its tensors, to the tensors by diffusers' keys, and what else its loader wants to know."""
 
 _NAME = "shira_convert"  # of the adapter in the hollow copy
 _SCALE, _DOWN, _MID = ".dora_scale", ".lora_down.weight", ".lora_mid.weight"  # of kohya's trainers and LyCORIS
+_ALPHA = ".alpha"
+# A layer's path, its down matrix and the rest, as each tool writes them.
+_PAIR = re.compile(r"(.*?)[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down|down)(\.(?:\w+\.)?weight)")
+_FLUX = re.compile(r"(?:diffusion_model\.|base_model\.model\.)?(?:double|single)_blocks\.")  # its own names of blocks
 _MATRIX = re.compile(r"lora_A|lora_down|lora\.down|lora_linear_layer\.down|lokr_w1(_a)?$")  # one key per layer
 _PLAIN = re.compile(
     r"lora\d?[._](A|B|down|up|mid|embedding_[AB]|magnitude_vector|linear_layer)\b|\.lokr_|alpha$|\.dora_scale$"
@@ -163,8 +169,8 @@ class LoraUpdates:
         tensors = _lora_tensors(file)
         load = partial(_load, file, target, models, component)
         scales = {key: tensor for key, tensor in tensors.items() if key.endswith(_SCALE)}
-        plain = _in_two_factors({key: tensor for key, tensor in tensors.items() if key not in scales})
-        self._layers = load(file if len(plain) == len(tensors) else plain)
+        plain = _with_alphas(_in_two_factors({key: tensor for key, tensor in tensors.items() if key not in scales}))
+        self._layers = load(file if all(plain.get(key) is own for key, own in tensors.items()) else plain)
         if scales:
             self._magnitudes = _by_weight(plain | scales, load)
 
@@ -270,7 +276,7 @@ def _lora_tensors(file: Path) -> dict[str, Tensor]:
             f"{verb(len(others), 'is', 'are')} of another kind; merge it into the base with the program that made it, "
             f"and use shira extract:{listing(others)}"
         )
-    if any(key.startswith(PREFIX) for key in tensors):
+    if any(key.startswith(PREFIX) and not _FLUX.match(key) for key in tensors):
         raise AdapterFormatError(
             f"{file} is PEFT's and needs the {PEFT_CONFIG} that was saved beside it, which has lora_alpha; "
             "put both into one folder"
@@ -286,6 +292,64 @@ def _in_two_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key.endswith(_MID) and down in found and mid.shape[1:2] == found[down].shape[:1]:
             found[down] = torch.einsum("rs...,si->ri...", found.pop(key).float(), found[down].float().flatten(1))
     return found
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, str]]:
+    """Of each layer with both its matrices, in order: its path, and the keys of down ``(r, in, ...)`` and of up."""
+    for key in tensors:
+        if match := _PAIR.fullmatch(key):
+            up = match[2].replace("A", "B").replace("down", "up")
+            if (other := f"{key[: match.start(2)]}{up}{match[3]}") in tensors:
+                yield match[1], key, other
+
+
+def _with_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put each layer's ``alpha / r`` into its up matrix ``(out, r, ...)``: diffusers mistakes or ignores some.
+
+    An alpha is r then, which kohya's keys need to have, or gone.
+    """
+    found = dict(tensors)
+    for path, down, up in _pairs(tensors):
+        alpha, rank = found.get(path + _ALPHA), len(tensors[down])
+        if alpha is None or alpha.numel() != 1:
+            continue
+        found[up] = tensors[up].float() * (float(alpha) / rank)
+        found[path + _ALPHA] = torch.tensor(float(rank))
+        if not path.startswith("lora_"):
+            del found[path + _ALPHA]
+    return found
+
+
+def _numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same keys and shapes, with the number of its layer in each down matrix: 1 for the first of ``_pairs``."""
+    found = dict(tensors)
+    for number, (_, down, up) in enumerate(_pairs(tensors), 1):
+        found[down] = torch.full(tensors[down].shape, float(number))
+        found[up] = torch.ones(tensors[up].shape)
+    return found
+
+
+def _require_all_taken(file: Path, tensors: Mapping[str, Tensor], convert: Convert, component: str | None) -> None:
+    """Raise AdapterFormatError where diffusers leaves out layers of a file when it converts the keys.
+
+    Args:
+        tensors: of the file.
+        convert: tensors by the file's keys to tensors by diffusers'.
+        component: a denoiser's name if the text encoders' layers are not wanted.
+    """
+    state = convert(_numbered(tensors))[0]
+    taken = {float(number) for key, own in state.items() if _MATRIX.search(key) for number in own.unique()}
+    others = ("lora_te", "text_encoder") if component and not component.startswith("text_encoder") else ()
+    if left := [
+        path
+        for number, (path, down, up) in enumerate(_pairs(tensors), 1)
+        if number not in taken and not path.startswith(others) and bool(tensors[down].any() and tensors[up].any())
+    ]:
+        part = counted(len(left), "layer", of=len(list(_pairs(tensors))))
+        raise AdapterFormatError(
+            f"{file} has {part} that diffusers cannot load; merge it into the base with the program that made it, and "
+            f"use shira extract, or convert one component of it:{listing(left)}"
+        )
 
 
 def _load(
@@ -312,6 +376,8 @@ def _load(
                 if "" in hollow
                 else _load_pipeline(file, target, hollow, given, component)
             )
+    except AdapterFormatError:
+        raise
     except _LOADING as error:
         raise AdapterMismatchError(
             f"{file} cannot be loaded into this model by diffusers ({_reason(error)}); use it with the architecture "
@@ -368,13 +434,22 @@ def _load_pipeline(
     for part, model in hollow.items():
         setattr(twin, part, model)
 
-    def read(*args: Any, **options: Any) -> Any:
-        found = type(pipe).lora_state_dict(*args, **options)
-        state, *rest = found if isinstance(found, tuple) else (found,)
+    def read(source: Any, **options: Any) -> Any:
+        def convert(tensors: Any) -> list[Any]:
+            found = type(pipe).lora_state_dict(tensors, **options)
+            return list(found) if isinstance(found, tuple) else [found]
+
+        tensors = given if isinstance(given, dict) else read_safetensors(file)[0]
+        state, *rest = convert(source)
+        if any(map(_FLUX.match, state or tensors)):  # left as they are
+            source = tensors = _as_comfyui(tensors)
+            state, *rest = convert(source)
+        _require_all_taken(file, tensors, convert, component)
+        state = _in_one_notation(_by_component(state, hollow))
         keys.extend(state)
-        if rest and rest[0] and all(key.endswith(".alpha") for key in rest[0]):
-            state, rest[0] = _with_alphas(state, rest[0])
-        return (_in_one_notation(state), *rest) if rest else _in_one_notation(state)
+        if rest and rest[0] and all(key.endswith(_ALPHA) for key in rest[0]):
+            rest[0] = {}  # _with_alphas has seen to them
+        return (state, *rest) if rest else state
 
     twin.lora_state_dict = read
     second = {"load_into_transformer_2": True} if component == "transformer_2" else {}  # Wan's, named as its first
@@ -385,23 +460,21 @@ def _load_pipeline(
     return keys
 
 
-def _with_alphas(state: Mapping[str, Tensor], alphas: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Put each layer's ``alpha / r`` into its up matrix ``(out, r, ...)`` where alphas differ: diffusers mistakes some.
+def _as_comfyui(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flux's own names of layers as ComfyUI and kohya write them; with PEFT's of matrices diffusers knows them not."""
+    return {
+        f"diffusion_model.{key.removeprefix('diffusion_model.')}".replace("lora_A", "lora_down").replace(
+            "lora_B", "lora_up"
+        ): tensor
+        for key, tensor in tensors.items()
+    }
 
-    Args:
-        state: by diffusers' keys, with all down matrices ``(r, in, ...)``.
-        alphas: by the path of a layer or the key of its down matrix, with ``.alpha`` at the end.
-    """
-    found = dict(state)
-    downs = {key: tensor for key, tensor in state.items() if re.search(r"\.down\.|\.lora_A\.", key)}
-    if len(set(map(float, alphas.values()))) == 1 and len(alphas) == len(downs):
-        return found, alphas
-    for key, down in downs.items():
-        path = re.split(r"\.lora\.|\.lora_A\.", key)[0]
-        up = key.replace(".down.", ".up.").replace(".lora_A.", ".lora_B.")
-        if up in found and f"{path}.alpha" in alphas:
-            found[up] = found[up].float() * (float(alphas[f"{path}.alpha"]) / len(down))
-    return found, {}
+
+def _by_component(state: Mapping[str, Tensor], models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The transformer's layers by ``transformer.``, which diffusers forgets for those outside of Flux's blocks."""
+    if not any(key.startswith("transformer.") for key in state):
+        return dict(state)
+    return {key if key.partition(".")[0] in models else f"transformer.{key}": own for key, own in state.items()}
 
 
 def _in_one_notation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -432,14 +505,11 @@ def _by_weight(
     Raises:
         AdapterFormatError: magnitudes of another kind, such as per input.
     """
-    layers = [key.removesuffix(_DOWN) for key in tensors if key.endswith(_DOWN)]
-    numbered = {
-        key: torch.full(tensor.shape, float(layers.index(key.removesuffix(_DOWN)))) if key.endswith(_DOWN) else tensor
-        for key, tensor in ((key, tensor.float()) for key, tensor in tensors.items() if not key.endswith(_SCALE))
-    }
+    paths = [path for path, _, _ in _pairs(tensors)]
+    numbered = _numbered({key: tensor for key, tensor in tensors.items() if not key.endswith(_SCALE)})
     found, wrong = dict[str, Tensor](), list[str]()
     for name, layer in load(numbered).items():
-        key = layers[int(layer.lora_A[_NAME].weight.flatten()[0])] + _SCALE
+        key = paths[int(layer.lora_A[_NAME].weight.flatten()[0]) - 1] + _SCALE
         if key not in tensors:
             continue
         rows = layer.get_base_layer().weight.shape[0]

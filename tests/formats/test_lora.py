@@ -27,7 +27,7 @@ from shira_diffusers import (
 from shira_diffusers.formats.peft_export import save_peft_adapter
 from tests import loras, tiny
 
-ROUNDING = {"rtol": 0.0, "atol": 2e-6}  # of float32, for weights up to about 10
+ROUNDING = {"rtol": 0.0, "atol": 4e-6}  # of float32, two of its steps for weights up to about 20
 
 
 @pytest.fixture(scope="module")
