@@ -276,7 +276,7 @@ def _lora_tensors(file: Path) -> dict[str, Tensor]:
             f"{verb(len(others), 'is', 'are')} of another kind; merge it into the base with the program that made it, "
             f"and use shira extract:{listing(others)}"
         )
-    if any(key.startswith(PREFIX) and not _FLUX.match(key) for key in tensors):
+    if any(key.startswith(PREFIX) for key in tensors) and not any(map(_FLUX.match, tensors)):
         raise AdapterFormatError(
             f"{file} is PEFT's and needs the {PEFT_CONFIG} that was saved beside it, which has lora_alpha; "
             "put both into one folder"
@@ -440,6 +440,8 @@ def _load_pipeline(
             return list(found) if isinstance(found, tuple) else [found]
 
         tensors = given if isinstance(given, dict) else read_safetensors(file)[0]
+        if any(key.startswith(PREFIX) for key in tensors):  # fal's, of which diffusers expects all layers of Flux
+            source = tensors = _as_comfyui(tensors)
         state, *rest = convert(source)
         if any(map(_FLUX.match, state or tensors)):  # left as they are
             source = tensors = _as_comfyui(tensors)
@@ -462,11 +464,10 @@ def _load_pipeline(
 
 def _as_comfyui(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Flux's own names of layers as ComfyUI and kohya write them; with PEFT's of matrices diffusers knows them not."""
+    plain = {key.removeprefix(PREFIX).removeprefix("diffusion_model."): tensor for key, tensor in tensors.items()}
     return {
-        f"diffusion_model.{key.removeprefix('diffusion_model.')}".replace("lora_A", "lora_down").replace(
-            "lora_B", "lora_up"
-        ): tensor
-        for key, tensor in tensors.items()
+        f"diffusion_model.{key}".replace("lora_A", "lora_down").replace("lora_B", "lora_up"): tensor
+        for key, tensor in plain.items()
     }
 
 

@@ -75,8 +75,9 @@ def assert_converted(pipe: DiffusionPipeline, file: Path, state: State, expected
         ("diffusion_model.{path}", ("lora_A", "lora_B"), FLUX | OUTSIDE_OF_BLOCKS),
         ("{path}", ("lora_A", "lora_B"), FLUX),
         ("{path}", ("lora_down", "lora_up"), FLUX),
+        ("base_model.model.{path}", ("lora_A", "lora_B"), FLUX | OUTSIDE_OF_BLOCKS),
     ],
-    ids=["kohya", "comfyui", "comfyui of peft", "peft", "bare"],
+    ids=["kohya", "comfyui", "comfyui of peft", "peft", "bare", "fal"],
 )
 def test_flux_by_its_own_names(tmp_path: Path, key: str, matrices: tuple[str, str], layers: Layers) -> None:
     """diffusers' loader leaves out layers outside of blocks, and knows ``lora_A`` beside its own names only."""
