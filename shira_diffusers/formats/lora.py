@@ -62,6 +62,10 @@ _LOADING = (
     ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError,
     ImportError,
 )  # fmt: skip
+_REMEDY = (
+    "use it with the architecture it was trained for; if this is it, diffusers does not know its keys: merge it into "
+    "the base with the program that made it, and use shira extract"
+)
 _KINDS = ("LORA", "LOHA", "LOKR", "OFT")  # of PEFT's methods
 # Starts of PEFT's that take something away from the base, and do so again when the LoRA is loaded.
 _RESIDUAL_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -380,16 +384,14 @@ def _load(
         raise
     except _LOADING as error:
         raise AdapterMismatchError(
-            f"{file} cannot be loaded into this model by diffusers ({_reason(error)}); use it with the architecture "
-            "it was trained for"
+            f"{file} cannot be loaded into this model by diffusers ({_reason(error)}); {_REMEDY}"
         ) from error
     for model in hollow.values():
         _require_plain_start(file, getattr(model, "peft_config", {}).get(_NAME))
     layers, expected = _adapted(hollow), sum(bool(_MATRIX.search(key)) for key in keys)
     if len(layers) < expected or not layers:
         raise AdapterMismatchError(
-            f"{file} does not fit: {len(layers)} of its {expected} layers are in this model; use it with the "
-            "architecture it was trained for"
+            f"{file} does not fit: {len(layers)} of its {expected} layers are in this model; {_REMEDY}"
         )
     if partly := [name for name, layer in layers.items() if any(each.is_meta for each in layer.parameters())]:
         raise AdapterFormatError(f"{file} is incomplete, get an intact copy; tensors are missing for:{listing(partly)}")

@@ -1,6 +1,6 @@
 """LoRA files in other programs' keys, built by hand: a layer gets ``alpha / r * up @ down``, or all is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -9,9 +9,10 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shira_diffusers import AdapterFormatError, convert_lora
+from shira_diffusers import AdapterFormatError, AdapterMismatchError, convert_lora
 from shira_diffusers.formats.lora import LoraUpdates
-from tests import original_layout, tiny
+from tests import compat_matrix, original_layout, tiny
+from tests.formats.test_lora import wan_pipeline
 
 # A layer of a file -> the weights whose rows it holds, one below the other.
 Layers = Mapping[str, list[str]]
@@ -152,3 +153,51 @@ def test_two_ways_to_name_blocks_in_one_file(tmp_path: Path) -> None:
     save_file(random_lora(pipe, one | other, "lora_unet_{flat}")[0], tmp_path / "lora.safetensors")
     with pytest.raises(AdapterFormatError, match=r"has 1 of 2 layers that .*\n  - lora_unet_middle_block_1"):
         convert_lora(tmp_path / "lora.safetensors", pipe)
+
+
+WAN = {
+    "blocks.0.self_attn.o": ["transformer.blocks.0.attn1.to_out.0.weight"],
+    "blocks.0.cross_attn.k_img": ["transformer.blocks.0.attn2.add_k_proj.weight"],
+    "blocks.0.cross_attn.v_img": ["transformer.blocks.0.attn2.add_v_proj.weight"],
+    "blocks.0.ffn.2": ["transformer.blocks.0.ffn.net.2.weight"],
+    "time_projection.1": ["transformer.condition_embedder.time_proj.weight"],
+    "head.head": ["transformer.proj_out.weight"],
+}
+QWEN = {
+    name: [f"transformer.{name}.weight"]
+    for name in ("img_in", "transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mlp.net.2")
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "key", "matrices"),
+    [
+        (wan_pipeline, WAN, "diffusion_model.{path}", ("lora_A", "lora_B")),
+        (wan_pipeline, WAN, "diffusion_model.{path}", ("lora_down", "lora_up")),
+        (lambda: compat_matrix.qwen_image()[0], QWEN, "diffusion_model.{path}", ("lora_down", "lora_up")),
+        (lambda: compat_matrix.qwen_image()[0], QWEN, "lora_unet_{flat}", ("lora_down", "lora_up")),
+    ],
+    ids=["wan", "wan, alpha", "qwen", "qwen of kohya"],
+)
+def test_wan_and_qwen_in_the_keys_of_comfyui(
+    tmp_path: Path, make: Callable[[], DiffusionPipeline], layers: Layers, key: str, matrices: tuple[str, str]
+) -> None:
+    pipe = make()
+    assert_converted(pipe, tmp_path / "lora.safetensors", *random_lora(pipe, layers, key, matrices))
+
+
+@pytest.mark.parametrize(
+    ("make", "attention"),
+    [(tiny.sd3_pipeline, "attn"), (lambda: compat_matrix.sana()[0], "attn1")],
+    ids=["sd3", "sana"],
+)
+def test_alphas_that_diffusers_refuses(tmp_path: Path, make: Callable[[], DiffusionPipeline], attention: str) -> None:
+    """PEFT's keys with alphas; in ComfyUI's, diffusers does not know these models, and they are refused."""
+    pipe, name = make(), f"transformer_blocks.0.{attention}.to_q"
+    state, expected = random_lora(pipe, {name: [f"transformer.{name}.weight"]}, "{path}")
+    peft = {key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): tensor for key, tensor in state.items()}
+    file = tmp_path / "lora.safetensors"
+    assert_converted(pipe, file, {f"transformer.{key}": tensor for key, tensor in peft.items()}, expected)
+    save_file({f"diffusion_model.{key}": tensor for key, tensor in peft.items()}, file)
+    with pytest.raises(AdapterMismatchError, match="diffusers does not know its keys: merge it into the base with"):
+        convert_lora(file, pipe)
