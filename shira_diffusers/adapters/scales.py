@@ -145,6 +145,8 @@ def check_scale(adapter: str, scale: object, components: Mapping[str, Blocks]) -
     """
     plain = _plain(scale)
     wrong = _wrong_parts(plain, components) if isinstance(plain, dict) else _wrong_number("", plain)
+    if wrong and isinstance(plain, int | float):
+        raise ShiraError(f"the weight of adapter {adapter!r} must be a finite number, got {wrong[0]}")
     if wrong:
         raise ShiraError(
             f"the weight of adapter {adapter!r} must be a finite number, {{component: number}} or "

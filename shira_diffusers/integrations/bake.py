@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_probes import match_base
+from shira_diffusers.adapters.scales import check_scale
 from shira_diffusers.atomic_write import made_whole
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
@@ -87,7 +88,8 @@ def bake_checkpoint(base: Path, mix: Mix, output: Path, progress: Progress = lam
         which this mix is active.
 
     Raises:
-        ShiraError: there is no such base, the output exists, or sums out of the range of the weights' dtype.
+        ShiraError: there is no such base, the output exists, a strength that is no finite number, or sums out of the
+            range of the weights' dtype.
         AdapterMismatchError: an adapter does not fit, wholly or in part; all offenders are named.
         AdapterFormatError: a damaged file of weights.
         OSError: a file cannot be read or written.
@@ -95,6 +97,8 @@ def bake_checkpoint(base: Path, mix: Mix, output: Path, progress: Progress = lam
     On error nothing has been written.
     """
     _require_new(base, output)
+    for title, (_, strength) in mix.items():
+        check_scale(title, strength, {})
     places = _find(base, sorted({name for adapter, _ in mix.values() for name in adapter.deltas}))
     _require_fit(base, places, mix)
     touched = {place.file.parent for found in places.values() for place in found}

@@ -102,7 +102,9 @@ def test_bake_fails_in_one_line(run: Run, files: dict[str, Path], base: Path, tm
     assert_fails(run("bake", base, tmp_path / "loop.safetensors", "-o", tmp_path / "out"), "no adapter at")
     (tmp_path / "loop.safetensors").unlink()
     assert_fails(run("bake", base, files["bare"], "-o", tmp_path / "out"), "no such tensor")
-    assert_fails(run("bake", base, f"{files['first']}=nan", "-o", tmp_path / "out"), "must be a finite number")
+    for strength in ("nan", "inf"):
+        message = f"the weight of adapter 'first' must be a finite number, got {strength}\n"
+        assert_fails(run("bake", base, f"{files['first']}={strength}", "-o", tmp_path / "out"), message)
     assert_fails(run("bake", tmp_path / "x", files["first"], "-o", tmp_path / "out"), "no checkpoint at")
     assert not any(tmp_path.iterdir())
 
