@@ -17,7 +17,7 @@ import shira_diffusers.formats.format_2 as format_2
 from shira_diffusers._version import __version__
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.delta import SparseDelta
-from shira_diffusers.atomic_write import write_atomically
+from shira_diffusers.atomic_write import made_folders, write_atomically
 from shira_diffusers.errors import AdapterFormatError, listing
 from shira_diffusers.formats.adapter_file import AdapterFile, digest
 from shira_diffusers.formats.block import Block
@@ -183,7 +183,7 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
         path: a file ending in ``.safetensors``, or a folder, made if needed, in which the default name is used.
 
     Returns:
-        The file written. On any error an earlier file of that name is intact.
+        The file written. On any error an earlier file of that name is intact, and a folder that was not there is not.
 
     Raises:
         AdapterFormatError: an adapter without deltas, or a file of another format, such as ``.bin``.
@@ -198,8 +198,8 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
         )
     target = file_to_write(target)
     content = serialize(adapter)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, content)
+    with made_folders(target.parent):
+        write_atomically(target, content)
     return target
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -144,6 +145,30 @@ def test_errors_are_one_sentence_and_nothing_is_written(
     assert re.fullmatch(rf"error: .*({message}).*\n", err), err
     assert not list(tmp_path.iterdir())
     assert (files / "adapter.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "convert {f}/style.safetensors --base {f}/base --density 0.9 -o {f}/new/folder",
+        "extract {f}/base {f}/tuned --density 0.9 -o {f}/new.safetensors",
+        "fuse {f}/adapter.safetensors {f}/adapter.safetensors -o {f}/new.safetensors",
+        "bake {f}/base {f}/adapter.safetensors -o {f}/new",
+        "export-peft {f}/adapter.safetensors --partial -o {f}/new",
+    ],
+    ids=lambda argv: argv.partition(" ")[0],
+)
+def test_a_full_disk_is_named_and_nothing_is_left(run: Run, files: Path, argv: str) -> None:
+    """As large a file as the system lets it write stands for a disk: the same error at the same place."""
+    before, limits = sorted(files.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        status, out, err = run(*argv.format(f=files).split())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (status, out) == (1, "")
+    assert re.search(rf"error: \[Errno 27\] File too large: '{files}/new[^']*'\n$", err) and ".tmp" not in err, err
+    assert sorted(files.rglob("*")) == before
 
 
 def test_verify_and_fuse_for_programs(run: Run, files: Path, tmp_path: Path) -> None:

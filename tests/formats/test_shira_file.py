@@ -22,7 +22,7 @@ from torch import Tensor
 
 import shira_diffusers.atomic_write
 from shira_diffusers import AdapterFormatError, ShiraAdapter, SparseDelta, load_adapter, save_adapter
-from shira_diffusers.atomic_write import write_atomically
+from shira_diffusers.atomic_write import made_whole, write_atomically
 from shira_diffusers.formats import adapter_file, gap_codec, safetensors_bytes
 from shira_diffusers.formats.gpu_decoder import DeviceDecoder
 from shira_diffusers.formats.inspect import inspect_adapter
@@ -853,6 +853,12 @@ def test_where_nothing_can_be_written_the_target_is_named(tmp_path: Path) -> Non
     target = tmp_path / "missing" / "a.png"
     with pytest.raises(FileNotFoundError) as caught:
         write_atomically(target, b"x")
+    assert caught.value.filename == str(target)
+    with pytest.raises(FileNotFoundError) as caught, made_whole(target) as temporary:
+        temporary.mkdir()
+    assert caught.value.filename == str(target)
+    with pytest.raises(FileNotFoundError) as caught, made_whole(tmp_path / "new"):
+        target.read_bytes()
     assert caught.value.filename == str(target)
 
 
