@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,19 @@ def _side_by_side(
         {f"{part}.{name}".removeprefix("."): w for part in parts for name, w in model[part].items()}
         for model in (old, new)
     )
+    before, after = _once(before, after), _once(after, before)
     require_same_weights(before, after)
     return before, after
+
+
+def _once(weights: dict[str, StoredWeight], others: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """Without tied weights that are stored a second time, by a name which the other model does not have."""
+    shared = [weight for name, weight in weights.items() if name in others]
+    return {name: own for name, own in weights.items() if name in others or not _is_stored_in(shared, own)}
+
+
+def _is_stored_in(weights: Iterable[StoredWeight], one: StoredWeight) -> bool:
+    return any(each.shape == one.shape and torch.equal(each.read(), one.read()) for each in weights)
 
 
 def _placed(base: Path, old: Checkpoint, tuned: Path, weights: dict[str, StoredWeight]) -> Checkpoint:

@@ -2,14 +2,23 @@
 
 import json
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5EncoderModel
 
-from shira_diffusers import AdapterFormatError, AdapterMismatchError, ShiraAdapter, ShiraError, extract_adapter
+from shira_diffusers import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    Resident,
+    ShiraAdapter,
+    ShiraError,
+    extract_adapter,
+)
 from tests import tiny
 from tests.original_layout import single_file
 
@@ -228,3 +237,48 @@ def test_damaged_models(folders: Path, tmp_path: Path) -> None:
         save_file({"a": torch.ones(2)}, two / f"{name}.safetensors")
     with pytest.raises(AdapterFormatError, match=r"got one.safetensors, other.safetensors"):
         extract_adapter(base, two)
+
+
+def tied_t5() -> T5EncoderModel:
+    return tiny.t5(32)
+
+
+def tied_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, tie_word_embeddings=True, **sizes))
+
+
+@pytest.mark.parametrize(
+    "twice", [(), ("base",), ("tuned",), ("base", "tuned")], ids=["neither", "base", "tuned", "both"]
+)
+@pytest.mark.parametrize(
+    ("make", "tied"),
+    [(tied_t5, ("shared", "encoder.embed_tokens")), (tied_llama, ("model.embed_tokens", "lm_head"))],
+    ids=["t5", "llama"],
+)
+def test_tied_weights(
+    tmp_path: Path, make: Callable[[], PreTrainedModel], tied: tuple[str, str], twice: tuple[str, ...]
+) -> None:
+    """Older files store both names of a tied weight, transformers the first alone."""
+    tuned = make()
+    torch.manual_seed(1)
+    for parameter in tuned.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    for side, model in (("base", make()), ("tuned", tuned)):
+        model.save_pretrained(tmp_path / side)
+        file = tmp_path / side / "model.safetensors"
+        state = load_file(file)
+        if side in twice:
+            state[f"{tied[1]}.weight"] = state[f"{tied[0]}.weight"].clone()
+        save_file(state, file, {"format": "pt"})
+    adapter = extract_adapter(tmp_path / "base", tmp_path / "tuned", 1.0).adapter
+    model = make()
+    before = tiny.snapshot(model)
+    resident = Resident(model)
+    resident.add(adapter, "it")
+    resident.set({"it": 1.0})
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, tuned.get_parameter(name), rtol=0.0, atol=1e-6, msg=name)
+    resident.clear()
+    tiny.assert_same_bits(model, before)
