@@ -10,6 +10,8 @@ import pytest
 
 from tests import warm
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny models its threads mostly wait for each other
+
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline

@@ -130,6 +130,7 @@ def url(studio: Studio, one_url: str) -> str:
 def served(studio: Studio, **options: Any) -> Iterator[str]:
     """The address of the app over a studio, for as long as the body runs."""
     blocks = build(studio)
+    blocks._queue.sleep_when_free = 0.02  # Gradio looks every millisecond, and this may run until the last test
     options |= {"prevent_thread_lock": True, "quiet": True, **protection(studio)}
     yield launch(blocks, "127.0.0.1", free_port(), **options)
     blocks.close(verbose=False)
