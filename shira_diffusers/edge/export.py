@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.scales import blocks_of
-from shira_diffusers.atomic_write import made_whole
+from shira_diffusers.atomic_write import made_folders, made_whole
 from shira_diffusers.edge.exported import ABOUT, FORMAT, FORMAT_VERSION, MODEL, WEIGHTS
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.formats.safetensors_bytes import spans_of
@@ -94,8 +94,7 @@ def export_onnx(
             f"cannot export weights of {', '.join(sorted(map(str, dtypes)))}, expected all in float32 or all in "
             "float16; load the pipeline with torch_dtype"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with made_whole(target) as whole:
+    with made_folders(target.parent), made_whole(target) as whole:
         parts = _components(pipe)
         for number, (name, traced) in enumerate(parts.items(), 1):
             _write(traced, whole / name, str(pipe.config.get("_name_or_path", "")))

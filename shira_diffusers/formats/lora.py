@@ -318,8 +318,9 @@ def _with_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if alpha is None or alpha.numel() != 1:
             continue
         found[up] = tensors[up].float() * (float(alpha) / rank)
-        found[path + _ALPHA] = torch.tensor(float(rank))
-        if not path.startswith("lora_"):
+        if path.startswith("lora_"):
+            found[path + _ALPHA] = torch.tensor(float(rank))
+        else:
             del found[path + _ALPHA]
     return found
 
@@ -341,15 +342,15 @@ def _require_all_taken(file: Path, tensors: Mapping[str, Tensor], convert: Conve
         convert: tensors by the file's keys to tensors by diffusers'.
         component: a denoiser's name if the text encoders' layers are not wanted.
     """
-    state = convert(_numbered(tensors))[0]
+    state, pairs = convert(_numbered(tensors))[0], list(_pairs(tensors))
     taken = {float(number) for key, own in state.items() if _MATRIX.search(key) for number in own.unique()}
     others = ("lora_te", "text_encoder") if component and not component.startswith("text_encoder") else ()
     if left := [
         path
-        for number, (path, down, up) in enumerate(_pairs(tensors), 1)
+        for number, (path, down, up) in enumerate(pairs, 1)
         if number not in taken and not path.startswith(others) and bool(tensors[down].any() and tensors[up].any())
     ]:
-        part = counted(len(left), "layer", of=len(list(_pairs(tensors))))
+        part = counted(len(left), "layer", of=len(pairs))
         raise AdapterFormatError(
             f"{file} has {part} that diffusers cannot load; merge it into the base with the program that made it, and "
             f"use shira extract, or convert one component of it:{listing(left)}"

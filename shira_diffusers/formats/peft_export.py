@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.delta import SparseDelta
-from shira_diffusers.atomic_write import made_whole, write_atomically
+from shira_diffusers.atomic_write import made_folders, made_whole, write_atomically
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.formats.find import PEFT_CONFIG, PEFT_WEIGHTS
 from shira_diffusers.formats.header import INDICES, PREFIX, VALUES
@@ -92,8 +92,7 @@ def save_peft_adapters(parts: Mapping[str, ShiraAdapter], folder: str | os.PathL
         raise AdapterMismatchError("the adapter has no entries in weights of Linear layers: there is nothing to export")
     files = {part: _files_of(adapter) for part, adapter in parts.items()}
     inside = {part: Path(part if len(parts) > 1 else "") for part in parts}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with made_whole(target) as temporary:
+    with made_folders(target.parent), made_whole(target) as temporary:
         for part, contents in files.items():
             (temporary / inside[part]).mkdir(parents=True)
             for name, content in contents.items():

@@ -135,7 +135,11 @@ def _once(weights: dict[str, StoredWeight], others: Mapping[str, StoredWeight]) 
 
 
 def _is_stored_in(weights: Iterable[StoredWeight], one: StoredWeight) -> bool:
-    return any(each.shape == one.shape and torch.equal(each.read(), one.read()) for each in weights)
+    alike = [each for each in weights if each.shape == one.shape]
+    if not alike:
+        return False
+    own = one.read()  # once: it may be large
+    return any(torch.equal(each.read(), own) for each in alike)
 
 
 def _placed(base: Path, old: Checkpoint, tuned: Path, weights: dict[str, StoredWeight]) -> Checkpoint:

@@ -154,7 +154,7 @@ def test_errors_are_one_sentence_and_nothing_is_written(
         "extract {f}/base {f}/tuned --density 0.9 -o {f}/new.safetensors",
         "fuse {f}/adapter.safetensors {f}/adapter.safetensors -o {f}/new.safetensors",
         "bake {f}/base {f}/adapter.safetensors -o {f}/new",
-        "export-peft {f}/adapter.safetensors --partial -o {f}/new",
+        "export-peft {f}/adapter.safetensors --partial -o {f}/new/folder",
     ],
     ids=lambda argv: argv.partition(" ")[0],
 )
