@@ -1,6 +1,6 @@
 """Set up what users have today: diffusers' LoRA in its three ways to switch, and PEFT's SHiRA."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,16 @@ class LoraCycle:
             "fuse": self.fuse,
         }
         return {name: round(1000 * seconds_of(action), 4) for name, action in actions.items()}
+
+
+@contextmanager
+def loras_of_request(pipe: Any, folder: Path, mix: Mapping[str, float]) -> Iterator[None]:
+    """As a plain LoRA server does for each request: load and set the LoRAs of a mix, draw in the block, unload."""
+    for name in mix:
+        pipe.load_lora_weights(str(folder), weight_name=f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(list(mix), list(mix.values()))
+    yield
+    pipe.unload_lora_weights()
 
 
 def lora_files(pipe: Any, folder: str) -> list[Path]:

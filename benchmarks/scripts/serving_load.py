@@ -37,9 +37,9 @@ from safetensors.torch import save_file
 
 from benchmarks.measure import ASSETS, Run, options, seconds_of
 from benchmarks.models import lora_state
+from benchmarks.rivals import loras_of_request
 from benchmarks.scripts.serving_schedule import ADAPTERS, percentiles, request
 from benchmarks.serving.clients import CLIENTS, Answer, ask_all
-from benchmarks.serving.lora_server import load
 from shira_diffusers import AdapterLibrary
 from shira_diffusers.serving.requests import ImageRequest
 from shira_diffusers.serving.stepping import arguments_of
@@ -74,7 +74,7 @@ def main() -> None:
         folder = Path(made)
         adapters, loras = offer(folder / "adapters", bundled()), offer(folder / "loras", random_loras(pipe, folder))
         with AdapterLibrary(adapters, device="cpu") as library:
-            ours, theirs = Alone(pipe, partial(library.use, pipe)), Alone(pipe, partial(lora, pipe, loras))
+            ours, theirs = Alone(pipe, partial(library.use, pipe)), Alone(pipe, partial(loras_of_request, pipe, loras))
             run.case(lambda: loop(pipe, library, few), method="loop")
             run.case(lambda: measured(shira_serve(adapters), few, ours), method="shira serve", faults="none")
             for name in ("lora_server", "example_server"):
@@ -112,14 +112,6 @@ def offer(folder: Path, files: list[Path]) -> Path:
     for number in range(ADAPTERS):
         (folder / f"a{number}.safetensors").write_bytes(files[number % len(files)].read_bytes())
     return folder
-
-
-@contextmanager
-def lora(pipe: Any, folder: Path, mix: Mapping[str, float]) -> Iterator[None]:
-    load(pipe, str(folder), mix)
-    pipe.set_adapters(list(mix), list(mix.values()))
-    yield
-    pipe.unload_lora_weights()
 
 
 class Alone:

@@ -5,8 +5,9 @@ python -m benchmarks.scripts.serving_schedule [--device cpu|cuda] [--toy] [--out
 The demo model on a CPU; on a GPU one of SD 1.5's size, of random weights, in float16, with adapters of 1 % at random.
 32 adapters with Zipf's popularity, 20 clients, Poisson arrivals, 8, 20 or 50 steps (5 : 4 : 1), batches of one.
 ``throughput``: requests that all wait, against plain calls of the pipeline with one adapter, active all the time,
-before and after each block of five. On a CPU all times are CPU time of this process, with one thread, so that other
-processes do not count.
+before and after each block of five; ``lora server`` is a plain LoRA server's loop, without HTTP: load, set, draw and
+unload for each request, with LoRAs of rank 16 of the same weights. On a CPU all times are CPU time of this process,
+with one thread, so that other processes do not count.
 ``real``: a service at 90 % load, as clients see it, and what a simulation of the same arrivals says.
 ``simulated``: 5,000 requests at each load with the times in ``times_ms``; it asks the scheduler's own ``Turns``.
 ``first``: to the end of the first step. ``picture``: to the picture; ``short``: of those with 8 steps. ``throughput``:
@@ -27,10 +28,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.measure import ASSETS, Run, alternate, dtype_of, options, seconds_of
-from benchmarks.models import TOY, UNETS, make_unet, shira_adapter
+from benchmarks.models import TOY, UNETS, lora_state, make_unet, shira_adapter
+from benchmarks.rivals import loras_of_request
 from shira_diffusers import AdapterLibrary, save_adapter
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.serving.jobs import Job
@@ -42,6 +45,7 @@ from shira_diffusers.serving.turns import POLICIES, Turns
 ADAPTERS, CLIENTS, MAX_WAITING, MAX_RUNNING = 32, 20, 256, 64
 STEPS = {8: 5, 20: 4, 50: 1}  # and how often
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.2)
+LORA_SERVER = "lora server"
 PROMPT = "a picture of a red apple on a teal background"
 Arrival = tuple[float, ImageRequest]
 
@@ -84,8 +88,21 @@ def main() -> None:
         Path(folder, "offered").mkdir()
         for number in range(ADAPTERS):
             os.link(files[number % len(files)], Path(folder, "offered", f"a{number}.safetensors"))
+        loras = random_loras(pipe, Path(folder, "loras"))
         with AdapterLibrary(Path(folder, "offered"), device=args.device, device_bytes=8 * 2**30) as library:
-            measure(run, pipe, library, args)
+            measure(run, pipe, library, loras, args)
+
+
+def random_loras(pipe: Any, folder: Path) -> Path:
+    """A folder of LoRAs with the adapters' names; four differ."""
+    folder.mkdir()
+    for number in range(ADAPTERS):
+        file = folder / f"a{number}.safetensors"
+        if number < 4:
+            save_file(lora_state(pipe.unet, number, rank=16), file)
+        else:
+            os.link(folder / f"a{number % 4}.safetensors", file)
+    return folder
 
 
 def of_sd15_size(demo: Any, args: argparse.Namespace) -> Any:
@@ -116,13 +133,13 @@ def of_sd15_size(demo: Any, args: argparse.Namespace) -> Any:
     return pipe.to(args.device, dtype_of(args))
 
 
-def measure(run: Run, pipe: Any, library: AdapterLibrary, args: argparse.Namespace) -> None:
+def measure(run: Run, pipe: Any, library: AdapterLibrary, loras: Path, args: argparse.Namespace) -> None:
     for name in library.names:
         library.get(name, pipe)  # read and decode all
     clock = time.process_time if args.device == "cpu" else time.perf_counter
     times = measured(pipe, library, clock, 1 if args.toy else 5)
     run.about["times_ms"] = {name: round(1000 * seconds, 2) for name, seconds in vars(times).items()}
-    for policy, found in throughput(pipe, library, clock, args.toy).items():
+    for policy, found in throughput(pipe, library, loras, clock, args.toy).items():
         run.case(lambda f=found: {"throughput": median(f), "blocks": f}, mode="throughput", policy=policy)
     arrivals = list(requests(0.9, times, 4 if args.toy else args.requests))
     for policy in POLICIES:
@@ -182,20 +199,31 @@ def one_call(pipe: Any, clock: Callable[[], float]) -> tuple[float, float, float
     return at[1] - at[0], (at[-1] - at[1]) / 11, end - at[-1]
 
 
-def throughput(pipe: Any, library: AdapterLibrary, clock: Callable[[], float], toy: bool) -> dict[str, list[float]]:
-    """Seconds of plain calls over those of the scheduler, for the same requests, by policy."""
+def throughput(
+    pipe: Any, library: AdapterLibrary, loras: Path, clock: Callable[[], float], toy: bool
+) -> dict[str, list[float]]:
+    """Seconds of plain calls over those of the scheduler, for the same requests, by policy; and of a LoRA server's."""
     draw = random.Random(1)
-    ratios: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+    ratios: dict[str, list[float]] = {policy: [] for policy in (*POLICIES, LORA_SERVER)}
     for _ in range(1 if toy else 3):
         batch = [request(draw, number) for number in range(1 if toy else 5)]
         before = plain(pipe, library, batch, clock)
         for policy, found in ratios.items():
-            with scheduler(pipe, library, policy) as service:
-                ours = taken(lambda batch=batch, to=service: draw_all(pipe, to, batch), clock)
+            if policy == LORA_SERVER:
+                theirs = taken(lambda batch=batch: draw_with_loras(pipe, loras, batch), clock)
+            else:
+                with scheduler(pipe, library, policy) as service:
+                    theirs = taken(lambda batch=batch, to=service: draw_all(pipe, to, batch), clock)
             after = plain(pipe, library, batch, clock)
-            found.append(round((before + after) / 2 / ours, 4))
+            found.append(round((before + after) / 2 / theirs, 4))
             before = after
     return ratios
+
+
+def draw_with_loras(pipe: Any, loras: Path, batch: list[ImageRequest]) -> None:
+    for one in batch:
+        with loras_of_request(pipe, loras, one.mix):
+            pipe(**arguments_of([one]))
 
 
 def plain(pipe: Any, library: AdapterLibrary, batch: list[ImageRequest], clock: Callable[[], float]) -> float:

@@ -203,7 +203,7 @@ def negatives() -> list[Job]:
 
 def confirm() -> list[Job]:
     """Three seeds on test concepts: pairs, triples, and the subject with each style."""
-    exam = Exam("test", 64, (1.0,), (0.7, 0.85, 1.0, 1.2), methods=FOUR_WAYS[:3], sizes=(2, 3), subject=True)
+    exam = Exam("test", 64, (1.0,), (0.7, 0.85, 1.0, 1.2), methods=FOUR_WAYS[:2], sizes=(2, 3), subject=True)
     return _each([*_rated(STEADY, 1e-3), *_rated(LORA, 2e-3)], exam, (0, 1, 2))
 
 
