@@ -3,12 +3,14 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .captions import vocabulary
@@ -167,6 +169,8 @@ def save_pipeline(parts: Parts, folder: Path) -> None:
     for module in (parts.text_encoder, parts.unet, parts.vae):
         module.half()
     parts.pipeline().save_pretrained(folder)
+    weights = folder / "text_encoder" / "model.safetensors"
+    save_file(with_prefix(load_file(weights)), weights, metadata={"format": "pt"})
     source = Path(parts.tokenizer.name_or_path)
     for name in ("vocab.json", "merges.txt"):  # transformers 5 writes tokenizer.json only; version 4 reads these two
         shutil.copy(source / name, folder / "tokenizer" / name)
@@ -174,6 +178,11 @@ def save_pipeline(parts: Parts, folder: Path) -> None:
     settings = json.loads(config.read_text())
     settings["dtype"] = "float32"  # transformers 5 follows this entry, else the checkpoint's own dtype
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's keys as checkpoints have them: transformers 5.6 leaves out `text_model.`, which older versions need."""
+    return {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in state.items()}
 
 
 def load_parts(folder: Path) -> Parts:

@@ -175,6 +175,9 @@ class LoraUpdates:
         scales = {key: tensor for key, tensor in tensors.items() if key.endswith(_SCALE)}
         plain = _with_alphas(_in_two_factors({key: tensor for key, tensor in tensors.items() if key not in scales}))
         self._layers = load(file if all(plain.get(key) is own for key, own in tensors.items()) else plain)
+        if any(key.endswith(_ALPHA) for key in tensors):
+            for layer in self._layers.values():
+                layer.scaling[_NAME] = 1.0  # the matrices have the alphas now; diffusers 0.36 mistakes the rest
         if scales:
             self._magnitudes = _by_weight(plain | scales, load)
 
