@@ -99,9 +99,12 @@ class ShiraAdapter:
         return sorted({name.partition(".")[0] for name in self.deltas})
 
     def part(self, component: str) -> "ShiraAdapter":
-        """Select the deltas of one component, named without it. Empty if there are none."""
-        prefix = component + "."
-        return self._taken({name: name.removeprefix(prefix) for name in self.deltas if name.startswith(prefix)})
+        """Select the deltas of one component, named without it. Empty if there are none.
+
+        One named like the component alone, which no model has, gets an empty name: it is an offender, not left out.
+        """
+        parts = {name: name.partition(".") for name in self.deltas}
+        return self._taken({name: rest for name, (first, _, rest) in parts.items() if first == component})
 
     def keeping(self, names: Collection[str]) -> "ShiraAdapter":
         """Select the deltas of some parameters. Empty if there are none."""

@@ -1,7 +1,7 @@
 """Merge several adapters into one delta per parameter (arXiv 2406.13175, section 3.2)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -96,6 +96,7 @@ def fuse(
             an unknown method.
         AdapterMismatchError: a parameter that has another shape in another adapter.
     """
+    _require_adapters(adapters)
     if isinstance(adapters, Mapping):
         given = _by_name(adapters, weights) if isinstance(weights, Mapping) else weights
         by_name = dict(zip(adapters, _scales(given, len(adapters)), strict=True))
@@ -127,6 +128,17 @@ def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]],
             f"float32 when fused, expected finite sums; use smaller weights:{listing(wide)}"
         )
     return ShiraAdapter(deltas, _metadata(plain), _base_probes(plain, deltas))
+
+
+def _require_adapters(adapters: object) -> None:
+    given: Any = adapters.values() if isinstance(adapters, Mapping) else adapters
+    several = isinstance(given, Collection) and not isinstance(given, str)
+    odd = [each for each in (given if several else [given]) if not isinstance(each, ShiraAdapter)]
+    if odd:
+        raise ShiraError(
+            f"expected adapters, in a list or by name, got {type(odd[0]).__name__} {odd[0]!r:.80}; read files with "
+            "load_adapter"
+        )
 
 
 def _constant(scale: float) -> Callable[[str], float]:

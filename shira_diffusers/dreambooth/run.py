@@ -59,7 +59,7 @@ class Run:
         self.checkpointing_steps = config.checkpointing_steps or checkpoint_interval(self.last)
         self.stopped = False
         self._done = 0
-        self._average = torch.zeros_like(tuner.deltas)
+        self._average, self._averaged = torch.zeros_like(tuner.deltas), 0  # the mean, and of how many steps it is
         self._averaged_before = int(config.average_from * self.last)  # steps that the mean leaves out
         self._groups = 2 if config.with_prior_preservation else 1
         self._slices = optimizers.Slices(tuner.deltas, tuner.trained)
@@ -121,14 +121,14 @@ class Run:
     @torch.no_grad()
     def _take_mean(self) -> None:
         """Stochastic weight averaging (arXiv 1803.05407): the mean of the values after each step of the run's end."""
-        if (count := self._done + 1 - self._averaged_before) > 0:
-            self._average.lerp_(self._tuner.deltas, 1 / count)
+        if self._done + 1 > self._averaged_before:
+            self._averaged += 1
+            self._average.lerp_(self._tuner.deltas, 1 / self._averaged)
 
     @property
     def deltas(self) -> Tensor:
         """What an adapter made now consists of, float32: the mean of the values, once there is one, or the last."""
-        averaged = self._averaged_before < self._done
-        return self._average if averaged else self._tuner.deltas.detach()
+        return self._average if self._averaged else self._tuner.deltas.detach()
 
     def finish(self) -> None:
         """Write the adapter's values into the model, in place of the last step's."""
@@ -189,16 +189,24 @@ class Run:
             "choice": choices(self._config),
             "tuner": self._tuner.state_dict(),
             "average": self._average.cpu().clone(),
+            "averaged": self._averaged,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a checkpoint, with the current settings' learning rate."""
+        """Resume from a checkpoint, with the current settings' learning rate.
+
+        The mean begins with the steps that both the run which wrote it and this one, which may have another number of
+        steps in all, take it of.
+        """
         self._tuner.load_state_dict(state["tuner"])
         optimizers.resume(self._optimizer.optimizer, self._schedule, state)
         if self._accelerator.scaler and state["scaler"]:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self._done = state["step"]
-        self._average.copy_(state.get("average", state["tuner"]["deltas"]))  # older checkpoints have none
+        average = state.get("average", state["tuner"]["deltas"])  # older checkpoints have none,
+        averaged = state.get("averaged", self._done if average.any() else 0)  # nor how many steps it is of
+        self._average.copy_(average)
+        self._averaged = min(averaged, max(0, self._done - self._averaged_before))

@@ -318,7 +318,7 @@ def _with_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = dict(tensors)
     for path, down, up in _pairs(tensors):
         alpha, rank = found.get(path + _ALPHA), len(tensors[down])
-        if alpha is None or alpha.numel() != 1:
+        if alpha is None or alpha.numel() != 1 or not rank:
             continue
         found[up] = tensors[up].float() * (float(alpha) / rank)
         if path.startswith("lora_"):

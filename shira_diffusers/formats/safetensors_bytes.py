@@ -38,6 +38,8 @@ _ARRAYS: dict[str, Any] = {
     "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
+    "F8_E4M3": np.uint8,  # as BF16
+    "F8_E5M2": np.uint8,
 }
 # what the library, and our own look at the header, raise for a damaged file
 _UNREADABLE = (safetensors.SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)

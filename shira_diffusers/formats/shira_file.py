@@ -52,6 +52,7 @@ __all__ = [
     "serialize",
 ]
 
+_FROM_BITS = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # NumPy has none
 _CODES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -74,7 +75,7 @@ def raw_of(tensor: Tensor) -> Raw:
 def tensor_of(raw: Raw) -> Tensor:
     """A file's tensor, which shares its memory."""
     tensor = torch.from_numpy(raw.array)
-    return tensor.view(torch.bfloat16) if raw.dtype == "BF16" else tensor
+    return tensor.view(_FROM_BITS[raw.dtype]) if raw.dtype in _FROM_BITS else tensor
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

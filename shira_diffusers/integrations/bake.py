@@ -73,7 +73,12 @@ class Baked:
     strangers: list[str]
 
 
-def bake_checkpoint(base: Path, mix: Mix, output: Path, progress: Progress = lambda done, total: None) -> Baked:
+def bake_checkpoint(
+    base: str | os.PathLike[str],
+    mix: Mix,
+    output: str | os.PathLike[str],
+    progress: Progress = lambda done, total: None,
+) -> Baked:
     """Copy a checkpoint with a mix of adapters in its weights.
 
     Args:
@@ -96,6 +101,7 @@ def bake_checkpoint(base: Path, mix: Mix, output: Path, progress: Progress = lam
 
     On error nothing has been written.
     """
+    base, output = Path(base), Path(output)
     _require_new(base, output)
     for title, (_, strength) in mix.items():
         check_scale(title, strength, {})

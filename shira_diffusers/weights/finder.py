@@ -7,6 +7,7 @@ What diffusers does to weights is in docs/compatibility.md.
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from operator import itemgetter
+from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -342,7 +343,7 @@ class WeightMap:
                 f"{name} is parametrized (torch.nn.utils.parametrize): its weight is computed, expected a plain "
                 "parameter; remove the parametrization first"
             )
-        if getattr(owner, leaf, None) is not None:
+        if not isinstance(getattr(owner, leaf, None), NoneType | nn.Module):
             return ResidentStateError(_quantized_message(name, type(owner).__name__, "a computed weight"))
         return AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")
 

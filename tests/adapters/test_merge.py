@@ -116,6 +116,12 @@ def test_nothing_to_fuse() -> None:
             fuse(nothing)
 
 
+@pytest.mark.parametrize("adapters", ["a.safetensors", ["a.safetensors"], {"x": "a.safetensors"}])
+def test_files_are_no_adapters(adapters: object) -> None:
+    with pytest.raises(ShiraError, match=r"expected adapters, .* got str 'a.safetensors'; read files with"):
+        fuse(adapters)  # type: ignore[arg-type]
+
+
 def test_other_shapes_are_refused_all_at_once() -> None:
     one = SparseDelta(torch.tensor([0]), torch.ones(1), (2, 3))
     other = SparseDelta(torch.tensor([0]), torch.ones(1), (3, 2))

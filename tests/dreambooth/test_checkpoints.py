@@ -81,12 +81,20 @@ def test_an_adapter_is_the_mean_of_the_values_beyond_a_part_of_the_run(
     train(TrainingConfig(**options | {"output_dir": str(tmp_path / "last"), "average_from": 1.0}))
     states = {n: read_checkpoint(tmp_path / "last" / f"checkpoint-{n}")["tuner"] for n in range(1, 6)}
     each = {n: state["deltas"] for n, state in states.items()}
+    for steps, checkpoint in ((2, 2), (3, 2), (4, 3)):  # a resumed run may end earlier than the one it was begun as
+        resumed = {"resume_from_checkpoint": str(tmp_path / "mean" / f"checkpoint-{checkpoint}")}
+        train(
+            TrainingConfig(**options | resumed | {"output_dir": str(tmp_path / f"{steps}"), "max_train_steps": steps})
+        )
     for folder, mean in (
-        ("checkpoint-2", each[2]),
-        ("checkpoint-4", torch.stack([each[3], each[4]]).mean(0)),
-        (".", torch.stack([each[3], each[4], each[5]]).mean(0)),
+        ("mean/checkpoint-2", each[2]),
+        ("mean/checkpoint-4", torch.stack([each[3], each[4]]).mean(0)),
+        ("mean", torch.stack([each[3], each[4], each[5]]).mean(0)),
+        ("2", each[2]),
+        ("3", each[3]),
+        ("4", torch.stack([each[3], each[4]]).mean(0)),
     ):
-        adapter = load_adapter(tmp_path / "mean" / folder)
+        adapter = load_adapter(tmp_path / folder)
         values = torch.cat([adapter.deltas[name].values for name in states[1]["masks"]])
         torch.testing.assert_close(values, mean.half(), rtol=2e-3, atol=1e-6)
     assert averaged.metadata["mask"] == "grad_mean" and averaged.metadata["mask_budget"] == "global"

@@ -358,6 +358,7 @@ def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError
     made = {
         "loha": {"lora_unet_mid_block_resnets_0_conv1.hada_w1_a": torch.ones(2, 2)},
         "half": {key: tensor for key, tensor in good.items() if "lora_up" not in key},
+        "rank 0": {key: t if t.ndim == 0 else t[:0] if "down" in key else t[:, :0] for key, t in good.items()},
         "other": {"conv.weight": torch.ones(2)},
         "nan": {key: tensor * torch.nan for key, tensor in good.items()},
     }
@@ -372,6 +373,11 @@ def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError
         "peft's": (folder / "peft shira", AdapterFormatError, "is a SHiRA adapter already"),
         "loha": (paths["loha"], AdapterFormatError, "is more than a LoRA or a LoCon: 1 of 1 tensor"),
         "half": (paths["half"], AdapterMismatchError, "cannot be loaded into this model by diffusers"),
+        "rank 0": (
+            paths["rank 0"],
+            AdapterMismatchError,
+            "a positive integer value but the value passed is 0",
+        ),
         "other": (paths["other"], AdapterFormatError, "is no LoRA: expected keys with lora_A.* got 'conv.weight'"),
         "nan": (paths["nan"], AdapterFormatError, "the update holds NaN or infinity"),
         "cut": (paths["cut"], AdapterFormatError, "damaged or truncated"),
@@ -381,12 +387,37 @@ def _damaged(folder: Path, files: Path) -> dict[str, tuple[Path, type[ShiraError
     }
 
 
-KINDS = ("missing", "ours", "peft's", "loha", "half", "other", "nan", "cut", "pickle", "no weights", "no config")
+KINDS = (
+    "missing",
+    "ours",
+    "peft's",
+    "loha",
+    "half",
+    "rank 0",
+    "other",
+    "nan",
+    "cut",
+    "pickle",
+    "no weights",
+    "no config",
+)
 
 
 @pytest.fixture(scope="module")
 def damaged(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, type[Exception], str]]:
     return _damaged(tmp_path_factory.mktemp("damaged"), files)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_factors_in_8_bit_floats(files: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    stored = {k: t.to(dtype) if t.ndim else t for k, t in load_file(files / "kohya.safetensors").items()}
+    save_file(stored, tmp_path / "lora8.safetensors")
+    (tmp_path / "wide").mkdir()
+    save_file({key: tensor.float() for key, tensor in stored.items()}, tmp_path / "wide" / "lora8.safetensors")
+    narrow, wide = (
+        convert_lora(folder / "lora8.safetensors", tiny.pipeline()).adapter for folder in (tmp_path, tmp_path / "wide")
+    )
+    tiny.assert_same_adapter(narrow, wide)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -166,7 +166,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     delta = SparseDelta(torch.tensor([0, numel - 1]), torch.ones(2), (512, 1024))
     mix = {"a": (ShiraAdapter(dict.fromkeys(names, delta)), 1.0)}
     tracemalloc.start()
-    bake_checkpoint(tmp_path / "base.safetensors", mix, tmp_path / "out.safetensors")
+    bake_checkpoint(str(tmp_path / "base.safetensors"), mix, str(tmp_path / "out.safetensors"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.5 * 4 * numel

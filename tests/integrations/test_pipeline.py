@@ -333,6 +333,9 @@ def test_what_fits_nothing_or_only_in_part(loaded: StableDiffusionPipeline, tmp_
         "1 of .* parameters belongs to no component": ShiraAdapter({**good.deltas, "transformer.x.weight": odd}),
         "2 of .* parameters differ": ShiraAdapter({**good.deltas, name: odd, "unet.nowhere.weight": odd}),
         "1 of 1 parameter differs": ShiraAdapter({"unet.nowhere.weight": odd}),
+        "unet.conv_in: no such parameter in UNet": ShiraAdapter({**good.deltas, "unet.conv_in": odd}),
+        "unet.: no such parameter in UNet": ShiraAdapter({**good.deltas, "unet": odd}),
+        "text_encoder.: no such parameter in CLIP": ShiraAdapter({**good.deltas, "text_encoder": odd}),
         "no component of this model, which has vae, text_encoder, unet": ShiraAdapter({"weight": odd}),
         r"of a bare module is named by adapter.prefixed\('unet'\)": tiny.adapter_for(loaded.unet),
     }
