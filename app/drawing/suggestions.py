@@ -21,6 +21,11 @@ def first_mix(names: Sequence[str]) -> Mix:
     return MIX if set(names) >= BUNDLED else dict.fromkeys(names[:1], 1.0)
 
 
+def first_pair(names: Sequence[str]) -> list[str]:
+    """What Interference opens with: the pair that the page opens with, or else the first two styles."""
+    return list(MIX) if set(names) >= BUNDLED else list(names[:2])
+
+
 def read_suggestions(*folders: Path) -> tuple[str, ...]:
     """The prompts in the first ``suggestions.txt`` of the folders, one per line; defaults where there is none."""
     for folder in folders:

@@ -10,7 +10,7 @@ from app.library.cards import Card
 from app.library.library import Library
 from app.page.style_picker import script, shown
 
-COLUMNS = ("Name", "Mask", "Size", "Trained on", "Origin")
+COLUMNS = ("Name", "Mask", "Size", "Trigger words", "Origin")
 TEMPLATE = f"""
 <div class="table-head">
 <input type="search" class="table-filter" placeholder="Filter adapters" aria-label="Filter adapters">

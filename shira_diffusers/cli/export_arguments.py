@@ -11,7 +11,7 @@ EXAMPLES = {
         "shira bake --json v1-5-pruned.safetensors bluefire.safetensors --output v1-5-bluefire.safetensors",
     ),
     "export-peft": (
-        "shira export-peft bluefire.safetensors --output ./bluefire-peft",
+        "shira export-peft style.safetensors --output ./style-peft",
         "shira export-peft llama-maths.safetensors --bare --json --output ./maths-peft",
         "shira export-peft all-layers.safetensors --partial --output ./linear-peft",
     ),

@@ -197,7 +197,11 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return _answer(ServiceError(kind, f"{error.detail}: {request.method} {request.url.path[:80]}", error.status_code))
+    remedy = "" if kind == "invalid_request" else "; GET /openapi.json lists what there is"
+    message = f"{error.detail}: {request.method} {request.url.path[:80]}{remedy}"
+    answer = _answer(ServiceError(kind, message, error.status_code))
+    answer.headers.update(error.headers or {})  # Allow, of a 405
+    return answer
 
 
 async def _bad_query(_: Request, error: Exception) -> Response:

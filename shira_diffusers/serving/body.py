@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shira_diffusers.serving.errors import ServiceError, invalid, one_line
-from shira_diffusers.serving.requests import ImageRequest, RequestError
+from shira_diffusers.serving.requests import SIDE, ImageRequest, RequestError
 from shira_diffusers.serving.settings import Settings, problems
 
 Format = Literal["png", "json", "stream"]
@@ -98,5 +98,7 @@ def _over(body: ImageBody, limits: Settings) -> list[str]:
         "pixels of size": (math.prod(body.sides or [0]), limits.max_pixels),
     }
     wrong = [f"{name}: expected at most {most:,}, got {got:,}" for name, (got, most) in counts.items() if got > most]
+    if any(side % SIDE for side in body.sides):
+        wrong.append(f"size: expected multiples of {SIDE}, got {body.size!r}")
     strong = [name for name, strength in body.mix.items() if abs(strength) > 10]
     return wrong + [f"mix: expected strengths from -10 to 10, got {body.mix[name]:g} for {name!r}" for name in strong]

@@ -75,6 +75,7 @@ def problems(error: ValidationError) -> list[str]:
 
 
 def _problem(place: tuple[int | str, ...], message: str, kind: str, got: Any) -> str:
-    shown = "" if kind in ("missing", "json_invalid") else f", got {str(got)[:60]!r}"
+    sent = repr(got[:60]) if isinstance(got, str) else repr(got)[:60]
+    shown = "" if kind in ("missing", "json_invalid") else f", got {sent}"
     name = ".".join(map(str, place))
     return f"{name + ': ' if name else ''}{message}{shown}"

@@ -102,7 +102,7 @@ function build(row) {
     make('div', { class: 'body' },
       make('div', { class: 'top' },
         make('label', { class: 'name' }, box, make('span', { text: card.name })),
-        make('span', { class: 'size', text: card.facts })),
+        make('span', { class: 'size', title: 'entries changed, of the weights it adapts; size of the file', text: card.facts })),
       main.node,
       make('div', { class: 'below' }, words, fold),
       card.note && make('p', { class: 'note', text: card.note })))

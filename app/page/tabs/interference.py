@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app.drawing.requests import Stopped
+from app.drawing.suggestions import first_pair
 from app.insight.effects import GUIDANCE, STRENGTH, opposing, pictures_of, suggested
 from app.insight.interference import MAX_ADAPTERS
 from app.page import interference_html
@@ -16,8 +17,6 @@ from app.server.messages import readable
 from app.server.served_files import cached_picture
 from app.server.visitors import COMPARING, DRAWING, visitor_of
 from app.studio import Studio
-
-FIRST = 2  # adapters chosen at the start
 
 
 class InterferenceTab:
@@ -38,7 +37,7 @@ class InterferenceTab:
             names = self._names()
             self.chosen = gr.Dropdown(
                 names,
-                value=list(self._session.names_first[:FIRST]),
+                value=first_pair(self._session.names_first),
                 multiselect=True,
                 max_choices=MAX_ADAPTERS,
                 label="Adapters",
@@ -105,7 +104,7 @@ class InterferenceTab:
     def _offered(self, chosen: list[str]) -> Any:
         names = self._names()
         kept = [name for name in chosen or [] if name in names]
-        return gr.Dropdown(names, value=kept or list(self._session.names_first[:FIRST]))
+        return gr.Dropdown(names, value=kept or first_pair(self._session.names_first))
 
     def _names(self) -> list[str]:
         return list(self._session.adapter_names)

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load, save
 
 from app.drawing.session import Session
-from app.drawing.suggestions import FALLBACK_SUGGESTIONS, first_mix, read_suggestions
+from app.drawing.suggestions import FALLBACK_SUGGESTIONS, first_mix, first_pair, read_suggestions
 from app.library import library as library_module
 from app.library.cards import one_sentence, sha256_of
 from app.library.library import Library
@@ -520,3 +520,5 @@ def test_suggestions_are_read_from_the_first_folder_that_has_some(folders: Folde
 def test_the_page_opens_with_the_bundled_pair_that_shows_both_or_else_the_first_style() -> None:
     assert first_mix(["bluefire", "gold", "paintings", "blorp"]) == {"bluefire": 1.0, "paintings": 1.0}
     assert first_mix(["bluefire", "gold"]) == {"bluefire": 1.0} and first_mix([]) == {}
+    assert first_pair(["bluefire", "gold", "paintings", "blorp"]) == ["bluefire", "paintings"]
+    assert first_pair(["bluefire", "gold", "moss"]) == ["bluefire", "gold"] and first_pair([]) == []
