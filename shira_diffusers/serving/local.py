@@ -165,10 +165,13 @@ def start(settings: "Settings", host: str, port: int) -> None:
     try:
         serve.run(application(settings), name=_APP, logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
-        raise ShiraError(f"the service cannot start: {_reason(str(error))}") from error
+        failed = serve.status().applications.get(_APP)
+        details = [deployment.message for deployment in failed.deployments.values()] if failed else []
+        raise ShiraError(f"the service cannot start: {_reason([str(error), *details])}") from error
 
 
-def _reason(text: str) -> str:
-    """The last error that a text with tracebacks names."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error: " in line), lines[-1])
+def _reason(texts: list[str]) -> str:
+    """The last error that texts with tracebacks name, without the type of ours."""
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    reason = next((line for line in reversed(lines) if "Error: " in line), lines[-1])
+    return reason.removeprefix("shira_diffusers.errors.ShiraError: ")

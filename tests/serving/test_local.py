@@ -2,6 +2,8 @@
 
 import importlib.util
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,15 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], model: str) ->
         port = str(taken.getsockname()[1])
         line = refusal(capsys, model, "--port", port)
     assert f"cannot listen at 127.0.0.1, port {port}" in line and "--port" in line
+
+
+@pytest.mark.nightly
+def test_a_model_that_replicas_cannot_load(model: str, tmp_path: Path) -> None:
+    """Their reason is told, which Ray keeps to the status of its deployments."""
+    arguments = ["serve", model, "--adapters", str(tmp_path), "--port", "8123"]
+    ended = subprocess.run([sys.executable, "-m", "shira_command", *arguments], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert f"error: the service cannot start: cannot load a pipeline from '{model}'" in ended.stderr
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
