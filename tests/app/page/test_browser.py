@@ -15,6 +15,11 @@ from tests.app.conftest import SUGGESTION
 
 pytestmark = MARKS
 
+SCROLLED = """async () => {
+  for (let last; last !== scrollY; await new Promise((then) => setTimeout(then, 500))) last = scrollY
+}"""
+"""Wait until the page scrolls no more."""
+
 
 def generate(page: Any) -> None:
     before = page.locator("#gallery .grid-container button").count()
@@ -96,6 +101,7 @@ def test_the_picture_stays_in_view_beside_whatever_is_moved(open_page: Open, siz
                         page.get_by_label("Preset", exact=True), page.get_by_label("Live preview")):  # fmt: skip
             expect(control).to_be_in_viewport(ratio=1)
     generate(page)
+    page.evaluate(SCROLLED)  # Generate scrolls smoothly to the picture
     slider = page.get_by_label("strength of paintings", exact=True)
     slider.evaluate("slider => window.scrollTo(0, slider.getBoundingClientRect().top + scrollY - innerHeight / 2)")
     for seen in (page.locator("#picture img"), slider, page.get_by_role("button", name="Generate")):
