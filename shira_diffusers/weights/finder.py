@@ -6,7 +6,7 @@ What diffusers does to weights is in docs/compatibility.md.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -26,7 +26,7 @@ _FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
 }
 _versions = count(1)
 _TRACKS = 8  # groups of weights that a map remembers the way to
-_LAYERS, _PARAMETERS = itemgetter("_modules"), itemgetter("_parameters")
+_LAYERS, _PARAMETERS, _SHAPE = itemgetter("_modules"), itemgetter("_parameters"), attrgetter("shape")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -428,7 +428,7 @@ class _Track:
             self._levels.append((parents, keys, [place for _, place, _ in leaves], [leaf for _, _, leaf in leaves]))
             walked += [own.get((*way, leaf)) for way, _, leaf in leaves]
         found, self._counts = self._walk(root)
-        self._ids = list(map(id, found))
+        self._ids, self._shapes = list(map(id, found)), list(map(_SHAPE, found))
         weights = {name: parameter for name, parameter in zip(walked, found, strict=True) if name is not None}
         self.names, parameters = list(weights), list(weights.values())
         self._parameters = [ref(parameter) for parameter in parameters]
@@ -436,7 +436,10 @@ class _Track:
         self._seen = _looks_of(parameters)
 
     def look(self) -> dict[str, Tensor] | None:
-        """The weights, if each parameter is as it was, else None."""
+        """The weights, if each parameter is the memory that it was, else None.
+
+        Shapes are left to ``leads_there``: a GPU's launch waits for this, and they take half as long as all else.
+        """
         parameters: list[Any] = [parameter() for parameter in self._parameters]
         if _looks_of(parameters) != self._seen:
             return None
@@ -444,15 +447,16 @@ class _Track:
         return dict(zip(self.names, held, strict=True))
 
     def leads_there(self, root: nn.Module) -> bool:
-        """Whether the module has these parameters where it had them, in layers with as many attributes and layers.
+        """Whether the module has these parameters where it had them, as many attributes and layers in each layer.
 
-        Compiling, hooks and offloading add attributes to a layer.
+        Compiling, hooks and offloading add attributes to a layer. The parameters have the shapes that they had.
         """
         try:
             parameters, counts = self._walk(root)
         except (AttributeError, TypeError):
             return False  # a layer is gone
-        return counts == self._counts and list(map(id, parameters)) == self._ids
+        same = counts == self._counts and list(map(id, parameters)) == self._ids
+        return same and list(map(_SHAPE, parameters)) == self._shapes
 
     def _walk(self, root: nn.Module) -> tuple[list[Any], list[int]]:
         """The parameters, and how many attributes and layers each layer on the way has."""
@@ -470,12 +474,12 @@ class _Track:
 
 
 def _looks_of(parameters: Sequence[Any]) -> list[Any]:
-    """What parameters (any shape) are: the address, dtype and shape of each, and whether it is contiguous."""
+    """Which memory parameters (any shape) are: address, dtype and size of each, and whether it is contiguous."""
     if set(map(type, parameters)) - {nn.Parameter}:
         return [None]  # gone, or of another type
     looks: list[Any] = list(map(Tensor.data_ptr, parameters))
     looks += [parameter.dtype for parameter in parameters]
-    looks += [parameter.shape for parameter in parameters]
+    looks += map(Tensor.numel, parameters)
     looks += map(Tensor.is_contiguous, parameters)
     return looks
 

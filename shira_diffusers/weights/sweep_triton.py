@@ -96,25 +96,25 @@ class TritonSweep:
         from shira_diffusers.weights.triton_kernels import sweep as kernel
 
         rows, parts, counts = _table(steps, [self._seen.get(id(step)) for step in steps])
-        table = torch.from_numpy(np.concatenate([rows.ravel(), parts.ravel(), np.zeros(2, np.int64)]))
-        table = table.to(device, non_blocking=True)  # CUDA has copied what is not pinned once the call returns
+        tables = torch.from_numpy(np.concatenate([rows.ravel(), parts.ravel(), np.zeros(2, np.int64)]))
+        tables = tables.to(device, non_blocking=True)  # CUDA has copied what is not pinned once the call returns
+        weights, sides, found = tables.split([rows.size, parts.size, 2])
         owners = _owners(counts, device)
-        cut = rows.size, rows.size + parts.size
         how = _IN_RUNS if all([_in_runs(plan, step) for step in steps for plan in step.plans]) else _SCATTERED
         self._begun += steps
         with torch.cuda.device(device):
             kernel[(len(owners),)](
                 owners,
-                table[: cut[0]],
-                table[cut[0] : cut[1]],
-                table[cut[1] :],
+                weights,
+                sides,
+                found,
                 BITS=_triton(tl, bits_dtype(dtype)),
                 FLOAT=_triton(tl, dtype),
                 DELTA=_triton(tl, delta),
                 enable_fp_fusion=False,  # the same bits as on a CPU
                 **how,
             )
-        return table[cut[1] :]
+        return found
 
     @torch.inference_mode()
     def undo(self) -> None:

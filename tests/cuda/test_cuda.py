@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from shira_diffusers import Resident, ShiraAdapter, ShiraError, SparseDelta, build_masks
+from shira_diffusers import AdapterMismatchError, Resident, ShiraAdapter, ShiraError, SparseDelta, build_masks
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.weights.sweep_triton import TritonSweep, _works, available, usable
 from tests import reference, tiny
@@ -186,6 +186,18 @@ def test_a_foreign_write_on_cuda_is_noticed() -> None:
         model.get_parameter(name).add_(1)
     with pytest.raises(Exception, match="modified outside shira_diffusers"):
         resident.clear()
+
+
+def test_a_weight_viewed_in_another_shape_is_refused_and_nothing_stays_written() -> None:
+    model, resident, adapters = resident_on_cuda(torch.float16)
+    resident.set({"a": 1.0})
+    resident.set({})
+    weight = model.get_parameter(next(iter(adapters["a"].deltas)))
+    weight.data = weight.data.view(-1, 1)
+    base = tiny.snapshot(model)
+    with pytest.raises(AdapterMismatchError, match="another shape"):
+        resident.set({"a": 1.0})
+    tiny.assert_same_bits(model, base)
 
 
 @torch.no_grad()
