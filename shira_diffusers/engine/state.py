@@ -21,7 +21,7 @@ from shira_diffusers.weights.sweep_cpu import BufferPool
 from shira_diffusers.weights.targets import canonical_name
 
 ATTRIBUTE = "_shira"
-_REMEMBERED_BYTES = 2**26  # of plans beyond the last two
+_REMEMBERED, _REMEMBERED_BYTES = 64, 2**26  # mixes, and bytes of the plans of those beyond the last two
 # In this order: the narrowest dtype that has all values of a weight is the one that it was cast to.
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16)
 
@@ -85,10 +85,16 @@ class ShiraState(nn.Module):
 
         So going back and forth between two plans nothing, with adapters of any size.
         """
-        kept = [plans, *[old for old in self.remembered if old[0] is not plans[0]]] if plans else self.remembered
-        used = accumulate([sum([plan.nbytes for plan in mix]) for mix in kept[2:]])
-        older = [mix for mix, total in zip(kept[2:], used, strict=True) if total <= _REMEMBERED_BYTES]
-        self.remembered = kept[:2] + older
+        if not plans or (self.remembered and self.remembered[0][0] is plans[0]):
+            return
+        others = [old for old in self.remembered if old[0] is not plans[0]]
+        if len(others) < len(self.remembered):
+            self.remembered = [plans, *others]
+            return
+        last, older = others[:1], others[1 : _REMEMBERED - 1]
+        used = accumulate([sum([plan.nbytes for plan in mix]) for mix in older])
+        roomy = [mix for mix, total in zip(older, used, strict=True) if total <= _REMEMBERED_BYTES]
+        self.remembered = [plans, *last, *roomy]
 
     def forget(self, names: Collection[str]) -> None:
         """Drop adapters, and what is remembered of mixes with them."""

@@ -107,11 +107,21 @@ class EntryPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of its tensors, but for views of the deltas of its sources: with one source most are."""
         found = [value for _, value in list(self.found.values()) if isinstance(value, Tensor)]
-        places = (place for place in self.places if place is not None)
-        held = {id(tensor): tensor for tensor in (self.indices, *self.values, *places, *found)}
-        return sum(tensor.nbytes for tensor in held.values())
+        places = [place for place in self.places if place is not None]
+        lent = self.once("lent", self._lent)
+        own = {id(t): t for t in (self.indices, *self.values, *places, *found) if _memory_of(t) not in lent}
+        return sum(tensor.nbytes for tensor in own.values())
+
+    def _lent(self) -> set[int]:
+        deltas = [delta for source in self.sources for delta in source.deltas.values()]
+        return {_memory_of(part) for delta in deltas for part in (delta.indices, delta.values)}
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """Where the storage of a tensor (any shape) begins."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _strides(weights: Iterator[Tensor]) -> tuple[tuple[int, ...], ...]:

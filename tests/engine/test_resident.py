@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from shira_diffusers import (
     ShiraAdapter,
     ShiraError,
     SparseDelta,
+    load_adapter,
+    save_adapter,
 )
 from shira_diffusers.engine import state
 from tests import reference, tiny
@@ -738,6 +741,28 @@ def test_going_back_and_forth_plans_nothing_whatever_the_size(
     assert planned[2] is planned[0] and planned[3] is planned[1]
     resident.set({"c": 1.0})
     assert len(model._shira.remembered) == 2, "older mixes leave when there is no room"
+
+
+def test_plans_on_the_memory_of_adapters_from_files_cost_none(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = Resident(model)
+    for seed in range(5):
+        file = save_adapter(tiny.adapter_for(model, seed), tmp_path / f"{seed}.safetensors")
+        resident.add(load_adapter(file), str(seed))
+    monkeypatch.setattr(state, "_REMEMBERED_BYTES", resident.adapter("0").nbytes)
+
+    def planned() -> list[object]:
+        plans = []
+        for name in resident.names:
+            resident.set({name: 1.0})
+            plans.append(model._shira.remembered[0][0])
+        return plans
+
+    assert planned() == planned()
+    monkeypatch.setattr(state, "_REMEMBERED", 3)
+    resident.set({"0": 1.0, "1": 1.0})
+    assert len(model._shira.remembered) == 3
 
 
 def test_remove_keeps_the_rest_of_the_mix(resident: Resident, model: nn.Module, adapters: dict) -> None:
