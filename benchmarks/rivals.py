@@ -1,6 +1,7 @@
 """Set up what users have today: diffusers' LoRA in its three ways to switch, and PEFT's SHiRA."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ def loras_of_request(pipe: Any, folder: Path, mix: Mapping[str, float]) -> Itera
     pipe.set_adapters(list(mix), list(mix.values()))
     yield
     pipe.unload_lora_weights()
+
+
+def random_loras(unet: Any, folder: Path, names: Sequence[str], distinct: int, rank: int) -> Path:
+    """A folder of LoRAs ``NAME.safetensors`` of random values; the first ``distinct`` differ, the others are links."""
+    folder.mkdir()
+    files = [folder / f"{name}.safetensors" for name in names]
+    for number, file in enumerate(files):
+        if number < distinct:
+            save_file(lora_state(unet, number, rank=rank), file)
+        else:
+            os.link(files[number % distinct], file)
+    return folder
 
 
 def lora_files(pipe: Any, folder: str) -> list[Path]:

@@ -59,7 +59,8 @@ def link(script: str, results: Results) -> str:
 def section(script: str, results: Results) -> Iterator[str]:
     about, every = SCRIPTS.get(script, {}), TARGETS.get(script, ())
     yield f"## {question(script)}"
-    yield " ".join(f"{about.get('measured', '')} Run `python -m benchmarks.scripts.{script}`.".split())
+    run = about.get("run", script)
+    yield " ".join(f"{about.get('measured', '')} Run `python -m benchmarks.scripts.{run}`.".split())
     if every:
         yield targets.target_table(every, results)
         yield from targets.reasons(every, results)

@@ -151,6 +151,17 @@ def loading(name: str, device: str, method: str) -> Iterator[Target]:
     )
 
 
+def schedule() -> Iterator[Target]:
+    turns, loras = (
+        Source("serving_schedule", "cuda", mode="throughput", policy=policy).value("throughput")
+        for policy in ("turns", "lora server")
+    )
+    what = "SD 1.5's size, H200: pictures with different adapters, taking turns / pictures with one"
+    yield Target(what, "at least", 0.95, "x", turns, WHY["noise"])
+    what = "SD 1.5's size, H200: pictures with different adapters, taking turns / those of a plain LoRA server"
+    yield Target(what, "at least", 2, "x", ratio(turns, loras), WHY["loras"])
+
+
 def drift(name: str, device: str) -> Target:
     most = Source("drift", device, method="shira").largest("changed")
     what = f"{name}: share of bits changed after 100 switches, in any dtype"
@@ -234,6 +245,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "size": tuple(t for model in MODELS for t in bytes_per_entry(model)),
     "training": tuple(t for model in MODELS for t in training(model)),
     "demo": tuple(demo()),
+    "serving_schedule": tuple(schedule()),
     "serving_load": (
         Target(
             "Demo model, CPU: wrong pictures of `shira serve` under faults",

@@ -33,11 +33,9 @@ import psutil
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import save_file
 
 from benchmarks.measure import ASSETS, Run, options, seconds_of
-from benchmarks.models import lora_state
-from benchmarks.rivals import loras_of_request
+from benchmarks.rivals import loras_of_request, random_loras
 from benchmarks.scripts.serving_schedule import ADAPTERS, percentiles, request
 from benchmarks.serving.clients import CLIENTS, Answer, ask_all
 from shira_diffusers import AdapterLibrary
@@ -72,7 +70,9 @@ def main() -> None:
     few = requests[: max(args.requests // 10, CLIENTS)]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        adapters, loras = offer(folder / "adapters", bundled()), offer(folder / "loras", random_loras(pipe, folder))
+        names = [f"a{number}" for number in range(ADAPTERS)]
+        adapters = offer(folder / "adapters", names, bundled())
+        loras = random_loras(pipe.unet, folder / "loras", names, distinct=4, rank=4)
         with AdapterLibrary(adapters, device="cpu") as library:
             ours, theirs = Alone(pipe, partial(library.use, pipe)), Alone(pipe, partial(loras_of_request, pipe, loras))
             run.case(lambda: loop(pipe, library, few), method="loop")
@@ -99,18 +99,11 @@ def bundled() -> list[Path]:
     return sorted((ASSETS / "adapters").glob("*.safetensors"))
 
 
-def random_loras(pipe: Any, folder: Path) -> list[Path]:
-    files = [folder / f"{seed}.safetensors" for seed in range(4)]
-    for seed, file in enumerate(files):
-        save_file(lora_state(pipe.unet, seed, rank=4), file)
-    return files
-
-
-def offer(folder: Path, files: list[Path]) -> Path:
-    """A folder with files under many names."""
+def offer(folder: Path, names: list[str], files: list[Path]) -> Path:
+    """A folder with files under many names, each its own: one will be damaged."""
     folder.mkdir()
-    for number in range(ADAPTERS):
-        (folder / f"a{number}.safetensors").write_bytes(files[number % len(files)].read_bytes())
+    for number, name in enumerate(names):
+        (folder / f"{name}.safetensors").write_bytes(files[number % len(files)].read_bytes())
     return folder
 
 

@@ -5,9 +5,9 @@ python -m benchmarks.scripts.serving_schedule [--device cpu|cuda] [--toy] [--out
 The demo model on a CPU; on a GPU one of SD 1.5's size, of random weights, in float16, with adapters of 1 % at random.
 32 adapters with Zipf's popularity, 20 clients, Poisson arrivals, 8, 20 or 50 steps (5 : 4 : 1), batches of one.
 ``throughput``: requests that all wait, against plain calls of the pipeline with one adapter, active all the time,
-before and after each block of five; ``lora server`` is a plain LoRA server's loop, without HTTP: load, set, draw and
-unload for each request, with LoRAs of rank 16 of the same weights. On a CPU all times are CPU time of this process,
-with one thread, so that other processes do not count.
+before and after each block of five, all drawn once before; ``lora server`` is a plain LoRA server's loop, without HTTP:
+load, set, draw and unload for each request, with LoRAs of rank 16 of the same weights. On a CPU all times are CPU time
+of this process, with one thread, so that other processes do not count.
 ``real``: a service at 90 % load, as clients see it, and what a simulation of the same arrivals says.
 ``simulated``: 5,000 requests at each load with the times in ``times_ms``; it asks the scheduler's own ``Turns``.
 ``first``: to the end of the first step. ``picture``: to the picture; ``short``: of those with 8 steps. ``throughput``:
@@ -22,18 +22,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from benchmarks.measure import ASSETS, Run, alternate, dtype_of, options, seconds_of
-from benchmarks.models import TOY, UNETS, lora_state, make_unet, shira_adapter
-from benchmarks.rivals import loras_of_request
+from benchmarks.measure import ASSETS, Run, alternate, options, seconds_of
+from benchmarks.models import TOY, UNETS, make_unet, shira_adapter
+from benchmarks.rivals import loras_of_request, random_loras
 from shira_diffusers import AdapterLibrary, save_adapter
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.serving.jobs import Job
@@ -46,6 +46,7 @@ ADAPTERS, CLIENTS, MAX_WAITING, MAX_RUNNING = 32, 20, 256, 64
 STEPS = {8: 5, 20: 4, 50: 1}  # and how often
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.2)
 LORA_SERVER = "lora server"
+DEMO = ASSETS / "emoji-diffusion"
 PROMPT = "a picture of a red apple on a teal background"
 Arrival = tuple[float, ImageRequest]
 
@@ -78,8 +79,8 @@ def main() -> None:
     torch.set_num_threads(1)
     run = Run("serving_schedule", args, adapters=ADAPTERS, clients=CLIENTS, max_running=MAX_RUNNING)
     run.until = float("inf")
-    demo = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-diffusion")
-    pipe = demo if args.device == "cpu" else of_sd15_size(demo, args)
+    on_cpu = args.device == "cpu"
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO) if on_cpu else of_sd15_size(args.device, toy=args.toy)
     pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
         files = sorted((ASSETS / "adapters").glob("*.safetensors"))
@@ -88,49 +89,37 @@ def main() -> None:
         Path(folder, "offered").mkdir()
         for number in range(ADAPTERS):
             os.link(files[number % len(files)], Path(folder, "offered", f"a{number}.safetensors"))
-        loras = random_loras(pipe, Path(folder, "loras"))
+        loras = random_loras(pipe.unet, Path(folder, "loras"), [f"a{k}" for k in range(ADAPTERS)], distinct=4, rank=16)
         with AdapterLibrary(Path(folder, "offered"), device=args.device, device_bytes=8 * 2**30) as library:
             measure(run, pipe, library, loras, args)
 
 
-def random_loras(pipe: Any, folder: Path) -> Path:
-    """A folder of LoRAs with the adapters' names; four differ."""
-    folder.mkdir()
-    for number in range(ADAPTERS):
-        file = folder / f"a{number}.safetensors"
-        if number < 4:
-            save_file(lora_state(pipe.unet, number, rank=16), file)
-        else:
-            os.link(folder / f"a{number % 4}.safetensors", file)
-    return folder
-
-
-def of_sd15_size(demo: Any, args: argparse.Namespace) -> Any:
-    config = (TOY if args.toy else UNETS)["SD 1.5"] | {"sample_size": 64}
-    unet = make_unet(config, args.device, dtype_of(args))
+def of_sd15_size(device: str, *, toy: bool = False) -> Any:
+    """Random weights in float16, with the tokenizer and the scheduler of the demo model."""
+    unet = make_unet((TOY if toy else UNETS)["SD 1.5"] | {"sample_size": 64}, device, torch.float16)
     width = unet.config.cross_attention_dim
     text = CLIPTextConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12, num_attention_heads=max(width // 64, 1)
     )
-    channels = (8, 8, 8, 8) if args.toy else (128, 256, 512, 512)
     vae = AutoencoderKL(
-        block_out_channels=channels,
+        block_out_channels=(8, 8, 8, 8) if toy else (128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4,
         layers_per_block=2,
         norm_num_groups=8,
     )
-    parts = {"unet": unet, "text_encoder": CLIPTextModel(text).eval(), "vae": vae.eval()}
     pipe = StableDiffusionPipeline(
-        **parts,
-        tokenizer=demo.tokenizer,
-        scheduler=demo.scheduler,
+        unet=unet,
+        text_encoder=CLIPTextModel(text).eval(),
+        vae=vae.eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(DEMO / "tokenizer"),
+        scheduler=DDIMScheduler.from_pretrained(DEMO / "scheduler"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return pipe.to(args.device, dtype_of(args))
+    return pipe.to(device, torch.float16)
 
 
 def measure(run: Run, pipe: Any, library: AdapterLibrary, loras: Path, args: argparse.Namespace) -> None:
@@ -204,26 +193,40 @@ def throughput(
 ) -> dict[str, list[float]]:
     """Seconds of plain calls over those of the scheduler, for the same requests, by policy; and of a LoRA server's."""
     draw = random.Random(1)
-    ratios: dict[str, list[float]] = {policy: [] for policy in (*POLICIES, LORA_SERVER)}
+    contenders: dict[str, Callable[[list[ImageRequest]], float]] = {
+        policy: partial(with_scheduler, pipe, library, policy, clock) for policy in POLICIES
+    }
+    contenders[LORA_SERVER] = partial(with_loras, pipe, loras, clock)
+    ratios: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(1 if toy else 3):
         batch = [request(draw, number) for number in range(1 if toy else 5)]
+        plain(pipe, library, batch, clock)  # the first is slower
         before = plain(pipe, library, batch, clock)
-        for policy, found in ratios.items():
-            if policy == LORA_SERVER:
-                theirs = taken(lambda batch=batch: draw_with_loras(pipe, loras, batch), clock)
-            else:
-                with scheduler(pipe, library, policy) as service:
-                    theirs = taken(lambda batch=batch, to=service: draw_all(pipe, to, batch), clock)
+        for name, draws in contenders.items():
+            seconds = draws(batch)
             after = plain(pipe, library, batch, clock)
-            found.append(round((before + after) / 2 / theirs, 4))
+            ratios[name].append(round((before + after) / 2 / seconds, 4))
             before = after
     return ratios
 
 
-def draw_with_loras(pipe: Any, loras: Path, batch: list[ImageRequest]) -> None:
-    for one in batch:
-        with loras_of_request(pipe, loras, one.mix):
-            pipe(**arguments_of([one]))
+def with_scheduler(
+    pipe: Any, library: AdapterLibrary, policy: str, clock: Callable[[], float], batch: list[ImageRequest]
+) -> float:
+    """Seconds to draw a batch for the second time: CUDA's libraries set themselves up for each thread that draws."""
+    with scheduler(pipe, library, policy) as service:
+        draw_all(pipe, service, batch)
+        return taken(lambda: draw_all(pipe, service, batch), clock)
+
+
+def with_loras(pipe: Any, loras: Path, clock: Callable[[], float], batch: list[ImageRequest]) -> float:
+    def draw() -> None:
+        for one in batch:
+            with loras_of_request(pipe, loras, one.mix):
+                pipe(**arguments_of([one]))
+
+    draw()
+    return taken(draw, clock)
 
 
 def plain(pipe: Any, library: AdapterLibrary, batch: list[ImageRequest], clock: Callable[[], float]) -> float:

@@ -22,7 +22,7 @@ SCRIPTS = sorted(
 )
 TOYS = (
     "overwrite_vs_fuse", "switch", "fuse", "load_many", "cold_start", "drift", "inference", "per_picture", "size",
-    "library_scale", "fleet", "serving_load", "training", "train_step_flow",
+    "library_scale", "fleet", "serving_load", "serving_gpus", "training", "train_step_flow",
 )  # fmt: skip
 
 

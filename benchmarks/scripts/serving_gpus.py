@@ -1,0 +1,93 @@
+"""`shira serve` on one GPU and on several of a machine: pictures per second, tails, and whether all draw the same.
+
+python -m benchmarks.scripts.serving_gpus [--replicas 1 2] [--requests N] [--toy] [--out FILE]
+
+A model of SD 1.5's size with random weights, in float16, and 32 adapters of 1 % of its entries; one replica has one
+GPU. 16 clients ask for pictures of 512 x 512 over HTTP, each with one of the adapters by Zipf's law and for 8, 20 or 50
+steps (5 : 4 : 1), each client as soon as it has its last picture. Requests that wait for one adapter are one batch.
+``times_one``: pictures per second over those of the first number of replicas. ``differing``: pictures that are not the
+bytes that the first number of replicas gave for their request, of those that it drew in a batch of the same size; the
+place in a batch may cost the last bit. With ``--toy`` the demo model and its adapters, on a CPU.
+"""
+
+import random
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Run, options, seconds_of
+from benchmarks.models import shira_adapter
+from benchmarks.scripts.serving_load import MODEL, bundled, offer, running, until_ready
+from benchmarks.scripts.serving_schedule import ADAPTERS, of_sd15_size, percentiles, request
+from benchmarks.serving.clients import CLIENTS, Answer, ask_all
+from shira_diffusers import save_adapter
+from shira_diffusers.serving.requests import ImageRequest
+
+NAMES = [f"a{number}" for number in range(ADAPTERS)]
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2], help="one GPU each; default 1 2")
+    parser.add_argument("--requests", type=int, help="default 80")
+    args = parser.parse_args()
+    args.device = "cpu" if args.toy else "cuda"
+    run = Run("serving_gpus", args, clients=CLIENTS, adapters=ADAPTERS)
+    run.until = float("inf")
+    todo = list(asked(args.requests or (CLIENTS if args.toy else 80), args.toy))
+    with tempfile.TemporaryDirectory() as made:
+        model, adapters = (MODEL, offer(Path(made, "adapters"), NAMES, bundled())) if args.toy else written(Path(made))
+        drawn: list[list[Answer]] = []
+        for replicas in args.replicas:
+            run.case(lambda n=replicas: served(model, adapters, n, todo, args.device, drawn), replicas=replicas)
+    for row in run.rows:
+        row["times_one"] = round(row["pictures_per_s"] / run.rows[0]["pictures_per_s"], 3)
+    run.write()
+
+
+def written(folder: Path) -> tuple[Path, Path]:
+    """The model and the adapters, as files."""
+    pipe = of_sd15_size("cuda")
+    files = [save_adapter(shira_adapter(pipe.unet, "rand", 0.01, seed), folder / str(seed)) for seed in range(4)]
+    pipe.save_pretrained(folder / "model")
+    return folder / "model", offer(folder / "adapters", NAMES, files)
+
+
+def asked(count: int, toy: bool) -> list[ImageRequest]:
+    draw = random.Random(0)
+    more: dict[str, Any] = {"width": 64, "height": 64, "steps": 2} if toy else {"width": 512, "height": 512}
+    return [replace(request(draw, number), client=None, guidance=3.0, **more) for number in range(count)]
+
+
+def served(
+    model: Path, adapters: Path, replicas: int, todo: list[ImageRequest], device: str, drawn: list[list[Answer]]
+) -> dict[str, Any]:
+    """Ask for all pictures; ``drawn`` has the answers of the cases before, and gets these."""
+    settings = {"device": device, "replicas": replicas, "pictures_per_minute": 10**9, "device_bytes": 4 * 2**30}
+    settings["dtype"] = "float16" if device == "cuda" else "float32"
+    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    command = ["shira_diffusers.cli", "serve", str(model), "--adapters", str(adapters), "--port", "PORT", *flags]
+    with running(command) as (server, address):
+        until_ready(server, address, replicas)
+        ask_all(address, todo[: 2 * CLIENTS])  # CUDA's libraries set themselves up, and adapters are read
+        answers: list[Answer] = []
+        seconds = seconds_of(lambda: answers.extend(ask_all(address, todo)))
+    good = [answer for answer in answers if answer.outcome == "200"]
+    drawn.append(good)
+    before = {(answer.request.seed, answer.batch): answer.png for answer in drawn[0]}
+    again = [answer for answer in good if (answer.request.seed, answer.batch) in before]
+    return {
+        "pictures": len(good),
+        "pictures_per_s": round(len(good) / seconds, 3),
+        "picture": percentiles([answer.seconds for answer in good]),
+        "distinct": len({answer.png for answer in good}),
+        "compared": len(again),
+        "differing": sum(answer.png != before[answer.request.seed, answer.batch] for answer in again),
+        "outcomes": dict(Counter(answer.outcome for answer in answers)),
+    }
+
+
+if __name__ == "__main__":
+    main()
