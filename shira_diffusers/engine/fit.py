@@ -69,9 +69,10 @@ def fit(
     wrong: list[str] = []
     unusable: list[str] = []
     own: list[Claim] = []
+    maps: dict[str, WeightMap] = {}
     for part, its_own in _split(adapter, models).items():
         weights, owner = weights_of(models[part]), _owner(models[part])
-        known = weights.known(its_own.names)
+        maps[part], known = weights, weights.known(its_own.names)
         renamed: dict[str, str] = {}
         own_names: set[str] = set()
         tied: dict[Any, str] = {}
@@ -85,7 +86,7 @@ def fit(
             else:
                 shape = tuple(holders[0][0].shape) if holders else weight_shape(weights.layer(name))
                 twin = tied.setdefault(identity(holders[0][0]), name) if holders else name
-                own_name = weights.own_name(name)
+                own_name = name if name in known else weights.own_name(name)
                 if shape != delta.shape:
                     wrong.append(f"{join_name(part, name)}: expected {shape}, got {delta.shape}")
                 if own_name in own_names:
@@ -111,7 +112,7 @@ def fit(
         )
     _require_unshared(own, models, replacing)
     for part, its_own in fitted.items():
-        weights = weights_of(models[part])
+        weights = maps[part]
         if not weights.known(its_own.names):
             weights.track(its_own.names)
         weights.apart = weights.version, frozenset(its_own.names)
@@ -195,14 +196,15 @@ def compare_base(parts: Mapping[str, ShiraAdapter], models: Mapping[str, nn.Modu
     """
     pairs = []
     for part, its_own in parts.items():
+        if not its_own.base_probes:
+            continue
         weights, state = weights_of(models[part]), state_of(unwrap(models[part]))
-        quantized = weights.quantized(its_own.base_probes)
+        quantized, entries = weights.quantized(its_own.base_probes), state.entries if state else {}
         for name, probe in its_own.base_probes.items():
             if name in quantized:
                 continue
             indices = its_own.deltas[name].indices[: probe.numel()]
-            saved = state.entries.get(name) if state else None
-            pairs.append((probe, base_values(weights[name], indices, saved)))
+            pairs.append((probe, base_values(weights[name], indices, entries.get(name))))
     return match_base(pairs) if pairs else None
 
 

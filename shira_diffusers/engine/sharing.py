@@ -53,13 +53,12 @@ def claims(held: Mapping[str, Sequence[tuple[Tensor, int]]], owner: object = Non
     """
     for name, holders in held.items():
         weight = holders[0][0]
-        numel = weight.numel()
+        numel, one = weight.numel(), (id(owner), *identity(weight))
         for tensor, offset in holders if numel else ():
-            start = tensor.data_ptr() + offset * tensor.dtype.itemsize
-            end = start + numel * tensor.dtype.itemsize
-            if not tensor.is_contiguous():
-                end = start + (1 + _last(tensor)) * tensor.dtype.itemsize
-            yield Claim(str(tensor.device), start, end, tensor, offset, numel, (id(owner), *identity(weight)), name)
+            size = tensor.dtype.itemsize
+            start = tensor.data_ptr() + offset * size
+            end = start + size * (numel if tensor.is_contiguous() else 1 + _last(tensor))
+            yield Claim(str(tensor.device), start, end, tensor, offset, numel, one, name)
 
 
 def _last(tensor: Tensor) -> int:

@@ -29,7 +29,7 @@ VERSION = "2"
 TABLE, RUNS = "weights", "run"
 _VALUES, _GAPS, _BASE = "values", "gaps", "base"
 _GAP_DTYPES = {"U8": "uint8", "U16": "uint16", "I32": "int32"}
-_ROW = "[name, shape, nnz, probes]"
+_ROW, _TYPES = "[name, shape, nnz, probes]", [str, list, int, int]
 
 
 class Reader:
@@ -112,13 +112,9 @@ def _misshapen(tensors: Mapping[str, Raw]) -> list[str]:
 
 
 def _row(row: Any) -> tuple[str, tuple[int, ...], int, int]:
-    match row:
-        case [str(name), list(shape), int(nnz), int(probes)] if _is_text(name) and not {type(nnz), type(probes)} - {
-            int
-        }:
-            pass
-        case _:
-            raise AdapterFormatError(f"{TABLE}: expected {_ROW}, got {row!r:.100}")
+    if type(row) is not list or list(map(type, row)) != _TYPES or not _is_text(row[0]):
+        raise AdapterFormatError(f"{TABLE}: expected {_ROW}, got {row!r:.100}")
+    name, shape, nnz, probes = row
     try:
         weight = Weight(name, check_shape(shape), nnz, "")
         if not 0 <= probes <= nnz <= weight.numel:

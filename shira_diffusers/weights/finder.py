@@ -26,7 +26,8 @@ _FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
 }
 _versions = count(1)
 _TRACKS = 8  # groups of weights that a map remembers the way to
-_LAYERS, _PARAMETERS, _SHAPE = itemgetter("_modules"), itemgetter("_parameters"), attrgetter("shape")
+_LAYERS, _PARAMETERS = itemgetter("_modules"), itemgetter("_parameters")
+_SHAPE, _DEVICE = attrgetter("shape"), attrgetter("device")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -217,13 +218,13 @@ class WeightMap:
 
     def devices(self) -> set[torch.device]:
         """Where the module's parameters are."""
-        return {parameter.device for parameter in self._parameters()}
+        return set(map(_DEVICE, self._parameters()))
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
+    def _parameters(self) -> list[nn.Parameter]:
         """All parameters, those in several layers as many times."""
-        layers = (layer() for layer, _, _ in self._seen)
-        held = chain.from_iterable(layer._parameters.values() for layer in layers if layer is not None)
-        return (parameter for parameter in held if parameter is not None)
+        layers = [layer() for layer, _, _ in self._seen]
+        held = chain.from_iterable([layer._parameters.values() for layer in layers if layer is not None])
+        return [parameter for parameter in held if parameter is not None]
 
     def own_name(self, name: str) -> str:
         """The name that the module itself has for a weight; raises as ``holders``."""
