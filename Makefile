@@ -27,8 +27,8 @@ serve: $(VENV)/.serve ## serve pictures over HTTP, on the bundled demo model: ht
 	mkdir -p build/served && cp -u assets/adapters/*.safetensors build/served/ # uploads and deletions stay out of assets
 	$(BIN)/shira serve assets/emoji-diffusion --adapters build/served --port $(SERVE_PORT)
 
-test: $(VENV)/.dev ## run the tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.dev ## run the tests, three files at a time: some wait for a browser
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 nightly: $(VENV)/.dev ## run the tests that are too slow for every change: the benchmarks on toys
 	$(BIN)/python -m pytest -m nightly -n 2 --dist loadfile

@@ -22,6 +22,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(warm.start())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the files that mostly wait, for a browser or for Ray, evenly among those that compute.
+
+    Three files run at a time on two cores: where all three waited, the cores would have nothing to do.
+    """
+    waits = {item.path: False for item in items}
+    for item in items:
+        waits[item.path] |= item.path.name == "test_replicas.py" or item.get_closest_marker("browser") is not None
+    waiting, computing = ([file for file in waits if waits[file] is wait] for wait in (True, False))
+    places = {file: k / (len(waiting) + 1) for k, file in enumerate(waiting)}  # the last is not the end
+    places |= {file: k / len(computing) for k, file in enumerate(computing)}
+    items.sort(key=lambda item: places[item.path])
+
+
 @pytest.fixture
 def pipe() -> StableDiffusionPipeline:
     from tests import tiny
