@@ -282,12 +282,15 @@ class MixTab:
         return [mix, self._strip(names, request), *self._shown_again(shown, names, request)]
 
     def _shown_again(self, shown: Any, names: Any, request: gr.Request) -> list[Any]:
-        """The picture that was shown, or else the newest of this visit."""
+        """The picture that was shown, or else the newest of this visit.
+
+        Where there is none the stage stays: a live preview may have been drawn while the page was loaded.
+        """
         looked_at = [shown.get("name")] if isinstance(shown, dict) else []
         for kept in self._studio.galleries.of(visitor_of(request)).among([*looked_at, *(names or [])])[:1]:
             with suppress(SettingsError):
                 return self._shown_from(kept)
-        return [None, theme.facts(None), None]
+        return [gr.skip(), gr.skip(), None if shown else gr.skip()]
 
     def _choose(self, event: gr.SelectData, request: gr.Request) -> list[Any]:
         with readable("the picture could not be shown"):

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from PIL import Image
 from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.history.png_metadata import write_png
+from app.page.tabs import mix
+from app.page.tabs.browser_memory import mix_without_lost
 from app.studio import Studio
 from tests.app.browsing import FORGET, MARKS, PATIENCE, WIDE, Open, drawing_held, expect, new_context
 from tests.app.conftest import SUGGESTION, Folders, served
@@ -345,6 +348,18 @@ def test_the_preview_follows_a_slider(open_page: Open, session: Session) -> None
     page.wait_for_function("() => !document.querySelector('#picture .eta-bar')")
     assert pixels(page, "#picture img") == expected
     expect(page.locator("#gallery")).to_be_hidden()  # previews are not kept
+
+
+def test_a_preview_that_is_drawn_while_the_page_opens_stays(open_page: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Event()
+    monkeypatch.setattr(mix, "mix_without_lost", lambda *kept: seen.wait(60) and mix_without_lost(*kept))
+    page = open_page()
+    page.get_by_label("Live preview").check()
+    expect(page.locator("#facts")).to_contain_text("to draw, as a preview")
+    expect(page.get_by_role("button", name="Generate")).to_be_disabled()
+    seen.set()
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    expect(page.locator("#picture img")).to_be_visible(timeout=1)
 
 
 def test_a_sweep_shows_progress_can_be_stopped_and_goes_back_to_mix(open_page: Open, session: Session) -> None:
