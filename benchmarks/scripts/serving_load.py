@@ -36,7 +36,7 @@ from PIL import Image
 
 from benchmarks.measure import ASSETS, Run, options, seconds_of
 from benchmarks.rivals import loras_of_request, random_loras
-from benchmarks.scripts.serving_schedule import ADAPTERS, percentiles, request
+from benchmarks.scripts.serving_schedule import ADAPTERS, NAMES, percentiles, request
 from benchmarks.serving.clients import CLIENTS, Answer, ask_all
 from shira_diffusers import AdapterLibrary
 from shira_diffusers.serving.requests import ImageRequest
@@ -70,9 +70,8 @@ def main() -> None:
     few = requests[: max(args.requests // 10, CLIENTS)]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        names = [f"a{number}" for number in range(ADAPTERS)]
-        adapters = offer(folder / "adapters", names, bundled())
-        loras = random_loras(pipe.unet, folder / "loras", names, distinct=4, rank=4)
+        adapters = offer(folder / "adapters", bundled())
+        loras = random_loras(pipe.unet, folder / "loras", NAMES, distinct=4, rank=4)
         with AdapterLibrary(adapters, device="cpu") as library:
             ours, theirs = Alone(pipe, partial(library.use, pipe)), Alone(pipe, partial(loras_of_request, pipe, loras))
             run.case(lambda: loop(pipe, library, few), method="loop")
@@ -99,10 +98,10 @@ def bundled() -> list[Path]:
     return sorted((ASSETS / "adapters").glob("*.safetensors"))
 
 
-def offer(folder: Path, names: list[str], files: list[Path]) -> Path:
+def offer(folder: Path, files: list[Path]) -> Path:
     """A folder with files under many names, each its own: one will be damaged."""
     folder.mkdir()
-    for number, name in enumerate(names):
+    for number, name in enumerate(NAMES):
         (folder / f"{name}.safetensors").write_bytes(files[number % len(files)].read_bytes())
     return folder
 

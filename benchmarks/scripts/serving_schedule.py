@@ -43,6 +43,7 @@ from shira_diffusers.serving.stepping import arguments_of
 from shira_diffusers.serving.turns import POLICIES, Turns
 
 ADAPTERS, CLIENTS, MAX_WAITING, MAX_RUNNING = 32, 20, 256, 64
+NAMES = [f"a{number}" for number in range(ADAPTERS)]
 STEPS = {8: 5, 20: 4, 50: 1}  # and how often
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.2)
 LORA_SERVER = "lora server"
@@ -87,9 +88,9 @@ def main() -> None:
         if args.device != "cpu":
             files = [save_adapter(shira_adapter(pipe.unet, "rand", 0.01, k), Path(folder, str(k))) for k in range(4)]
         Path(folder, "offered").mkdir()
-        for number in range(ADAPTERS):
-            os.link(files[number % len(files)], Path(folder, "offered", f"a{number}.safetensors"))
-        loras = random_loras(pipe.unet, Path(folder, "loras"), [f"a{k}" for k in range(ADAPTERS)], distinct=4, rank=16)
+        for number, name in enumerate(NAMES):
+            os.link(files[number % len(files)], Path(folder, "offered", f"{name}.safetensors"))
+        loras = random_loras(pipe.unet, Path(folder, "loras"), NAMES, distinct=4, rank=16)
         with AdapterLibrary(Path(folder, "offered"), device=args.device, device_bytes=8 * 2**30) as library:
             measure(run, pipe, library, loras, args)
 
