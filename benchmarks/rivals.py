@@ -1,7 +1,6 @@
 """Set up what users have today: diffusers' LoRA in its three ways to switch, and PEFT's SHiRA."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.measure import alternate, seconds_of
-from benchmarks.models import lora_state
+from benchmarks.models import RANK, lora_state
 from shira_diffusers.weights.targets import DEFAULT_TARGETS, PRESETS, select
 
 
@@ -63,23 +62,11 @@ def loras_of_request(pipe: Any, folder: Path, mix: Mapping[str, float]) -> Itera
     pipe.unload_lora_weights()
 
 
-def random_loras(unet: Any, folder: Path, names: Sequence[str], distinct: int, rank: int) -> Path:
-    """A folder of LoRAs ``NAME.safetensors`` of random values; the first ``distinct`` differ, the others are links."""
-    folder.mkdir()
-    files = [folder / f"{name}.safetensors" for name in names]
-    for number, file in enumerate(files):
-        if number < distinct:
-            save_file(lora_state(unet, number, rank=rank), file)
-        else:
-            os.link(files[number % distinct], file)
-    return folder
-
-
-def lora_files(pipe: Any, folder: str) -> list[Path]:
-    """Two files of LoRAs of rank 64."""
-    files = [Path(folder, f"lora{seed}.safetensors") for seed in range(2)]
+def lora_files(pipe: Any, folder: str | Path, count: int = 2, rank: int = RANK) -> list[Path]:
+    """Files of LoRAs of random values."""
+    files = [Path(folder, f"lora{seed}.safetensors") for seed in range(count)]
     for seed, file in enumerate(files):
-        save_file(lora_state(pipe.unet, seed), file)
+        save_file(lora_state(pipe.unet, seed, rank), file)
     return files
 
 

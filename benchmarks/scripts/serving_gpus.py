@@ -10,17 +10,14 @@ bytes that the first number of replicas gave for their request, of those that it
 place in a batch may cost the last bit. With ``--toy`` the demo model and its adapters, on a CPU.
 """
 
-import random
 import tempfile
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Run, options, seconds_of
 from benchmarks.models import shira_adapter
-from benchmarks.scripts.serving_load import MODEL, bundled, offer, running, until_ready
-from benchmarks.scripts.serving_schedule import ADAPTERS, of_sd15_size, percentiles, request
+from benchmarks.scripts.serving_load import MODEL, asked, bundled, good, shira_serve, speed, until_ready
+from benchmarks.scripts.serving_schedule import ADAPTERS, of_sd15_size, offer
 from benchmarks.serving.clients import CLIENTS, Answer, ask_all
 from shira_diffusers import save_adapter
 from shira_diffusers.serving.requests import ImageRequest
@@ -34,7 +31,8 @@ def main() -> None:
     args.device = "cpu" if args.toy else "cuda"
     run = Run("serving_gpus", args, clients=CLIENTS, adapters=ADAPTERS)
     run.until = float("inf")
-    todo = list(asked(args.requests or (CLIENTS if args.toy else 80), args.toy))
+    steps, size = (4, 64) if args.toy else (20, 512)
+    todo = list(asked(args.requests or (CLIENTS if args.toy else 80), steps, size))
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         model, adapters = (MODEL, offer(folder / "adapters", bundled())) if args.toy else written(folder)
@@ -55,38 +53,31 @@ def written(folder: Path) -> tuple[Path, Path]:
     return folder / "model", offer(folder / "adapters", files)
 
 
-def asked(count: int, toy: bool) -> list[ImageRequest]:
-    draw = random.Random(0)
-    more: dict[str, Any] = {"width": 64, "height": 64, "steps": 2} if toy else {"width": 512, "height": 512}
-    return [replace(request(draw, number), client=None, guidance=3.0, **more) for number in range(count)]
-
-
 def served(
     model: Path, adapters: Path, replicas: int, todo: list[ImageRequest], device: str, drawn: list[list[Answer]]
 ) -> dict[str, Any]:
     """Ask for all pictures; ``drawn`` has the answers of the cases before, and gets these."""
     settings = {"device": device, "replicas": replicas, "pictures_per_minute": 10**9, "device_bytes": 4 * 2**30}
     settings["dtype"] = "float16" if device == "cuda" else "float32"
-    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    command = ["shira_diffusers.cli", "serve", str(model), "--adapters", str(adapters), "--port", "PORT", *flags]
-    with running(command) as (server, address):
+    with shira_serve(adapters, model, settings) as (server, address):
         until_ready(server, address, replicas)
         ask_all(address, todo[: 2 * CLIENTS])  # CUDA's libraries set themselves up, and adapters are read
         answers: list[Answer] = []
         seconds = seconds_of(lambda: answers.extend(ask_all(address, todo)))
-    good = [answer for answer in answers if answer.outcome == "200"]
-    drawn.append(good)
-    before = {(answer.request.seed, answer.batch): answer.png for answer in drawn[0]}
-    again = [answer for answer in good if (answer.request.seed, answer.batch) in before]
+    drawn.append(good(answers))
+    before = {what(answer): answer.png for answer in drawn[0]}
+    again = [answer for answer in drawn[-1] if what(answer) in before]
     return {
-        "pictures": len(good),
-        "pictures_per_s": round(len(good) / seconds, 3),
-        "picture": percentiles([answer.seconds for answer in good]),
-        "distinct": len({answer.png for answer in good}),
+        **speed(answers, seconds),
+        "distinct": len({answer.png for answer in drawn[-1]}),
         "compared": len(again),
-        "differing": sum(answer.png != before[answer.request.seed, answer.batch] for answer in again),
-        "outcomes": dict(Counter(answer.outcome for answer in answers)),
+        "differing": sum(answer.png != before[what(answer)] for answer in again),
     }
+
+
+def what(answer: Answer) -> tuple[object, ...]:
+    """All that a picture depends on."""
+    return *answer.request.kind, answer.request.seed, answer.batch
 
 
 if __name__ == "__main__":

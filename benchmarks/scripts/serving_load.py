@@ -35,8 +35,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from benchmarks.measure import ASSETS, Run, options, seconds_of
-from benchmarks.rivals import loras_of_request, random_loras
-from benchmarks.scripts.serving_schedule import ADAPTERS, NAMES, percentiles, request
+from benchmarks.rivals import lora_files, loras_of_request
+from benchmarks.scripts.serving_schedule import ADAPTERS, offer, percentiles, request
 from benchmarks.serving.clients import CLIENTS, Answer, ask_all
 from shira_diffusers import AdapterLibrary
 from shira_diffusers.serving.requests import ImageRequest
@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         adapters = offer(folder / "adapters", bundled())
-        loras = random_loras(pipe.unet, folder / "loras", NAMES, distinct=4, rank=4)
+        loras = offer(folder / "loras", lora_files(pipe, folder, 4, rank=4))
         with AdapterLibrary(adapters, device="cpu") as library:
             ours, theirs = Alone(pipe, partial(library.use, pipe)), Alone(pipe, partial(loras_of_request, pipe, loras))
             run.case(lambda: loop(pipe, library, few), method="loop")
@@ -96,14 +96,6 @@ def asked(count: int, steps: int, size: int) -> Iterator[ImageRequest]:
 
 def bundled() -> list[Path]:
     return sorted((ASSETS / "adapters").glob("*.safetensors"))
-
-
-def offer(folder: Path, files: list[Path]) -> Path:
-    """A folder with files under many names, each its own: one will be damaged."""
-    folder.mkdir()
-    for number, name in enumerate(NAMES):
-        (folder / f"{name}.safetensors").write_bytes(files[number % len(files)].read_bytes())
-    return folder
 
 
 class Alone:
@@ -167,10 +159,12 @@ def until_ready(server: psutil.Popen, address: str, replicas: int | None = None)
     raise TimeoutError("the server is not ready after five minutes")
 
 
-def shira_serve(adapters: Path) -> AbstractContextManager[tuple[psutil.Popen, str]]:
-    settings = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
-    command = ["shira_diffusers.cli", "serve", str(MODEL), "--adapters", str(adapters), "--port", "PORT"]
-    return running([*command, *settings])
+def shira_serve(
+    adapters: Path, model: Path = MODEL, settings: Mapping[str, object] = SETTINGS
+) -> AbstractContextManager[tuple[psutil.Popen, str]]:
+    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    command = ["shira_diffusers.cli", "serve", str(model), "--adapters", str(adapters), "--port", "PORT"]
+    return running([*command, *flags])
 
 
 def uvicorn(name: str, loras: Path) -> AbstractContextManager[tuple[psutil.Popen, str]]:
@@ -199,15 +193,23 @@ def measured(
 
 
 def summary(answers: list[Answer], seconds: float, alone: Alone) -> dict[str, Any]:
-    drawn = [answer for answer in answers if answer.outcome == "200"]
+    return {**speed(answers, seconds), "wrong": sum(not alone.is_right(answer) for answer in good(answers))}
+
+
+def speed(answers: list[Answer], seconds: float) -> dict[str, Any]:
+    drawn = good(answers)
     return {
         "pictures": len(drawn),
         "pictures_per_s": round(len(drawn) / seconds, 3),
         "picture": percentiles([answer.seconds for answer in drawn]) if drawn else None,
-        "wrong": sum(not alone.is_right(answer) for answer in drawn),
         "batches": dict(sorted(Counter(str(answer.batch) for answer in drawn).items())),
         "outcomes": dict(Counter(answer.outcome for answer in answers)),
     }
+
+
+def good(answers: list[Answer]) -> list[Answer]:
+    """Those that are pictures."""
+    return [answer for answer in answers if answer.outcome == "200"]
 
 
 def faulted(adapters: Path, requests: list[ImageRequest], alone: Alone) -> dict[str, Any]:

@@ -17,6 +17,7 @@ seconds of plain calls with one adapter that a second's work is worth.
 import argparse
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.measure import ASSETS, Run, alternate, options, seconds_of
 from benchmarks.models import TOY, UNETS, make_unet, shira_adapter
-from benchmarks.rivals import loras_of_request, random_loras
+from benchmarks.rivals import lora_files, loras_of_request
 from shira_diffusers import AdapterLibrary, save_adapter
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.serving.jobs import Job
@@ -87,12 +88,18 @@ def main() -> None:
         files = sorted((ASSETS / "adapters").glob("*.safetensors"))
         if args.device != "cpu":
             files = [save_adapter(shira_adapter(pipe.unet, "rand", 0.01, k), Path(folder, str(k))) for k in range(4)]
-        Path(folder, "offered").mkdir()
-        for number, name in enumerate(NAMES):
-            os.link(files[number % len(files)], Path(folder, "offered", f"{name}.safetensors"))
-        loras = random_loras(pipe.unet, Path(folder, "loras"), NAMES, distinct=4, rank=16)
-        with AdapterLibrary(Path(folder, "offered"), device=args.device, device_bytes=8 * 2**30) as library:
+        offered = offer(Path(folder, "offered"), files, os.link)
+        loras = offer(Path(folder, "loras"), lora_files(pipe, folder, 4, rank=16), os.link)
+        with AdapterLibrary(offered, device=args.device, device_bytes=8 * 2**30) as library:
             measure(run, pipe, library, loras, args)
+
+
+def offer(folder: Path, files: list[Path], put: Callable[[Path, Path], object] = shutil.copyfile) -> Path:
+    """A folder with files under all names: copies, or links of them."""
+    folder.mkdir()
+    for number, name in enumerate(NAMES):
+        put(files[number % len(files)], folder / f"{name}.safetensors")
+    return folder
 
 
 def of_sd15_size(device: str, *, toy: bool = False) -> Any:
