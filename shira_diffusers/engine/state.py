@@ -85,7 +85,7 @@ class ShiraState(nn.Module):
 
         So going back and forth between two plans nothing, with adapters of any size.
         """
-        if not plans or (self.remembered and self.remembered[0][0] is plans[0]):
+        if not plans:
             return
         others = [old for old in self.remembered if old[0] is not plans[0]]
         if len(others) < len(self.remembered):
