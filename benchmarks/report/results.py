@@ -24,8 +24,9 @@ class Result:
 
     @property
     def machine(self) -> str:
-        gpu = self.origin.get("gpu")
-        return f"one {gpu}" if gpu else f"{self.origin.get('cores')} cores of an {self.origin.get('processor')}"
+        if gpu := self.origin.get("gpu"):
+            return f"{self.about.get('gpus', 'one')} {gpu}"
+        return f"{self.origin.get('cores')} cores of an {self.origin.get('processor')}"
 
     @property
     def measured(self) -> list[Row]:

@@ -6,8 +6,9 @@ A model of SD 1.5's size with random weights, in float16, and 32 adapters of 1 %
 GPU. 16 clients ask for pictures of 512 x 512 over HTTP, each with one of the adapters by Zipf's law and for 8, 20 or 50
 steps (5 : 4 : 1), each client as soon as it has its last picture. Requests that wait for one adapter are one batch.
 ``times_one``: pictures per second over those of the first number of replicas. ``differing``: pictures that are not the
-bytes that the first number of replicas gave for their request, of those that it drew in a batch of the same size; the
-place in a batch may cost the last bit. With ``--toy`` the demo model and its adapters, on a CPU.
+bytes that the first number of replicas gave for their request, of those that it drew in a batch of the same size;
+``differing_alone``: of these, the ones that were a batch by themselves (with others the kernels of a GPU may round a
+picture by its place in the batch). With ``--toy`` the demo model and its adapters, on a CPU.
 """
 
 import tempfile
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="default 80")
     args = parser.parse_args()
     args.device = "cpu" if args.toy else "cuda"
-    run = Run("serving_gpus", args, clients=CLIENTS, adapters=ADAPTERS)
+    run = Run("serving_gpus", args, gpus=max(args.replicas), clients=CLIENTS, adapters=ADAPTERS)
     run.until = float("inf")
     steps, size = (4, 64) if args.toy else (20, 512)
     todo = list(asked(args.requests or (CLIENTS if args.toy else 80), steps, size))
@@ -67,11 +68,13 @@ def served(
     drawn.append(good(answers))
     before = {what(answer): answer.png for answer in drawn[0]}
     again = [answer for answer in drawn[-1] if what(answer) in before]
+    differing = [answer for answer in again if answer.png != before[what(answer)]]
     return {
         **speed(answers, seconds),
         "distinct": len({answer.png for answer in drawn[-1]}),
         "compared": len(again),
-        "differing": sum(answer.png != before[what(answer)] for answer in again),
+        "differing": len(differing),
+        "differing_alone": sum(answer.batch == 1 for answer in differing),
     }
 
 
