@@ -163,7 +163,7 @@ def _scales(weights: object, count: int) -> list[float]:
             f"expected one number for all adapters, one each, or {{name: number}} for adapters {{name: adapter}}, got "
             f"{weights!r}; for a strength per component use pipe.set_shira and then pipe.save_shira"
         )
-    scales = [1.0 if weight is None else float(weight) for weight in plain]
+    scales = [1.0 if weight is None else _float(weight) for weight in plain]
     if len(scales) != count:
         raise ShiraError(
             f"expected one weight per adapter, got {counted(len(scales), 'weight')} for {counted(count, 'adapter')}"
@@ -171,6 +171,13 @@ def _scales(weights: object, count: int) -> list[float]:
     if not all(map(math.isfinite, scales)):
         raise ShiraError(f"weights must be finite numbers, got {scales}")
     return scales
+
+
+def _float(weight: float) -> float:
+    try:
+        return float(weight)
+    except OverflowError:  # an integer that no float holds
+        return math.inf
 
 
 def _require_same_shapes(adapters: Sequence[ShiraAdapter], names: Sequence[str]) -> None:

@@ -1,12 +1,13 @@
 """ImageRequest: what a client wants drawn, checked, as frozen data; and why a request ends without pictures."""
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from shira_diffusers.errors import ShiraError, listing
 
 MAX_STEPS = 1000
+_LARGEST = sys.float_info.max  # integers can be larger
 SIDE = 8  # pixels that a latent is wide, at the least
 
 
@@ -98,7 +99,7 @@ class ImageRequest:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _integer(name: str, value: object, low: int, high: int, multiple: int = 1) -> Iterator[str]:

@@ -71,6 +71,7 @@ def test_a_scale_for_each_parameter() -> None:
         ([1.0], "sum", "got 1 weight for 3 adapters"),
         ([1.0, torch.nan, 1.0], "sum", "finite numbers"),
         (float("inf"), "sum", "finite numbers"),
+        pytest.param(10**400, "sum", "finite numbers", id="an integer that no float holds"),
         (1e39, "sum", r"3 of 3 parameters become too large for float32 .*use smaller weights:\n  - 0\.weight"),
         (1.0, "ties", "unknown merge method 'ties', expected one of sum"),
     ],

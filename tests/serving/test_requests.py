@@ -27,10 +27,11 @@ from shira_diffusers.serving.requests import ImageRequest, RequestError
         {"width": 100},
         {"height": 0},
         {"guidance": math.inf},
+        {"guidance": 10**400},
         {"deadline": 0},
         {"deadline": "soon"},
     ],
-    ids=repr,
+    ids=lambda setting: repr(setting)[:40],
 )
 def test_a_setting_that_cannot_be_drawn_is_named(setting: dict[str, Any]) -> None:
     (name,) = setting
