@@ -204,7 +204,8 @@ def compare_base(parts: Mapping[str, ShiraAdapter], models: Mapping[str, nn.Modu
             if name in quantized:
                 continue
             indices = its_own.deltas[name].indices[: probe.numel()]
-            pairs.append((probe, base_values(weights[name], indices, entries.get(name))))
+            saved = entries.get(name) or entries.get(state.twins.get(name, "") if state else "")
+            pairs.append((probe, base_values(weights[name], indices, saved)))
     return match_base(pairs) if pairs else None
 
 

@@ -129,6 +129,8 @@ class Held(Generic[T]):
     def _enter(self, hold: Hold, prepared: Any, stack: ExitStack) -> T:
         _note_entered(hold)
         stack.callback(_release, hold)
+        if self._open is not None:
+            raise ResidentStateError("this block is entered already, expected one of its own; make another for it")
         value = stack.enter_context(self._inside(hold, prepared))
         self._open = stack.pop_all()
         return value

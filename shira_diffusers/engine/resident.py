@@ -55,6 +55,13 @@ class Resident:
         ]
         if wrong:
             raise ShiraError(f"expected {{component: module}}; leave out what is no module:{listing(wrong)}")
+        lists = [
+            f"{name!r}: {type(model).__name__}"
+            for name, model in parts.items()
+            if isinstance(model, nn.ModuleList | nn.ModuleDict)
+        ]
+        if lists:  # the state that a module carries would be one of its members
+            raise ShiraError(f"expected models, which can be called; pass the model that holds this:{listing(lists)}")
         # a module under two names is one component, by its first name
         first = {id(unwrap(model)): name for name, model in reversed(list(parts.items()))}
         self._models = {name: model for name, model in parts.items() if first[id(unwrap(model))] == name}
@@ -91,19 +98,27 @@ class Resident:
         active = self._joined({part: state.mix for part, state in self._states().items()})
         return copy.deepcopy(active)  # what the caller does to it changes no mix
 
-    def _joined(self, mixes: Mapping[str, Mix]) -> dict[str, Scale]:
-        """The scales of a mix as they were given; where components differ, of each by its name here."""
+    def _joined(self, mixes: Mapping[str, Mix], before: Mapping[str, list[str]] | None = None) -> dict[str, Scale]:
+        """The scales of a mix as they were given; where components differ, of each by its name here.
+
+        Args:
+            mixes: by component.
+            before: the adapters' components when these were made; None is those of now.
+        """
         names = {name: None for mix in mixes.values() for name in mix.scales}
         joined: dict[str, Scale] = {}
+        components = self.components
         for name in names:
             given = {part: (mix.scales[name], mix.component) for part, mix in mixes.items() if name in mix.scales}
             first = joined[name] = next(iter(given.values()))[0]
-            if isinstance(first, Mapping) or any(scale != first for scale, _ in given.values()):
-                own = {
+            # a ``Resident`` of some of the components leaves it out of the mix of these alone
+            out = [part for part in (before or components).get(name, ()) if part in mixes and part not in given]
+            if out or isinstance(first, Mapping) or any(scale != first for scale, _ in given.values()):
+                own = dict.fromkeys(out, 0.0) | {
                     part: scale if not isinstance(scale, Mapping) else scale.get(named)
                     for part, (scale, named) in given.items()
                 }
-                has = self.components.get(name, ())
+                has = components.get(name, ())
                 joined[name] = {part: scale for part, scale in own.items() if part in has and scale is not None}
         return joined
 
@@ -241,14 +256,14 @@ class Resident:
             parts = fit(adapter, self._models, replacing=name)
             self._report_base(adapter, name, compare_base(parts, self._models))
             self._note_quantized(parts, name)
-            states = self._states()
+            states, components = self._states(), self.components
             mixes = {part: state.mix for part, state in states.items()}
             aside = {part: state.disabled for part, state in states.items() if state.disabled is not None}
             before = {part: dict(state.adapters) for part, state in states.items()}
             try:
                 for part, state in states.items():
                     _exchange(state, name, parts.get(part))
-                active, disabled = (self._split(self._joined(m), _method_of(m)) for m in (mixes, aside))
+                active, disabled = (self._split(self._joined(m, components), _method_of(m)) for m in (mixes, aside))
                 run([plan_switch(p, self._models[p], active[p], disabled[p] if aside else None) for p in states])
             except BaseException:
                 for part, state in states.items():

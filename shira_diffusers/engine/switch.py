@@ -238,8 +238,16 @@ def run(transactions: Sequence[Transaction]) -> None:
             undo.callback(one.restorer())
             one.commit()
         undo.pop_all()
+    _note_written(transactions)
     for one in transactions:
         one.notify()
+
+
+def _note_written(transactions: Sequence[Transaction]) -> None:
+    """Let autograd know that weights were written: what it kept of the old ones is of no use any more."""
+    torch.clear_autocast_cache()  # an enclosing autocast region holds casts of them
+    for one in transactions:
+        torch.autograd.graph.increment_version(list(one.live.values()))  # a backward that needs them must fail
 
 
 def _carry_out(transactions: Sequence[Transaction], undo: ExitStack) -> bool:
@@ -350,7 +358,8 @@ def _mixed(one: Transaction, plan: EntryPlan) -> tuple[Tensor, Mapping[str, floa
         scale = one.mix.scales[names[0]]
         if isinstance(scale, int | float):
             return plan.values[0], float(scale)
-        return plan.values[0], {name: scale_of(scale, one.mix.component, name) for name in plan.names}
+        own = zip(plan.names, plan.members[0], strict=True)  # of a tied weight the adapter may have another name
+        return plan.values[0], {name: scale_of(scale, one.mix.component, member) for name, member in own}
     held = [k for k in range(len(names)) if plan.members[k]]
     union = Union(plan.indices, tuple([plan.places[k] for k in held]))
     scales = [_scales(one, plan, k, one.mix.scales[names[k]]) for k in held]

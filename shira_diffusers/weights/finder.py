@@ -351,7 +351,7 @@ class WeightMap:
     def _stored(self, owner: nn.Module, leaf: str, parameter: nn.Parameter, name: str) -> Tensor:
         """The tensor that keeps the weight: the parameter's own, or what accelerate's hook keeps for it."""
         if not parameter.is_meta:
-            return parameter.data
+            return parameter.detach() if type(parameter) is nn.Parameter else parameter.data
         for hook in _accelerate_hooks(owner):
             weights: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
             if weights is None:
@@ -444,7 +444,7 @@ class _Track:
         parameters: list[Any] = [parameter() for parameter in self._parameters]
         if _looks_of(parameters) != self._seen:
             return None
-        held = [parameter.data for parameter in parameters] if self._on_cpu else parameters
+        held = [parameter.detach() for parameter in parameters] if self._on_cpu else parameters
         return dict(zip(self.names, held, strict=True))
 
     def leads_there(self, root: nn.Module) -> bool:

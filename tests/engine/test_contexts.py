@@ -48,6 +48,16 @@ def pipe(styles: tuple[StableDiffusionPipeline, Path]) -> Iterator[StableDiffusi
     assert pipe.get_active_shira() == {}
 
 
+def test_a_block_is_entered_once_at_a_time(pipe: StableDiffusionPipeline) -> None:
+    block = pipe.shira("a")
+    with block:
+        with pytest.raises(ResidentStateError, match="entered already"), block:
+            pass
+        assert pipe.get_active_shira() == {"a": 1.0}
+    with block:  # again, after the first time
+        assert pipe.get_active_shira() == {"a": 1.0}
+
+
 @pytest.fixture(scope="module")
 def expected(styles: tuple[StableDiffusionPipeline, Path]) -> dict[str, Tensor]:
     """The picture of each adapter, and of the base under the empty name."""

@@ -492,6 +492,36 @@ def test_a_mix_that_was_baked_into_a_tied_weight_is_the_base_of_the_next() -> No
     tiny.assert_same_bits(model, baked)
 
 
+def test_strengths_by_block_of_a_tied_weight_are_those_of_the_name_in_the_adapter(model: nn.Module) -> None:
+    up, down = "up_blocks.1.resnets.0.time_emb_proj.weight", "down_blocks.0.resnets.0.time_emb_proj.weight"
+    tied = model.up_blocks[1].resnets[0].time_emb_proj
+    model.down_blocks[0].resnets[0].time_emb_proj.weight = tied.weight
+    base, resident = tied.weight.detach().clone(), Resident(model)
+    for name, weight in (("a", up), ("b", down)):
+        delta = SparseDelta(torch.tensor([0]), torch.tensor([8.0]), tuple(base.shape))
+        resident.add(ShiraAdapter({weight: delta}), name)
+    for before in ({"b": 1.0}, {}):
+        resident.set(before)
+        resident.set({"a": {"": {"up": 0.5}}})
+        assert tied.weight.flatten()[0] == base.flatten()[0] + 4
+
+
+def test_the_base_is_known_by_any_name_of_a_tied_weight() -> None:
+    model = tiny.linears()
+    other = nn.Linear(2, 2)
+    model.add_module("other", other)
+    names = [name for name, weight in model.named_parameters() if weight.ndim == 2]
+    first = model.get_parameter(names[0])
+    other.weight = first
+    tuned = {names[0]: first.detach() + 1}
+    one = ShiraAdapter.from_difference({names[0]: first.detach()}, tuned)
+    two = ShiraAdapter.from_difference({"other.weight": first.detach()}, {"other.weight": first.detach() + 1})
+    resident = Resident(model)
+    resident.add(one, "one")
+    resident.set({"one": 1.0})
+    assert resident.check(two) == "same"
+
+
 def test_different_deltas_for_one_tied_weight_are_refused() -> None:
     model = Tied()
     one, two = (SparseDelta(torch.tensor([3]), torch.tensor([v]), (6, 4)) for v in (1.0, 2.0))
@@ -522,6 +552,7 @@ def test_one_module_under_two_names_is_one_component() -> None:
         ({"unet": nn.Linear(2, 2), "vae": None, "size": 3}, r"leave out what is no module:\n  - 'vae': None.*\n.*int"),
         (3, r"expected a module, \{component: module\} or a pipeline, got int"),
         ([nn.Linear(2, 2)], "got list"),
+        (nn.ModuleList([nn.Linear(2, 2)]), "expected models, which can be called; .*\n  - '': ModuleList"),
     ],
 )
 def test_what_is_no_module_is_refused(given: object, message: str) -> None:
@@ -802,6 +833,24 @@ def test_an_adapter_of_other_components_in_the_place_of_one(pipe: object) -> Non
     tiny.assert_same_bits(pipe, base)
 
 
+@pytest.mark.parametrize("when", ["active", "put aside"])
+def test_a_component_that_was_left_out_of_the_mix_by_itself_stays_out(when: str, pipe: object) -> None:
+    resident, base = Resident(tiny.modules_of(pipe)), tiny.snapshot(pipe)
+    adapter, other = tiny.adapter_for(pipe, 1), tiny.adapter_for(pipe, 2)
+    resident.add(adapter, "a")
+    resident.set({"a": 1.0})
+    Resident({"unet": pipe.unet}).set({})
+    mix = {"a": {"unet": 0.0, "text_encoder": 1.0}}
+    assert resident.active == mix
+    tiny.assert_same_bits(pipe, reference.apply(base, {"fused": resident.fused()}, {"fused": 1.0}))
+    if when == "put aside":
+        resident.disable()
+    resident.replace(other, "a")
+    resident.enable()
+    assert resident.active == mix
+    tiny.assert_same_bits(pipe, reference.apply(base, {"a": other}, mix))
+
+
 @pytest.mark.parametrize("when", ["active", "put aside", "of the mix before"])
 def test_a_replacement_drops_strengths_for_components_that_it_lacks(when: str, pipe: object) -> None:
     resident, base = Resident(tiny.modules_of(pipe)), tiny.snapshot(pipe)
@@ -935,6 +984,33 @@ def test_switching_in_inference_mode_and_after_it(resident: Resident, model: nn.
     model.half().float()
     resident.clear()
     tiny.assert_same_bits(model, tiny.snapshot(tiny.unet().half().float()))
+
+
+def test_a_switch_inside_of_autocast_is_seen(resident: Resident, model: nn.Module) -> None:
+    """A region of autocast keeps its casts of weights that require gradients, as those of pipelines do."""
+
+    def call() -> torch.Tensor:
+        return model(torch.ones(1, 4, 8, 8), 3, encoder_hidden_states=torch.ones(1, 3, 32)).sample
+
+    def alone(mix: dict) -> torch.Tensor:
+        resident.set(mix)
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
+
+    mixes = [{"a": 1.0}, {"b": 1.0}, {}]
+    expected = [alone(mix) for mix in mixes]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for mix, picture in zip(mixes, expected, strict=True):
+            resident.set(mix)
+            assert torch.equal(call(), picture)
+
+
+def test_a_backward_that_needs_weights_of_before_a_switch_fails(resident: Resident, model: nn.Module) -> None:
+    latents = torch.ones(1, 4, 8, 8, requires_grad=True)
+    with resident.using({"a": 1.0}):
+        loss = model(latents, 3, encoder_hidden_states=torch.ones(1, 3, 32)).sample.sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_the_base_is_told_from_a_sibling_and_from_another_model(
