@@ -58,7 +58,7 @@ class Resident:
         lists = [
             f"{name!r}: {type(model).__name__}"
             for name, model in parts.items()
-            if isinstance(model, nn.ModuleList | nn.ModuleDict)
+            if isinstance(model, nn.ModuleList)
         ]
         if lists:  # the state that a module carries would be one of its members
             raise ShiraError(f"expected models, which can be called; pass the model that holds this:{listing(lists)}")
