@@ -2,7 +2,8 @@
 
 A hold belongs to the context that entered it, not to its thread: to the code inside the ``with`` block, and to the
 threads and tasks that it starts with its context (``asyncio.to_thread``, ``asyncio.create_task``). Inside a hold
-further ones nest; of those that start in parallel inside one, each waits for the other, as outside.
+further ones nest; of those that start in parallel inside one, each waits for the other, as outside. A block that is
+left while a thread or task that it started still holds the models ends with the last of these.
 """
 
 import asyncio
@@ -44,6 +45,10 @@ class Hold:
         parents: the holds that it is nested in.
         wake: for a hold that is awaited in an event loop.
         undo: what puts back the mix before, where this hold has changed it.
+        within: the holds that entering it has taken, which leave with it.
+        left: its block was left: what starts now is outside of it.
+        rest: what is still to be done to leave it, once nothing runs inside any more.
+        ending: the thread that does it, which is inside until it is done.
     """
 
     modules: tuple[nn.Module, ...]
@@ -52,6 +57,10 @@ class Hold:
     parents: frozenset["Hold"]
     wake: Callable[[], object] | None = None
     undo: Callable[[], None] | None = None
+    within: frozenset["Hold"] = frozenset()
+    left: bool = False
+    rest: ExitStack | None = None
+    ending: threading.Thread | None = None
 
     def conflicts_with(self, other: "Hold") -> bool:
         """Whether the two cannot be active together, were neither nested in the other."""
@@ -93,7 +102,7 @@ class Held(Generic[T]):
     ) -> None:
         self._modules, self._write = tuple(modules), write
         self._inside, self._before = inside, before
-        self._open: ExitStack | None = None
+        self._open: tuple[Hold, ExitStack] | None = None
 
     def giving(self, value: V) -> "Held[V]":
         """The same, with another value of the ``with``."""
@@ -132,14 +141,22 @@ class Held(Generic[T]):
         if self._open is not None:
             raise ResidentStateError("this block is entered already, expected one of its own; make another for it")
         value = stack.enter_context(self._inside(hold, prepared))
-        self._open = stack.pop_all()
+        with _changed:
+            hold.within = frozenset(one for one in _active if hold in one.parents)
+        self._open = hold, stack.pop_all()
         return value
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        stack, self._open = self._open, None
-        assert stack is not None  # __enter__ has set it
+        assert self._open is not None  # __enter__ has set it
+        (hold, stack), self._open = self._open, None
+        with _changed:
+            _mark_left(hold)
+            if _goes_on(hold):
+                hold.rest = stack
+                return None
+            _mark_left(hold, threading.current_thread())
         return stack.__exit__(kind, error, trace)
 
     async def __aexit__(
@@ -206,7 +223,25 @@ def _own(caller: Caller) -> list[Hold]:
     """
     entered = _entered_by(caller)
     own = [one for one in _active if one in entered or _belongs_to(one, caller)]
+    own = [one for one in own if _is_open(one, own, caller)]
     return [one for k, one in enumerate(own) if not any(_is_beside(one, outer, caller) for outer in own[:k])]
+
+
+def _mark_left(hold: Hold, ending: threading.Thread | None = None) -> None:
+    for one in (hold, *hold.within):
+        one.left, one.ending = True, ending
+
+
+def _is_open(hold: Hold, own: Iterable[Hold], caller: Caller) -> bool:
+    """Whether a block was not left, or goes on for a caller that is inside ``own``: one of these runs inside it."""
+    if not hold.left or hold.ending is caller.thread:
+        return True
+    return any(hold in one.parents and not one.left for one in own)
+
+
+def _goes_on(hold: Hold) -> bool:
+    """Whether a thread or task that was started inside a block still holds models."""
+    return any(hold in one.parents and one not in hold.within for one in _active)
 
 
 def _entered_by(caller: Caller) -> list[Hold]:
@@ -285,13 +320,20 @@ def _queued(hold: Hold) -> Iterator[None]:
 
 
 def _release(hold: Hold) -> None:
+    ended = ExitStack()
     with _changed:
         _active.remove(hold)
+        for outer in hold.parents:
+            if outer.rest is not None and not _goes_on(outer):
+                ended.push(outer.rest)
+                outer.rest = None
+                _mark_left(outer, threading.current_thread())
         _wake_all()
     _note_entered()
     # contexts that never enter again keep the hold, but nothing through it
     hold.owner = hold.owner._replace(frames=(), job=None, entered=None)
-    hold.modules, hold.parents, hold.undo = (), frozenset(), None
+    hold.modules, hold.parents, hold.undo, hold.within = (), frozenset(), None, frozenset()
+    ended.close()
 
 
 def _wake_all() -> None:
@@ -316,14 +358,22 @@ def _may_enter(hold: Hold) -> bool:
 
 
 def _conflicts(hold: Hold) -> set[Hold]:
-    return {one for one in _active if one not in hold.parents and hold.conflicts_with(one)}
+    inside = {one for one in hold.parents if _is_open(one, hold.parents, hold.owner)}
+    return {one for one in _active if one not in inside and hold.conflicts_with(one)}
 
 
 def _queue(hold: Hold) -> set[Hold]:
-    """The waiting writers that go before a reader, which does not read yet."""
-    if hold.write or any(hold.overlaps(outer) for outer in hold.parents):
+    """Those that have waited for longer and go first: one that could enter now, and before a reader all writers.
+
+    Nobody goes before what is nested in a hold of the models, whose end they wait for.
+    """
+    if any(hold.overlaps(outer) for outer in hold.parents):
         return set()
-    return {one for one in _waiting if one.write and hold.conflicts_with(one)}
+    earlier = _waiting[: _waiting.index(hold)] if hold in _waiting else _waiting
+    rivals = [one for one in earlier if hold.conflicts_with(one)]
+    if not hold.write:
+        return set(rivals)
+    return set([one for one in rivals if not _conflicts(one)][:1])
 
 
 def _leads_to(hold: Hold, others: set[Hold]) -> bool:

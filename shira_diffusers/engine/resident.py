@@ -56,9 +56,7 @@ class Resident:
         if wrong:
             raise ShiraError(f"expected {{component: module}}; leave out what is no module:{listing(wrong)}")
         lists = [
-            f"{name!r}: {type(model).__name__}"
-            for name, model in parts.items()
-            if isinstance(model, nn.ModuleList)
+            f"{name!r}: {type(model).__name__}" for name, model in parts.items() if isinstance(model, nn.ModuleList)
         ]
         if lists:  # the state that a module carries would be one of its members
             raise ShiraError(f"expected models, which can be called; pass the model that holds this:{listing(lists)}")

@@ -44,8 +44,8 @@ Source = str | os.PathLike[str] | Mapping[str, Tensor] | ShiraAdapter
 Names = str | Sequence[str] | Mapping[str, Scale | None]
 """Adapters by name: one, several, or ``{name: strength}``."""
 
-# Public methods of pipelines that run models which adapters change: no switch comes between.
-_RUNNING = ("__call__", "encode_prompt", "generate_mask", "invert")
+# Public methods of pipelines that run or save models which adapters change: no switch comes between.
+_RUNNING = ("__call__", "encode_prompt", "generate_mask", "invert", "save_pretrained")
 
 
 def resident_of(pipe: DiffusionPipeline | ModularPipeline) -> Resident:

@@ -325,7 +325,8 @@ class AdapterLibrary:
         )
         pins.callback(self._store.release, version)
         record_stream(decoded.held)
-        if user.holding(version, decoded):
+        parts = decoded.adapter.component_names() if "" not in user.models else [""]
+        if all(part in user.models and _holds(unwrap(user.models[part]), version, decoded) for part in parts):
             return version
         with self._store.lock:
             self._made.update({id(delta.values): delta.values for delta in decoded.adapter.deltas.values()})
@@ -360,9 +361,10 @@ class AdapterLibrary:
             for version, decoded in tier if excess > 0 else ():
                 if excess <= 0:
                     break
-                if version in idle and may_leave(version, decoded):
+                if version in idle and user.holding(version, decoded):
+                    is_last = may_leave(version, decoded)
                     user.resident.remove(version.name)
-                    excess -= idle[version]
+                    excess -= idle[version] if is_last else 0  # another model takes it off in its turn
 
     def _is_idle(self, version: Version, decoded: Decoded) -> bool:
         """Whether models have it, and it is active on none."""

@@ -204,6 +204,75 @@ def test_a_cancelled_wait_leaves_the_queue(pipe: StableDiffusionPipeline, expect
     assert torch.equal(run(main), expected[""])
 
 
+@pytest.mark.parametrize("by", ["pipeline", "library"])
+def test_a_block_that_is_cancelled_ends_with_what_it_has_started(
+    by: str, pipe: StableDiffusionPipeline, styles: tuple[StableDiffusionPipeline, Path], expected: dict[str, Tensor]
+) -> None:
+    """The thread draws on with the mix of the block; until it has ended nothing is put back, and nobody else enters."""
+    fresh = tiny.pipeline()
+    base, drawing, go_on = tiny.snapshot(fresh), threading.Event(), threading.Event()
+    pictures: list[Tensor] = []
+
+    def draw() -> None:
+        def wait(*_: Any) -> dict[str, Any]:
+            drawing.set()
+            assert go_on.wait(SOON)
+            with fresh.shira({}):  # what runs inside may switch, and its mix comes back
+                assert fresh.get_active_shira() == {}
+            return {}
+
+        pictures.append(tiny.picture(fresh, on_step=wait))
+
+    async def request(library: AdapterLibrary) -> None:
+        async with fresh.shira("a") if by == "pipeline" else library.use(fresh, {"a": 1.0}):
+            await asyncio.to_thread(draw)
+
+    async def other() -> dict[str, Any]:
+        async with fresh.shira({}):
+            return fresh.get_active_shira()
+
+    async def main() -> None:
+        with AdapterLibrary(styles[1], device="cpu") as library:
+            task = asyncio.create_task(request(library))
+            await asyncio.to_thread(drawing.wait)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert fresh.get_active_shira() == {"a": 1.0}
+            waiting = asyncio.create_task(other())
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            go_on.set()
+            assert await waiting == {}
+
+    if by == "pipeline":
+        fresh.load_shira(styles[1] / "a.safetensors", "a", activate=False)
+    run(main)
+    assert torch.equal(pictures[0], expected["a"])
+    assert fresh.get_active_shira() == {}
+    tiny.assert_same_bits(fresh, base)
+
+
+def test_blocks_inside_of_each_other_that_are_left_end_in_their_order(
+    pipe: StableDiffusionPipeline, expected: dict[str, Tensor]
+) -> None:
+    drawing, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> dict[str, Any]:
+        drawing.set()
+        assert go_on.wait(SOON)
+        return {}
+
+    with ThreadPoolExecutor(1) as pool:
+        with pipe.shira("a"), pipe.shira("b"):
+            picture = pool.submit(contextvars.copy_context().run, tiny.picture, pipe, on_step=wait)
+            assert drawing.wait(SOON)
+        go_on.set()
+        assert torch.equal(ends(picture.result), expected["b"])
+    with pipe.shira({}):
+        assert torch.equal(tiny.picture(pipe), expected[""])
+
+
 def test_a_load_that_is_cancelled_keeps_nothing(styles: tuple[StableDiffusionPipeline, Path]) -> None:
     fresh = tiny.pipeline()
 

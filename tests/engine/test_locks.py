@@ -131,6 +131,27 @@ def test_a_waiting_writer_goes_before_new_readers(lock: Lock) -> None:
     assert order == ["writer", "reader"]
 
 
+@pytest.mark.parametrize("reading", [False, True], ids=["writers", "a reader too"])
+def test_who_comes_again_at_once_waits_for_those_who_wait(lock: Lock, reading: bool) -> None:
+    done: dict[str, int] = {}
+    first_done = threading.Event()
+
+    def client(name: str) -> None:
+        while not first_done.is_set():
+            with lock.read() if reading and name == "c" else lock.write():
+                time.sleep(0.001)
+                done[name] = done.get(name, 0) + 1
+            if done[name] == 50:
+                first_done.set()
+
+    threads = [threading.Thread(target=client, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert min(done.get(name, 0) for name in "abc") >= 25
+
+
 def test_reentrance(lock: Lock) -> None:
     with lock.write(), lock.write(), lock.read(), lock.read(), lock.write():
         pass

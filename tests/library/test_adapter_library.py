@@ -213,6 +213,24 @@ def test_a_pipeline_a_resident_a_module_and_components(
         tiny.assert_same_bits(model, reference.apply(base, adapters, {"a1": 0.5}))
 
 
+@pytest.mark.parametrize("how", ["shared", "replaced"])
+def test_an_adapter_that_a_part_of_the_model_has_is_put_on_the_others(how: str, tmp_path: Path) -> None:
+    first, second = tiny.pipeline(), tiny.pipeline()
+    adapter = tiny.adapter_for(first, 1)
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    second.unet = tiny.unet(seed=5)
+    base = tiny.snapshot(second)
+    with AdapterLibrary(tmp_path, device="cpu") as library:
+        library.set(first, {"a": 1.0})
+        library.set(first, {})
+        if how == "replaced":
+            first.unet = second.unet
+        second.text_encoder = first.text_encoder
+        with library.use(first if how == "replaced" else second, {"a": 1.0}):
+            tiny.assert_same_bits(second, reference.apply(base, {"a": adapter}, {"a": 1.0}))
+        tiny.assert_same_bits(second, base)
+
+
 def test_generations_of_others_wait_while_a_mix_is_used(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     """Also when nothing has ever been loaded by load_shira: no picture is torn."""
     save_adapter(tiny.adapter_for(pipe, 1), tmp_path / "a.safetensors")
@@ -614,6 +632,19 @@ def test_clients_that_want_one_adapter_decode_it_once(
         found = list(pool.map(get, range(clients)))
     assert all(adapter is found[0] for adapter in found)
     assert (len(unpacked), reads) == (1, ["a0"])
+
+
+def test_what_is_idle_on_two_models_makes_room(
+    open_library: Callable[..., AdapterLibrary], model: nn.Sequential, folder: Path
+) -> None:
+    other = copy.deepcopy(model)
+    library = open_library(device=2.2)
+    for name in ("a1", "a2"):
+        with library.use(model, {name: 1.0}), library.use(other, {name: 1.0}):
+            pass
+    for one in (other, model):
+        with library.use(one, {"a3": 1.0}):
+            assert Resident(one).active == {"a3": 1.0}
 
 
 def test_many_clients_of_two_models_within_small_budgets(
