@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -183,7 +184,7 @@ def _told(error: ServiceError) -> dict[str, str]:
 
 
 def _answer(error: ServiceError) -> JSONResponse:
-    headers = {"retry-after": str(max(1, round(error.retry_after)))} if error.retry_after else {}
+    headers = {"retry-after": str(math.ceil(error.retry_after))} if error.retry_after else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(_told(error), error.status, headers)

@@ -41,6 +41,8 @@ def open_store(source: str, cache: str | None = None) -> "FolderStore":
     own = hashlib.sha256(source.encode()).hexdigest()[:16]
     copies = Path(cache or tempfile.gettempdir()).expanduser() / f"shira-adapters-{own}"
     if not _REMOTE.fullmatch(source):
+        with suppress(OSError):  # without an index headers are read at each start, as the library says
+            copies.parent.mkdir(parents=True, exist_ok=True)
         return FolderStore(Path(source), copies.with_suffix(".index"))
     try:
         files, root = url_to_fs(source)

@@ -19,7 +19,8 @@ from diffusers import DDIMScheduler
 from starlette.testclient import TestClient
 
 from shira_diffusers import save_adapter
-from shira_diffusers.serving.api import MAX_BODY, build_api
+from shira_diffusers.serving.api import MAX_BODY, _answer, build_api
+from shira_diffusers.serving.errors import ServiceError
 from shira_diffusers.serving.events import Events
 from shira_diffusers.serving.painter import Painter
 from shira_diffusers.serving.requests import ImageRequest
@@ -256,6 +257,7 @@ def test_rates_are_limited_per_client(settings: Settings, painter: Painter) -> N
     refused = client.post("/v1/images", json={**BODY, "n": 2})
     assert_refused(refused, 429, "rate_limited", "bob", "3 pictures per minute")
     assert 1 <= int(refused.headers["retry-after"]) <= 20
+    assert _answer(ServiceError("rate_limited", "wait", 429, 1.2)).headers["retry-after"] == "2"
     assert client.post("/v1/images", json=BODY).status_code == 200
     assert client.post("/v1/images", json={**BODY, "n": 2}, headers=ADMIN).status_code == 200
 

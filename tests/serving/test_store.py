@@ -104,6 +104,12 @@ def test_copies_are_used_while_the_store_is_out_of_reach(
     assert (caught.value.type, caught.value.status) == ("storage", 503)
 
 
+def test_a_cache_that_is_not_there_is_made(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
+    index = open_store(str(tmp_path / "adapters"), str(tmp_path / "new" / "cache")).index
+    assert index.parent == tmp_path / "new" / "cache" and index.parent.is_dir()
+
+
 def test_what_arrives_damaged_is_no_copy_and_is_fetched_again(source: str, file: bytes, tmp_path: Path) -> None:
     store = open_store(source, str(tmp_path / "copies"))
     fsspec.filesystem("memory").pipe(f"{source}/blue.safetensors", file[:-1] + bytes([file[-1] ^ 1]))
