@@ -1,7 +1,7 @@
 """Turn any trainer into a SHiRA trainer: mask gradients where they arrive (arXiv 2406.13175, section 3.3)."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -132,9 +132,18 @@ def let_gradients_in(module: nn.Module) -> list[Any]:
     def of_output(_: nn.Module, args: object, output: Tensor) -> Tensor | None:
         return _requiring(output) if needed() else None
 
+    embeddings = _input_embeddings(module)
     hooks: list[Any] = [module.register_forward_pre_hook(of_inputs, with_kwargs=True)]
-    embeddings: Any = getattr(module, "get_input_embeddings", None)
-    return hooks if embeddings is None else [*hooks, embeddings().register_forward_hook(of_output)]
+    return hooks if embeddings is None else [*hooks, embeddings.register_forward_hook(of_output)]
+
+
+def _input_embeddings(module: Any) -> nn.Module | None:
+    """The embeddings of a text model; None for others, some of which have the method but raise."""
+    try:
+        found = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _requiring(value: Any) -> Any:
@@ -152,12 +161,20 @@ class MaskedGradients:
         self._base = {id(p): p.detach().clone() for p in self._parameters.values()}
         everything = [p for module in by_prefix(model).values() for p in module.parameters()]
         self._flags = [(p, p.requires_grad) for p in everything]
+        self._hooks: list[Any] = []
+        try:
+            self._train(everything, by_prefix(model).values())
+        except BaseException:
+            self.remove()
+            raise
+
+    def _train(self, everything: Iterable[nn.Parameter], parts: Iterable[nn.Module]) -> None:
         for parameter in everything:
             parameter.requires_grad_(id(parameter) in self._masks)
-        self._hooks: list[Any] = [
-            p.register_post_accumulate_grad_hook(self._mask_gradient) for p in self._parameters.values()
-        ]
-        self._hooks += [hook for part in by_prefix(model).values() for hook in let_gradients_in(part)]
+        for parameter in self._parameters.values():
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._mask_gradient))
+        for part in parts:
+            self._hooks += let_gradients_in(part)
         # for all optimizers, also those made later; weak, so that the global hook keeps no model alive
         guard = weakref.WeakMethod(self._keep_the_rest)
         self._hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: (g := guard()) and g(optimizer)))

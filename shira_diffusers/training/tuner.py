@@ -86,10 +86,12 @@ class SparseTuner:
         self._flags = [(p, p.requires_grad) for part in parts for p in part.parameters()]
         self._change = self._dora() if dora else Identity()
         self.deltas = nn.Parameter(torch.zeros(self._base.numel() + self._change.count, device=device))
-        for parameter, _ in self._flags:
-            parameter.requires_grad_(False)
-        self._hooks = self._train(parts, recompute)
-        self._hooks += [hook for part in parts for hook in let_gradients_in(part)]
+        self._hooks: list[Any] = []
+        try:
+            self._train(parts, recompute)
+        except BaseException:
+            self._let_go()
+            raise
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -120,12 +122,15 @@ class SparseTuner:
 
     def restore(self) -> None:
         """Give the weights the base's bits and all parameters their ``requires_grad``. Idempotent."""
-        if not self._hooks:
-            return
+        if self._hooks:
+            self._entries.write(self._base)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Remove all hooks and give all parameters their ``requires_grad``."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._entries.write(self._base)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 
@@ -188,25 +193,27 @@ class SparseTuner:
             self.deltas.copy_(state["deltas"])
         self.apply()
 
-    def _train(self, parts: Iterable[nn.Module], recompute: bool) -> list[Any]:
-        """Direct gradients into the flat parameter; return the hooks' handles."""
+    def _train(self, parts: Iterable[nn.Module], recompute: bool) -> None:
+        """Freeze all parameters, and direct gradients into the flat one."""
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
         layers = tappable(parts)
         adapted = [(layers.get(id(a.parameter)), a) for a in self._adapted.values()]
         columns = [find_columns(a.indices, a.parameter.shape) if layer else None for layer, a in adapted]
         buffer = self._make_buffer(columns)
         inputs = ActivationRecompute()
-        hooks: list[Any] = []
         for number, ((layer, (parameter, indices, _, _)), own) in enumerate(zip(adapted, columns, strict=True)):
             if layer and (own or recompute or narrows(layer)):
                 tap = Tap(buffer, inputs, number, indices, own)
-                hooks.append(layer.register_forward_hook(tap.hook, with_kwargs=True))
+                self._hooks.append(layer.register_forward_hook(tap.hook, with_kwargs=True))
             else:
                 parameter.requires_grad_(True)
                 collect = partial(_collect, buffer, number, indices)
-                hooks.append(parameter.register_post_accumulate_grad_hook(collect))
-        if recompute or any(columns):
-            hooks += [hook for part in parts for hook in inputs.watch(part)]
-        return hooks
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(collect))
+        for part in parts:
+            if recompute or any(columns):
+                self._hooks += inputs.watch(part)
+            self._hooks += let_gradients_in(part)
 
     def _make_buffer(self, columns: Iterable[Columns | None]) -> GradientBuffer:
         """Make slots for all weights: of the masked entries, or of columns' and diagonals' products."""

@@ -3,12 +3,17 @@
 import copy
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from transformers import ResNetConfig, ResNetModel
 
 from shira_diffusers import AdapterMismatchError, Resident, ShiraAdapter, build_masks, mask_gradients
+from shira_diffusers.training.tuner import SparseTuner
 from tests import tiny
 from tests.dreambooth.reference import dense_mask
 
@@ -146,3 +151,58 @@ def test_masks_that_do_not_fit_change_nothing() -> None:
     assert all(p.requires_grad for p in model.parameters())
     model[0](torch.ones(1, 12)).sum().backward()
     assert bool(model[0].weight.grad.all())
+
+
+# ---------------------------------------------------------------- models and errors of every kind
+
+
+def residual_net() -> nn.Module:
+    """A model of transformers' without embeddings, which has ``get_input_embeddings`` and raises there."""
+    return ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
+
+
+def changes_of(model: nn.Module) -> tuple[list[bool], int, int]:
+    """Flags, hooks of the modules and hooks of the parameters."""
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    own = sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+    return [p.requires_grad for p in model.parameters()], hooks, own
+
+
+TRAINERS = pytest.mark.parametrize("train", [SparseTuner, mask_gradients])
+
+
+@TRAINERS
+def test_a_model_without_embeddings_trains(train: Callable[..., Any]) -> None:
+    model = residual_net()
+    before = changes_of(model)
+    name = "encoder.stages.0.layers.0.layer.0.convolution.weight"
+    with train(model, {name: torch.arange(4)}) as trained:
+        model(torch.ones(1, 3, 32, 32)).pooler_output.square().sum().backward()
+        gradient = trained.deltas.grad if train is SparseTuner else model.get_parameter(name).grad.flatten()
+        assert gradient.count_nonzero() == 4
+    assert changes_of(model) == before
+
+
+@TRAINERS
+def test_an_error_on_the_way_changes_nothing(train: Callable[..., Any]) -> None:
+    class Stopping(nn.Sequential):
+        def get_input_embeddings(self) -> nn.Module:
+            raise KeyboardInterrupt
+
+    parts = {"a": nn.Linear(8, 2), "b": Stopping(nn.Linear(2, 8)), "c": nn.LayerNorm(8).requires_grad_(False)}
+    before, of_optimizers = [changes_of(part) for part in parts.values()], len(_global_optimizer_post_hooks)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, {"a.weight": torch.arange(4), "b.0.weight": torch.arange(4)})
+    assert [changes_of(part) for part in parts.values()] == before
+    assert len(_global_optimizer_post_hooks) == of_optimizers
+
+
+@TRAINERS
+@pytest.mark.parametrize("embeddings", [None, "none"])
+def test_a_model_whose_embeddings_are_no_module_trains(train: Callable[..., Any], embeddings: object) -> None:
+    model = tiny.linears()
+    model.get_input_embeddings = lambda: embeddings
+    with train(model, {"0.weight": torch.arange(4)}) as trained:
+        model[0](torch.ones(1, 12)).sum().backward()
+        gradient = trained.deltas.grad if train is SparseTuner else model[0].weight.grad
+        assert gradient.count_nonzero() == 4
