@@ -2,11 +2,13 @@
 
 import weakref
 from collections.abc import Iterable, Mapping
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from shira_diffusers.adapters.delta import check_indices
 from shira_diffusers.engine.state import state_of
@@ -156,38 +158,41 @@ class MaskedGradients:
     """The handle of ``mask_gradients``: undo it with ``remove()``, or use it as a context manager."""
 
     def __init__(self, model: nn.Module | Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
-        self._parameters = masked_parameters(model, masks)
-        self._masks = {id(p): masks[name].to(p.device) for name, p in self._parameters.items()}
-        self._base = {id(p): p.detach().clone() for p in self._parameters.values()}
-        everything = [p for module in by_prefix(model).values() for p in module.parameters()]
-        self._flags = [(p, p.requires_grad) for p in everything]
+        parameters = masked_parameters(model, masks)
+        parts = by_prefix(model).values()
+        # weak: parameters hold this through hooks, in cycles that the garbage collector would not see
+        self._masks = WeakTensorKeyDictionary({p: masks[name].to(p.device) for name, p in parameters.items()})
+        self._base = WeakTensorKeyDictionary({p: p.detach().clone() for p in parameters.values()})
+        self._flags = [(weakref.ref(p), p.requires_grad) for part in parts for p in part.parameters()]
         self._hooks: list[Any] = []
         try:
-            self._train(everything, by_prefix(model).values())
+            self._train(parameters.values(), parts)
         except BaseException:
             self.remove()
             raise
 
-    def _train(self, everything: Iterable[nn.Parameter], parts: Iterable[nn.Module]) -> None:
-        for parameter in everything:
-            parameter.requires_grad_(id(parameter) in self._masks)
-        for parameter in self._parameters.values():
+    def _train(self, parameters: Iterable[nn.Parameter], parts: Iterable[nn.Module]) -> None:
+        for part in parts:
+            for parameter in part.parameters():
+                parameter.requires_grad_(parameter in self._masks)
+        for parameter in parameters:
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._mask_gradient))
         for part in parts:
             self._hooks += let_gradients_in(part)
-        # for all optimizers, also those made later; weak, so that the global hook keeps no model alive
-        guard = weakref.WeakMethod(self._keep_the_rest)
-        self._hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: (g := guard()) and g(optimizer)))
+        _STEPS.watch(self)
 
     def remove(self) -> None:
         """Stop masking and restore ``requires_grad``; the weights keep what they learned. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
+        for held, flag in self._flags:
+            parameter = held()
+            if parameter is not None:
+                parameter.requires_grad_(flag)
         self._flags.clear()
         self._base.clear()
+        _STEPS.forget(self)
 
     def __enter__(self) -> "MaskedGradients":
         return self
@@ -199,18 +204,50 @@ class MaskedGradients:
         gradient = parameter.grad
         if gradient is None:
             raise ShiraError("a gradient was taken away by another hook before it was masked; register that one later")
-        kept = gather(gradient, self._masks[id(parameter)])
-        overwrite(gradient.zero_(), self._masks[id(parameter)], kept)
+        kept = gather(gradient, self._masks[parameter])
+        overwrite(gradient.zero_(), self._masks[parameter], kept)
 
-    def _keep_the_rest(self, optimizer: torch.optim.Optimizer) -> None:
+    def keep_the_rest(self, optimizer: torch.optim.Optimizer) -> None:
         """Restore the entries outside the masks, which weight decay and momentum change without a gradient."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                base = self._base.get(id(parameter))
+                base = self._base.get(parameter)
                 if base is not None:
-                    mask = self._masks[id(parameter)]
+                    mask = self._masks[parameter]
                     kept = gather(parameter, mask)
                     overwrite(parameter.detach().copy_(base), mask, kept)
+
+
+class _Steps:
+    """Lets all handles restore their entries after steps of any optimizer, also one that is made later.
+
+    One hook for all, which holds none of them: a handle that is dropped must not take a hook away, since garbage may be
+    collected while torch walks the hooks.
+    """
+
+    def __init__(self) -> None:
+        self._handles: weakref.WeakSet[MaskedGradients] = weakref.WeakSet()
+        self._hook: Any = None
+        self._lock = Lock()
+
+    def watch(self, handle: MaskedGradients) -> None:
+        with self._lock:
+            self._handles.add(handle)
+            self._hook = self._hook or register_optimizer_step_post_hook(self._after)
+
+    def forget(self, handle: MaskedGradients) -> None:
+        with self._lock:
+            self._handles.discard(handle)
+            if self._hook and not self._handles:
+                self._hook.remove()
+                self._hook = None
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for handle in list(self._handles):
+            handle.keep_the_rest(optimizer)
+
+
+_STEPS = _Steps()
 
 
 def mask_gradients(model: nn.Module | Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> MaskedGradients:

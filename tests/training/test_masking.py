@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 from transformers import ResNetConfig, ResNetModel
 
 from shira_diffusers import AdapterMismatchError, Resident, ShiraAdapter, build_masks, mask_gradients
@@ -134,14 +134,44 @@ def test_other_models_train_as_ever() -> None:
 
 def test_hooks_keep_no_model_alive() -> None:
     model = tiny.linears()
-    mask_gradients(model, {"0.weight": torch.tensor([0])})
-    gone = weakref.ref(model)
+    gone = [
+        weakref.ref(each) for each in (model, model[0].weight, mask_gradients(model, {"0.weight": torch.arange(1)}))
+    ]
+    gc.collect()
+    assert all(each() is not None for each in gone), "the handle lives as long as the model"
     del model
     gc.collect()
-    assert gone() is None
+    assert [each() for each in gone] == [None, None, None]
     other = nn.Linear(2, 2)
     other(torch.ones(1, 2)).sum().backward()
     torch.optim.SGD(other.parameters(), lr=0.1).step()  # the orphaned guard does nothing
+
+
+def test_dropped_handles_leave_no_hooks_on_optimizers() -> None:
+    for _ in range(3):
+        mask_gradients(tiny.linears(), {"0.weight": torch.tensor([0])})
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) <= 1
+    mask_gradients(tiny.linears(), {"0.weight": torch.tensor([0])}).remove()
+    assert not _global_optimizer_post_hooks
+
+
+def test_garbage_that_is_collected_during_a_step_breaks_no_step() -> None:
+    """Torch walks its global hooks after a step; the dropped handle must not take one away meanwhile."""
+    collecting = register_optimizer_step_post_hook(lambda *_: gc.collect() and None)
+    dropped, model = tiny.linears(), tiny.linears()
+    dropped.itself = [dropped]  # so that it is freed when garbage is collected, no sooner
+    gone = weakref.ref(mask_gradients(dropped, {"0.weight": torch.tensor([0])}))
+    gc.disable()
+    try:
+        del dropped
+        with collecting, mask_gradients(model, {"0.weight": torch.tensor([0])}):
+            model[0](torch.ones(1, 12)).sum().backward()
+            assert gone() is not None
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_masks_that_do_not_fit_change_nothing() -> None:
