@@ -57,7 +57,8 @@ class SparseTuner:
     Raises:
         AdapterMismatchError: masks that fit no parameter; all are named.
         ResidentStateError: weights that cannot be trained (quantized, on the meta device, offloaded, fused, of
-            another dtype than float32, float16 or bfloat16, on several devices, or with an adapter active).
+            another dtype than float32, float16 or bfloat16, on several devices, with an adapter active, or without
+            rows for ``dora``).
 
     On error nothing has changed.
     """
@@ -71,6 +72,8 @@ class SparseTuner:
         dora: bool = False,
     ) -> None:
         parameters = masked_parameters(modules, masks)
+        if dora:
+            _require_rows(parameters)
         device = _only_device(parameters)
         parts = by_prefix(modules).values()
         sizes = [masks[name].numel() for name in parameters]
@@ -116,9 +119,12 @@ class SparseTuner:
         Raises:
             ResidentStateError: after ``restore``.
         """
+        self._require_training()
+        self._entries.write(self._base + self._change.deltas(self.deltas))
+
+    def _require_training(self) -> None:
         if not self._hooks:
             raise ResidentStateError("this tuner was restored: its model holds the base again; make a new tuner")
-        self._entries.write(self._base + self._change.deltas(self.deltas))
 
     def restore(self) -> None:
         """Give the weights the base's bits and all parameters their ``requires_grad``. Idempotent."""
@@ -170,18 +176,17 @@ class SparseTuner:
         """Restore the deltas of a checkpoint and write them into the weights.
 
         Raises:
-            AdapterMismatchError: the checkpoint has other masks, or another ``dora``; nothing has changed.
+            AdapterMismatchError: the checkpoint has other masks, or in another order, or another ``dora``.
+            ResidentStateError: after ``restore``.
+
+        On error nothing has changed.
         """
-        saved: Mapping[str, Tensor] = state["masks"]
-        own = self.masks
-        wrong = [
-            f"{name}: only in the {'tuner' if name in own else 'checkpoint'}" for name in own.keys() ^ saved.keys()
-        ]
-        wrong += [n for n in own.keys() & saved.keys() if not torch.equal(own[n].cpu().long(), saved[n].cpu().long())]
-        if wrong or list(own) != list(saved):
+        self._require_training()
+        wrong = _differences(self.masks, state["masks"])
+        if wrong:
             raise AdapterMismatchError(
                 "the checkpoint was made with other masks than this tuner's; make the tuner with the checkpoint's "
-                f"masks (state['masks']):{listing(sorted(wrong))}"
+                f"masks (state['masks']):{listing(wrong)}"
             )
         if state["deltas"].shape != self.deltas.shape:
             raise AdapterMismatchError(
@@ -258,6 +263,30 @@ def _collect(buffer: GradientBuffer, number: int, indices: Tensor, weight: Tenso
     dense, weight.grad = weight.grad, None
     if dense is not None:
         buffer.take(number, dense, indices)
+
+
+def _differences(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:
+    """What a checkpoint's masks differ in; their order counts, as deltas and an optimizer's state follow it."""
+    wrong = [f"{name}: only in the {'tuner' if name in own else 'checkpoint'}" for name in own.keys() ^ saved.keys()]
+    wrong += [n for n in own.keys() & saved.keys() if not torch.equal(own[n].cpu().long(), saved[n].cpu().long())]
+    return sorted(wrong) or [
+        f"{theirs}: number {number} in the checkpoint, expected {name}: the order differs"
+        for number, (name, theirs) in enumerate(zip(own, saved, strict=True), 1)
+        if name != theirs
+    ]
+
+
+def _require_rows(parameters: Mapping[str, nn.Parameter]) -> None:
+    wrong = [
+        f"{name} of shape {tuple(p.shape)}: expected rows, which have a magnitude each"
+        for name, p in parameters.items()
+        if not any(p.shape[:1])
+    ]
+    if wrong:
+        raise ResidentStateError(
+            f"{counted(len(wrong), 'parameter', of=len(parameters))} cannot be trained with dora; leave out their "
+            f"masks, or train without dora:{listing(wrong)}"
+        )
 
 
 def _only_device(parameters: Mapping[str, nn.Parameter]) -> torch.device:

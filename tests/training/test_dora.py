@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from shira_diffusers import AdapterMismatchError, Resident, build_masks
+from shira_diffusers import AdapterMismatchError, Resident, ResidentStateError, build_masks
 from shira_diffusers.training.tuner import SparseTuner
 from tests import tiny
 from tests.dreambooth.reference import dense_mask
@@ -151,3 +151,15 @@ def test_a_checkpoint_of_the_other_kind_is_refused() -> None:
         state = tuner.state_dict()
     with SparseTuner(model, masks) as tuner, pytest.raises(AdapterMismatchError, match=r"22 trained.*expected 2.*dora"):
         tuner.load_state_dict(state)
+
+
+def test_weights_without_rows_are_refused() -> None:
+    model = nn.Module()
+    model.scale, model.bias = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(4))
+    masks = {"scale": torch.tensor([0]), "bias": torch.tensor([1, 2])}
+    message = r"1 of 2 parameters cannot be trained with dora.*without dora:\n  - scale of shape \(\): expected rows"
+    with pytest.raises(ResidentStateError, match=message):
+        SparseTuner(model, masks, dora=True)
+    assert all(p.requires_grad for p in model.parameters())
+    with SparseTuner(model, masks) as tuner:
+        assert tuner.deltas.shape == (3,)

@@ -269,6 +269,29 @@ def test_checkpoint_of_other_masks_is_refused() -> None:
         assert not tuner.deltas.any()
 
 
+def test_checkpoint_of_masks_in_another_order_is_refused() -> None:
+    """Deltas and the optimizer's state follow the order."""
+    model, masks = tiny.linears(), {"0.weight": torch.tensor([0, 1]), "2.weight": torch.tensor([3])}
+    with SparseTuner(model, masks) as tuner:
+        state = tuner.state_dict()
+    turned = dict(reversed(masks.items()))
+    with SparseTuner(model, turned) as tuner, pytest.raises(AdapterMismatchError, match="other masks") as told:
+        tuner.load_state_dict(state)
+    assert str(told.value).splitlines()[1:] == [
+        "  - 0.weight: number 1 in the checkpoint, expected 2.weight: the order differs",
+        "  - 2.weight: number 2 in the checkpoint, expected 0.weight: the order differs",
+    ]
+
+
+def test_no_checkpoint_is_loaded_after_restore() -> None:
+    with SparseTuner(tiny.linears(), {"0.weight": torch.tensor([0, 1])}) as tuner:
+        state = tuner.state_dict()
+    state["deltas"] += 1
+    with pytest.raises(ResidentStateError, match="this tuner was restored"):
+        tuner.load_state_dict(state)
+    assert not tuner.deltas.any()
+
+
 # ---------------------------------------------------------------- what cannot be trained
 
 
