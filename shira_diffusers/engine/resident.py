@@ -42,7 +42,7 @@ class Resident:
             names begin with the component, or a pipeline. Compiled modules are looked through.
 
     Raises:
-        ShiraError: something else than modules.
+        ShiraError: something else than modules, or components with a dot in their names.
 
     Source: arXiv 2407.16712 (rapid switching by overwriting).
     """

@@ -64,8 +64,13 @@ def parts_of(target: Any) -> nn.Module | Mapping[str, nn.Module]:
     """What adapters are for: a module, or ``{component: module}``, as given or a pipeline's.
 
     Raises:
-        ShiraError: anything else.
+        ShiraError: anything else, or components with a dot in their names.
     """
+    if isinstance(target, Mapping) and (dotted := [repr(name) for name in target if "." in str(name)]):
+        raise ShiraError(
+            f"expected names of components without a dot, which ends them in names of parameters, got "
+            f'{", ".join(dotted)}: rename them, for instance {{"unet": module}}'
+        )
     if isinstance(target, nn.Module | Mapping):
         return target
     if found := models_of(target):

@@ -18,6 +18,7 @@ from shira_diffusers import (
     remove_shira_attn_processors,
     set_shira_attn_processors,
 )
+from shira_diffusers.training.tuner import SparseTuner
 from tests import tiny
 
 
@@ -66,6 +67,25 @@ def test_others_are_told_what_to_do(call: Callable[[Any, ShiraAdapter], object],
     pipe = tiny.pipeline()
     with pytest.raises(ShiraError, match=message):
         call(pipe, tiny.adapter_for(pipe))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Resident,
+        lambda parts: build_masks(parts, "rand", 0.1, "all"),
+        lambda parts: SparseTuner(parts, {"unet.mid_block.0.weight": torch.arange(2)}),
+        lambda parts: mask_gradients(parts, {"unet.mid_block.0.weight": torch.arange(2)}),
+    ],
+    ids=["Resident", "build_masks", "SparseTuner", "mask_gradients"],
+)
+def test_components_with_dots_are_refused(call: Callable[[Any], object]) -> None:
+    with pytest.raises(ShiraError) as told:
+        call({"unet.mid_block": tiny.linears(), "vae": tiny.linears()})
+    assert str(told.value) == (
+        "expected names of components without a dot, which ends them in names of parameters, got 'unet.mid_block': "
+        'rename them, for instance {"unet": module}'
+    )
 
 
 def test_the_package_lists_public_names_only() -> None:
