@@ -231,6 +231,7 @@ def choose_masks(
         avoided: adapters whose entries are not used.
     """
     calibrated = config.mask_type in CALIBRATED
+    untrained = pipe.components.keys() - models.keys()
     masks = build_masks(
         models,
         config.mask_type,
@@ -238,7 +239,7 @@ def choose_masks(
         adapted_targets(pipe, models, config),
         seed=config.mask_seed,
         calibration=_calibration(config, examples, objective, seed) if calibrated else None,
-        avoid=avoided,
+        avoid=[adapter for adapter in avoided if not untrained.issuperset(adapter.component_names())],
         budget=config.mask_budget or "weight",
     )
     return {name: mask.cpu() for name, mask in masks.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.delta import check_indices
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
+from shira_diffusers.masks.avoided import avoided_entries
 from shira_diffusers.masks.calibration import Calibration, gradient_magnitudes
 from shira_diffusers.masks.sparsify import require_density
 from shira_diffusers.masks.top_entries import bits_of, counts_by_bin, cutoff, top_indices
@@ -253,7 +254,7 @@ def build_masks(
             state is neither read nor changed.
         calibration: for ``grad``, ``grad_mean`` and ``snip``: an iterable of scalar losses or of functions that return
             one, each back-propagated in turn, or a mapping of parameter name to gradient.
-        avoid: adapters whose entries must not be used again.
+        avoid: adapters of the model whose entries must not be used again; they may change other weights too.
         budget: "weight" gives each weight the same density; "global" ranks the entries of all weights together, so
             that weights that matter more get more. For wm, grad, grad_mean and snip.
 
@@ -265,7 +266,8 @@ def build_masks(
     Raises:
         ShiraError: a pipeline (name the components to train), unknown family or budget, a global budget for a family
             that ranks nothing, density out of range, or grad, grad_mean and snip without calibration.
-        AdapterMismatchError: targets that match nothing, gradients missing, or too few entries left by ``avoid``.
+        AdapterMismatchError: targets that match nothing, gradients missing, adapters in ``avoid`` that do not fit the
+            model, or too few entries left by them.
     """
     require_modules(model, "a module or {component: module}", 'build_masks({"unet": pipe.unet}, ...)')
     chosen = FAMILIES.get(family) if isinstance(family, str) else family
@@ -278,9 +280,9 @@ def build_masks(
         raise ShiraError(f"the {family!r} mask needs calibration=, got None: pass losses or gradients")
     signed = family == "grad_mean"
     gradients = {} if calibration is None else gradient_magnitudes(model, weights, calibration, signed=signed)
-    avoided = list(avoid)
+    avoided = avoided_entries(model, weights, list(avoid))
     contexts = {
-        name: MaskContext(seeded(seed, name), _blocked(name, weight, avoided), gradients.get(name))
+        name: MaskContext(seeded(seed, name), _blocked(weight, avoided.get(name)), gradients.get(name))
         for name, weight in weights.items()
     }
     counts = {name: round(density * weight.numel()) for name, weight in weights.items()}
@@ -343,13 +345,12 @@ def _global_counts(
     return counts
 
 
-def _blocked(name: str, weight: Tensor, avoid: list[ShiraAdapter]) -> Tensor | None:
-    taken = [adapter.deltas[name] for adapter in avoid if name in adapter.deltas]
+def _blocked(weight: Tensor, taken: list[Tensor] | None) -> Tensor | None:
     if not taken:
         return None
     blocked = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    for delta in taken:
-        blocked[delta.indices.long().to(weight.device)] = True
+    for indices in taken:
+        blocked[indices.long().to(weight.device)] = True
     return blocked
 
 

@@ -17,7 +17,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shira_diffusers import ShiraAdapter, ShiraError, __version__, build_masks, load_adapter
+from shira_diffusers import (
+    AdapterMismatchError,
+    ShiraAdapter,
+    ShiraError,
+    __version__,
+    build_masks,
+    load_adapter,
+    save_adapter,
+)
 from shira_diffusers.dreambooth.base_model import load_base
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.data import collate
@@ -184,6 +192,17 @@ def test_avoided_adapters_share_no_entry(settings: dict[str, object], tmp_path: 
     assert first.deltas.keys() == second.deltas.keys()
     for name, delta in first.deltas.items():
         assert not set(delta.indices.tolist()) & set(second.deltas[name].indices.tolist())
+
+
+def test_avoided_adapters_that_share_no_trained_weight(settings: dict[str, object], tmp_path: Path) -> None:
+    settings = settings | {"max_train_steps": 1, "mask_type": "rand"}
+    first = run(settings)
+    encoder = save_adapter(tiny.adapter_for(tiny.text_encoder()).prefixed("text_encoder"), tmp_path / "a.safetensors")
+    again = run(settings, avoid_adapters=(str(encoder),), output_dir=str(tmp_path / "again"))
+    tiny.assert_same_adapter(again, first)
+    other = save_adapter(first.part("unet"), tmp_path / "b.safetensors")
+    with pytest.raises(AdapterMismatchError, match="cannot avoid adapters"):
+        run(settings, avoid_adapters=(str(other),), output_dir=str(tmp_path / "other"))
 
 
 def test_class_pictures_are_made_once_and_trained_on(settings: dict[str, object], tmp_path: Path) -> None:

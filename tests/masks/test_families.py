@@ -152,6 +152,55 @@ def test_avoiding_whole_runs(model: nn.Module) -> None:
         masks_of(model, "block", 0.3, avoid=[first])
 
 
+def test_avoided_adapters_that_fit_nothing_are_refused(model: nn.Module) -> None:
+    whole = adapter_on(build_masks(model, "rand", 0.1, "all"), model)
+    other = ShiraAdapter(
+        {
+            "one.weight": SparseDelta(torch.tensor([5]), torch.ones(1), (9, 9)),  # in range
+            "two.weight": SparseDelta(torch.tensor([3000]), torch.ones(1), (60, 60)),
+            "wide.weight": whole.deltas["wide.weight"],
+        }
+    )
+    with pytest.raises(AdapterMismatchError) as told:
+        build_masks(model, "rand", 0.1, "all", avoid=[whole, other, whole.prefixed("unet")])
+    assert str(told.value) == (
+        "cannot avoid adapters that do not fit the model; avoid those of this model, and where their names begin with "
+        "components, give {component: module}:"
+        "\n  - avoid[1]: one.weight: expected (40, 48), got (9, 9)"
+        "\n  - avoid[1]: two.weight: expected (40, 48), got (60, 60)"
+        "\n  - avoid[2]: no name of the model among its own, expected such as one.weight, got unet.conv.weight"
+    )
+
+
+def test_avoided_adapters_may_change_other_weights_too(model: nn.Module) -> None:
+    """Those of other components, those that are not trained now, and those that are no targets."""
+    first = build_masks({"unet": model}, "wm", 0.1, "all")["unet.one.weight"]
+    taken = SparseDelta(first, torch.ones(first.numel()), (40, 48))
+    elsewhere = SparseDelta(torch.tensor([5]), torch.ones(1), (9, 9))
+    bias = SparseDelta(torch.tensor([5]), torch.ones(1), (40,))
+    mixed = ShiraAdapter({"unet.one.weight": taken, "unet.gone.weight": elsewhere, "vae.x": elsewhere})
+    others = [ShiraAdapter({"unet.two.bias": bias}), ShiraAdapter({"unet.conv.weight": elsewhere}), ShiraAdapter({})]
+    mask = build_masks({"unet": model}, "wm", 0.1, ["one"], avoid=[mixed, *others])["unet.one.weight"]
+    assert not torch.isin(mask, first).any()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["text_model.", "tied"])
+def test_entries_are_avoided_under_any_name_of_their_weight(tied: bool) -> None:
+    """Files of other versions of transformers name CLIP's weights otherwise."""
+    encoder = tiny.text_encoder()
+    name = "encoder.layers.0.self_attn.k_proj.weight"  # the first of its layer
+    name = name if name in dict(encoder.named_parameters()) else f"text_model.{name}"
+    other = name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
+    if tied:
+        other = name.replace("k_proj", "q_proj")
+        encoder.get_submodule(other.removesuffix(".weight")).weight = encoder.get_parameter(name)
+    parts = {"text_encoder": encoder}
+    mask = build_masks(parts, "wm", 0.1, "layers.0.*")[f"text_encoder.{name}"]
+    delta = SparseDelta(mask, torch.ones(mask.numel()), tuple(encoder.get_parameter(name).shape))
+    avoid = [ShiraAdapter({f"text_encoder.{other}": delta})]
+    assert not torch.isin(build_masks(parts, "wm", 0.1, "layers.0.*", avoid=avoid)[f"text_encoder.{name}"], mask).any()
+
+
 # -------------------------------------------------------------------- the families
 
 
