@@ -107,9 +107,16 @@ class OnnxResident:
 
         Returns:
             Its outputs.
+
+        Raises:
+            ShiraError: no model of that name is open.
         """
+        session = self._sessions.get(component)
+        if session is None:
+            known = ", ".join(map(repr, self._sessions))
+            raise ShiraError(f"no component named {component!r}, expected one of {known}")
         with self._lock:
-            return self._sessions[component].run(dict(feeds))
+            return session.run(dict(feeds))
 
     def add(self, path: str | os.PathLike[str], name: str) -> None:
         """Read an adapter file and register it, without activating it.
@@ -186,15 +193,17 @@ class OnnxResident:
     def using(self, scales: Mapping[str, Scale | None]) -> Iterator["OnnxResident"]:
         """Make these adapters active for a while, alone with the models; the mix before returns after.
 
+        Adapters that are removed meanwhile are no longer in it.
+
         Raises: as ``set``.
         """
         with self._lock:
-            before = self._mix, self._disabled
+            mix, aside = self._mix, self._disabled
             self.set(scales)
             try:
                 yield self
             finally:
-                self._switch(*before)
+                self._switch(self._known(mix), None if aside is None else self._known(aside))
 
     def _switch(self, mix: Mapping[str, Scale], disabled: dict[str, Scale] | None) -> None:
         with ExitStack() as undo:
@@ -209,6 +218,10 @@ class OnnxResident:
         parts = self.components
         blocks = {name: {part: self._models[part].weights.blocks for part in parts[name]} for name in mix}
         return {name: check_scale(name, scale, blocks[name]) for name, scale in mix.items()}
+
+    def _known(self, mix: Mapping[str, Scale]) -> dict[str, Scale]:
+        names = self.names
+        return {name: scale for name, scale in mix.items() if name in names}
 
     def _require_known(self, names: Iterable[str]) -> None:
         known = self.names

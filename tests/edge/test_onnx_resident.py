@@ -315,6 +315,22 @@ def test_an_error_inside_using_brings_the_mix_back(edge: OnnxResident) -> None:
     assert_same(weights_of(edge), before)
 
 
+def test_an_adapter_removed_inside_using_stays_removed(edge: OnnxResident) -> None:
+    base = tiny.snapshot(tiny.pipeline(torch.float16))
+    edge.set({"a": 0.5, "b": 1})
+    with edge.using({"b": 1}):
+        only_b = copied(edge)
+        edge.remove("a")
+    assert (edge.active, edge.names) == ({"b": 1}, ["b"])
+    assert_same(weights_of(edge), only_b)
+    edge.disable()
+    with edge.using({"b": 0.5}):
+        edge.remove("b")
+    edge.enable()
+    assert (edge.active, edge.names) == ({}, [])
+    assert_same(weights_of(edge), base)
+
+
 def test_disable_and_enable_are_idempotent(edge: OnnxResident) -> None:
     mixed = copied(edge)
     for _ in range(2):
@@ -416,6 +432,11 @@ def test_wrong_arguments_are_refused(exported: Export) -> None:
             OnnxResident(exported("fp32"), components)
     with pytest.raises(ShiraError, match="expected a function that makes session_options anew"):
         OnnxResident(exported("fp32"), ["unet"], session_options=ort.SessionOptions())
+
+
+def test_a_model_that_is_not_open_cannot_run(opened: Open) -> None:
+    with pytest.raises(ShiraError, match=r"^no component named 'vae', expected one of 'text_encoder', 'unet'$"):
+        opened("fp32", ["text_encoder", "unet"]).run("vae", {})
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path, exported: Export) -> None:
