@@ -55,7 +55,7 @@ def read_credentials(auth: str | None, file: Path | None) -> list[tuple[str, str
     if file is None:
         return None
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise AccessError(f"cannot read --auth-file {file}: {why}; expected lines USER:PASSWORD") from None

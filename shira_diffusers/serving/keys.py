@@ -58,7 +58,7 @@ class Keys:
 
 def _read(file: Path) -> dict[bytes, Client]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ShiraError(f"cannot read the keys in {file}: {why}; {_EXPECTED}") from None

@@ -95,6 +95,11 @@ def test_malformed_keys(text: str, words: str, tmp_path: Path) -> None:
         Keys(str(tmp_path / "keys"))
 
 
+def test_a_byte_order_mark_belongs_to_no_client(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("ann:k\n", encoding="utf-8-sig")  # as editors on Windows save it
+    assert Keys(str(tmp_path / "keys")).client("Bearer k", "") == Client("ann", admin=False)
+
+
 def test_without_keys_everybody_is_an_admin() -> None:
     assert Keys(None).client(None, "10.0.0.1") == Client("10.0.0.1", admin=True)
 

@@ -297,6 +297,8 @@ def test_credentials(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file.chmod(0o644)
     read_credentials(None, file)
     assert "chmod 600" in caplog.text
+    file.write_text("ada:engine\n", encoding="utf-8-sig")  # as editors on Windows save it
+    assert read_credentials(None, file) == [("ada", "engine")]
 
 
 @pytest.mark.parametrize(
