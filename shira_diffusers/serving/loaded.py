@@ -18,6 +18,25 @@ class _Loaded:
     users: int = 0
 
 
+class _Alias(str):
+    """An adapter's name on the model, which messages show as that of its file; ``str`` gives it whole."""
+
+    __slots__ = ("_file",)
+    _file: str
+
+    def __new__(cls, name: str, serial: int) -> "_Alias":
+        """Make a name that is unique, and sorts as the file's does: nothing sorts before NUL."""
+        alias = super().__new__(cls, f"{name}\0{serial}")
+        alias._file = name
+        return alias
+
+    def __repr__(self) -> str:
+        return repr(self._file)
+
+    def __format__(self, spec: str) -> str:
+        return format(self._file, spec)
+
+
 class LoadedAdapters:
     """Adapters of a library on a model that the caller holds; on leaving, the mix and the adapters of before.
 
@@ -87,7 +106,7 @@ class LoadedAdapters:
             known = next((alias for alias, loaded in self._loaded.items() if loaded.adapter is adapter), None)
             if known is not None:
                 return known
-            alias = f"{name}\0{next(self._serial)}"
+            alias = _Alias(name, next(self._serial))
             self._resident.add(adapter, alias)
             self._loaded[alias] = _Loaded(adapter, pin.pop_all())
             return alias

@@ -20,7 +20,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from shira_diffusers import AdapterFormatError, AdapterLibrary, ShiraError, save_adapter
+from shira_diffusers import AdapterFormatError, AdapterLibrary, ShiraAdapter, ShiraError, save_adapter
+from shira_diffusers.adapters.base_probes import probe_base
 from shira_diffusers.integrations.pipelines import resident_of
 from shira_diffusers.serving.jobs import Job
 from shira_diffusers.serving.requests import ClosedError, DeadlineError, ImageRequest, QueueFullError, RequestError
@@ -295,12 +296,21 @@ def test_a_mix_that_the_weights_cannot_hold_costs_no_other(
 ) -> None:
     too_strong = ImageRequest(prompt="a cat", mix={"blue": 3.4e38}, steps=3)
     jobs = submit_together(pipe, scheduler, request("blue"), too_strong, request())
-    with pytest.raises(ShiraError, match="infinite"):
+    with pytest.raises(ShiraError, match=r"become infinite or NaN with blue=3\.4e\+38, expected"):
         jobs[1].result(SECONDS)
     pictures = drawn(jobs[0]), drawn(jobs[2])
     scheduler.close()
     assert torch.equal(pictures[0], alone(pipe, library, request("blue")))
     assert torch.equal(pictures[1], alone(pipe, library, request()))
+
+
+def test_warnings_name_the_file(pipe: DiffusionPipeline, library: AdapterLibrary, tmp_path: Path) -> None:
+    plain, elsewhere = tiny.adapter_for(pipe), {n: -weight for n, weight in tiny.weights_of(pipe).items()}
+    strange = ShiraAdapter(plain.deltas, plain.metadata, probe_base(plain.deltas, elsewhere))
+    save_adapter(strange, tmp_path / "strange.safetensors")
+    with StepScheduler(pipe, library, output_type="latent") as scheduler, pytest.warns(UserWarning) as warned:
+        drawn(scheduler.submit(request("strange")))
+    assert str(warned[0].message).startswith("adapter 'strange' fits by shape but was trained on another model")
 
 
 def test_weights_that_others_modified_end_the_jobs_and_the_next_ones_are_drawn(
