@@ -99,23 +99,34 @@ class FolderStore:
             ServiceError: a name that cannot be, or that is taken; too large; not an adapter in our format; no room.
         """
         require_name(name)
-        if not replace and name in await asyncio.to_thread(self.sizes):
-            raise ServiceError("conflict", f"there is an adapter {name!r}: delete it first, or add ?replace=true", 409)
+        await asyncio.to_thread(self._require_free, name, replace=replace)
         try:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".upload-") as folder:
                 file = Path(folder, f"{name}{SUFFIX}")
                 size = await _receive(chunks, file, max_bytes)
-                await asyncio.to_thread(self._publish, file, name)
+                await asyncio.to_thread(self._publish, file, name, replace=replace)
+        except FileExistsError:
+            raise _taken(name) from None
         except OSError as error:
             raise ServiceError("storage", f"cannot store {name!r}: {error.strerror or error}", 507) from error
         return size
 
-    def _publish(self, file: Path, name: str) -> None:
-        _require_intact(file, name)
-        self._put(file, name)
+    def _require_free(self, name: str, *, replace: bool) -> None:
+        """Refuse a name before its file is received."""
+        if any(each == name and path.parent != self.folder for each, path in adapters_in(self.folder)):
+            message = f"the adapter {name!r} is a sub-folder, which an upload cannot replace; expected another name"
+            raise ServiceError("conflict", message, 409)
+        if not replace and name in self.sizes():
+            raise _taken(name)
 
-    def _put(self, file: Path, name: str) -> None:
-        os.replace(file, self.folder / file.name)
+    def _publish(self, file: Path, name: str, *, replace: bool) -> None:
+        _require_intact(file, name)
+        self._put(file, name, replace=replace)
+
+    def _put(self, file: Path, name: str, *, replace: bool) -> None:
+        """Give a file its name. Raises FileExistsError: another upload has it since."""
+        target = self.folder / file.name
+        os.replace(file, target) if replace else _move_to_new(file, target)
 
     def remove(self, name: str) -> None:
         """Delete an adapter; what is drawn with it now is finished.
@@ -143,7 +154,7 @@ class RemoteStore(FolderStore):
         super().__init__(copies, copies.with_suffix(".index"))
         self._files, self._root = files, root.rstrip("/")
         self._seen: dict[str, tuple[Any, float]] = {}  # of each copy: which version it is, when that was looked up
-        self._fetching = [threading.Lock() for _ in range(64)]  # by hash of the name
+        self._locks = [threading.Lock() for _ in range(64)]  # by hash of the name
 
     def sizes(self) -> dict[str, int]:
         """See ``FolderStore.sizes``.
@@ -164,7 +175,7 @@ class RemoteStore(FolderStore):
             ServiceError: it cannot be reached and there is no copy; or an adapter that arrives damaged.
         """
         for name in filter(_NAME.fullmatch, names):
-            with self._fetching[hash(name) % len(self._fetching)]:
+            with self._locked(name):
                 version, when = self._seen.get(name, (None, -FRESH))
                 if time.monotonic() - when >= FRESH:
                     self._fetch(name, self.folder / f"{name}{SUFFIX}", version)
@@ -201,11 +212,18 @@ class RemoteStore(FolderStore):
             message = f"cannot use the adapters at {self._root}: {told}; expected an address, credentials and a network"
             raise ServiceError(_UNREACHED, message, 503, 5) from error
 
+    def _locked(self, name: str) -> threading.Lock:
+        return self._locks[hash(name) % len(self._locks)]
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}{SUFFIX}"
 
-    def _put(self, file: Path, name: str) -> None:
-        with self._reached():
+    def _put(self, file: Path, name: str, *, replace: bool) -> None:
+        """See ``FolderStore._put``. Only uploads to this process: few stores create without replacing."""
+        with self._locked(name), self._reached(absent=FileExistsError):
+            self._files.invalidate_cache()
+            if not replace and self._files.exists(self._path(name)):
+                raise FileExistsError
             self._files.put_file(str(file), self._path(name))
         self._seen.pop(name, None)
 
@@ -213,6 +231,25 @@ class RemoteStore(FolderStore):
         with self._reached():
             self._files.rm_file(self._path(name))
         self._seen.pop(name, None)
+
+
+def _taken(name: str) -> ServiceError:
+    return ServiceError("conflict", f"there is an adapter {name!r}: delete it first, or add ?replace=true", 409)
+
+
+def _move_to_new(file: Path, target: Path) -> None:
+    """Rename a file to one that is not there. Raises FileExistsError: it is."""
+    try:
+        os.link(file, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links, such as FAT: an empty file takes the name first
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        try:
+            os.replace(file, target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
 
 
 def _require_intact(file: Path, name: str) -> None:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from shira_diffusers import ShiraError, load_adapter, save_adapter
+from shira_diffusers.formats.find import WEIGHTS_NAME
 from shira_diffusers.serving import store as stores
 from shira_diffusers.serving.errors import ServiceError
 from shira_diffusers.serving.store import FolderStore, open_store
@@ -135,6 +136,67 @@ def test_a_damaged_upload_does_not_reach_the_store(source: str, file: bytes, tmp
     with pytest.raises(ServiceError, match="blue"):
         add(store, "blue", file[:-1])
     assert store.sizes() == {} and not list(store.folder.iterdir())
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> FolderStore:
+    (tmp_path / "styles").mkdir()
+    return open_store(str(tmp_path / "styles"), str(tmp_path))
+
+
+def no_links(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")  # as FAT says it
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("is_local", [True, False])
+def test_of_two_uploads_of_one_new_name_one_is_refused(
+    local: FolderStore, source: str, file: bytes, monkeypatch: pytest.MonkeyPatch, links: bool, is_local: bool
+) -> None:
+    store, both_began = local if is_local else open_store(source, str(local.folder)), asyncio.Barrier(2)
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        await both_began.wait()
+        yield file
+
+    async def upload_both() -> list[object]:
+        adding = [store.add("blue", chunks(), 10**6, replace=False) for _ in range(2)]
+        return await asyncio.gather(*adding, return_exceptions=True)
+
+    stored, refused = sorted(asyncio.run(upload_both()), key=lambda outcome: isinstance(outcome, ServiceError))
+    assert stored == len(file) and isinstance(refused, ServiceError)
+    assert (refused.type, refused.status) == ("conflict", 409)
+    assert store.sizes() == {"blue": len(file)}
+
+
+def test_a_name_is_free_again_where_its_file_could_not_be_put_there(
+    local: FolderStore, file: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.link", no_links)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(ServiceError, match="cannot store 'blue': No space left"):
+            add(local, "blue", file)
+    assert not list(local.folder.iterdir())
+    assert add(local, "blue", file) == len(file)
+    assert (local.folder / "blue.safetensors").read_bytes() == file
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_an_upload_takes_no_name_of_a_sub_folder(local: FolderStore, file: bytes, replace: bool) -> None:
+    (local.folder / "sub").mkdir()
+    (local.folder / "sub" / WEIGHTS_NAME).write_bytes(file)
+    message = "the adapter 'sub' is a sub-folder, which an upload cannot replace; expected another name"
+    with pytest.raises(ServiceError, match=f"^{message}$") as caught:
+        add(local, "sub", file, replace=replace)
+    assert (caught.value.type, caught.value.status) == ("conflict", 409)
+    assert [path.name for path in local.folder.iterdir()] == ["sub"]
+    add(local, "other", file, replace=replace)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
