@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,18 +275,25 @@ class Library:
             return renamed
 
     def delete(self, *names: object) -> None:
-        """Move adapters of the app's own to the trash, all or none.
+        """Move adapters of the app's own to the trash, all or none. Those whose file is gone leave the library too.
 
         Raises:
-            SettingsError: there is none of a name, or it is one that is only read; nothing has changed.
+            SettingsError: there is none of a name, or it is one that is only read.
+            OSError: a file that cannot be moved.
+
+        On error nothing has changed.
         """
         trash = self._require_writable().with_name("trash")
         with self._changing:
             leaving = {card.name: card for card in [self._own(name, "deleted") for name in names]}
             now = time.time_ns()
-            for card in leaving.values():
-                self._forget(card)
-                os.replace(card.path, trash / f"{now}{_BETWEEN}{card.path.stem}{SUFFIX}")
+            with ExitStack() as undo:
+                for card in leaving.values():
+                    _move_away(card.path, trash / f"{now}{_BETWEEN}{card.path.stem}{SUFFIX}", undo)
+                undo.callback(setattr, self, "_paths", self._paths)
+                for card in leaving.values():
+                    self._forget(card)
+                undo.pop_all()
             self._publish(each for each in self._cards if each.name not in leaving)
 
     @property
@@ -386,6 +394,17 @@ class Library:
         order = {"bundled": 0, "yours": 1}
         self._cards = tuple(sorted(cards, key=lambda card: (order[card.origin], key_of(card.name))))
         self.version += 1
+
+
+def _move_away(file: Path, target: Path, undo: ExitStack) -> None:
+    """Move a file that may be gone; what moves it back is added to ``undo``."""
+    try:
+        os.replace(file, target)
+    except FileNotFoundError:
+        if file.exists():  # it is the target's folder that is gone
+            raise
+    else:
+        undo.callback(os.replace, target, file)
 
 
 def _deleted_at(path: Path) -> int:

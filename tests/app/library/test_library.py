@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -465,6 +466,39 @@ def test_all_are_deleted_or_none(library: Library, upload: Path) -> None:
     with pytest.raises(SettingsError, match="'bluefire' came with"):
         library.delete("moss", "bluefire")
     assert "moss" in names(library) and library.deleted == ()
+
+
+def test_an_error_in_the_middle_of_deleting_brings_all_back(
+    library: Library, upload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.add(upload)
+    library.add(upload, "fern")
+    before, move = files(library), os.replace
+
+    def refuse_fern(source: Path, target: Path) -> None:
+        if source.name == "fern.safetensors":
+            raise PermissionError(1, "Operation not permitted")
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", refuse_fern)
+        with pytest.raises(PermissionError):
+            library.delete("moss", "fern")
+    assert files(library) == before and library.deleted == ()
+    with library.using(["moss", "fern"]):
+        assert library.loaded == ("moss", "fern")
+
+
+def test_a_file_that_is_gone_is_deleted(library: Library, upload: Path, tmp_path: Path) -> None:
+    for name in ("moss", "fern", "ivy"):
+        library.add(upload, name)
+    library.entry("fern").path.unlink()
+    library.delete("moss", "fern")
+    assert names(library) == ["bluefire", "paintings", "ivy"] and library.deleted == ("moss",)
+    (tmp_path / "data" / "trash").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        library.delete("ivy")
+    assert "ivy" in names(library)
 
 
 def test_changes_beside_drawing_do_not_disturb_pictures(folders: Folders, tmp_path: Path, upload: Path) -> None:
