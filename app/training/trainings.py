@@ -307,7 +307,11 @@ class Trainings:
             )
         self._ending = "failed"
         pid = self._process.pid
-        self._keep(replace(training, pid=pid, begun=_begun(pid), launched=launched))
+        try:
+            self._keep(replace(training, pid=pid, begun=_begun(pid), launched=launched))
+        except BaseException:  # nobody would follow it, nor end it with the app
+            _kill(self._process)
+            raise
         self._watcher = threading.Thread(target=self._watch, args=(training.id, self._process), daemon=True)
         self._watcher.start()
 
@@ -385,6 +389,13 @@ def _read(file: Path) -> Training | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("passed over %s: %s", file, error)
         return None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
 
 
 def _begun(pid: int) -> float:

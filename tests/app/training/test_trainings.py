@@ -231,6 +231,27 @@ def test_nothing_is_left_of_a_training_that_cannot_begin(
         trainings.progress("../../x")
 
 
+def test_a_trainer_that_cannot_be_followed_is_ended(
+    trainings: Trainings, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = list[subprocess.Popen[bytes]]()
+
+    class Noted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            begun.append(self)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainings_module.subprocess, "Popen", Noted)
+    monkeypatch.setattr(trainings_module, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainings.start(recipe, sent_in(tmp_path / "sent"))
+    assert len(begun) == 1 and begun[0].returncode is not None
+    assert list((tmp_path / "data" / "trainings").iterdir()) == [] and trainings.running is None
+
+
 # -------------------------------------------------------------------- recipes
 
 
