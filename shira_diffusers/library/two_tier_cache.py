@@ -151,7 +151,13 @@ class Tier(Generic[Item]):
         return self._slots[key].pins > 0
 
     def reserve(
-        self, key: Version, nbytes: int, may_leave: Callable[[Version, Item], bool], *, exceed: bool = False
+        self,
+        key: Version,
+        nbytes: int,
+        may_leave: Callable[[Version, Item], bool],
+        leaving: Callable[[Version, Item], None] | None = None,
+        *,
+        exceed: bool = False,
     ) -> list[tuple[Version, Item]] | None:
         """Reserve room for an item, evicting what is needed for it.
 
@@ -159,28 +165,31 @@ class Tier(Generic[Item]):
             key: not there, nothing reserved for it.
             nbytes: how much.
             may_leave: which of the items that are not pinned may be evicted.
+            leaving: called with each before it is; where it raises, that one and the next stay, nothing is reserved.
             exceed: reserve it even beyond the budget, when all that may be evicted has been.
 
         Returns:
             The keys and items that were evicted; None if there is no way to make room, then nothing has changed.
         """
-        leaving: list[tuple[Version, Item]] = []
+        left: list[tuple[Version, Item]] = []
         free = self.budget - self._used
         for candidate, slot in self._ordered() if free < nbytes else ():
             if free >= nbytes or (nbytes > self.budget and not exceed):
                 break
             if not slot.pins and may_leave(candidate, slot.item):
-                leaving.append((candidate, slot.item))
+                left.append((candidate, slot.item))
                 free += slot.nbytes
         if free < nbytes and not exceed:
             return None
-        for candidate, _ in leaving:
+        for candidate, item in left:
+            if leaving is not None:
+                leaving(candidate, item)
             self._age = max(self._age, self._slots[candidate].priority)
             self.drop(candidate)
-        self._evictions += len(leaving)
+            self._evictions += 1
         self._reserved[key] = nbytes
         self._used += nbytes
-        return leaving
+        return left
 
     def release(self, key: Version) -> None:
         """Give back what was reserved for an item, if anything was."""
@@ -415,10 +424,8 @@ class Store:
 
     def _make_room(self, version: Version, nbytes: int, may_leave: MayLeave, leaving: Leaving | None) -> bool:
         with self.lock:
-            left = self.device.reserve(version, nbytes, may_leave, exceed=self._exceed and leaving is not None)
-            for other in left or ():
-                if leaving is not None:
-                    leaving(*other)
+            exceed = self._exceed and leaving is not None
+            left = self.device.reserve(version, nbytes, may_leave, leaving, exceed=exceed)
             if left is None and leaving is not None:
                 if arriving := [self._loading[key] for key in self.device.arriving if key in self._loading]:
                     raise _CrowdedError(arriving)

@@ -447,6 +447,25 @@ def test_a_budget_that_what_is_used_may_exceed(
     assert library.stats().device.nbytes == adapters["a3"].nbytes
 
 
+def test_no_room_is_lost_where_an_adapter_cannot_be_taken_off_a_model(
+    open_library: Callable[..., AdapterLibrary], model: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    library = open_library(device=2)
+    with library.keep(model, ["a0", "a1"]):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(Resident, "remove", refuse)
+        with pytest.raises(KeyboardInterrupt):
+            library.set(model, {"a2": 1.0, "a3": 1.0})
+    assert Resident(model).names == ["a1", "a2"] and decoded_names(library) == ["a1", "a2"]
+    assert_budgets(library)
+    library.set(model, {"a2": 1.0, "a3": 1.0})
+    assert Resident(model).names == ["a2", "a3"] and sorted(decoded_names(library)) == ["a2", "a3"]
+
+
 def test_adapters_are_kept_on_a_model_without_being_active(
     open_library: Callable[..., AdapterLibrary], model: nn.Sequential, reads: list[str]
 ) -> None:
