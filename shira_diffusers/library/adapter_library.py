@@ -106,10 +106,11 @@ class AdapterLibrary:
 
     @property
     def broken(self) -> dict[str, str]:
-        """Names that cannot be used, with the reason: those that clash, and files found damaged so far."""
-        self._catalog.scan()
+        """Names that cannot be used, with the reason: those that clash, and files found damaged that are still so."""
+        paths = self._catalog.scan()
         with self._store.lock:
-            damaged = {name: str(error) for name, (_, error) in self._store.refused.items()}
+            refused = [(version, str(error)) for version, _, error in self._store.refused.values()]
+        damaged = {v.name: why for v, why in refused if paths.get(v.name) == [v.path] and v.is_on_disk()}
         return {**damaged, **self._catalog.clashes()}
 
     def headers(self) -> dict[str, AdapterHeader]:

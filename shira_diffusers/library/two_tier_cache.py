@@ -253,7 +253,7 @@ class Store:
         self.lock = threading.RLock()
         self.ram: Tier[PackedAdapter] = Tier(ram_bytes)
         self.device: Tier[Decoded] = Tier(device_bytes)
-        self.refused: dict[str, tuple[Version | None, AdapterFormatError]] = {}  # None: it may be being written
+        self.refused: dict[str, tuple[Version, bool, AdapterFormatError]] = {}  # whether it is no longer being written
         self._decoder = None if device.type == "cpu" else DeviceDecoder(device)
         self._pin_for = device if device.type == "cuda" else None
         self._peft: dict[str, Version] = {}
@@ -382,7 +382,7 @@ class Store:
             return self._decode(version, models, may_leave, leaving)
         except AdapterFormatError as error:
             with self.lock:
-                self.refused[version.name] = version if version.is_settled() else None, error
+                self.refused[version.name] = version, version.is_settled(), error
             raise
         finally:
             with self.lock:
@@ -390,8 +390,8 @@ class Store:
             mine.set_result(None)
 
     def _require_not_refused(self, version: Version) -> None:
-        refused, error = self.refused.get(version.name, (None, None))
-        if refused == version:
+        refused, settled, error = self.refused.get(version.name, (None, False, None))
+        if settled and refused == version:
             raise AdapterFormatError(str(error))
         self.refused.pop(version.name, None)
 

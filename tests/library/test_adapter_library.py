@@ -785,6 +785,29 @@ def test_damaged_files_are_told_as_load_adapter_does(
     assert library.broken == {}
 
 
+def test_what_was_repaired_renamed_or_deleted_is_broken_no_more(
+    folder: Path, adapters: dict[str, ShiraAdapter]
+) -> None:
+    files = {name: folder / f"{name}.safetensors" for name in NAMES[:4]}
+    for file in files.values():
+        file.write_bytes(b"nonsense")
+        os.utime(file, (0, 0))
+    with AdapterLibrary(files.items, device="cpu") as library:
+        for name in files:
+            with pytest.raises(AdapterFormatError):
+                library.get(name)
+        assert list(library.broken) == NAMES[:4]
+        save_adapter(adapters["a0"], files["a0"])
+        files["new"] = files.pop("a1").rename(folder / "new.safetensors")
+        files.pop("a2").unlink()
+        assert list(library.broken) == ["a3"]
+        files["a3"].write_bytes(b"other nonsense")
+        assert library.broken == {}
+        with pytest.raises(AdapterFormatError):
+            library.get("a3")
+        assert list(library.broken) == ["a3"]
+
+
 @pytest.mark.parametrize("room", [100, 0], ids=["in memory", "mapped"])
 def test_a_flipped_bit_in_the_values_is_refused_before_the_first_use(
     open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential, room: float
