@@ -274,8 +274,11 @@ class Library:
             self._publish(renamed if each is card else each for each in self._cards)
             return renamed
 
-    def delete(self, *names: object) -> None:
+    def delete(self, *names: object) -> tuple[str, ...]:
         """Move adapters of the app's own to the trash, all or none. Those whose file is gone leave the library too.
+
+        Returns:
+            Names of those that ``undo_all`` brings back: whose file was there.
 
         Raises:
             SettingsError: there is none of a name, or it is one that is only read.
@@ -288,13 +291,14 @@ class Library:
             leaving = {card.name: card for card in [self._own(name, "deleted") for name in names]}
             now = time.time_ns()
             with ExitStack() as undo:
-                for card in leaving.values():
-                    _move_away(card.path, trash / f"{now}{_BETWEEN}{card.path.stem}{SUFFIX}", undo)
+                to = {name: trash / f"{now}{_BETWEEN}{card.path.stem}{SUFFIX}" for name, card in leaving.items()}
+                kept = tuple(name for name, card in leaving.items() if _moved(card.path, to[name], undo))
                 undo.callback(setattr, self, "_paths", self._paths)
                 for card in leaving.values():
                     self._forget(card)
                 undo.pop_all()
             self._publish(each for each in self._cards if each.name not in leaving)
+            return kept
 
     @property
     def deleted(self) -> tuple[str, ...]:
@@ -396,15 +400,16 @@ class Library:
         self.version += 1
 
 
-def _move_away(file: Path, target: Path, undo: ExitStack) -> None:
-    """Move a file that may be gone; what moves it back is added to ``undo``."""
+def _moved(file: Path, target: Path, undo: ExitStack) -> bool:
+    """Move a file, unless it is gone; whether it was there. What moves it back is added to ``undo``."""
     try:
         os.replace(file, target)
     except FileNotFoundError:
         if file.exists():  # it is the target's folder that is gone
             raise
-    else:
-        undo.callback(os.replace, target, file)
+        return False
+    undo.callback(os.replace, target, file)
+    return True
 
 
 def _deleted_at(path: Path) -> int:

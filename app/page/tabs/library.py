@@ -1,6 +1,7 @@
 """Library: all adapters in a table with actions for each and for many, upload, and a look into one."""
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,8 @@ class LibraryTab:
     def _delete(self, event: gr.EventData) -> Any:
         names = _of(event, "names")
         with readable("the adapter could not be deleted"):
-            self._library.delete(*names if isinstance(names, list) else [names])
-        return *self._shown(), f"Deleted {_listed(names)}. Undo brings {'it' if len(names) == 1 else 'them'} back.", ""
+            kept = self._library.delete(*names if isinstance(names, list) else [names])
+        return *self._shown(), _deleted(names, kept), ""
 
     def _undo(self) -> Any:
         with readable("the adapter could not be brought back"):
@@ -205,7 +206,13 @@ def _converted(card: Card) -> str:
     )
 
 
-def _listed(names: list[str]) -> str:
+def _deleted(names: Sequence[str], kept: Sequence[str]) -> str:
+    """What is said of adapters that were deleted, of which some are kept: the files of the others were gone."""
+    them = ("it" if len(names) == 1 else "them") if len(kept) == len(names) else _listed(kept)
+    return f"Deleted {_listed(names)}." + (f" Undo brings {them} back." if kept else "")
+
+
+def _listed(names: Sequence[str]) -> str:
     return _bold(names[0]) if len(names) == 1 else f"{len(names)} adapters"
 
 

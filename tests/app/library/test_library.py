@@ -21,6 +21,7 @@ from app.library import library as library_module
 from app.library.cards import one_sentence, sha256_of
 from app.library.library import Library
 from app.library.uploads import UploadError, is_lora
+from app.page.tabs import library as library_tab
 from app.settings.checks import SettingsError
 from shira_diffusers import ShiraAdapter, ShiraError, convert_lora, save_adapter
 from shira_diffusers.adapters.base_probes import probe_base
@@ -493,12 +494,24 @@ def test_a_file_that_is_gone_is_deleted(library: Library, upload: Path, tmp_path
     for name in ("moss", "fern", "ivy"):
         library.add(upload, name)
     library.entry("fern").path.unlink()
-    library.delete("moss", "fern")
-    assert names(library) == ["bluefire", "paintings", "ivy"] and library.deleted == ("moss",)
+    assert library.delete("moss", "fern") == library.deleted == ("moss",)
+    assert names(library) == ["bluefire", "paintings", "ivy"]
     (tmp_path / "data" / "trash").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError):
         library.delete("ivy")
     assert "ivy" in names(library)
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (["a", "b"], "Deleted 2 adapters. Undo brings them back."),
+        (["a"], "Deleted 2 adapters. Undo brings <b>a</b> back."),
+        ([], "Deleted 2 adapters."),
+    ],
+)
+def test_only_what_undo_brings_back_is_promised(kept: list[str], said: str) -> None:
+    assert library_tab._deleted(["a", "b"], kept) == said
 
 
 def test_changes_beside_drawing_do_not_disturb_pictures(folders: Folders, tmp_path: Path, upload: Path) -> None:
