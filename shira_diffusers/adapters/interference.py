@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.delta import SparseDelta
+from shira_diffusers.adapters.same_names import named_alike
 from shira_diffusers.errors import AdapterMismatchError
 
 
@@ -125,6 +126,7 @@ def interference_in_all(first: ShiraAdapter, second: ShiraAdapter) -> tuple[Inte
     Raises:
         AdapterMismatchError: a weight of different shapes in the two.
     """
+    first, second = named_alike((first, second))
     counts = {name: _counted(name, first, second) for name in sorted(first.deltas.keys() | second.deltas.keys())}
     shared = first.deltas.keys() & second.deltas.keys()
     whole = sum(counts.values(), start=_Counts(0, 0, 0, 0, 0.0, 0, 0, 0.0))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.delta import SparseDelta
+from shira_diffusers.adapters.same_names import named_alike
 from shira_diffusers.adapters.scales import each_scale
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.weights.finite import all_finite
@@ -89,7 +90,8 @@ def fuse(
 
     Returns:
         An adapter with float32 values on the union of the indices; applied at scale 1 it gives bit for bit the
-        weights that the adapters give together.
+        weights that the adapters give together. Parameters of CLIP's text encoders, which files name with or without
+        ``text_model.``, are named as in the first adapter that has them.
 
     Raises:
         ShiraError: no adapters, another number of weights, a weight that is not finite, a sum too large for float32, or
@@ -102,7 +104,8 @@ def fuse(
         by_name = dict(zip(adapters, _scales(given, len(adapters)), strict=True))
         return fuse([adapters[name] for name in sorted(adapters)], [by_name[name] for name in sorted(adapters)], method)
     scales = _scales(weights, len(adapters))
-    return fuse_scaled([(adapter, _constant(scale)) for adapter, scale in zip(adapters, scales, strict=True)], method)
+    scaled = zip(named_alike(adapters), map(_constant, scales), strict=True)
+    return fuse_scaled(list(scaled), method)
 
 
 def fuse_scaled(adapters: Sequence[tuple[ShiraAdapter, Callable[[str], float]]], method: str = "sum") -> ShiraAdapter:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.formats.gap_codec import Indices
 from shira_diffusers.formats.safetensors_bytes import body_of, open_safetensors
+from shira_diffusers.weights.text_model import other_name
 
 MODEL, WEIGHTS, ABOUT = "model.onnx", "model.safetensors", "model.json"
 FORMAT, FORMAT_VERSION = "shira-onnx", "1"
@@ -67,8 +68,7 @@ class ExportedWeights:
 
         Text encoders of some versions of transformers begin it with ``text_model.``, others do not.
         """
-        other = name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
-        return next((each for each in (name, other) if each in self.tensors), None)
+        return next((each for each in (name, other_name(name)) if each in self.tensors), None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter in diffusers."""

@@ -25,6 +25,7 @@ from shira_diffusers.formats.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, i
 from shira_diffusers.formats.safetensors_bytes import Span, spans_of
 from shira_diffusers.integrations.single_file import rows_by_name
 from shira_diffusers.weights.scatter import gather
+from shira_diffusers.weights.text_model import other_name
 
 _DTYPES = {
     "F64": torch.float64,
@@ -34,7 +35,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_TEXT_MODEL = "text_model."  # transformers 5.6 dropped it from CLIPTextModel: files have it, adapters may
 
 Mix = Mapping[str, tuple[ShiraAdapter, float]]
 Progress = Callable[[int, int], None]
@@ -180,7 +180,7 @@ def _whole(file: Path, span: Span) -> _Place:
 
 
 def _aliases(name: str) -> tuple[str, str]:
-    return name, name.removeprefix(_TEXT_MODEL) if name.startswith(_TEXT_MODEL) else _TEXT_MODEL + name
+    return name, other_name(name)
 
 
 def _require_fit(base: Path, places: Mapping[str, list[_Place]], mix: Mix) -> None:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from shira_diffusers.errors import AdapterMismatchError, ResidentStateError
 from shira_diffusers.weights.scatter import is_byte_dtype, is_dense
 from shira_diffusers.weights.targets import FUSED_COPIES, WRAPPERS, canonical_name, weight_shape
+from shira_diffusers.weights.text_model import other_name
 
 # Where `fuse_qkv_projections` copies a projection to: the copies, and the projections before it in each.
 _FUSED: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -328,8 +329,7 @@ class WeightMap:
         """The layer's path, the layer as found and the one that owns the parameter, which differ under PEFT."""
         found = self._at(path)
         if found is None:
-            # transformers 5.6 dropped `text_model.` from CLIPTextModel; files may have it or not
-            path = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
+            path = other_name(path)
             found = self._at(path)
         if found is None:
             raise AdapterMismatchError(f"{name}: no such parameter in {type(self._root).__name__}")

@@ -105,6 +105,12 @@ def test_struct_adapters_that_avoid_each_other_are_nearly_orthogonal() -> None:
     assert interference(first, second).awor > interference(*random).awor
 
 
+def test_the_two_names_of_a_text_encoders_weights_are_one() -> None:
+    first, second = tiny.adapter_for(tiny.linears(), 1, only=("",)), tiny.adapter_for(tiny.linears(), 2, only=("0",))
+    whole, each = interference_in_all(first.prefixed("text_encoder.text_model"), second.prefixed("text_encoder"))
+    assert whole == interference(first, second) and list(each) == ["text_encoder.text_model.0.weight"]
+
+
 def test_other_shapes_are_refused() -> None:
     one = ShiraAdapter({"w": SparseDelta(torch.tensor([0]), torch.ones(1), (2, 3))})
     other = ShiraAdapter({"w": SparseDelta(torch.tensor([0]), torch.ones(1), (3, 2))})

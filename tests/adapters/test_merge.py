@@ -131,6 +131,25 @@ def test_other_shapes_are_refused_all_at_once() -> None:
         fuse(parts)
 
 
+@pytest.mark.parametrize("prefix", ["", "text_encoder."])
+def test_the_two_names_of_a_text_encoders_weights_are_one(prefix: str) -> None:
+    """As when the adapters are loaded; one that has both names keeps them, for loading to refuse."""
+    old, new = f"{prefix}text_model.a.weight", f"{prefix}a.weight"
+    one, two = (
+        SparseDelta(torch.tensor([0]), torch.ones(1), (2, 3)),
+        SparseDelta(torch.tensor([1]), torch.ones(1), (2, 3)),
+    )
+    probe = torch.tensor([0.5]).half()
+    first, second = ShiraAdapter({old: one}, {}, {old: probe}), ShiraAdapter({new: two})
+    for parts, name in (((first, second), old), ((second, first), new)):
+        fused = fuse(parts, [2.0, 2.0])
+        assert {n: delta.to_dense().flatten().tolist() for n, delta in fused.deltas.items()} == {
+            name: [2, 2, 0, 0, 0, 0]
+        }
+        assert torch.equal(fused.base_probes[name], probe)
+    assert fuse([first, ShiraAdapter({old: one, new: two})]).names == tuple(sorted([old, new]))
+
+
 def test_metadata_keeps_what_all_agree_on() -> None:
     one, two = adapters()["a"], adapters()["b"]
     one = one.with_metadata(mask="wm", density="0.1", instance_prompt="in sks style")

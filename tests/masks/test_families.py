@@ -146,6 +146,17 @@ def test_avoiding_up_to_the_last_entry_and_no_further(model: nn.Module, family: 
         masks_of(model, family, 0.3, avoid=[first])
 
 
+def test_avoiding_an_adapter_with_the_other_names_of_a_text_encoder(model: nn.Module) -> None:
+    parts = {"text_encoder": nn.ModuleDict({"text_model": model})}
+    first = build_masks(parts, "wm", 0.1, "all")
+    shapes = {f"text_encoder.text_model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
+    adapter = ShiraAdapter(
+        {n.replace("text_model.", ""): SparseDelta(m, torch.ones(m.numel()), shapes[n]) for n, m in first.items()}
+    )
+    second = build_masks(parts, "wm", 0.1, "all", avoid=[adapter])
+    assert not any(torch.isin(mask, first[name]).any() for name, mask in second.items())
+
+
 def test_avoiding_whole_runs(model: nn.Module) -> None:
     first = adapter_on(masks_of(model, "rand", 0.3), model)
     with pytest.raises(AdapterMismatchError, match=r"runs of 32 needed, \d+ left free"):
