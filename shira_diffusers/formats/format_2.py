@@ -112,7 +112,7 @@ def _misshapen(tensors: Mapping[str, Raw]) -> list[str]:
 
 
 def _row(row: Any) -> tuple[str, tuple[int, ...], int, int]:
-    if type(row) is not list or list(map(type, row)) != _TYPES or not _is_text(row[0]):
+    if type(row) is not list or list(map(type, row)) != _TYPES or not is_text(row[0]):
         raise AdapterFormatError(f"{TABLE}: expected {_ROW}, got {row!r:.100}")
     name, shape, nnz, probes = row
     try:
@@ -127,7 +127,7 @@ def _row(row: Any) -> tuple[str, tuple[int, ...], int, int]:
     return name, weight.shape or (), nnz, probes
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """Whether a name can be written again: not empty, and no half of a surrogate pair, which JSON can spell."""
     try:
         return bool(name.encode())
