@@ -63,10 +63,15 @@ class _Counts:
         )
 
 
+def _sizes(delta: SparseDelta) -> tuple[int, int]:
+    """Rows and columns of the delta as a matrix; a weight without dimensions has one of each."""
+    height = delta.shape[0] if delta.shape else 1
+    return height, delta.numel // height if height else 0
+
+
 def _matrix(delta: SparseDelta) -> Tensor:
     """The delta as a float64 sparse matrix, (out, in) or (out, in * kh * kw)."""
-    height = delta.shape[0] if delta.shape else 1
-    width = delta.numel // height if height else 0
+    height, width = _sizes(delta)
     flat = delta.indices.long().cpu()
     places = torch.stack([flat // max(width, 1), flat % max(width, 1)])
     return torch.sparse_coo_tensor(
@@ -105,7 +110,7 @@ def _alone(first: SparseDelta | None, second: SparseDelta | None) -> _Counts:
     """A weight that only one of the two adapts: nothing shared, the product is zero."""
     delta = first or second
     assert delta is not None  # one of the two is given
-    width = delta.numel // delta.shape[0] if delta.numel else 0
+    _, width = _sizes(delta)
     counts = (first.nnz if first else 0, second.nnz if second else 0)
     distance = float(delta.values.double().square().sum())
     return _Counts(0, *counts, conflicts=0, square=0.0, nonzeros=0, cells=width**2, distance=distance)

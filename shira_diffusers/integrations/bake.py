@@ -51,7 +51,7 @@ class _Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.count, *self.span.shape[1:]
+        return (self.count, *self.span.shape[1:]) if self.span.shape else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,10 @@ def _rewrite_tensor(
     raw.seek(span.start)
     raw.readinto(content)
     tensor = torch.frombuffer(content, dtype=_DTYPES[span.dtype]).view(span.shape)
-    weights = {name: tensor[place.first : place.first + place.count] for name, place in places.items()}
+    weights = {
+        name: tensor[place.first : place.first + place.count] if span.shape else tensor
+        for name, place in places.items()
+    }
     for title, (adapter, _) in mix.items():
         bases.setdefault(title, []).extend(_probed(adapter, weights))
     _overwrite(weights, mix)

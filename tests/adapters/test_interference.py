@@ -119,6 +119,14 @@ def test_other_shapes_are_refused() -> None:
             compare(one, other)
 
 
+def test_a_weight_without_dimensions_in_one_adapter_only() -> None:
+    scalar = SparseDelta(torch.tensor([0]), torch.tensor([3.0]), ())
+    line = SparseDelta(torch.tensor([1]), torch.tensor([4.0]), (2, 2))
+    found = interference(ShiraAdapter({"s": scalar, "w": line}), ShiraAdapter({"w": line}))
+    assert (found.overlap, found.l2, found.awor) == (1.0, 3.0, 1 - 1 / 5)
+    assert interference(ShiraAdapter({"s": scalar}), ShiraAdapter({"s": scalar})).awom == 9.0
+
+
 def test_empty_deltas() -> None:
     empty = SparseDelta(torch.empty(0, dtype=torch.int64), torch.empty(0), (2, 3))
     adapter = ShiraAdapter({"w": empty})

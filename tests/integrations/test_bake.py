@@ -266,6 +266,14 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, single: bool, mon
     assert_nothing_left(tmp_path, {"base"})
 
 
+def test_a_weight_without_dimensions(tmp_path: Path) -> None:
+    save_file({"s": torch.tensor(1.0), "w": torch.ones(2, 2)}, tmp_path / "m.safetensors")
+    adapter = ShiraAdapter({"s": SparseDelta(torch.tensor([0]), torch.tensor([0.5]), ())})
+    bake_checkpoint(tmp_path / "m.safetensors", {"a": (adapter, 2.0)}, tmp_path / "o.safetensors")
+    written = load_file(tmp_path / "o.safetensors")
+    assert written["s"].shape == () and written["s"] == 2.0 and torch.equal(written["w"], torch.ones(2, 2))
+
+
 def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:
     pipe = saved(tmp_path / "base")
     adapter = tiny.adapter_for(pipe, only=("q_proj",))
