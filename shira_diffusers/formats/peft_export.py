@@ -125,7 +125,7 @@ def _padded(delta: SparseDelta, count: int) -> tuple[Tensor, Tensor]:
 
     Zeros are put at the first places that the mask leaves free.
     """
-    held = torch.zeros(delta.numel, dtype=torch.bool)
+    held = torch.zeros(delta.numel, dtype=torch.bool, device="cpu")
     held[delta.indices.cpu().long()] = True
     spare = (~held).nonzero().flatten()[: count - delta.nnz]
     held[spare] = True

@@ -181,7 +181,7 @@ class _Tally:
         if ranking == "global":
             self.histogram = self.histogram + histogram
         else:
-            self.at = self.at + torch.tensor([_above(histogram, *_cut(histogram, d)) for d in DENSITIES])
+            self.at = self.at + _row(_above(histogram, *_cut(histogram, d)) for d in DENSITIES)
 
     def __add__(self, other: "_Tally") -> "_Tally":
         return _Tally(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
@@ -190,11 +190,16 @@ class _Tally:
         """Of the component, or of the whole itself."""
         at = self.at
         if isinstance(self.histogram, Tensor) and isinstance(whole.histogram, Tensor):
-            at = torch.tensor([_above(self.histogram, *_cut(whole.histogram, density)) for density in DENSITIES])
-        shares = (torch.as_tensor(at) / (self.energy or 1.0)).clamp(max=1.0).tolist()
+            at = _row(_above(self.histogram, *_cut(whole.histogram, density)) for density in DENSITIES)
+        shares = (torch.as_tensor(at, device="cpu") / (self.energy or 1.0)).clamp(max=1.0).tolist()
         return Energy(
             self.entries, self.numel, self.kept / (self.energy or 1.0), dict(zip(DENSITIES, shares, strict=True))
         )
+
+
+def _row(figures: Iterable[float]) -> Tensor:
+    """Float32 ``(n,)`` on the CPU."""
+    return torch.tensor(list(figures), device="cpu")
 
 
 def _cut(histogram: Tensor, density: float) -> tuple[int, float]:

@@ -20,7 +20,9 @@ from shira_diffusers import (
     save_adapter,
     set_shira_attn_processors,
 )
+from shira_diffusers.formats.peft_export import save_peft_adapter
 from shira_diffusers.masks.families import FAMILIES
+from shira_diffusers.masks.sparsify import Ranking, sparsify
 from shira_diffusers.training.tuner import SparseTuner
 from tests import tiny
 
@@ -119,6 +121,22 @@ def test_training(family: str) -> None:
         difference = ShiraAdapter.from_difference(before, model.state_dict())
     assert all(torch.equal(found.deltas[name].values, delta.values) for name, delta in expected.deltas.items())
     assert difference.nnz
+
+
+def test_an_export_for_peft(tmp_path: Path) -> None:
+    adapter = tiny.adapter_for(tiny.linears(), only=("0.weight",))
+    with elsewhere():
+        again = save_peft_adapter(adapter, tmp_path / "again")
+    plain = save_peft_adapter(adapter, tmp_path / "plain")
+    assert [file.read_bytes() for file in sorted(again.iterdir())] == [f.read_bytes() for f in sorted(plain.iterdir())]
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+def test_top_entries_of_updates(ranking: Ranking) -> None:
+    updates = {name: weight.detach() for name, weight in tiny.linears().named_parameters()}
+    expected = sparsify(updates.items, 0.1, ranking=ranking)
+    with elsewhere():
+        assert sparsify(updates.items, 0.1, ranking=ranking) == expected
 
 
 def test_side_branches() -> None:
