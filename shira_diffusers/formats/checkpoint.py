@@ -4,6 +4,7 @@ In: a pipeline's folder, a model's, or a single ``.safetensors`` file, sharded o
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -90,9 +91,10 @@ def stored_in(file: Path) -> dict[str, StoredWeight]:
     """The floating-point weights of a ``.safetensors`` file by key.
 
     Raises:
-        AdapterFormatError: it is damaged, or no such file.
+        AdapterFormatError: it is damaged, or no such file, or its path is not UTF-8.
     """
     open_safetensors(file)  # says what is wrong with it
+    _require_utf8(file)
     with safe_open(file, framework="pt") as opened:
         parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  no mapping
         return {
@@ -100,6 +102,15 @@ def stored_in(file: Path) -> dict[str, StoredWeight]:
             for key, part in parts.items()
             if part.get_dtype().lstrip("B").startswith("F")
         }
+
+
+def _require_utf8(file: Path) -> None:
+    try:
+        os.fspath(file).encode()
+    except UnicodeEncodeError as error:
+        raise AdapterFormatError(
+            f"{str(file)!r} cannot be read: safetensors opens files with UTF-8 names only; rename the file or folder"
+        ) from error
 
 
 def _read(file: Path, key: str) -> Tensor:

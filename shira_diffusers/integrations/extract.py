@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shira_diffusers.adapters.adapter import ShiraAdapter, require_same_weights
 from shira_diffusers.adapters.base_probes import probe_base, probed_names
-from shira_diffusers.errors import AdapterMismatchError
+from shira_diffusers.errors import AdapterFormatError, AdapterMismatchError
 from shira_diffusers.formats.checkpoint import Checkpoint, StoredWeight, read_checkpoint
 from shira_diffusers.formats.lora import Progress, watched
 from shira_diffusers.formats.shira_file import read_safetensors
@@ -157,8 +157,11 @@ def _mapped(config_file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Store
 
     Args:
         tensors: of the file, ``(out, ...)`` each, by its own keys.
+
+    Raises:
+        AdapterFormatError: a config that is damaged.
     """
-    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = _config(config_file)
     known: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES.get(config.get("_class_name", ""))
     try:
         if known is not None:
@@ -174,3 +177,16 @@ def _mapped(config_file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Store
         for name, own in found.items()
         if own.is_floating_point()
     }
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """A component's config; empty where it has none."""
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{file} is not JSON ({error}); get an intact copy") from error
+    if not isinstance(config, dict):
+        raise AdapterFormatError(f"{file} is no model's config: expected a JSON object; get an intact copy")
+    return config

@@ -1,7 +1,10 @@
 """Adapters extracted from fine-tuned models on disk: at density 1 the tuned model, from folders, shards and files."""
 
 import json
+import os
 import resource
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,6 +240,23 @@ def test_damaged_models(folders: Path, tmp_path: Path) -> None:
         save_file({"a": torch.ones(2)}, two / f"{name}.safetensors")
     with pytest.raises(AdapterFormatError, match=r"got one.safetensors, other.safetensors"):
         extract_adapter(base, two)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{ not json", "is not JSON"), ("[]", "expected a JSON object")])
+def test_a_damaged_config_is_named(folders: Path, tmp_path: Path, text: str, message: str) -> None:
+    shutil.copytree(folders / "base", tmp_path / "base")
+    (tmp_path / "base" / "unet" / "config.json").write_text(text)
+    save_file({"model.diffusion_model.x": torch.ones(3)}, tmp_path / "tuned.safetensors")
+    with pytest.raises(AdapterFormatError, match=rf"unet/config\.json .*{message}.*; get an intact copy"):
+        extract_adapter(tmp_path / "base", tmp_path / "tuned.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems take UTF-8 names only")
+def test_a_path_that_is_not_utf_8(folders: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"tuned\xff")
+    shutil.copytree(folders / "tuned" / "unet", odd)
+    with pytest.raises(AdapterFormatError, match=r"udcff/.* cannot be read: .* UTF-8 names only; rename"):
+        extract_adapter(folders / "base" / "unet", odd)
 
 
 def tied_t5() -> T5EncoderModel:
