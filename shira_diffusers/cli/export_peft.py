@@ -7,18 +7,22 @@ from typing import Any
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.cli.terminal import note, printable, say
-from shira_diffusers.errors import counted
+from shira_diffusers.errors import AdapterMismatchError, counted
 from shira_diffusers.formats.opened_adapter import open_adapter
 from shira_diffusers.formats.peft_export import rank_for_peft, save_peft_adapters, split_for_peft
 
-_COMPONENT = re.compile(r"(unet|transformer|prior|text_encoder|image_encoder|controlnet)(_\d)?")
+_COMPONENTS = ("unet", "transformer", "prior", "text_encoder", "image_encoder", "controlnet", "vae")
+_COMPONENT = re.compile(rf"({'|'.join(_COMPONENTS)})(_\d)?")
 
 
 def export_peft(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        ShiraError, OSError: see ``save_peft_adapter``; nothing is written.
+        AdapterMismatchError: weights of components that are known, and others.
+        ShiraError, OSError: see ``save_peft_adapter``.
+
+    On error nothing is written.
     """
     parts = _parts(open_adapter(args.file).decode(), args.bare)
     left_out: list[str] = []
@@ -44,6 +48,13 @@ def export_peft(args: argparse.Namespace) -> None:
 def _parts(adapter: ShiraAdapter, bare: bool) -> dict[str, ShiraAdapter]:
     """The part for each component; under an empty name an adapter of a bare module."""
     names = adapter.component_names()
-    if bare or not all(map(_COMPONENT.fullmatch, names)):
+    known = [name for name in names if _COMPONENT.fullmatch(name)]
+    if bare or not known:
         return {"": adapter}
+    if others := [name for name in names if name not in known]:
+        raise AdapterMismatchError(
+            f"names of the adapter begin with {', '.join(known)} and others with {', '.join(others)}, expected "
+            f"components of {', '.join(_COMPONENTS)} alone; if all are layers of one model, add --bare, else export "
+            f"one component after the other with save_peft_adapter(adapter.part({others[0]!r}), folder)"
+        )
     return {name: adapter.part(name) for name in names}

@@ -156,6 +156,28 @@ def test_names_that_begin_like_a_component(run: Run, tmp_path: Path) -> None:
         assert run("export-peft", file, flag, "-o", out)[1] == f"wrote {out}: 1 layer{of}, r = 1\n"
 
 
+def test_export_peft_of_other_components(run: Run, tmp_path: Path) -> None:
+    """An autoencoder is one that PEFT takes; of names that no component is known for nothing is written."""
+    pipe = tiny.pipeline()
+    adapter = tiny.adapter_for(pipe, only=("to_q",), density=0.05, components=("unet", "vae"))
+    file, out = save_adapter(adapter, tmp_path / "a.safetensors"), tmp_path / "out"
+    told = json.loads(run("export-peft", file, "--json", "-o", out)[1])["written"]
+    assert [fact["component"] for fact in told] == ["unet", "vae"]
+    model = PeftModel.from_pretrained(tiny.autoencoder(), out / "vae")
+    pipe.load_shira(adapter)
+    picture = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(picture).sample, pipe.vae(picture).sample)
+    others = adapter.part("unet").prefixed("unet").deltas | adapter.part("vae").prefixed("movq").deltas
+    file = save_adapter(ShiraAdapter(others), tmp_path / "b.safetensors")
+    assert_fails(
+        run("export-peft", file, "-o", tmp_path / "no"),
+        "begin with unet and others with movq, expected components of unet, ",
+    )
+    assert not (tmp_path / "no").exists()
+    assert run("export-peft", file, "--bare", "-o", tmp_path / "bare")[0] == 0
+
+
 # -------------------------------------------------------------------- diff
 
 
