@@ -143,7 +143,7 @@ def check_scale(adapter: str, scale: object, components: Mapping[str, Blocks]) -
         ShiraError: not a number that is finite in float32, a component or block that does not exist, another number of
             layers; lists all offenders.
     """
-    plain = _plain(scale)
+    plain = plain_scale(scale)
     wrong = _wrong_parts(plain, components) if isinstance(plain, dict) else _wrong_number("", plain)
     if wrong and isinstance(plain, int | float):
         raise ShiraError(f"the weight of adapter {adapter!r} must be a finite number, got {wrong[0]}")
@@ -157,11 +157,12 @@ def check_scale(adapter: str, scale: object, components: Mapping[str, Blocks]) -
     return plain
 
 
-def _plain(value: Any) -> Any:
+def plain_scale(value: Any) -> Any:
+    """Return a scale in plain Python: numbers and lists of NumPy and torch as such, anything else as it is."""
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: plain_scale(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain_scale(part) for part in value]
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "ndim", None) in (0, 1):
         return value.tolist() if value.ndim else value.item()
     return value
@@ -214,6 +215,9 @@ def _wrong_layers(where: str, value: object, counts: set[int]) -> list[str]:
     if not isinstance(value, list):
         return _wrong_number(where, value)
     if len(value) != 1 and counts != {len(value)}:
-        expected = " or ".join(map(str, sorted(counts)))
-        return [f"{where}: expected {expected} numbers, one per layer, or a list of one, got {len(value)}"]
+        layers = " or ".join(map(str, sorted(counts)))
+        expected = f"{layers} numbers, one per layer, or a list of one"
+        if len(counts) > 1:
+            expected = f"a list of one number, or {{'block_0': [...], ...}}, since its blocks have {layers} layers"
+        return [f"{where}: expected {expected}, got {len(value)}"]
     return [fault for i, part in enumerate(value) for fault in _wrong_number(f"{where}[{i}]", part)]

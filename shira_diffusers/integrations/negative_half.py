@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shira_diffusers.adapters.scales import Scale
+from shira_diffusers.adapters.scales import Scale, plain_scale
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import ResidentStateError, ShiraError
 from shira_diffusers.integrations.per_picture import pictures_of
@@ -43,7 +43,7 @@ def weaker_negative(pipe: Any, resident: Resident, given: Mapping[str, Any], key
     On error nothing has been drawn, and nothing has changed.
     """
     options = dict(given[keyword])
-    share = options.pop(KEY)
+    share = plain_scale(options.pop(KEY))
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise ShiraError(f"{KEY} is the part of the mix in the negative half: expected 0 to 1, got {share!r}")
     name, model = _denoiser(pipe)

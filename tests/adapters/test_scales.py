@@ -152,6 +152,15 @@ def test_what_is_not_there(scale: object, message: str) -> None:
     assert resident.active == {"a": 0.5}
 
 
+def test_a_list_for_blocks_of_different_numbers_of_layers() -> None:
+    unet = {"unet": {"down": (1, 2)}}
+    expected = r"unet\.down: expected a list of one number, or \{'block_0': .* its blocks have 1 or 2 layers, got 2$"
+    with pytest.raises(ShiraError, match=expected):
+        check_scale("a", {"unet": {"down": [0.5, 1.0]}}, unet)
+    for fits in ([0.5], {"block_0": [0.5], "block_1": [0.5, 1.0]}):
+        assert check_scale("a", {"unet": {"down": fits}}, unet) == {"unet": {"down": fits}}
+
+
 def test_blocks_of_models() -> None:
     assert blocks_of(denoiser("SD 1.5")) == {"down": (2, 2, 2, 2), "mid": (1,), "up": (3, 3, 3, 3)}
     assert blocks_of(tiny.text_encoder()) == blocks_of(tiny.sd3_transformer()) == {}

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -82,7 +83,13 @@ def test_sdxl(pipe: StableDiffusionPipeline) -> None:
     torch.testing.assert_close(draw(xl, 1.0), draw(xl, None), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [1.5, -0.1, float("nan"), True, "half"])
+@pytest.mark.parametrize("part", [np.float32(0.5), np.array(0.5), torch.tensor(0.5)], ids=repr)
+def test_numbers_of_numpy_and_torch(pipe: StableDiffusionPipeline, part: Any) -> None:
+    loaded(pipe).set_shira("a")
+    assert torch.equal(draw(pipe, part), draw(pipe, 0.5))
+
+
+@pytest.mark.parametrize("wrong", [1.5, -0.1, float("nan"), True, "half", torch.tensor([0.5])])
 def test_a_part_that_is_none_is_refused(pipe: StableDiffusionPipeline, wrong: Any) -> None:
     loaded(pipe).set_shira("a")
     with pytest.raises(ShiraError, match=r"shira_negative is the part of the mix .* expected 0 to 1, got"):
