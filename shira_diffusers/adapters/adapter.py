@@ -28,7 +28,7 @@ class ShiraAdapter:
             parameters, by which loading recognizes another base.
 
     Raises:
-        AdapterFormatError: a probe of no delta, or longer than its delta.
+        AdapterFormatError: deltas that are none, or a probe of no delta, or longer than its delta.
     """
 
     deltas: Mapping[str, SparseDelta]
@@ -36,6 +36,7 @@ class ShiraAdapter:
     base_probes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _require_deltas(self.deltas)
         wrong = [
             f"{name}: {counted(probe.numel(), 'base value')}"
             for name, probe in self.base_probes.items()
@@ -170,7 +171,8 @@ class ShiraAdapter:
 
         Raises:
             AdapterMismatchError: the two sides hold other names or shapes, or nothing differs.
-            AdapterFormatError: a difference that is not finite.
+            AdapterFormatError: a difference that is not finite, or values that are neither tensors nor modules.
+            ShiraError: no module, mapping or pipeline.
         """
         old, new = _tensors(before), _tensors(after)
         require_same_weights(old, new)
@@ -185,6 +187,22 @@ class ShiraAdapter:
         return cls(deltas, metadata or {}, probe_base(deltas, old))
 
 
+def _require_deltas(given: object) -> None:
+    """Raises AdapterFormatError: not ``{name: SparseDelta}``; names all offenders."""
+    if not isinstance(given, Mapping):
+        raise AdapterFormatError(f"expected {{name: SparseDelta}}, got {type(given).__name__}")
+    odd = {
+        name: value for name, value in given.items() if not (isinstance(name, str) and isinstance(value, SparseDelta))
+    }
+    _refuse_kinds("expected {name: SparseDelta}; read files with load_adapter; got", odd)
+
+
+def _refuse_kinds(expected: str, odd: Mapping[Any, object]) -> None:
+    if odd:
+        kinds = [f"{name!r}: {type(value).__name__}" for name, value in odd.items()]
+        raise AdapterFormatError(f"{expected}:{listing(kinds)}")
+
+
 class HasShape(Protocol):
     """A weight, in memory or not."""
 
@@ -197,6 +215,8 @@ def _tensors(source: Any) -> dict[str, Tensor]:
     parts: Mapping[str, Tensor | nn.Module] | nn.Module = source if isinstance(source, Mapping) else parts_of(source)
     if isinstance(parts, nn.Module):
         return named_weights(parts, every=True)
+    odd = {name: value for name, value in parts.items() if not isinstance(value, Tensor | nn.Module)}
+    _refuse_kinds("expected tensors or modules by name, got", odd)
     found: dict[str, Tensor] = {}
     for name, value in parts.items():
         if isinstance(value, nn.Module):

@@ -49,6 +49,8 @@ def _problem(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> str | N
     if any(not isinstance(size, int) or size < 0 for size in shape):
         return f"shape {shape} is not a tuple of sizes"
     for what, tensor in (("indices", indices), ("values", values)):
+        if not isinstance(tensor, Tensor):
+            return f"{what} are {type(tensor).__name__}, expected a tensor"
         if tensor.is_meta or tensor.layout != torch.strided:
             return f"{what} are {tensor.layout} on {tensor.device}, expected dense tensors that hold values"
     wrong = check_indices(indices, math.prod(shape))
@@ -76,8 +78,8 @@ class SparseDelta:
         shape: shape of the dense weight, ``(out, in)`` or ``(out, in, kh, kw)``.
 
     Raises:
-        AdapterFormatError: indices unsorted, duplicate or out of range; values not finite, of another count or
-            dtype.
+        AdapterFormatError: no tensors; indices unsorted, duplicate or out of range; values not finite, of another
+            count or dtype.
     """
 
     indices: Tensor

@@ -137,6 +137,8 @@ def _require_adapters(adapters: object) -> None:
     given: Any = adapters.values() if isinstance(adapters, Mapping) else adapters
     several = isinstance(given, Collection) and not isinstance(given, str)
     odd = [each for each in (given if several else [given]) if not isinstance(each, ShiraAdapter)]
+    if isinstance(given, ShiraAdapter):
+        raise ShiraError("expected adapters, in a list or by name, got one ShiraAdapter; put it into a list")
     if odd:
         raise ShiraError(
             f"expected adapters, in a list or by name, got {type(odd[0]).__name__} {odd[0]!r:.80}; read files with "

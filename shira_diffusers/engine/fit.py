@@ -27,8 +27,13 @@ def _split(adapter: ShiraAdapter, models: Mapping[str, nn.Module]) -> dict[str, 
     """The adapter's part for each component.
 
     Raises:
+        ShiraError: no adapter.
         AdapterMismatchError: an adapter without deltas, or with names under no component.
     """
+    if not isinstance(adapter, ShiraAdapter):
+        raise ShiraError(
+            f"expected a ShiraAdapter, got {type(adapter).__name__} {adapter!r:.80}; read files with load_adapter"
+        )
     if not adapter.deltas:
         raise AdapterMismatchError("the adapter holds no deltas: there is nothing to apply")
     if "" in models:
@@ -61,6 +66,7 @@ def fit(
         replacing: the name of an adapter of theirs that leaves for this one.
 
     Raises:
+        ShiraError: no adapter.
         AdapterMismatchError: it fits nothing or fits in part; all offenders are named.
         ResidentStateError: weights that cannot be overwritten, or that other adapters change under another name or
             in another model; all offenders are named. Quantized weights of Linear and Conv2d layers are no offenders.

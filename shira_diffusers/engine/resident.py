@@ -217,7 +217,7 @@ class Resident:
             name: not in use.
 
         Raises:
-            ShiraError: the name is in use or empty.
+            ShiraError: the name is in use or empty, or no adapter.
             AdapterMismatchError: the adapter does not fit, wholly or in part; all offenders are named.
             ResidentStateError: a weight that cannot be overwritten (merged, on disk, ...).
 

@@ -154,6 +154,17 @@ def test_what_cannot_be_compared() -> None:
         ShiraAdapter.from_difference(before, after)
 
 
+def test_what_is_no_delta_and_no_tensor() -> None:
+    with pytest.raises(
+        AdapterFormatError, match=r"expected \{name: SparseDelta\}; .* got:\n  - 'w': Tensor\n  - 'v': dict$"
+    ):
+        ShiraAdapter({"w": torch.ones(2), "v": {}})  # type: ignore[dict-item]
+    with pytest.raises(AdapterFormatError, match=r"expected \{name: SparseDelta\}, got list"):
+        ShiraAdapter([])  # type: ignore[arg-type]
+    with pytest.raises(AdapterFormatError, match=r"expected tensors or modules by name, got:\n  - 'a': int$"):
+        ShiraAdapter.from_difference({"a": 3}, {"a": 4})  # type: ignore[dict-item]
+
+
 def test_values_too_large_for_a_dtype_are_named() -> None:
     values = torch.tensor([1e6, 1.0, -7e4])
     adapter = ShiraAdapter(

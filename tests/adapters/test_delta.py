@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ def test_indices_of_another_dtype_or_shape() -> None:
         SparseDelta(torch.tensor([1.0]), torch.ones(1), (2, 3))
     with pytest.raises(AdapterFormatError, match=r"expected \(nnz,\)"):
         SparseDelta(torch.tensor([[1, 2]]), torch.ones(1, 2), (2, 3))
+
+
+def test_arrays_are_no_tensors() -> None:
+    for indices, values, what in ((np.array([1]), torch.ones(1), "indices"), (torch.tensor([1]), np.ones(1), "values")):
+        with pytest.raises(AdapterFormatError, match=f"{what} are ndarray, expected a tensor"):
+            SparseDelta(indices, values, (2, 3))
 
 
 def test_an_empty_delta() -> None:

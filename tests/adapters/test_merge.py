@@ -123,6 +123,11 @@ def test_files_are_no_adapters(adapters: object) -> None:
         fuse(adapters)  # type: ignore[arg-type]
 
 
+def test_one_adapter_is_no_list() -> None:
+    with pytest.raises(ShiraError, match="in a list or by name, got one ShiraAdapter; put it into a list"):
+        fuse(adapters()["a"])  # type: ignore[arg-type]
+
+
 def test_other_shapes_are_refused_all_at_once() -> None:
     one = SparseDelta(torch.tensor([0]), torch.ones(1), (2, 3))
     other = SparseDelta(torch.tensor([0]), torch.ones(1), (3, 2))

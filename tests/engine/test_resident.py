@@ -956,6 +956,13 @@ def test_names_are_strings(model: nn.Module, adapters: dict, name: object) -> No
         Resident(model).add(adapters["a"], name)
 
 
+def test_a_file_is_no_adapter(resident: Resident) -> None:
+    for take in (lambda file: resident.add(file, "new"), lambda file: resident.replace(file, "a"), resident.check):
+        with pytest.raises(ShiraError, match=r"expected a ShiraAdapter, got str .* read files with load_adapter"):
+            take("a.safetensors")
+    assert "new" not in resident.names and "a" in resident.names
+
+
 def test_a_name_is_used_once(resident: Resident, adapters: dict) -> None:
     with pytest.raises(ValueError, match="'a' is in use"):
         resident.add(adapters["b"], "a")
