@@ -118,7 +118,8 @@ def convert_lora(
     file = find_lora(Path(source))
     models = parts_of(target)
     with Resident(models).using({}):
-        updates = LoraUpdates(file, target, component)
+        with torch.device("cpu"):  # diffusers and PEFT make layers on the default device
+            updates = LoraUpdates(file, target, component)
         chooser = ActivationChooser(updates.layers(), calibration) if calibration else Chooser()
         deltas, report = sparsify(
             partial(watched, updates, progress),

@@ -13,6 +13,7 @@ from shira_diffusers import (
     Resident,
     ShiraAdapter,
     build_masks,
+    convert_lora,
     fuse,
     load_adapter,
     mask_gradients,
@@ -24,7 +25,7 @@ from shira_diffusers.formats.peft_export import save_peft_adapter
 from shira_diffusers.masks.families import FAMILIES
 from shira_diffusers.masks.sparsify import Ranking, sparsify
 from shira_diffusers.training.tuner import SparseTuner
-from tests import tiny
+from tests import loras, tiny
 
 
 @contextmanager
@@ -121,6 +122,16 @@ def test_training(family: str) -> None:
         difference = ShiraAdapter.from_difference(before, model.state_dict())
     assert all(torch.equal(found.deltas[name].values, delta.values) for name, delta in expected.deltas.items())
     assert difference.nnz
+
+
+@pytest.mark.parametrize("kohya", [False, True])
+def test_a_lora(kohya: bool, tmp_path: Path) -> None:
+    unet, text = loras.adapted(tiny.unet(), loras.UNET), loras.adapted(tiny.text_encoder(), loras.TEXT, 1)
+    file = loras.of_kohya(tmp_path / "a.safetensors", unet, text) if kohya else loras.of_diffusers(tmp_path, unet, text)
+    pipe = tiny.pipeline()
+    expected = convert_lora(file, pipe, 0.05)
+    with elsewhere():
+        assert convert_lora(file, pipe, 0.05).adapter.deltas == expected.adapter.deltas
 
 
 def test_an_export_for_peft(tmp_path: Path) -> None:
