@@ -160,25 +160,23 @@ def select(model: nn.Module | Mapping[str, nn.Module], targets: Targets = DEFAUL
             layer or the name of its weight.
 
     Raises:
-        AdapterMismatchError: a preset or pattern, also one of several, that matches no Linear or Conv2d weight.
+        AdapterMismatchError: a preset or pattern that matches no Linear or Conv2d weight.
     """
     named = {f"{prefix}{n}": w for prefix, part in by_prefix(model).items() for n, w in named_weights(part).items()}
     if isinstance(targets, str) and targets in PRESETS:
         only_linear = targets != "all"
         patterns: Sequence[str | re.Pattern[str]] = PRESETS[targets]
-        needed: Sequence[str | re.Pattern[str]] = ()  # no model has all layers that a preset knows
     else:
         only_linear = False
-        patterns = needed = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
+        patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
     chosen = {
         name: weight
         for name, weight in named.items()
         if (weight.ndim == 2 or not only_linear) and _any_match(name, patterns)
     }
-    idle = [pattern for pattern in needed if not any(_any_match(name, [pattern]) for name in chosen)]
-    if idle or not chosen:
+    if not chosen:
         raise AdapterMismatchError(
-            f"targets {idle if chosen else targets!r} match none of the {len(named)} Linear and Conv2d weights "
+            f"targets {targets!r} match none of the {len(named)} Linear and Conv2d weights "
             f"(for instance {', '.join(list(named)[:3])}); "
             f"expected a preset ({', '.join(PRESETS)}), a suffix such as 'to_q', a glob or a regular expression"
         )
