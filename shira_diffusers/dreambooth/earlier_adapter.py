@@ -25,10 +25,8 @@ def read_earlier(config: TrainingConfig) -> ShiraAdapter | None:
     if config.resume_from_adapter is None:
         return None
     adapter = load_adapter(config.resume_from_adapter)
-    told = [adapter.metadata.get(key) for key in ("mask_density", "density")]  # files of 0.1.0 have the latter alone
-    if f"{config.density:g}" not in told and not math.isclose(
-        adapter.density, config.density, rel_tol=0.05
-    ):  # masks have whole numbers
+    told = adapter.metadata.get("density") == f"{config.density:g}"
+    if not told and not math.isclose(adapter.density, config.density, rel_tol=0.05):  # masks have whole numbers
         raise ShiraError(
             f"the adapter {config.resume_from_adapter!r} has density {adapter.density:.2g}, got --density "
             f"{config.density:g}: it is gone on from with its own entries, so give --density {adapter.density:.2g}"

@@ -105,7 +105,7 @@ def _text(
         f"# {title}",
         f"A sparse high rank adapter ([SHiRA]({_PAPER})) for {_code(base)}, trained "
         f"with DreamBooth by shira_diffusers. It changes {entries} of {', '.join(adapter.component_names())}: mask "
-        f"{_code(metadata['mask'])}, density {config.density:g}.",
+        f"{_code(metadata['mask'])}, density {metadata['density']}.",
         f"Say {_code(config.instance_prompt)} in the prompt to call it up.",
     ]
     if images:
@@ -115,7 +115,7 @@ def _text(
     parts += [
         "## How it was made",
         _fence("bash", launch_command(config, origin.processes, public=bool(origin.repository))),
-        _table({**metadata, "density": f"{adapter.density:.6g}"}),  # as it is written
+        _table(metadata),
     ]
     if not licensed:
         parts += [

@@ -166,7 +166,7 @@ class Run:
             "base_model": public_name(config.pretrained_model_name_or_path),
             "mask": config.mask_type,
             **({"mask_budget": "global"} if config.mask_budget == "global" and not self._inherited else {}),
-            "mask_density": f"{config.density:g}",  # what was asked for; ``density`` is counted when a file is written
+            "density": f"{config.density:g}",
             "mask_seed": str(config.mask_seed),
             "targets": " ".join(config.target_modules) + (" and convolutions" if config.include_conv else ""),
             **({"dora": "true"} if config.use_dora else {}),

@@ -26,8 +26,7 @@ PREFIX, VALUES, INDICES = "base_model.model.", ".shira_weight", ".shira_indices"
 
 _LORA_KEYS = ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down", "lokr_w", "hada_w")
 _VERSIONS = (format_1.VERSION, format_2.VERSION)
-OF_THE_FILE = ("format", "format_version", CHECKSUM)
-"""Metadata that is the file's, not the adapter's."""
+_OF_THE_FILE = ("format", "format_version", CHECKSUM)  # metadata that is the file's, not the adapter's
 _MASKS = {"random": "rand"}  # PEFT's mask types, by our families; a function of the user's own keeps its name
 
 
@@ -133,7 +132,7 @@ def kept_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """A header's strings as an adapter keeps them."""
     given = metadata or {}
     tables = (format_2.TABLE, format_2.RUNS) if given.get("format_version") == format_2.VERSION else ()
-    return {key: value for key, value in given.items() if key not in (*OF_THE_FILE, *tables)}
+    return {key: value for key, value in given.items() if key not in (*_OF_THE_FILE, *tables)}
 
 
 def reader_of(tensors: Mapping[str, Raw], metadata: Mapping[str, str] | None, source: str) -> Reader:

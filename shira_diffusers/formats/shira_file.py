@@ -4,7 +4,6 @@ In: a path, or a state dict. Out: a ``ShiraAdapter`` on the CPU, or one ``Adapte
 """
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from shira_diffusers._version import __version__
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.delta import SparseDelta
 from shira_diffusers.atomic_write import made_folders, write_atomically
-from shira_diffusers.engine.callers import stacklevel
-from shira_diffusers.errors import AdapterFormatError, counted, listing, verb
+from shira_diffusers.errors import AdapterFormatError, counted, listing
 from shira_diffusers.formats.adapter_file import AdapterFile, digest
 from shira_diffusers.formats.block import Block
 from shira_diffusers.formats.find import WEIGHTS_NAME, file_to_write, find_file, safetensors_in
@@ -30,7 +28,6 @@ from shira_diffusers.formats.header import (
     CHECKSUM,
     FORMAT,
     FORMAT_VERSION,
-    OF_THE_FILE,
     ours,
     read_header,
     reader_of,
@@ -91,7 +88,7 @@ def encode(adapter: ShiraAdapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter as a self-describing state dict: the tensors and the header of a file of format version 1.
 
     Raises:
-        AdapterFormatError: a parameter's name that cannot be read again, or metadata that is the file's own.
+        AdapterFormatError: a parameter's name that cannot be read again.
     """
     tensors = format_1.write(*_parts(adapter))
     header = _metadata(adapter) | {"format": FORMAT, "format_version": format_1.VERSION}
@@ -123,28 +120,13 @@ def _parts(adapter: ShiraAdapter) -> tuple[dict[str, Sparse], dict[str, Raw]]:
 
 
 def _metadata(adapter: ShiraAdapter) -> dict[str, str]:
-    if reserved := [key for key in OF_THE_FILE if key in adapter.metadata]:
-        raise AdapterFormatError(
-            f"the metadata {', '.join(reserved)} {verb(len(reserved), 'is', 'are')} the file's own, expected other "
-            "keys; leave out what was taken from a file's header, load_adapter gives the adapter's own"
-        )
     kept = {_as_text(key): _as_text(value) for key, value in adapter.metadata.items()}
-    return kept | {"library_version": __version__, "density": f"{adapter.density:.6g}"}
+    return {"library_version": __version__, "density": f"{adapter.density:.6g}", **kept}
 
 
 def _as_text(text: str) -> str:
     """The text, halves of surrogate pairs as escapes: names of files that are not UTF-8 have them, JSON cannot."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def _warn_of_tables(metadata: Mapping[str, str]) -> None:
-    """Say which metadata a file of format version 2 cannot keep; files of version 1 may have it."""
-    if lost := [key for key in (format_2.TABLE, format_2.RUNS) if key in metadata]:
-        warnings.warn(
-            f"the metadata {' and '.join(lost)} {verb(len(lost), 'is', 'are')} left out: files of format version "
-            f"{format_2.VERSION} have their own of that name; choose another key to keep it",
-            stacklevel=stacklevel(),
-        )
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, source: str) -> ShiraAdapter:
@@ -222,8 +204,6 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
     Raises:
         AdapterFormatError: an adapter without deltas, or a file of another format, such as ``.bin``; or see ``encode``.
         OSError: the file cannot be written.
-
-    The metadata ``density`` and ``library_version`` are written anew. A warning says which other metadata is left out.
     """
     if not adapter.deltas:
         raise AdapterFormatError("the adapter holds no deltas, expected at least one; nothing was written")
@@ -234,7 +214,6 @@ def save_adapter(adapter: ShiraAdapter, path: str | os.PathLike[str]) -> Path:
         )
     target = file_to_write(target)
     content = serialize(adapter)
-    _warn_of_tables(adapter.metadata)
     with made_folders(target.parent):
         write_atomically(target, content)
     return target

@@ -160,7 +160,7 @@ def select(model: nn.Module | Mapping[str, nn.Module], targets: Targets = DEFAUL
             layer or the name of its weight.
 
     Raises:
-        AdapterMismatchError: a preset or pattern that matches no Linear or Conv2d weight.
+        AdapterMismatchError: a preset or patterns that match no Linear or Conv2d weight. Of several patterns some may.
     """
     named = {f"{prefix}{n}": w for prefix, part in by_prefix(model).items() for n, w in named_weights(part).items()}
     if isinstance(targets, str) and targets in PRESETS:

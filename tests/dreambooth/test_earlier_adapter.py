@@ -40,7 +40,7 @@ def test_it_goes_on_with_the_entries_and_from_the_values(settings: dict[str, obj
     for name, delta in after.deltas.items():
         assert torch.equal(delta.indices, before.deltas[name].indices)
         assert not torch.equal(delta.values, before.deltas[name].values)
-    told = {"mask": "rand", "mask_seed": "3", "mask_density": "0.05", "resumed_from": "earlier", "steps": "2"}
+    told = {"mask": "rand", "mask_seed": "3", "density": "0.05", "resumed_from": "earlier", "steps": "2"}
     assert {name: after.metadata[name] for name in told} == told
 
 
@@ -50,14 +50,6 @@ def test_a_run_that_went_on_is_resumed_bit_for_bit(settings: dict[str, object], 
     again = run(settings, **options, resume_from_checkpoint="checkpoint-2")
     tiny.assert_same_adapter(again, whole)
     assert again.metadata == whole.metadata
-
-
-def test_a_density_that_masks_only_come_near_to(settings: dict[str, object], tmp_path: Path) -> None:
-    """Whole columns hold other numbers of entries than were asked for: the density asked for is the adapter's too."""
-    options = settings | {"mask_type": "struct", "max_train_steps": 1}
-    before = run(options, output_dir=str(tmp_path / "earlier"))
-    assert abs(before.density / 0.05 - 1) > 0.05
-    tiny.assert_same_adapter(run(options, resume_from_adapter=str(tmp_path / "earlier"), learning_rate=0.0), before)
 
 
 def test_another_density_is_refused(settings: dict[str, object], earlier: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_checkpoint_of_another_run_that_is_named_is_taken_with_a_warning(
 def test_settings_that_cannot_change_choose_among_this_runs_checkpoints(settings: dict[str, object]) -> None:
     run(settings, max_train_steps=1)
     run(settings, max_train_steps=2, checkpointing_steps=2, density=0.5)
-    assert run(settings, max_train_steps=1, resume_from_checkpoint="latest").metadata["mask_density"] == "0.02"
+    assert run(settings, max_train_steps=1, resume_from_checkpoint="latest").metadata["density"] == "0.02"
     with pytest.raises(ShiraError, match=r"density was 0.5, got 0.3"):
         run(settings, density=0.3, resume_from_checkpoint="latest")
 

@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 
 from shira_diffusers import ShiraAdapter, SparseDelta, save_adapter
-from shira_diffusers.formats import shira_file
 
 FOLDER = Path(__file__).parent / "golden"
-METADATA = {"base_model": "tiny", "instance_prompt": "Gruß"}
-LIBRARY_VERSION = "0"  # in the files, so that they outlive versions
+METADATA = {"base_model": "tiny", "instance_prompt": "Gruß", "library_version": "0"}
 
 
 def delta(indices: list[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> SparseDelta:
@@ -70,6 +68,5 @@ def assert_same(found: ShiraAdapter, expected: ShiraAdapter) -> None:
 
 
 if __name__ == "__main__":
-    shira_file.__version__ = LIBRARY_VERSION
     for name, make in FORMAT_2.items():
         save_adapter(make(), FOLDER / f"{name}.safetensors")
