@@ -12,7 +12,6 @@ from shira_diffusers.cli.fuse import DTYPES, new_file
 from shira_diffusers.cli.inspect import written_line
 from shira_diffusers.cli.progress_bar import progress_bar
 from shira_diffusers.cli.terminal import say, say_json, table
-from shira_diffusers.errors import ShiraError
 from shira_diffusers.formats.find import PEFT_WEIGHTS, find_lora
 from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.lora import convert_lora
@@ -31,7 +30,8 @@ def convert(args: argparse.Namespace) -> None:
         OSError: a file cannot be read or written.
     """
     require_density(args.density)
-    target = output_file(args.output, find_lora(args.file), args.force)  # before the base is loaded, which takes long
+    # before the base is loaded, which takes long
+    target = output_file(args.output, find_lora(args.file), args.force, Path(args.base))
     prompts = args.prompt or (CALIBRATION_PROMPTS if args.calibrated else ())
     pipe = open_pipeline(args.base)
     with progress_bar(unit="weights") as progress:
@@ -63,17 +63,14 @@ def output_file(output: Path | None, source: Path, force: bool, *others: Path) -
     """The file to write: what the user asks for, or ``NAME-shira.safetensors`` here, after what it is made from.
 
     Args:
-        others: files that it is made from too.
+        others: files and folders that it is made from too.
 
     Raises:
-        ShiraError: it exists, and is not to be replaced; or it is what the adapter is made from.
+        ShiraError: as ``new_file``.
     """
     path = (source.parent if source.name == PEFT_WEIGHTS else source).resolve()
     name = path.stem if path.is_file() else path.name
-    target = new_file(output or Path(f"{name}-shira.safetensors"), force)
-    if target.exists() and any(each.exists() and target.samefile(each) for each in (source, *others)):
-        raise ShiraError(f"{target} is what the adapter is made from, and stays; choose another name")
-    return target
+    return new_file(output or Path(f"{name}-shira.safetensors"), force, source, *others)
 
 
 def say_energy(args: argparse.Namespace, written: Path, report: EnergyReport) -> None:

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from shira_diffusers.adapters.merge import fuse
 from shira_diffusers.cli.inspect import written_line
 from shira_diffusers.cli.terminal import note, say, say_json
 from shira_diffusers.errors import ShiraError, counted
+from shira_diffusers.formats.find import PEFT_WEIGHTS, find_local, is_peft_folder, safetensors_in
 from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.opened_adapter import open_adapter
-from shira_diffusers.formats.paths import SUFFIX
+from shira_diffusers.formats.paths import OTHER_WEIGHTS, SUFFIX, shown_in
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME, file_to_write, save_adapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,7 +31,7 @@ def fuse_files(args: argparse.Namespace) -> None:
         AdapterMismatchError: adapters of different models.
         OSError: a file cannot be read or written.
     """
-    new_file(args.output, args.force)
+    new_file(args.output, args.force, *(find_local(file) for file in args.files))
     count, weights = len(args.files), args.weights or [1.0]
     if len(weights) not in (1, count):
         raise ShiraError(
@@ -47,18 +49,36 @@ def fuse_files(args: argparse.Namespace) -> None:
         say(written_line(found))
 
 
-def new_file(output: Path, force: bool) -> Path:
+def new_file(output: Path, force: bool, *sources: Path) -> Path:
     """The file to write, of a name as ``save_adapter`` takes it.
+
+    Args:
+        sources: files and folders that it is made from.
 
     Raises:
         ShiraError: it exists, and is to stay; or the name is that of a file of another kind.
     """
+    if output.suffix.lower() in OTHER_WEIGHTS and not output.is_dir():
+        raise ShiraError(f"expected a {SUFFIX} file or a folder to write to, got {output}; choose such a name")
     target = file_to_write(output)
     if target.exists() and not force:
         raise ShiraError(f"{target} exists, expected a new file; choose another name or replace it with --force")
     if output.is_file() and output != target:
         raise ShiraError(f"{output} is a file whose name does not end in {SUFFIX}; name such a file, or a folder")
+    if target.exists() and any(each.exists() and target.samefile(each) for each in _weights_of(sources)):
+        raise ShiraError(f"{target} is what the adapter is made from, and stays; choose another name")
     return target
+
+
+def _weights_of(sources: Iterable[Path]) -> Iterator[Path]:
+    """The files of weights that adapters and models consist of."""
+    for source in sources:
+        if is_peft_folder(source):
+            yield source / PEFT_WEIGHTS
+        elif (source / "model_index.json").is_file():
+            yield from chain.from_iterable(map(safetensors_in, shown_in(source)))
+        else:
+            yield from safetensors_in(source) or [source]
 
 
 def _compare_bases(adapters: Sequence[ShiraAdapter]) -> None:

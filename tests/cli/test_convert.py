@@ -117,6 +117,36 @@ def test_what_an_adapter_is_made_from_stays(run: Run, files: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("argv", "stays"),
+    [
+        ("extract {f}/base tuned -o {t} --force", "tuned/unet/diffusion_pytorch_model.safetensors"),
+        ("extract {f}/base/unet tuned/unet -o {t} --force", "tuned/unet/diffusion_pytorch_model.safetensors"),
+        ("convert {f}/style.safetensors --base tuned -o {t} --force", "tuned/unet/diffusion_pytorch_model.safetensors"),
+        ("convert peft --base {f}/base -o {t} --force", "peft/adapter_model.safetensors"),
+        ("fuse adapter.safetensors {f}/adapter.safetensors -o {t} --force", "adapter.safetensors"),
+        ("fuse folder {f}/adapter.safetensors -o folder --force", "folder/pytorch_shira_weights.safetensors"),
+    ],
+)
+def test_weights_inside_of_a_folder_that_an_adapter_is_made_from_stay(
+    run: Run, files: Path, tmp_path: Path, argv: str, stays: str
+) -> None:
+    for name in ("tuned", "peft"):
+        shutil.copytree(files / name, tmp_path / name)
+    save_adapter(load_adapter(shutil.copy(files / "adapter.safetensors", tmp_path)), tmp_path / "folder")
+    before = (tmp_path / stays).read_bytes()
+    status, _, err = run(*argv.format(f=files, t=stays).split())
+    assert status == 1 and err == f"error: {stays} is what the adapter is made from, and stays; choose another name\n"
+    assert (tmp_path / stays).read_bytes() == before
+
+
+def test_an_earlier_output_beside_a_lora_is_replaced(run: Run, files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "peft", tmp_path / "peft")
+    for _ in range(2):
+        status, _, err = run("convert", "peft", "--base", files / "base", "-o", "peft/mine.safetensors", "--force")
+        assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("convert {f}/style.safetensors --base {f}/base -o {f}/adapter.safetensors", "exists, expected a new file"),
@@ -131,6 +161,11 @@ def test_what_an_adapter_is_made_from_stays(run: Run, files: Path, tmp_path: Pat
             "nothing to keep of this update: density 1e-09 keeps no entry; raise it",
         ),
         ("extract {f}/base {f}/tuned -o {f}/adapter.safetensors", "exists, expected a new file"),
+        (
+            "convert {f}/style.safetensors --base {f}/base -o new.bin",
+            "expected a .safetensors file or a folder to write",
+        ),
+        ("extract {f}/base {f}/tuned -o new.pt", "expected a .safetensors file or a folder to write to, got new.pt"),
         ("extract {f}/base {f}/base", "no weight is changed"),
         ("extract {f}/base/unet {f}/base/vae", "expected the same parameters on both sides"),
         ("extract {f}/base {f}/nowhere", "no model at"),
