@@ -633,6 +633,11 @@ def _require_plain_start(file: Path, config: Any) -> None:
             f"{file} started from a changed base (init_lora_weights={start!r}): expected an update of the base itself; "
             "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
+    if getattr(config, "kasa_config", None):
+        raise AdapterFormatError(
+            f"{file} is a KaSA, which takes singular values away from the base: expected an update of the base itself; "
+            "merge it into the base with PEFT, and use shira extract"
+        )
 
 
 def _require_peft() -> None:
@@ -658,7 +663,8 @@ def _dense(name: str, layer: Any, weight: Tensor, magnitude: Tensor | None) -> T
     from peft.tuners.lycoris_utils import LycorisLayer
 
     additive: tuple[Any, ...] = (LoraLayer, LycorisLayer)
-    if _NAME in getattr(layer, "lora_magnitude_vector", ()) or not isinstance(layer, additive):
+    own_update = _NAME in getattr(layer, "lora_magnitude_vector", ()) or _NAME in getattr(layer, "lora_variant", ())
+    if own_update or not isinstance(layer, additive):
         return _merged(layer, weight)
     for each in layer.adapter_layer_names:
         if isinstance(part := getattr(layer, each, None), nn.Module):

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, WanPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import config as lora_configs
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -251,6 +252,24 @@ def test_a_lora_that_changed_its_base_is_refused(tmp_path: Path, start: str) -> 
     loras.of_peft(tmp_path, tiny.unet(), ["to_q"], init_lora_weights=start)
     with pytest.raises(AdapterFormatError, match=f"started from a changed base .init_lora_weights='{start}'"):
         convert_lora(tmp_path, tiny.pipeline())
+
+
+def test_a_kasa_is_refused(tmp_path: Path) -> None:
+    """It truncates the base when it is put into a model, and ``lora_diag`` is between its factors."""
+    if not hasattr(lora_configs, "KasaConfig"):
+        pytest.skip("this PEFT has no KaSA")
+    loras.of_peft(tmp_path, tiny.unet(), ["to_q"], kasa_config=lora_configs.KasaConfig())
+    with pytest.raises(AdapterFormatError, match="is a KaSA, which takes singular values away from the base"):
+        convert_lora(tmp_path, tiny.pipeline())
+
+
+@pytest.mark.parametrize("factor", ["target_modules_bd_a", "target_modules_bd_b"])
+def test_block_diagonal_factors_are_as_peft_merges_them(tmp_path: Path, factor: str) -> None:
+    if not hasattr(lora_configs, "BdLoraConfig"):
+        pytest.skip("this PEFT has no BD-LoRA")
+    blocks = lora_configs.BdLoraConfig(**{factor: ["to_q"]}, nblocks=2, match_strict=False)
+    expected = loras.of_peft(tmp_path, tiny.unet(), ["to_q", "to_k"], r=4, use_bdlora=blocks)
+    assert_weights(convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter, expected)
 
 
 @pytest.mark.parametrize("matrix", ["lora_A", "lora_B", "lora_magnitude"])
