@@ -20,6 +20,7 @@ from shira_diffusers.dreambooth.model_card import Origin, write_card
 from shira_diffusers.dreambooth.published_settings import public_name
 from shira_diffusers.dreambooth.train import train
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
+from tests import tiny
 from tests.dreambooth.hub import TOKEN, Hub, serve
 
 
@@ -155,7 +156,7 @@ def test_a_run_that_is_pushed_can_be_loaded_by_its_name(
 def test_what_is_published_names_folders_and_tells_not_where_they_are(
     settings: dict[str, object], hub: type[Hub], tmp_path: Path, base: Path
 ) -> None:
-    avoided = save_adapter(replace(ADAPTER, metadata={}), tmp_path / "other.safetensors")
+    avoided = save_adapter(tiny.adapter_for(tiny.unet()).prefixed("unet"), tmp_path / "other.safetensors")
     paths = {
         "class_data_dir": str(tmp_path / "class"), "with_prior_preservation": True, "class_prompt": "a cat",
         "num_class_images": 1, "pretrained_vae_model_name_or_path": str(base / "vae"), "mask_type": "rand",
