@@ -6,7 +6,7 @@ from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.weights.text_model import other_full_names
 
 
-def named_as(adapter: ShiraAdapter, names: Collection[str]) -> ShiraAdapter:
+def _named_as(adapter: ShiraAdapter, names: Collection[str]) -> ShiraAdapter:
     """The adapter, its parameters by those of ``names`` that mean them; one that has both names of one keeps them."""
     renamed = {
         name: own
@@ -23,6 +23,6 @@ def named_alike(adapters: Iterable[ShiraAdapter]) -> list[ShiraAdapter]:
     names: set[str] = set()
     found = []
     for adapter in adapters:
-        found.append(named_as(adapter, names))
+        found.append(_named_as(adapter, names))
         names.update(found[-1].deltas)
     return found

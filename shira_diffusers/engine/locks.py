@@ -373,7 +373,8 @@ def _queue(hold: Hold) -> set[Hold]:
     rivals = [one for one in earlier if hold.conflicts_with(one)]
     if not hold.write:
         return set(rivals)
-    return set([one for one in rivals if not _conflicts(one)][:1])
+    first = next((one for one in rivals if not _conflicts(one)), None)
+    return set() if first is None else {first}
 
 
 def _leads_to(hold: Hold, others: set[Hold]) -> bool:

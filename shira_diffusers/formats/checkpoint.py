@@ -17,6 +17,7 @@ from shira_diffusers.errors import AdapterFormatError, listing
 from shira_diffusers.formats.find import safetensors_in
 from shira_diffusers.formats.paths import SUFFIX, did_you_mean
 from shira_diffusers.formats.safetensors_bytes import open_safetensors
+from shira_diffusers.weights.text_model import PREFIX
 
 
 class StoredWeight(NamedTuple):
@@ -120,4 +121,4 @@ def _read(file: Path, key: str) -> Tensor:
 
 
 def _named(weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
-    return {key.removeprefix("text_model."): weight for key, weight in weights.items()}
+    return {key.removeprefix(PREFIX): weight for key, weight in weights.items()}

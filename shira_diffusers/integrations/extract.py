@@ -19,6 +19,7 @@ from shira_diffusers.formats.lora import Progress, watched
 from shira_diffusers.formats.shira_file import read_safetensors
 from shira_diffusers.integrations.single_file import rows_by_name
 from shira_diffusers.masks.sparsify import Ranking, SparseUpdate, require_density, sparsify
+from shira_diffusers.weights.text_model import PREFIX
 
 # What diffusers raises for a checkpoint that is none of the architecture.
 _MAPPING = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError)
@@ -96,7 +97,7 @@ def _by_component(model: Checkpoint) -> Checkpoint:
         part, _, own = name.partition(".")
         whole = model[""][rows.key]
         read = partial(_rows_of, whole, slice(rows.first, rows.first + rows.height))
-        own = own.removeprefix("text_model.")
+        own = own.removeprefix(PREFIX)
         found.setdefault(part, {})[own] = StoredWeight((rows.height, *whole.shape[1:]), read)
     return found or model
 
@@ -173,7 +174,7 @@ def _mapped(config_file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Store
     except _MAPPING:
         return {}
     return {
-        name.removeprefix("text_model."): StoredWeight(tuple(own.shape), own.detach)
+        name.removeprefix(PREFIX): StoredWeight(tuple(own.shape), own.detach)
         for name, own in found.items()
         if own.is_floating_point()
     }

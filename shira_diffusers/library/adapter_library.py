@@ -326,8 +326,8 @@ class AdapterLibrary:
         )
         pins.callback(self._store.release, version)
         record_stream(decoded.held)
-        parts = decoded.adapter.component_names() if "" not in user.models else [""]
-        if all(part in user.models and _holds(unwrap(user.models[part]), version, decoded) for part in parts):
+        held = sum(len(state.adapters[version.name].deltas) for state in user.holding(version, decoded))
+        if held == len(decoded.adapter.deltas):  # all of it: some of the modules may be others than last time
             return version
         with self._store.lock:
             self._made.update({id(delta.values): delta.values for delta in decoded.adapter.deltas.values()})
