@@ -113,7 +113,8 @@ class FolderStore:
 
     def _require_free(self, name: str, *, replace: bool) -> None:
         """Refuse a name before its file is received."""
-        if any(each == name and path.parent != self.folder for each, path in adapters_in(self.folder)):
+        usual = self.folder / f"{name}{SUFFIX}"
+        if any(each == name and path != usual for each, path in adapters_in(self.folder)):
             message = f"the adapter {name!r} is a sub-folder, which an upload cannot replace; expected another name"
             raise ServiceError("conflict", message, 409)
         if not replace and name in self.sizes():

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from shira_diffusers import ShiraError, load_adapter, save_adapter
-from shira_diffusers.formats.find import WEIGHTS_NAME
+from shira_diffusers.formats.find import PEFT_WEIGHTS, WEIGHTS_NAME
 from shira_diffusers.serving import store as stores
 from shira_diffusers.serving.errors import ServiceError
 from shira_diffusers.serving.store import FolderStore, open_store
@@ -188,9 +188,13 @@ def test_a_name_is_free_again_where_its_file_could_not_be_put_there(
 
 
 @pytest.mark.parametrize("replace", [True, False])
-def test_an_upload_takes_no_name_of_a_sub_folder(local: FolderStore, file: bytes, replace: bool) -> None:
+@pytest.mark.parametrize("content", [(WEIGHTS_NAME,), (PEFT_WEIGHTS, "adapter_config.json")], ids=["ours", "PEFT's"])
+def test_an_upload_takes_no_name_of_a_sub_folder(
+    local: FolderStore, file: bytes, replace: bool, content: tuple[str, ...]
+) -> None:
     (local.folder / "sub").mkdir()
-    (local.folder / "sub" / WEIGHTS_NAME).write_bytes(file)
+    for name in content:
+        (local.folder / "sub" / name).write_bytes(file)
     message = "the adapter 'sub' is a sub-folder, which an upload cannot replace; expected another name"
     with pytest.raises(ServiceError, match=f"^{message}$") as caught:
         add(local, "sub", file, replace=replace)
