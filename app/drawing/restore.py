@@ -40,11 +40,16 @@ def restore(given: Mapping[str, Any], session: Session) -> Restored:
     mix = {now: settings.mix[name] for name, now in named.items()}
     mixed = replace(settings, mix=mix)
     lacking = tuple(session.problems(mixed))
-    kept = session.drawable(replace(mixed, **{what: without for _, each in lacking for what, without in each.items()}))
+    kept = session.drawable(replace(mixed, **{what: value for _, each in lacking for what, value in each.items()}))
     notes = (note for name in settings.mix if (note := _note(name, named.get(name), then.get(name, ""), hashes)))
-    left_out = (f"{problem[0].upper()}{problem[1:]}; this was left out." for problem, _ in lacking)
+    without = (f"{problem[0].upper()}{problem[1:]}; this was left out." for problem, _ in lacking)
     then_named = replace(settings, mix={named.get(name, name): mix for name, mix in settings.mix.items()})
-    return Restored(kept, then_named, (*notes, *left_out, *_model(given, session)))
+    return Restored(kept, then_named, (*notes, *without, *_model(given, session)))
+
+
+def left_out(style: str) -> str:
+    """The note of a style that is missing."""
+    return f"“{style[:80]}” is not among the styles here, so it was left out of the mix."
 
 
 def to_keep(settings: Settings, session: Session) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def _names_now(mix: Mapping[str, Any], then: Mapping[str, str], hashes: Mapping[
 
 def _note(name: str, now: str | None, then: str, hashes: Mapping[str, str]) -> str:
     if now is None:
-        return f"“{name[:80]}” is not among the styles here, so it was left out of the mix."
+        return left_out(name)
     if now != name:
         return f"“{name[:80]}” is called “{now}” here."
     if then and hashes[now] and then != hashes[now]:  # unknown while only the head of a file was read

@@ -179,6 +179,7 @@ function showCards() {
 
 filter.addEventListener('input', () => { limit = props.page; arrange() })
 more.addEventListener('click', () => {
+  if (Object.keys(props.value ?? {}).some((name) => !rows.has(name))) send() // renamed or deleted meanwhile
   const place = cards.children.length
   limit += props.page
   arrange()

@@ -12,7 +12,7 @@ import gradio as gr
 from app.drawing import random_settings
 from app.drawing.preview_budget import PreviewBudget
 from app.drawing.requests import Stopped
-from app.drawing.restore import Restored, restore
+from app.drawing.restore import Restored, left_out, restore
 from app.drawing.suggestions import first_mix
 from app.history.history import Kept
 from app.history.png_metadata import read_settings
@@ -178,7 +178,16 @@ class MixTab:
     def settings(self, values: Values) -> Settings:
         """Checked settings from the values of ``inputs``; raises SettingsError."""
         given = {name: values[each] for name, each in self.fields.items()}
-        return self._session.checked(**{**given, "mix": given["mix"] or {}})
+        given["mix"], gone = self._known(given["mix"] or {})
+        for name in gone:
+            gr.Warning(theme.plain(left_out(name)))
+        return self._session.checked(**given)
+
+    def _known(self, mix: Any) -> tuple[Any, list[str]]:
+        """A mix without the styles that are gone, and those; what is no mix stays, to be refused."""
+        names = self._session.adapter_names
+        gone = [name for name in mix if isinstance(name, str) and name not in names] if isinstance(mix, dict) else []
+        return ({name: mix[name] for name in mix if name not in gone} if gone else mix), gone
 
     def fill(self, given: Mapping[str, Any], file: str | None = None, name: str | None = None) -> list[Any]:
         """Updates of ``targets``, in their order, that show settings as in a picture's metadata, in front.

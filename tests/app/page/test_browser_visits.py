@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -20,6 +20,8 @@ from app.history.png_metadata import write_png
 from app.page.tabs import mix
 from app.page.tabs.browser_memory import mix_without_lost
 from app.studio import Studio
+from shira_diffusers import save_adapter
+from tests import tiny
 from tests.app.browsing import FORGET, MARKS, PATIENCE, WIDE, Open, drawing_held, expect, new_context
 from tests.app.conftest import SUGGESTION, Folders, served
 
@@ -260,6 +262,42 @@ def test_a_change_while_a_picture_is_drawn_is_no_new_visit(open_page: Open, sess
     wait_for_picture(page)
     assert asked == []
     expect(page.get_by_label("strength of bluefire", exact=True)).to_have_value("0.5")
+
+
+# -------------------------------------------------------------------- what the page keeps
+
+
+def ready(page: Any) -> Any:
+    """The page, once it is filled in."""
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=PATIENCE)
+    page.wait_for_timeout(600)  # what changes before that is part of the loading
+    return page
+
+
+def undo(page: Any) -> None:
+    page.get_by_role("button", name="Undo", exact=True).click()
+
+
+def test_a_style_that_is_gone_is_left_out_of_what_is_drawn(open_page: Open, studio: Studio, tmp_path: Path) -> None:
+    moss = save_adapter(tiny.adapter_for(tiny.pipeline(), 5), tmp_path / "moss.safetensors")
+    library = studio.session.library
+    library.add(moss, "moss")
+    page = ready(open_page())
+    page.get_by_role("checkbox", name="bluefire").uncheck()
+    page.get_by_role("checkbox", name="moss").check()
+    page.wait_for_timeout(600)
+    library.rename("moss", "fern")
+    expect(page.get_by_role("checkbox", name="fern")).not_to_be_checked()
+    page.get_by_role("button", name="Generate").click()
+    wait_for_picture(page)
+    expect(page.locator("#gallery .caption-label")).to_have_text("base")
+    page.wait_for_timeout(600)
+    undo(page)
+    expect(page.locator("#changed")).to_have_text("Changed since drawn: styles")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_text("“moss” is not among the styles here")).to_be_visible(timeout=PATIENCE)
+    wait_for_picture(page, 2)
+    library.delete("fern")
 
 
 # -------------------------------------------------------------------- presets and sharing
