@@ -84,6 +84,7 @@ class BrowserMemory:
         """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept; that event."""
         # not gr.on(None, ...), which also runs whenever an input changes, and then undoes what was changed since
         loaded = load(None, self._settings, self._inputs, js=self._named(REOPEN), **QUIET)
+        loaded.then(None, [self._settings, *self._inputs], self._settings, js=self._named(KEEP), **QUIET)
         lost = gr.Textbox(visible=False)  # a drawing, by this very load
         return loaded.then(show, [self._settings, self.pictures, self.shown, lost], list(outputs), js=LOST, **TELLING)
 

@@ -300,6 +300,18 @@ def test_a_style_that_is_gone_is_left_out_of_what_is_drawn(open_page: Open, stud
     library.delete("fern")
 
 
+def test_a_new_visitors_first_change_is_undone(couple: tuple[Any, Any], url: str) -> None:
+    page = couple[0].new_page()
+    page.add_init_script(FORGET)
+    page.goto(url)
+    ready(page)
+    page.get_by_role("checkbox", name="paintings").check()
+    page.wait_for_timeout(600)
+    undo(page)
+    expect(page.get_by_role("checkbox", name="paintings")).not_to_be_checked(timeout=5000)
+    page.close()
+
+
 # -------------------------------------------------------------------- presets and sharing
 
 
