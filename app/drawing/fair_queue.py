@@ -7,9 +7,18 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from shira_diffusers import ShiraError
+
 T = TypeVar("T")
 BACKGROUND = "\0background"
 """The visit of background work, which runs when no other visit waits."""
+
+
+class Closed(ShiraError):
+    """A job was asked for, waits or is under way as the app ends."""
+
+    def __init__(self) -> None:
+        super().__init__("the app is ending; draw again when it has started anew")
 
 
 class FairQueue:
@@ -21,20 +30,27 @@ class FairQueue:
     def __init__(self) -> None:
         self._waiting: OrderedDict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = OrderedDict()
         self._changing = threading.Lock()
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="drawing")
 
     def submit(self, visit: str, job: Callable[[], T]) -> Future[T]:
         """Queue a job; cancelling its future takes it out of the queue, unless it has begun.
 
         Raises:
-            RuntimeError: closed.
+            Closed: see ``close``.
         """
         future: Future[T] = Future()
         context = contextvars.copy_context()
         with self._changing:
+            self.require_open()
             self._waiting.setdefault(visit, deque()).append((future, lambda: context.run(job)))
-        self._thread.submit(self._run_next)
+            self._thread.submit(self._run_next)
         return future
+
+    def require_open(self) -> None:
+        """Raise Closed after ``close``; a long job that asks between its steps ends early."""
+        if self._closed:
+            raise Closed
 
     @property
     def wanted(self) -> bool:
@@ -42,13 +58,15 @@ class FairQueue:
         return any(visit != BACKGROUND for visit in tuple(self._waiting))
 
     def close(self) -> None:
-        """Forget the jobs that have not begun."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Refuse further jobs, and let those that have not begun fail with Closed."""
         with self._changing:
+            self._closed = True
             waiting = [future for jobs in self._waiting.values() for future, _ in jobs]
             self._waiting.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
         for future in waiting:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Closed())
 
     def _run_next(self) -> None:
         future, job = self._take()

@@ -130,7 +130,7 @@ class Session:
         return resident_of(self._pipe).active
 
     def close(self) -> None:
-        """Forget the pictures that wait for their turn, as the app ends."""
+        """As the app ends: the picture under way ends at its next step, and those that wait end at once."""
         self.queue.close()
 
     def generate(self, *given: Any, on_step: OnStep | None = None, visit: str = "", **named: Any) -> Picture:
@@ -202,7 +202,7 @@ class Session:
     def submit(self, settings: Settings, on_step: OnStep | None = None, visit: str = "") -> Future[Picture]:
         """Draw a picture when the visit's turn has come; the settings are checked ones.
 
-        Cancelling the future takes it out of the queue; once it has begun, only ``on_step`` can end it.
+        Cancelling the future takes it out of the queue; once it has begun, only ``on_step`` and ``close`` can end it.
         """
         return self.queue.submit(visit, lambda: self.draw(settings, on_step))
 
@@ -248,6 +248,7 @@ class Session:
 
     def _sample(self, settings: Settings, on_step: OnStep | None) -> Image:
         def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            self.queue.require_open()
             if on_step:
                 on_step(step + 1, settings.steps_drawn)
             return tensors

@@ -1,11 +1,11 @@
 """The queue is fair between visits, whatever each asks for, and survive what goes wrong in a job."""
 
 import threading
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 
 import pytest
 
-from app.drawing.fair_queue import BACKGROUND, FairQueue
+from app.drawing.fair_queue import BACKGROUND, Closed, FairQueue
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_closing_forgets_what_waits(queue: FairQueue) -> None:
     waiting = queue.submit("a", lambda: 1)
     queue.close()
     gate.set()
-    with pytest.raises(CancelledError):
+    with pytest.raises(Closed, match="the app is ending"):
         waiting.result(10)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(Closed):
         queue.submit("a", lambda: 1)

@@ -261,3 +261,18 @@ def test_checking_settings_does_not_disturb_a_picture_that_is_being_drawn(sessio
         done.set()
         for thread in threads:
             thread.join()
+
+
+def test_a_picture_under_way_ends_at_its_next_step_when_the_session_is_closed(folders: Folders) -> None:
+    session, steps = Session.open(str(folders.base), folders.adapters), []
+
+    def close(done: int, of: int) -> None:
+        steps.append(done)
+        if done == 1:
+            session.close()
+
+    with pytest.raises(ShiraError, match="the app is ending"):
+        draw(session, {"bluefire": 1.0}, steps=50, on_step=close)
+    assert steps == [0, 1] and session.active == {}
+    with pytest.raises(ShiraError, match="the app is ending"):
+        draw(session, {})
