@@ -10,7 +10,7 @@ from app.drawing.restore import to_keep
 from app.history.png_metadata import parse_settings
 from app.history.presets import tidy
 from app.page import theme
-from app.page.tabs.events import TELLING, Values
+from app.page.tabs.events import QUIET, TELLING, Values
 from app.server.messages import readable
 from app.settings.settings import Settings
 from app.studio import Studio
@@ -23,6 +23,11 @@ ADD_ADDRESS = """(_, text) => {
 }"""
 SAVE = "Save"
 READ_ADDRESS = "() => new URLSearchParams(window.location.search).get('settings') ?? ''"
+FORGET_ADDRESS = """() => {
+  const address = new URL(window.location.href)
+  address.searchParams.delete('settings')
+  history.replaceState(history.state, '', address)
+}"""
 
 
 class PresetsFold:
@@ -73,7 +78,8 @@ class PresetsFold:
         shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **TELLING)
         self.apply.click(self._apply, self.text, list(targets), **TELLING)
         address = gr.Textbox(visible=False)
-        load(self._open, address, list(targets), js=READ_ADDRESS, **TELLING)
+        opened = load(self._open, address, list(targets), js=READ_ADDRESS, **TELLING)
+        opened.success(None, None, None, js=FORGET_ADDRESS, **QUIET)  # so that a reload keeps what is changed
 
     def _names(self) -> list[str]:
         return list(self._presets.names)

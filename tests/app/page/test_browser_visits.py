@@ -312,6 +312,21 @@ def test_a_new_visitors_first_change_is_undone(couple: tuple[Any, Any], url: str
     page.close()
 
 
+def test_a_shared_link_is_opened_once(couple: tuple[Any, Any], url: str) -> None:
+    link = f"{url}?__theme=dark&settings=%7B%22prompt%22%3A%22a%20big%20dog%22%7D"
+    with visitor(couple[0], link) as page:
+        prompt = page.get_by_label("Prompt", exact=True)
+        expect(prompt).to_have_value("a big dog")
+        expect(page).to_have_url(re.compile(r"\?__theme=dark$"), timeout=5000)
+        ready(page)
+        kept = page.evaluate("localStorage['shira-settings']")
+        prompt.fill("a big cat")
+        page.wait_for_function("kept => localStorage['shira-settings'] !== kept", arg=kept)
+        page.reload()
+        ready(page)
+        expect(prompt).to_have_value("a big cat")
+
+
 # -------------------------------------------------------------------- presets and sharing
 
 
