@@ -27,10 +27,14 @@ function dial(label, set, small) {
 }
 
 let waiting = null
-let sent = null // the mix that was made here
+let sent = null // the mix that the page knows: made here, or come from Undo, a preset and the like
 function send() {
   sent = props.value = Object.fromEntries([...rows].filter(([, row]) => row.on).map(([name, row]) => [name, row.strength]))
   recount()
+  preview()
+}
+
+function preview() {
   if (!props.live) return
   waiting ??= setTimeout(() => { waiting = null; trigger('input') }, 120)
 }
@@ -175,11 +179,11 @@ function showCards() {
   element.querySelector('.picker-none').hidden = rows.size > 0
   showMix()
   arrange()
+  if (Object.keys(props.value ?? {}).some((name) => !rows.has(name))) send() // renamed or deleted meanwhile
 }
 
 filter.addEventListener('input', () => { limit = props.page; arrange() })
 more.addEventListener('click', () => {
-  if (Object.keys(props.value ?? {}).some((name) => !rows.has(name))) send() // renamed or deleted meanwhile
   const place = cards.children.length
   limit += props.page
   arrange()
@@ -192,6 +196,9 @@ element.querySelector('.picker-clear').addEventListener('click', () => {
 watch('cards', showCards)
 watch('value', () => {
   showMix()
-  if (rows.size > props.page && JSON.stringify(props.value) !== JSON.stringify(sent)) arrange()
+  if (JSON.stringify(props.value) === JSON.stringify(sent)) return
+  sent = props.value
+  if (rows.size > props.page) arrange()
+  preview()
 })
 showCards()

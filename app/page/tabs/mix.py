@@ -148,8 +148,7 @@ class MixTab:
     def _lay_out_more(self) -> dict[str, Any]:
         """The settings that few change, by their field in ``Settings``."""
         method = gr.Dropdown(list(MERGE_METHODS), value=DEFAULT_METHOD, label="Merge method", interactive=True)
-        self.more = MoreSettings(self._session)
-        return {"method": method, **self.more.lay_out()}
+        return {"method": method, **MoreSettings(self._session).lay_out()}
 
     def _lay_out_results(self) -> None:
         with gr.Column(elem_id="stage"):
@@ -176,7 +175,10 @@ class MixTab:
     # ---------------------------------------------------------------- what other tabs use
 
     def settings(self, values: Values) -> Settings:
-        """Checked settings from the values of ``inputs``; raises SettingsError."""
+        """Checked settings from the values of ``inputs``; raises SettingsError.
+
+        Styles that were renamed or deleted since they were switched on are left out, with a message each.
+        """
         given = {name: values[each] for name, each in self.fields.items()}
         given["mix"], gone = self._known(given["mix"] or {})
         for name in gone:
@@ -325,9 +327,10 @@ class MixTab:
 
     def _connect_preview(self) -> None:
         self.live.change(lambda live: gr.HTML(live=live), self.live, self.style_picker, **QUIET)
-        changes: list[Any] = [self.live, self.style_picker, self.prompt, self.guidance, self.fields["method"]]
-        moved = [*(each.input for each in changes), self.seed.change, *self.more.moved]
-        gr.on(moved, self._preview, {self.live, *self.inputs}, self._stage, **PREVIEWING)
+        # the list of styles tells of its changes itself, and only while there is a preview
+        others = [each.change for each in self.inputs if each is not self.style_picker]
+        moved = [self.live.input, self.style_picker.input, *others]
+        gr.on(moved, self._preview, {self.live, self.shown, *self.inputs}, self._stage, **PREVIEWING)
 
     async def _preview(self, values: Values, request: gr.Request) -> Any:
         nothing = [gr.skip()] * len(self._stage)
@@ -335,6 +338,8 @@ class MixTab:
             return nothing
         try:
             settings = self.settings(values)
+            if settings.as_dict() == (values[self.shown] or {}).get("settings"):  # as a picture sent to Mix
+                return nothing
             fewer = replace(settings, steps=self._budget.steps(settings.steps))
             drawn = await self._studio.requests.preview(visitor_of(request).visit, fewer)
         except (Stopped, SettingsError):  # a newer one was requested, or a prompt is half typed

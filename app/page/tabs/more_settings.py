@@ -62,8 +62,6 @@ class MoreSettings:
         )
         self._picture.clear(lambda: "", outputs=start_image, **QUIET)
         start_image.change(self._show, start_image, self._picture, **QUIET)
-        moved = (negative.change, width.change, height.change, start_image.change, change.input, negative_mix.input)
-        self.moved = list(moved)
         sized = {"width": width, "height": height, "start_image": start_image, "change": change}
         return {"negative": negative, **sized, "negative_mix": negative_mix}
 

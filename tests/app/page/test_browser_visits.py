@@ -327,6 +327,25 @@ def test_a_shared_link_is_opened_once(couple: tuple[Any, Any], url: str) -> None
         expect(prompt).to_have_value("a big cat")
 
 
+def test_the_preview_follows_what_is_not_changed_by_hand(open_page: Open) -> None:
+    page = ready(open_page())
+    page.get_by_label("Live preview").check()
+    shown = page.locator("#picture img")
+    expect(shown).to_be_visible()
+
+    def previewed(change: Callable[[], Any]) -> None:
+        page.wait_for_timeout(600)
+        before = shown.get_attribute("src")
+        change()
+        expect(shown).not_to_have_attribute("src", before or "", timeout=10_000)
+
+    previewed(lambda: page.get_by_role("button", name="a big dog").click())
+    previewed(lambda: page.get_by_role("checkbox", name="paintings").check())
+    previewed(lambda: undo(page))
+    previewed(lambda: undo(page))
+    previewed(lambda: page.get_by_label("number input for Steps").fill("1"))
+
+
 # -------------------------------------------------------------------- presets and sharing
 
 
