@@ -57,7 +57,8 @@ class MoreSettings:
                 0.05, 1, DEFAULT_CHANGE, step=0.05, label="How much of it to change", min_width=140, buttons=[]
             )
         start_image = gr.Textbox("", visible="hidden", label="Picture to start from", elem_id="start-image")
-        self._picture.upload(self._add, self._picture, start_image, **TELLING).failure(
+        # not preprocessed: Gradio has no sentence for a file that is no picture
+        self._picture.upload(self._add, self._picture, start_image, preprocess=False, **TELLING).failure(
             lambda: None, outputs=self._picture, **QUIET
         )
         self._picture.clear(lambda: "", outputs=start_image, **QUIET)
@@ -75,9 +76,9 @@ class MoreSettings:
             shapes.setdefault(size, f"{across}:{down}, {size}")
         return [(name, size) for size, name in shapes.items()]
 
-    def _add(self, file: str | None) -> str:
+    def _add(self, file: Mapping[str, Any] | None) -> str:
         with readable("the picture could not be taken in"):
-            return self._session.starts.add(Path(file or ""))
+            return self._session.starts.add(Path((file or {}).get("path") or ""))
 
     def _show(self, start_image: str) -> str | None:
         path = self._session.starts.path(start_image) if start_image else None

@@ -327,6 +327,15 @@ def test_a_shared_link_is_opened_once(couple: tuple[Any, Any], url: str) -> None
         expect(prompt).to_have_value("a big cat")
 
 
+def test_a_start_picture_that_is_none_is_refused_in_a_sentence(open_page: Open, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no picture")
+    page = ready(open_page())
+    page.get_by_role("button", name="More settings").click()
+    page.locator("#start input[type=file]").set_input_files(tmp_path / "notes.png")
+    toast = page.get_by_test_id("toast-body")
+    expect(toast).to_contain_text("This is no picture to start from: not a picture of PNG", timeout=PATIENCE)
+
+
 def test_the_preview_follows_what_is_not_changed_by_hand(open_page: Open) -> None:
     page = ready(open_page())
     page.get_by_label("Live preview").check()
