@@ -40,9 +40,9 @@ AGREE = """(shown, ...inputs) => {
     ? Object.keys(value).sort().map((key) => [key, sorted(value[key])])
     : plain(value)
   const on = (mix) => Object.fromEntries(Object.entries(mix ?? {}).filter(([, strength]) => strength !== 0))
-  const said = (name, value) => JSON.stringify(sorted(name === 'mix' ? on(value) : value))
+  const said = (name, value) => JSON.stringify(sorted(name === 'mix' ? on(value) : value ?? 0)) // an emptied size is 0
   const then = shown?.settings ?? {}
-  const random = (name, value) => name === 'seed' && value === -1  // which no picture was drawn with
+  const random = (name, value) => name === 'seed' && (value ?? -1) === -1  // which no picture was drawn with
   const differs = (name, value) => name in then && !random(name, value) && said(name, then[name]) !== said(name, value)
   const changed = NAMES.filter((name, place) => differs(name, inputs[place]))
   const words = { mix: 'styles', method: 'merge method', negative_mix: 'styles in the negative half' }

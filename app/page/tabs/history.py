@@ -19,6 +19,7 @@ from app.settings.checks import SettingsError
 from app.studio import Studio
 
 NOTHING = "Nothing yet: what you draw is kept here, and a search shows what has all of its words."
+NO_FAVOURITES = "No favourites yet: choose a picture and add it to them."
 STAR, UNSTAR = "Add to favourites", "Remove from favourites"
 MOST_PACKED = 500  # pictures of a zip
 
@@ -92,15 +93,16 @@ class HistoryTab:
         return self._galleries.of(visitor_of(request))
 
     def _newest(self, words: str, favourites: bool, request: gr.Request) -> tuple[Any, ...]:
-        return self._turn(self._of(request).find(words, favourites=favourites), 1)
+        return self._step(0)(1, words, favourites, request)
 
     def _step(self, step: int) -> Callable[..., tuple[Any, ...]]:
         def turn(page: int, words: str, favourites: bool, request: gr.Request) -> tuple[Any, ...]:
-            return self._turn(self._of(request).find(words, favourites=favourites), page + step)
+            found = self._of(request).find(words, favourites=favourites)
+            return self._turn(found, page + step, _nothing(words, favourites))
 
         return turn
 
-    def _turn(self, found: tuple[Kept, ...], page: int) -> tuple[Any, ...]:
+    def _turn(self, found: tuple[Kept, ...], page: int, nothing: str) -> tuple[Any, ...]:
         pages = pages_of(found)
         page = min(max(1, page), pages)
         kept = page_of(found, page)
@@ -108,7 +110,7 @@ class HistoryTab:
             (cached(self.gallery, each.path), f"{'favourite: ' * each.favourite}{caption_of(each)}") for each in kept
         ]
         count = f"{len(found):,} picture{'' if len(found) == 1 else 's'}"
-        where = f"page {page} of {pages} · {count}" if kept else NOTHING
+        where = f"page {page} of {pages} · {count}" if kept else nothing
         return (
             page,
             [each.name for each in kept],
@@ -150,3 +152,10 @@ class HistoryTab:
             write_zip(((caption_of(each), each.path) for each in found), archive)
             counted = f"{len(found)} picture{'' if len(found) == 1 else 's'}"
             return gr.DownloadButton(f"Download {counted}", value=cached(self.zip, archive), interactive=True)
+
+
+def _nothing(words: str, favourites: bool) -> str:
+    """What to say where a search finds nothing."""
+    if words.strip():
+        return f"No {'favourite' if favourites else 'picture'} has all of these words."
+    return NO_FAVOURITES if favourites else NOTHING

@@ -327,6 +327,17 @@ def test_a_shared_link_is_opened_once(couple: tuple[Any, Any], url: str) -> None
         expect(prompt).to_have_value("a big cat")
 
 
+def test_a_seed_or_width_that_is_emptied_counts_as_it_is_drawn(open_page: Open) -> None:
+    page = ready(open_page())
+    page.get_by_role("button", name="More settings").click()
+    for box in ("Seed", "Width, 0 is 16"):
+        page.get_by_label(box, exact=True).fill("")
+        page.get_by_label(box, exact=True).press("Tab")
+    page.get_by_role("button", name="Generate").click()
+    wait_for_picture(page)
+    expect(page.locator("#changed")).to_have_text("", timeout=5000)
+
+
 def test_a_start_picture_that_is_none_is_refused_in_a_sentence(open_page: Open, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     page = ready(open_page())
@@ -334,6 +345,12 @@ def test_a_start_picture_that_is_none_is_refused_in_a_sentence(open_page: Open, 
     page.locator("#start input[type=file]").set_input_files(tmp_path / "notes.png")
     toast = page.get_by_test_id("toast-body")
     expect(toast).to_contain_text("This is no picture to start from: not a picture of PNG", timeout=PATIENCE)
+
+
+def test_a_search_without_a_match_says_so(open_page: Open) -> None:
+    page = open_page(tab="History")
+    page.get_by_label("Search prompts, styles and seeds").fill("nothing like it")
+    expect(page.locator("#pages")).to_contain_text("No picture has all of these words.", timeout=5000)
 
 
 def test_the_preview_follows_what_is_not_changed_by_hand(open_page: Open) -> None:
