@@ -14,7 +14,7 @@ from app.server.messages import readable
 from app.server.served_files import file_data
 from app.server.visitors import DRAWING, as_object, visitor_of
 from app.settings.axes import Axis, sheet_of
-from app.settings.checks import require_mapping, whole
+from app.settings.checks import SettingsError, require_mapping, whole
 from app.settings.settings import (
     DEFAULT_CHANGE,
     DEFAULT_GUIDANCE,
@@ -61,9 +61,11 @@ def add_api(studio: Studio) -> None:
             picture, file = await studio.requests.draw(visitor_of(request), settings)
         return file_data(paper, file), dict(picture.report)  # type: ignore[return-value]
 
-    def add_start_image(file: str) -> str:
+    def add_start_image(file: str | None) -> str:
         """Keep a picture to start from; returns its name for start_image, which is the SHA-256 of its pixels as PNG."""
         with readable("the picture could not be taken in"):
+            if not file:
+                raise SettingsError(f"there is no picture to start from: send a file, got {file!r}")
             return session.starts.add(Path(file))
 
     # files go through components, which take those that the client has uploaded, and no other path

@@ -2,6 +2,7 @@
 
 import os
 import re
+import reprlib
 import tempfile
 import threading
 import time
@@ -118,7 +119,12 @@ class History:
         Args:
             words: in any case and order; none is all pictures.
             favourites: only those.
+
+        Raises:
+            SettingsError: words that are no text.
         """
+        if not isinstance(words, str):
+            raise SettingsError(f"words must be text, got {reprlib.repr(words)}")
         wanted = words.casefold().split()
         found = (Kept(name, self.folder / name) for name in self._names())
         return tuple(

@@ -4,8 +4,10 @@ import csv
 import re
 import reprlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
+from math import isfinite
 from typing import Any, Self
 
 from app.settings.checks import SettingsError, number, whole
@@ -20,7 +22,8 @@ KINDS = (
 )  # fmt: skip
 """What an axis can change: the strength of one style; which style, alone; words of the prompt; or a setting."""
 NUMBERS = ("strength", "seed", "steps", "guidance", "change", "negative_mix")
-_RANGE = re.compile(r"\s*(-?[\d.]+)\s+to\s+(-?[\d.]+)\s*\(\s*(\d+)\s*\)\s*")
+MAX_VALUES = 100_000  # characters of text, below the longest field that csv reads
+_RANGE = re.compile(r"\s*(-?[\d.]+)\s+to\s+(-?[\d.]+)\s*\(\s*(\d{1,9})\s*\)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +117,20 @@ def _require_few(count: int) -> None:
 
 def _values(kind: str, given: Any) -> list[Any]:
     if isinstance(given, str):
-        lines = given.splitlines() if "\n" in given.strip() else next(csv.reader([given], skipinitialspace=True), [])
+        if len(given) > MAX_VALUES:
+            most = f"{MAX_VALUES} characters at most, got {len(given)}"
+            raise SettingsError(f"the values of the axis {kind!r} are too long: {most}; choose fewer")
+        lines = given.strip().splitlines()
+        if len(lines) < 2:  # of csv, which takes no other line than a whole one
+            lines = next(csv.reader(lines, skipinitialspace=True), [])
         given = [each for line in lines if line.strip() for each in _expanded(kind, line.strip())]
     if not isinstance(given, Sequence) or not given:
         example = "0 to 1 (5)" if kind in NUMBERS else "fox, owl"
         raise SettingsError(f"the axis {kind!r} needs values, like {example}, got {reprlib.repr(given)}")
     _require_few(len(given))
+    nameless = [] if kind in NUMBERS else [each for each in given if not isinstance(each, str)]
+    if nameless:
+        raise SettingsError(f"a value of the axis {kind!r} must be text, got {reprlib.repr(nameless[0])}")
     return list(given)
 
 
@@ -136,11 +147,11 @@ def _expanded(kind: str, text: str) -> list[Any]:
 
 
 def _number(kind: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        expected = "numbers, like 0, 0.5, 1 or 0 to 1 (5)"
-        raise SettingsError(f"the axis {kind!r} needs {expected}, got {reprlib.repr(text)}") from error
+    with suppress(ValueError):
+        if isfinite(value := float(text)):
+            return value
+    expected = "numbers, like 0, 0.5, 1 or 0 to 1 (5)"
+    raise SettingsError(f"the axis {kind!r} needs {expected}, got {reprlib.repr(text)}")
 
 
 def _spread(first: float, last: float, count: int) -> list[float]:

@@ -141,6 +141,9 @@ def test_a_sheet_has_any_axes(client: Client, session: Session) -> None:
         ("/sheet", ({"prompt": "a cat"}, []), "Axes must be a list of one to three objects"),
         ("/sheet", ({"prompt": "a cat"}, [{"kind": "style", "values": "gold"}]), "No style named 'gold'"),
         ("/sheet", ({"prompt": "a cat"}, ["seed"]), "The axis must be a JSON object"),
+        ("/sheet", ({"prompt": "a cat"}, [{"kind": "style", "values": [["a"]]}]), r"'style' must be text, got \['a'\]"),
+        ("/history", (1, 5), "Words must be text, got 5"),
+        ("/add_start_image", (None,), "There is no picture to start from: send a file, got None"),
     ],
 )
 def test_what_is_no_sheet_is_a_sentence(client: Client, endpoint: str, arguments: Any, message: str) -> None:
