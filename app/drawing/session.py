@@ -27,7 +27,7 @@ from app.settings.settings import Settings
 from app.settings.strengths import Mix, Strength, is_on, require_components
 from shira_diffusers import ShiraError, __version__
 from shira_diffusers.formats.paths import did_you_mean
-from shira_diffusers.integrations.pipelines import models_of, resident_of
+from shira_diffusers.integrations.pipelines import resident_of
 
 OnStep = Callable[[int, int], None]
 """``on_step(done, of)``, called with 0 when the turn has come and after each denoising step; an exception from it ends
@@ -162,7 +162,7 @@ class Session:
                 not allow, or a picture to start from that is not here.
         """
         self.require_known(settings.mix)
-        require_components(settings.mix, models_of(self._pipe))
+        require_components(settings.mix, {card.name: card.components for card in self.cards})
         for what, text in (("prompt", settings.prompt), ("negative prompt", settings.negative)):
             length, most = self.tokens(text)
             if length > most:

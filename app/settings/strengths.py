@@ -1,7 +1,7 @@
 """Strengths of adapters as visitors give them: a number, or one for each component, or for each part of a UNet."""
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from app.settings.checks import SettingsError, number
@@ -28,19 +28,23 @@ def checked_mix(mix: object) -> dict[str, Strength]:
     return {name: _strength(f"the strength of {reprlib.repr(name)}", mix[name]) for name in sorted(mix)}
 
 
-def require_components(mix: Mix, known: Iterable[str]) -> None:
-    """Require that strengths by component name components that there are.
+def require_components(mix: Mix, changed: Mapping[str, Collection[str]]) -> None:
+    """Require that strengths by component name components that their adapter changes.
+
+    Args:
+        changed: the components of each adapter.
 
     Raises:
         SettingsError: names the first that is not.
     """
-    names = sorted(known)
     for adapter, strength in mix.items():
-        unknown = [part for part in strength if part not in names] if isinstance(strength, Mapping) else []
+        if not isinstance(strength, Mapping) or adapter not in changed:  # the latter is refused by its name
+            continue
+        unknown = [part for part in strength if part not in changed[adapter]]
         if unknown:
             raise SettingsError(
-                f"the strength of {reprlib.repr(adapter)} names no component of this model: "
-                f"{reprlib.repr(unknown[0])}; there are {', '.join(map(repr, names))}"
+                f"the strength of {reprlib.repr(adapter)} names no component that it changes: "
+                f"{reprlib.repr(unknown[0])}; it changes {', '.join(map(repr, sorted(changed[adapter])))}"
             )
 
 

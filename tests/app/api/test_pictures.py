@@ -86,7 +86,7 @@ def test_strengths_may_be_given_by_component(client: Client, session: Session) -
     file, report = client.predict(SUGGESTION, json.dumps(mix), 3, 1, api_name="/generate")
     assert Image.open(file).tobytes() == session.generate(SUGGESTION, mix, 3, 1).image.tobytes()
     assert report["mix"] == {"bluefire": {"unet": {"up": 0.5}, "text_encoder": 0.0}}
-    with pytest.raises(AppError, match="names no component of this model: 'vae2'"):
+    with pytest.raises(AppError, match="names no component that it changes: 'vae2'"):
         client.predict(SUGGESTION, {"bluefire": {"vae2": 1}}, api_name="/generate")
 
 

@@ -28,9 +28,13 @@ def test_what_is_no_strength_is_refused(strength: Any, message: str) -> None:
         checked_mix({"bluefire": strength})
 
 
-def test_an_unknown_component_is_refused_before_anything_is_drawn(session: Session) -> None:
-    with pytest.raises(SettingsError, match=r"'bluefire' names no component of this model: 'tail'; there are"):
-        session.checked(SUGGESTION, {"bluefire": {"tail": 1.0}})
+@pytest.mark.parametrize("component", ["tail", "vae"])
+def test_a_component_that_an_adapter_does_not_change_is_refused_before_anything_is_drawn(
+    session: Session, component: str
+) -> None:
+    said = f"'bluefire' names no component that it changes: '{component}'; it changes 'text_encoder', 'unet'"
+    with pytest.raises(SettingsError, match=said):
+        session.checked(SUGGESTION, {"bluefire": {component: 1.0}})
 
 
 def test_components_have_strengths_of_their_own(session: Session) -> None:
