@@ -12,6 +12,7 @@ from app.history.presets import tidy
 from app.page import theme
 from app.page.tabs.events import QUIET, TELLING, Values
 from app.server.messages import readable
+from app.settings.checks import SettingsError
 from app.settings.settings import Settings
 from app.studio import Studio
 
@@ -22,12 +23,12 @@ ADD_ADDRESS = """(_, text) => {
   return link.href
 }"""
 SAVE = "Save"
-READ_ADDRESS = "() => new URLSearchParams(window.location.search).get('settings') ?? ''"
 FORGET_ADDRESS = """() => {
   const address = new URL(window.location.href)
   address.searchParams.delete('settings')
   history.replaceState(history.state, '', address)
 }"""
+READ_ADDRESS = "() => new URLSearchParams(window.location.search).get('settings') ?? ''"
 
 
 class PresetsFold:
@@ -90,6 +91,8 @@ class PresetsFold:
 
     def _delete(self, name: Any) -> Any:
         with readable("the preset could not be deleted"):
+            if not name:
+                raise SettingsError("choose a preset first")
             self._presets.delete(name)
         return gr.Dropdown(choices=self._names(), value=None)
 

@@ -372,6 +372,14 @@ def test_the_preview_follows_what_is_not_changed_by_hand(open_page: Open) -> Non
     previewed(lambda: page.get_by_label("number input for Steps").fill("1"))
 
 
+def test_deleting_a_preset_with_none_chosen_says_to_choose_one(open_page: Open) -> None:
+    page = ready(open_page())
+    page.get_by_role("button", name="Share, delete a preset").click()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete the preset").click()
+    expect(page.get_by_text("Choose a preset first")).to_be_visible(timeout=5000)
+
+
 # -------------------------------------------------------------------- presets and sharing
 
 
