@@ -32,7 +32,7 @@ class Galleries:
     Args:
         folder: of everybody's pictures; those of owners lie in ``of`` in it, under names that do not reveal them.
         most: pictures of each history; beyond that its oldest goes.
-        max_bytes: of all histories together; beyond that the oldest picture goes, whoever drew it.
+        max_bytes: of all histories together; beyond that the oldest picture goes, whoever drew it, favourites last.
         shared: whether owners count for nothing and everybody sees all.
     """
 
@@ -67,11 +67,12 @@ class Galleries:
         files = [path for pattern in ("*.png", "of/*/*.png") for path in self._folder.glob(pattern)]
         sizes = {path: _size(path) for path in files if is_kept(path.name)}
         total = sum(sizes.values())
-        for path in sorted(sizes, key=lambda each: each.name):  # names sort by time
+        kept = [Kept(path.name, path) for path in sizes]
+        for old in sorted(kept, key=lambda each: (each.favourite, each.name)):  # names sort by time
             if total <= self._max_bytes:
                 return
-            Kept(path.name, path).remove()
-            total -= sizes[path]
+            old.remove()
+            total -= sizes[old.path]
 
 
 def _size(path: Path) -> int:

@@ -85,6 +85,15 @@ def test_all_pictures_together_have_a_size(tmp_path: Path) -> None:
     assert (folder / "0.png").exists()
 
 
+def test_favourites_stay_longest_when_all_pictures_together_are_too_many(tmp_path: Path) -> None:
+    size = History(tmp_path / "one").add(PICTURE).path.stat().st_size
+    galleries = Galleries(tmp_path / "pictures", max_bytes=5 * size, shared=False)
+    first = galleries.add(ADA, PICTURE).name
+    galleries.of(ADA).star(first, on=True)
+    kept = [galleries.add(BOB, PICTURE).name for _ in range(CHECKED_EVERY - 1)]
+    assert names(galleries.of(ADA)) == [first] and names(galleries.of(BOB)) == kept[:-5:-1]
+
+
 def test_visitors_share_a_gallery_or_have_their_own(tmp_path: Path) -> None:
     shared, own = Galleries(tmp_path, shared=True), Galleries(tmp_path, shared=False)
     everybodys = shared.add(ADA, PICTURE).name
