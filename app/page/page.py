@@ -33,12 +33,13 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs") as row:
             mix = MixTab(studio, row, header, blocks.load)
             compare, series, kept = CompareTab(studio, mix), SeriesTab(studio, mix, row), HistoryTab(studio, mix)
+            train = TrainTab(studio, mix)
             tabs: dict[str, Any] = {
                 "Mix": mix,
                 "Compare": compare,
                 "Series": series,
                 "Interference": InterferenceTab(studio, mix),
-                "Train": TrainTab(studio, mix),
+                "Train": train,
                 "Library": LibraryTab(studio),
                 "History": kept,
             }
@@ -47,6 +48,8 @@ def build(studio: Studio) -> gr.Blocks:
                     tab.lay_out()
                 if hasattr(tab, "refresh_on"):
                     tab.refresh_on(shown)
+        series.keep_in_browser(blocks.load)
+        train.keep_in_browser(blocks.load)
         for results in (compare.results, series.results):
             series.vary_on(results.view.more, results.names)
         series.vary_on(kept.more.click, kept.chosen)

@@ -10,24 +10,28 @@ from app.page.tabs.events import QUIET, TELLING
 
 SECRET = "shira"  # the same after a restart: what is kept is no secret, but Gradio reads it back only with one
 # NAMES are the fields of the settings, in the order of the inputs
-KEEP = """(kept, ...inputs) => {
+# window.shiraKept is what the storage gets: several fields can change before Gradio has handed over the first
+KEEP = """(...inputs) => {
   const now = Object.fromEntries(NAMES.map((name, place) => [name, inputs[place]]))
   const same = (other) => JSON.stringify(other) === JSON.stringify(now)
-  if (!window.shiraReopened || same(kept?.now)) return kept
+  const kept = window.shiraKept
+  if (!window.shiraReopened || same(kept?.now)) return { __type__: 'update' }
   const at = Date.now()
   const apart = kept?.now && at - (window.shiraChanged ?? 0) > 500  // what changes together is undone together
   window.shiraChanged = at
   const before = apart ? [kept.now, ...kept.before].slice(0, 50) : kept?.before ?? []
-  return { now, before: same(before[0]) ? before.slice(1) : before }  // it came field by field, as the page loaded
+  return window.shiraKept = { now, before: same(before[0]) ? before.slice(1) : before }  // it came field by field
 }"""
-UNDO = """(kept, ...inputs) => {
-  const [last, ...before] = kept?.before ?? []
-  if (!last) return [kept, ...inputs]
+UNDO = """(...inputs) => {
+  const [last, ...before] = window.shiraKept?.before ?? []
+  if (!last) return [{ __type__: 'update' }, ...inputs]
   window.shiraChanged = Date.now()
-  return [{ now: last, before }, ...NAMES.map((name, place) => name in last ? last[name] : inputs[place])]
+  window.shiraKept = { now: last, before }
+  return [window.shiraKept, ...NAMES.map((name, place) => name in last ? last[name] : inputs[place])]
 }"""
 REOPEN = """(kept) => {
   window.shiraReopened = true
+  window.shiraKept = kept
   window.shiraLost = sessionStorage.shiraDrawing ?? ''
   delete sessionStorage.shiraDrawing
   window.shiraChanged = Date.now()
@@ -49,6 +53,13 @@ AGREE = """(shown, ...inputs) => {
   const text = changed.map((name) => words[name] ?? name.replaceAll('_', ' ')).join(', ')
   return [text && `Changed since drawn: ${text}`, { __type__: 'update', visible: changed.length > 0 }]
 }"""
+# KEY names the tab, NAMES its fields
+FILL = """(kept) => {
+  (window.shiraFilled ??= {}).KEY = true
+  return NAMES.map((name) => name in (kept ?? {}) ? kept[name] : { __type__: 'update' })
+}"""
+STORE = """(...inputs) => window.shiraFilled?.KEY
+  ? Object.fromEntries(NAMES.map((name, place) => [name, inputs[place]])) : { __type__: 'update' }"""
 LOST = "(...kept) => [...kept.slice(0, -1), window.shiraLost]"
 
 
@@ -70,9 +81,8 @@ class BrowserMemory:
     def connect(self, undo: gr.Button) -> None:
         """Keep the settings with each change; ``undo`` goes back by one."""
         changes = [each.change for each in self._inputs]
-        kept = [self._settings, *self._inputs]
-        gr.on(changes, None, kept, self._settings, js=self._named(KEEP), **QUIET, trigger_mode="multiple")
-        undo.click(None, kept, kept, js=self._named(UNDO), **QUIET)
+        gr.on(changes, None, self._inputs, self._settings, js=self._named(KEEP), **QUIET, trigger_mode="multiple")
+        undo.click(None, self._inputs, [self._settings, *self._inputs], js=self._named(UNDO), **QUIET)
 
     def compare(self, changed: gr.HTML, use: gr.Button) -> None:
         """Say what is no longer as in the picture that is shown, and show ``use`` then."""
@@ -84,12 +94,29 @@ class BrowserMemory:
         """As the page loads, fill in the settings in the browser, then call ``show`` with what is kept; that event."""
         # not gr.on(None, ...), which also runs whenever an input changes, and then undoes what was changed since
         loaded = load(None, self._settings, self._inputs, js=self._named(REOPEN), **QUIET)
-        loaded.then(None, [self._settings, *self._inputs], self._settings, js=self._named(KEEP), **QUIET)
+        loaded.then(None, self._inputs, self._settings, js=self._named(KEEP), **QUIET)
         lost = gr.Textbox(visible=False)  # a drawing, by this very load
         return loaded.then(show, [self._settings, self.pictures, self.shown, lost], list(outputs), js=LOST, **TELLING)
 
     def _named(self, script: str) -> str:
         return script.replace("NAMES", self._names)
+
+
+def keep_fields(tab: str, fields: Mapping[str, Any], load: Any) -> None:
+    """Keep what a visitor enters in a tab in the browser's storage, so that a reload changes nothing.
+
+    Called outside of the tab: what is in one is read from the storage only once the tab is opened.
+
+    Args:
+        tab: a word, by which it is stored.
+        fields: the components, by name.
+        load: the event of the page that opens.
+    """
+    kept, inputs = gr.BrowserState(None, storage_key=f"shira-{tab}", secret=SECRET), list(fields.values())
+    store, fill = (each.replace("KEY", tab).replace("NAMES", json.dumps(list(fields))) for each in (STORE, FILL))
+    load(None, kept, inputs, js=fill, **QUIET)
+    changes = [each.change for each in inputs]
+    gr.on(changes, None, inputs, kept, js=store, **QUIET, trigger_mode="multiple")
 
 
 def mix_without_lost(kept: Any, names: Sequence[str]) -> Any:

@@ -48,6 +48,8 @@ REUSE_SEED = """element.addEventListener('click', (event) => {
   const seed = event.target.closest('.reuse')
   if (seed) trigger('reuse', { seed: Number(seed.textContent) })
 })"""
+LIVE = "(live) => ({ __type__: 'update', props: { live } })"
+ASK_IF_LIVE = "(live, asked) => live ? asked + 1 : asked"  # else the server is not troubled with each change
 SHOW_PICTURE = (
     f"(...given) => {{ sessionStorage.shiraDrawing = true; return ({theme.scroll_to('#picture')})(...given) }}"
 )
@@ -326,11 +328,13 @@ class MixTab:
     # ---------------------------------------------------------------- the preview
 
     def _connect_preview(self) -> None:
-        self.live.change(lambda live: gr.HTML(live=live), self.live, self.style_picker, **QUIET)
-        # the list of styles tells of its changes itself, and only while there is a preview
-        others = [each.change for each in self.inputs if each is not self.style_picker]
-        moved = [self.live.input, self.style_picker.input, *others]
-        gr.on(moved, self._preview, {self.live, self.shown, *self.inputs}, self._stage, **PREVIEWING)
+        self.live.change(None, self.live, self.style_picker, js=LIVE, **QUIET)
+        # the list of styles tells of its changes itself, and only while there is a preview, too
+        moved = [self.live.input, *(each.change for each in self.inputs if each is not self.style_picker)]
+        asked = gr.Number(0, visible=False)
+        gr.on(moved, None, [self.live, asked], asked, js=ASK_IF_LIVE, **QUIET, trigger_mode="multiple")
+        wanted, values = [asked.change, self.style_picker.input], {self.live, self.shown, *self.inputs}
+        gr.on(wanted, self._preview, values, self._stage, **PREVIEWING)
 
     async def _preview(self, values: Values, request: gr.Request) -> Any:
         nothing = [gr.skip()] * len(self._stage)

@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from app.page import theme
+from app.page.tabs.browser_memory import keep_fields
 from app.page.tabs.events import TELLING, DrawButtons, Values, picked
 from app.page.tabs.mix import MixTab
 from app.page.tabs.sheet_results import SheetResults
@@ -49,6 +50,11 @@ class SeriesTab:
         self._buttons = DrawButtons(self._studio.requests, [self.start], self.stop)
         asked = {self.prompts, self.count, self.seeds, self.seed, *self._mix.inputs}
         self._draw_after(self._buttons.begin_on([self.start.click], asked, theme.scroll_to("#pictures")), self._draw)
+
+    def keep_in_browser(self, load: Any) -> None:
+        """Keep what is entered here; see ``keep_fields``."""
+        fields = {"prompts": self.prompts, "count": self.count, "seeds": self.seeds, "seed": self.seed}
+        keep_fields("series", fields, load)
 
     def vary_on(self, chosen: Callable[..., Any], names: Any) -> None:
         """Draw more pictures like one of those in ``names``, or like its only one, when it is chosen, here.

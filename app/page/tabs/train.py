@@ -8,6 +8,7 @@ import gradio as gr
 
 from app.page import theme, training_html
 from app.page.caption_list import make_caption_list, showing
+from app.page.tabs.browser_memory import keep_fields
 from app.page.tabs.events import TELLING, Values
 from app.page.tabs.mix import MixTab
 from app.server.messages import readable
@@ -176,6 +177,12 @@ class TrainTab:
         for each in pressed:  # another visitor may have done it
             each.failure(self._as_it_is, self.past, view, **TELLING)
         self.mix.click(self._mix_it, self.past, self._mix.targets, **TELLING)
+
+    def keep_in_browser(self, load: Any) -> None:
+        """Keep what is typed here, see ``keep_fields``; how it learns suits the base, which may be another one then."""
+        keep_fields(
+            "train", {each: getattr(self, each) for each in ("name", "prompt", "sample_prompt", "class_prompt")}, load
+        )
 
     def refresh_on(self, shown: gr.Tab) -> None:
         """Show trainings as they are when the tab is opened."""

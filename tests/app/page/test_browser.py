@@ -10,7 +10,7 @@ import pytest
 import app
 from app.drawing import random_settings
 from app.drawing.session import Session
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, drawing_held, expect
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, drawing_held, expect, unfold
 from tests.app.conftest import SUGGESTION
 
 pytestmark = MARKS
@@ -77,6 +77,7 @@ def test_a_reload_loses_nothing_and_changes_are_undone(
     kept = page.evaluate("localStorage['shira-settings']")
     prompt.fill("")  # cannot be drawn, and is kept as well
     page.wait_for_function("kept => localStorage['shira-settings'] !== kept", arg=kept)
+    page.wait_for_timeout(600)  # what changes together is undone together
     page.get_by_role("button", name="Surprise me").click()
     expect(page.locator("#gallery .grid-container button")).to_have_count(2, timeout=PATIENCE)
     undo.click()
@@ -91,6 +92,23 @@ def test_a_reload_loses_nothing_and_changes_are_undone(
     expect(page.locator("#gallery .grid-container button")).to_have_count(2, timeout=PATIENCE)
     undo.click()
     expect(prompt).to_have_value("a big cat")
+
+
+def test_a_reload_keeps_what_was_typed_in_other_tabs(open_page: Open) -> None:
+    page = open_page(WIDE, "Series")
+    prompts, words = page.get_by_label("Prompts, one per line"), page.get_by_label("What the pictures show")
+    prompts.fill("an owl")
+    page.get_by_label("Fixed: each prompt").check()
+    unfold(page, page.get_by_role("tab", name="Train", exact=True))
+    words.fill("a sks cat")
+    page.wait_for_function("() => localStorage['shira-series'] && localStorage['shira-train']")
+    page.wait_for_timeout(300)  # each field is stored by itself
+    page.reload()
+    expect(words).to_have_value("a sks cat")
+    unfold(page, page.get_by_role("tab", name="Series"))
+    expect(prompts).to_have_value("an owl")
+    expect(page.get_by_label("Fixed: each prompt")).to_be_checked()
+    expect(page.get_by_label("Pictures of each")).to_have_value("2")
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE])

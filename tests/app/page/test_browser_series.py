@@ -11,7 +11,7 @@ from PIL import Image
 from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.studio import Studio
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, drawing_held, expect
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, drawing_held, expect, unfold
 from tests.app.conftest import SUGGESTION
 
 pytestmark = MARKS
@@ -71,7 +71,7 @@ def test_a_series_is_drawn_taken_away_and_drawn_again(open_page: Open, session: 
 def test_a_series_stops_and_says_what_is_wrong(open_page: Open, session: Session) -> None:
     page = open_page(WIDE)
     page.get_by_label("number input for Steps").fill("60")
-    page.get_by_role("tab", name="Series").click()
+    unfold(page, page.get_by_role("tab", name="Series"))
     page.get_by_label("Prompts, one per line").fill(" ")
     page.get_by_role("button", name="Draw the series").click()
     expect(page.get_by_text("No prompt: write one per line")).to_be_visible(timeout=PATIENCE)
@@ -109,7 +109,7 @@ def test_pictures_open_large_and_make_more_like_them(open_page: Open) -> None:
     expect(page.locator("#pictures-told")).to_contain_text("from a picture", timeout=PATIENCE)
     page.locator("#pictures td button").first.click()
     large.get_by_role("button", name="Send to Mix").click()
-    page.get_by_role("button", name="More settings").click()
+    unfold(page, page.get_by_role("button", name="More settings"))
     expect(page.locator("#start img")).to_be_visible()
     seeds = page.locator("#pictures .sheet-caption").all_inner_texts()
     page.locator("#stage").get_by_role("button", name="More like this").click()  # the picture that Mix shows
@@ -120,7 +120,7 @@ def test_pictures_open_large_and_make_more_like_them(open_page: Open) -> None:
 def test_a_sheet_over_any_settings_has_its_axes_named(open_page: Open, session: Session) -> None:
     page = open_page(WIDE)
     page.get_by_role("checkbox", name="paintings").check()
-    page.get_by_role("tab", name="Compare").click()
+    unfold(page, page.get_by_role("tab", name="Compare"))
     page.get_by_label("Any settings, a sheet").check()
     page.get_by_label("Values").first.fill("0, 1")
     choose(page, "From top to bottom", "Words of the prompt")
@@ -146,7 +146,7 @@ def test_settings_that_few_change(open_page: Open, studio: Studio, tmp_path: Pat
     page.get_by_label("Prompt", exact=True).fill("abcdefghijklmno")
     expect(page.locator("#tokens .over")).to_have_text("17 of 16 tokens")
     page.get_by_label("Prompt", exact=True).fill(SUGGESTION)
-    page.get_by_role("button", name="More settings").click()
+    unfold(page, page.get_by_role("button", name="More settings"))
     page.get_by_label("Negative prompt").fill("a big dog")
     choose(page, "Shape", "16:9, 24 × 16")  # noqa: RUF001
     expect(page.get_by_label("Width")).to_have_value("24")
@@ -175,7 +175,7 @@ def test_settings_that_few_change(open_page: Open, studio: Studio, tmp_path: Pat
     seed.click()
     expect(page.get_by_label("Seed", exact=True)).to_have_value(drawn)
     page.reload()  # the browser keeps them, too
-    page.get_by_role("button", name="More settings").click()
+    unfold(page, page.get_by_role("button", name="More settings"))
     expect(page.get_by_label("Negative prompt")).to_have_value("a big dog")
     expect(page.get_by_label("number input for Styles in guidance's negative half")).to_have_value("0.5")
     expect(page.locator("#start img")).to_be_visible(timeout=PATIENCE)

@@ -22,7 +22,7 @@ from app.page.tabs.browser_memory import mix_without_lost
 from app.studio import Studio
 from shira_diffusers import save_adapter
 from tests import tiny
-from tests.app.browsing import FORGET, MARKS, PATIENCE, WIDE, Open, drawing_held, expect, new_context
+from tests.app.browsing import FORGET, MARKS, PATIENCE, WIDE, Open, drawing_held, expect, new_context, unfold
 from tests.app.conftest import SUGGESTION, Folders, served
 
 pytestmark = MARKS
@@ -209,7 +209,7 @@ def test_two_browsers_have_histories_of_their_own_if_asked_for(couple: tuple[Any
         ada.get_by_role("button", name="Generate").click()
         wait_for_picture(ada)
         for page, count in ((ada, 1), (bob, 0)):
-            page.get_by_role("tab", name="History").click()
+            unfold(page, page.get_by_role("tab", name="History"))
             expect(page.locator("#pages")).to_contain_text("1 picture" if count else "Nothing yet")
             expect(page.locator("#kept .grid-container button")).to_have_count(count)
         ada.reload()
@@ -259,7 +259,12 @@ def test_a_change_while_a_picture_is_drawn_is_no_new_visit(open_page: Open, sess
         kept = page.evaluate("localStorage['shira-settings']")
         set_strength(page, "bluefire", "0.5")
         page.wait_for_function("kept => localStorage['shira-settings'] !== kept", arg=kept)
+        page.get_by_label("number input for Steps").fill("3")
+        expect(page.locator("#changed")).to_have_text("")  # nothing is shown
+        page.get_by_label("Seed", exact=True).fill("5")
+        page.get_by_label("Seed", exact=True).press("Tab")
     wait_for_picture(page)
+    expect(page.locator("#changed")).to_have_text("Changed since drawn: styles, seed, steps")
     assert asked == []
     expect(page.get_by_label("strength of bluefire", exact=True)).to_have_value("0.5")
 
@@ -329,7 +334,7 @@ def test_a_shared_link_is_opened_once(couple: tuple[Any, Any], url: str) -> None
 
 def test_a_seed_or_width_that_is_emptied_counts_as_it_is_drawn(open_page: Open) -> None:
     page = ready(open_page())
-    page.get_by_role("button", name="More settings").click()
+    unfold(page, page.get_by_role("button", name="More settings"))
     for box in ("Seed", "Width, 0 is 16"):
         page.get_by_label(box, exact=True).fill("")
         page.get_by_label(box, exact=True).press("Tab")
@@ -341,7 +346,7 @@ def test_a_seed_or_width_that_is_emptied_counts_as_it_is_drawn(open_page: Open) 
 def test_a_start_picture_that_is_none_is_refused_in_a_sentence(open_page: Open, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     page = ready(open_page())
-    page.get_by_role("button", name="More settings").click()
+    unfold(page, page.get_by_role("button", name="More settings"))
     page.locator("#start input[type=file]").set_input_files(tmp_path / "notes.png")
     toast = page.get_by_test_id("toast-body")
     expect(toast).to_contain_text("This is no picture to start from: not a picture of PNG", timeout=PATIENCE)
@@ -374,7 +379,7 @@ def test_the_preview_follows_what_is_not_changed_by_hand(open_page: Open) -> Non
 
 def test_deleting_a_preset_with_none_chosen_says_to_choose_one(open_page: Open) -> None:
     page = ready(open_page())
-    page.get_by_role("button", name="Share, delete a preset").click()
+    unfold(page, page.get_by_role("button", name="Share, delete a preset"))
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete the preset").click()
     expect(page.get_by_text("Choose a preset first")).to_be_visible(timeout=5000)
@@ -417,7 +422,7 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
     page.get_by_label("Preset", exact=True).focus()
     expect(page.get_by_role("option", name="night dog")).to_be_visible()
     page.keyboard.press("Tab")  # changes nothing
-    page.get_by_role("button", name="Share, delete a preset").click()
+    unfold(page, page.get_by_role("button", name="Share, delete a preset"))
     page.get_by_role("button", name="Share", exact=True).click()
     expect(page.get_by_label("Settings as JSON")).to_have_value(re.compile('"seed": 98'))
     page.get_by_label("Preset", exact=True).click()
@@ -492,7 +497,7 @@ def test_a_sweep_shows_progress_can_be_stopped_and_goes_back_to_mix(open_page: O
 
     page.get_by_label("number input for Steps").fill("100")  # so that the grid is not whole before it is held
     page.get_by_label("number input for Steps").press("Tab")
-    page.get_by_role("tab", name="Compare").click()
+    unfold(page, page.get_by_role("tab", name="Compare"))
     page.get_by_label("Two styles, a grid").check()
     page.get_by_label("from", exact=True).first.fill("9")
     page.get_by_role("button", name="Draw").click()
