@@ -94,8 +94,12 @@ def _measured(report: Mapping[str, Any]) -> Iterable[str]:
 
 def made(report: Mapping[str, Any]) -> str:
     """A line that says how a picture was made, from checked settings."""
-    how = f"{caption(report)} · {report['steps']} steps · guidance {report['guidance']:g}"
-    return f"<p>“{html.escape(report['prompt'][:300])}” · {html.escape(how)}</p>"
+    words = [f"“{report['prompt'][:300]}”"]
+    if report["negative"]:
+        words.append(f"without “{report['negative'][:300]}”")
+    sides = [f"{side} {report[side]}" for side in ("width", "height") if report[side]]  # 0 is the model's own
+    parts = [*words, caption(report), f"{report['steps']} steps", f"guidance {report['guidance']:g}", *sides]
+    return f"<p>{html.escape(' · '.join(parts))}</p>"
 
 
 def lora(timings: Timings | None) -> str:

@@ -11,6 +11,10 @@ from app.settings.checks import SettingsError
 
 DRAWING: dict[str, Any] = {"concurrency_limit": None}
 """Of all events that draw: they wait without a thread, in the fair queue of the session."""
+COMPARING: dict[str, Any] = {"concurrency_id": "comparing", "concurrency_limit": 2}
+"""Of all events that compare adapters."""
+STARTING: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}
+"""Of all events that start a training."""
 
 
 def visitor_of(request: gr.Request) -> Visitor:
@@ -37,9 +41,3 @@ def as_object(value: Any, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         example = '{"name": 1.0}' if what == "mix" else "an object or a list"
         raise SettingsError(f"the {what} must be JSON like {example}, got {value[:40]!r} ({error})") from error
-
-
-COMPARING: dict[str, Any] = {"concurrency_id": "comparing", "concurrency_limit": 2}
-
-
-STARTING: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}

@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from app.insight.lora_timing import Timings
 from app.page import theme
 from app.serve import ASSETS, main, parse
+from app.settings.settings import Settings
 from tests.app.conftest import Folders, free_port
 from tests.warm import python
 
@@ -93,6 +95,15 @@ def test_times_have_a_sensible_number_of_digits(milliseconds: float, text: str) 
 def test_before_the_first_picture_there_are_no_figures() -> None:
     assert not any(digit in theme.facts(None) for digit in "0123456789")
     assert theme.lora(None) == ""
+
+
+def test_a_picture_says_how_it_was_made() -> None:
+    plain = Settings.checked("a <red> cat", {"x": 1.0, "y": 0.5}, seed=7, steps=2, guidance=2)
+    assert theme.made(plain.as_dict()) == "<p>“a &lt;red&gt; cat” · x + y 0.5 · 2 steps · guidance 2</p>"
+    more = replace(plain, mix={}, negative="a dog", width=24)
+    assert theme.made(more.as_dict()) == (
+        "<p>“a &lt;red&gt; cat” · without “a dog” · base · 2 steps · guidance 2 · width 24</p>"
+    )
 
 
 def test_without_what_the_app_needs_it_says_how_to_get_that() -> None:
