@@ -15,7 +15,7 @@ from tests.app.conftest import SUGGESTION, connect
 def release(studio: Studio) -> Iterator[Callable[[], None]]:
     """Nothing is drawn before it is called."""
     open_ = threading.Event()
-    studio.session.queue.submit("blocker", lambda: open_.wait(60))
+    studio.session.queue.submit("blocker", lambda: open_.wait())
     yield open_.set
     open_.set()
 
@@ -25,7 +25,7 @@ def pictures(studio: Studio) -> int:
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120  # machines of tests are busy
     while not ready() and time.monotonic() < end:
         time.sleep(0.02)
     assert ready()

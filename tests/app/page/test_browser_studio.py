@@ -12,7 +12,7 @@ from app.library.cards import sha256_of
 from app.studio import Studio
 from shira_diffusers import save_adapter
 from tests import loras, tiny
-from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect, pages
+from tests.app.browsing import MARKS, PATIENCE, PHONE, WIDE, Open, expect, pages, unfold
 from tests.app.conftest import Folders, served
 
 pytestmark = MARKS
@@ -178,7 +178,7 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     expect(page.locator(".caption-count")).to_have_text("2 pictures, 2 captions")
     page.get_by_label("Name", exact=True).fill("tiny style")
     page.get_by_label("What the pictures show").fill("a sks cat")
-    page.get_by_role("button", name="How it learns").click()
+    unfold(page, page.get_by_role("button", name="How it learns"))
     page.get_by_label("number input for Training steps").fill("8")
     page.get_by_label("number input for Training steps").press("Enter")
     page.get_by_role("button", name="Start training").click()
@@ -198,7 +198,7 @@ def test_a_training_from_pictures_to_the_library(open_page: Open, studio: Studio
     expect(page.get_by_role("checkbox", name="tiny style")).to_be_checked()
     expect(page.get_by_label("Seed", exact=True)).to_have_value("7")  # as it was
     expect(page.get_by_label("number input for Steps")).to_have_value("2")
-    page.get_by_role("tab", name="Train", exact=True).click()
+    unfold(page, page.get_by_role("tab", name="Train", exact=True))
 
     page.get_by_label("number input for Training steps").fill("3000")
     page.get_by_label("number input for Training steps").press("Enter")
