@@ -244,12 +244,21 @@ def _inject(
     """
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 
+    if not hasattr(model, "text_model"):
+        _leave_out_text_model(peft_config)
     inject_adapter_in_model(peft_config, model, adapter_name, state_dict=dict(adapter_state_dict))
     found: Any = set_peft_model_state_dict(model, dict(adapter_state_dict), adapter_name)
     if found.unexpected_keys:
         raise ValueError(f"no layer for {', '.join(found.unexpected_keys[:3])}")
     if missing := [key for key in found.missing_keys if f".{adapter_name}" in key]:
         raise ValueError(f"incomplete, without {', '.join(missing[:3]).replace(f'.{adapter_name}', '')}")
+
+
+def _leave_out_text_model(config: Any) -> None:
+    """Name layers in patterns as transformers does from 5.6 on, which dropped ``text_model.`` from CLIPTextModel."""
+    for each in ("rank_pattern", "alpha_pattern"):
+        if pattern := getattr(config, each, None):
+            setattr(config, each, {re.sub(r"\btext_model\\?\.", "", key): own for key, own in pattern.items()})
 
 
 def _adapted(models: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -272,6 +272,28 @@ def test_block_diagonal_factors_are_as_peft_merges_them(tmp_path: Path, factor: 
     assert_weights(convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter, expected)
 
 
+@pytest.mark.parametrize("old", ["text_model.", "^text_model.", r"text_model\."])
+def test_patterns_by_the_older_names_of_a_text_encoder(tmp_path: Path, old: str) -> None:
+    """As transformers before 5.6 has them: they name the same layers."""
+    layers = [f"encoder.layers.{number}.self_attn.q_proj" for number in (0, 1)]
+    patterns = {"alpha_pattern": {layers[0]: 9}, "rank_pattern": {layers[1]: 4}}
+    expected = loras.of_peft(tmp_path, tiny.text_encoder(), ["q_proj"], **patterns)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    state = {key.replace(".encoder.", ".text_model.encoder."): tensor for key, tensor in load_file(weights).items()}
+    save_file(state, weights)
+    renamed = {name: {old + key: value for key, value in own.items()} for name, own in patterns.items()}
+    config.write_text(json.dumps(json.loads(config.read_text()) | renamed))
+    assert_weights(convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter, expected, "text_encoder")
+
+
+def test_patterns_by_the_older_names_in_a_header(tmp_path: Path) -> None:
+    alphas = {"encoder.layers.0.self_attn.q_proj": 9}
+    text = loras.adapted(tiny.text_encoder(), ["q_proj"], alpha_pattern=alphas)
+    text.peft_config["default"].alpha_pattern = {f"text_model.{key}": alpha for key, alpha in alphas.items()}
+    loras.of_diffusers(tmp_path, loras.adapted(tiny.unet(), ["to_q"]), text)
+    assert_weights(convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter, loras.merged(text), "text_encoder")
+
+
 @pytest.mark.parametrize("matrix", ["lora_A", "lora_B", "lora_magnitude"])
 def test_a_layer_without_one_of_its_tensors(tmp_path: Path, matrix: str) -> None:
     loras.of_peft(tmp_path / "peft", tiny.unet(), ["to_q", "to_v"], use_dora=True)
