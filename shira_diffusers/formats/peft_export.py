@@ -24,6 +24,8 @@ from shira_diffusers.formats.safetensors_bytes import to_bytes
 from shira_diffusers.formats.shira_file import raw_of
 
 _WEIGHT = ".weight"
+# How many entries may be nearly all zeros, and else how many per entry of the adapter: a file can claim any shape.
+_MANY, _MOST_ZEROS = 2**24, 64
 
 
 def split_for_peft(adapter: ShiraAdapter) -> tuple[ShiraAdapter, list[str]]:
@@ -40,7 +42,7 @@ def rank_for_peft(adapter: ShiraAdapter) -> int:
     """The smallest ``r`` with which each weight's ``r * (in + out)`` entries hold the adapter's.
 
     Raises:
-        AdapterMismatchError: some weights have fewer entries than that; all are named.
+        AdapterMismatchError: some weights have fewer entries than that, or there would be hardly anything but zeros.
     """
     rank = max(-(-delta.nnz // sum(delta.shape)) for delta in adapter.deltas.values())
     small = [
@@ -54,7 +56,20 @@ def rank_for_peft(adapter: ShiraAdapter) -> int:
             f"{counted(len(small), 'weight', of=len(adapter.deltas))} can hold; train with fewer entries or fewer "
             f"targets, or export parts of the adapter one by one:{listing(small)}"
         )
+    _require_few_zeros(adapter, rank)
     return rank
+
+
+def _require_few_zeros(adapter: ShiraAdapter, rank: int) -> None:
+    held = sum(delta.nnz for delta in adapter.deltas.values())
+    total = sum(rank * sum(delta.shape) for delta in adapter.deltas.values())
+    if total > max(_MANY, _MOST_ZEROS * held):
+        largest = sorted(adapter.deltas.items(), key=lambda each: -sum(each[1].shape))
+        raise AdapterMismatchError(
+            f"PEFT holds r * (in + out) entries of each layer: the adapter's {counted(held, 'entry')} would be filled "
+            f"up with {total - held:,} zeros, expected fewer than {_MOST_ZEROS} per entry; get an intact copy, or "
+            f"export parts of the adapter one by one:{listing([f'{name}: {delta.shape}' for name, delta in largest])}"
+        )
 
 
 def save_peft_adapter(adapter: ShiraAdapter, folder: str | os.PathLike[str]) -> Path:
@@ -125,12 +140,12 @@ def _padded(delta: SparseDelta, count: int) -> tuple[Tensor, Tensor]:
 
     Zeros are put at the first places that the mask leaves free.
     """
-    held = torch.zeros(delta.numel, dtype=torch.bool, device="cpu")
-    held[delta.indices.cpu().long()] = True
-    spare = (~held).nonzero().flatten()[: count - delta.nnz]
-    held[spare] = True
-    flat = held.nonzero().flatten()
-    values = delta.to_dense().cpu().flatten()[flat]
+    own = delta.indices.cpu().long()
+    free = torch.ones(count, dtype=torch.bool, device="cpu")
+    free[own[own < count]] = False
+    spare = free.nonzero().flatten()[: count - delta.nnz]  # so many are free among the first ``count``
+    flat, order = torch.cat([own, spare]).sort()
+    values = torch.cat([delta.values.cpu().float(), torch.zeros(len(spare), device="cpu")])[order]
     return torch.stack([flat // delta.shape[1], flat % delta.shape[1]]).int(), values
 
 

@@ -133,6 +133,22 @@ def test_what_peft_cannot_hold(tmp_path: Path, adapter: Callable[[], ShiraAdapte
     assert not any(tmp_path.iterdir())
 
 
+def test_memory_goes_with_the_entries_that_are_written(tmp_path: Path) -> None:
+    """Not with the shape that a file claims, of which a bit per entry would be 8 GB here."""
+    delta = SparseDelta(torch.tensor([3, 2**36 - 1]), torch.tensor([1.0, 2.0]), (2**18, 2**18))
+    folder = save_peft_adapter(ShiraAdapter({"a.weight": delta}), tmp_path / "peft")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert tensors["base_model.model.a.shira_indices"][:, -2:].tolist() == [[1, 2**18 - 1], [2**18 - 2, 2**18 - 1]]
+    assert tensors["base_model.model.a.shira_weight"].nonzero().flatten().tolist() == [3, 2**19 - 1]
+
+
+def test_shapes_that_would_fill_the_disk_with_zeros_are_refused(tmp_path: Path) -> None:
+    huge = ShiraAdapter({"a.weight": SparseDelta(torch.tensor([3]), torch.ones(1), (2**31, 2**31))})
+    with pytest.raises(AdapterMismatchError, match=r"1 entry.*with 4,294,967,295 zeros.*\n  - a.weight: \(21474"):
+        save_peft_adapter(huge, tmp_path / "peft")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_that_exists_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ShiraError, match="exists, expected a new folder; choose another name"):
         save_peft_adapter(tiny.adapter_for(tiny.unet(), only=("to_q",), density=0.05), tmp_path)
