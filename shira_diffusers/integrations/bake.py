@@ -21,7 +21,7 @@ from shira_diffusers.atomic_write import made_whole
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
 from shira_diffusers.formats.find import safetensors_in
-from shira_diffusers.formats.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, is_hidden, is_hub_id
+from shira_diffusers.formats.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, is_hub_id, shown_in
 from shira_diffusers.formats.safetensors_bytes import Span, spans_of
 from shira_diffusers.integrations.single_file import rows_by_name
 from shira_diffusers.weights.scatter import gather
@@ -93,8 +93,8 @@ def bake_checkpoint(
         which this mix is active.
 
     Raises:
-        ShiraError: there is no such base, the output exists, a strength that is no finite number, or sums out of the
-            range of the weights' dtype.
+        ShiraError: there is no such base, links in it that lead nowhere or back, the output exists, a strength that is
+            no finite number, or sums out of the range of the weights' dtype.
         AdapterMismatchError: an adapter does not fit, wholly or in part; all offenders are named.
         AdapterFormatError: a damaged file of weights.
         OSError: a file cannot be read or written.
@@ -222,12 +222,17 @@ def _sorted_out(base: Path, touched: set[Path]) -> tuple[list[Path], list[str]]:
     return copied, left_out
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not is_hidden(path.name):
-            yield from _files(path)
-        elif path.is_file() and not is_hidden(path.name):
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files that are not hidden. Raises ShiraError: a link to nothing, or to a folder that it is in."""
+    above = (*above, folder.resolve())
+    for path in shown_in(folder):
+        if path.is_file():
             yield path
+        elif not path.is_dir() or path.resolve() in above:
+            what = "links to a folder that it is in" if path.is_dir() else "links to nothing, or is no file"
+            raise ShiraError(f"{path} {what}: expected files and folders that can be copied; mend or remove it")
+        else:
+            yield from _files(path, above)
 
 
 def _by_tensor(places: Mapping[str, list[_Place]]) -> dict[Path, dict[Span, dict[str, _Place]]]:

@@ -186,6 +186,17 @@ def test_weights_without_the_mix_are_left_out(tmp_path: Path) -> None:
     assert left == {*baked.left_out, ".git/HEAD"}
 
 
+@pytest.mark.parametrize(
+    ("target", "message"), [("nowhere", "links to nothing"), ("..", "links to a folder that it is in")]
+)
+def test_links_that_lead_nowhere_or_back_are_refused(tmp_path: Path, target: str, message: str) -> None:
+    pipe = saved(tmp_path / "base")
+    (tmp_path / "base" / "vae" / "link").symlink_to(target)
+    with pytest.raises(ShiraError, match=f"vae/link {message}"):
+        bake_checkpoint(tmp_path / "base", mix_for(pipe), tmp_path / "out")
+    assert_nothing_left(tmp_path, {"base"})
+
+
 def test_another_base_is_named(tmp_path: Path) -> None:
     pipe = saved(tmp_path / "base")
     deltas = tiny.adapter_for(pipe).deltas
