@@ -17,7 +17,15 @@ _LIGHT = ("inspect", "diff")  # the commands that need no torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """As ``shira_diffusers.cli.__main__.main``."""
+    """As ``shira_diffusers.cli.__main__.main``; an interrupt during its imports, which take seconds, is quiet too."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _main(argv: Sequence[str] | None) -> int:
     with _bare_packages():
         version = import_module("shira_diffusers._version").__version__
         args = import_module("shira_diffusers.cli.arguments").parse(version, argv)

@@ -547,6 +547,15 @@ def test_the_entry_point_runs_commands(files: dict[str, Path]) -> None:
     assert json.loads(done.stdout)["kind"] == "SHiRA adapter"
 
 
+@pytest.mark.parametrize(("module", "command"), [("torch", "verify"), ("numpy", "inspect"), ("argparse", "fuse")])
+def test_an_interrupt_during_imports_is_quiet(module: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    argv = [sys.executable, "-m", "shira_command", command, "a", *(["--base", "b"] if command == "verify" else [])]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_the_parser_knows_all_choices() -> None:
     assert set(arguments.METHODS) == MERGE_METHODS.keys()
     assert set(arguments.DTYPES) == fuse_command.DTYPES.keys()
