@@ -5,6 +5,7 @@ time. Their own loaders map the keys: they load into a hollow copy of the model,
 """
 
 import copy
+import json
 import logging
 import os
 import re
@@ -47,8 +48,10 @@ Convert = Callable[[Any], list[Any]]
 _NAME = "shira_convert"  # of the adapter in the hollow copy
 _SCALE, _DOWN, _MID = ".dora_scale", ".lora_down.weight", ".lora_mid.weight"  # of kohya's trainers and LyCORIS
 _ALPHA = ".alpha"
+_CONFIG = "lora_adapter_metadata"  # PEFT's configurations in a header, by component, as diffusers writes them
 # A layer's path, its down matrix and the rest, as each tool writes them.
 _PAIR = re.compile(r"(.*?)[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down|down)(\.(?:\w+\.)?weight)")
+_FACTOR = re.compile(r"lora[._](A|B|down|up|mid|linear_layer)\b.*\.weight$")
 _FLUX = re.compile(r"(?:diffusion_model\.|base_model\.model\.)?(?:double|single)_blocks\.")  # its own names of blocks
 _MATRIX = re.compile(r"lora_A|lora_down|lora\.down|lora_linear_layer\.down|lokr_w1(_a)?$")  # one key per layer
 _PLAIN = re.compile(
@@ -298,7 +301,51 @@ def _lora_tensors(file: Path) -> dict[str, Tensor]:
             f"{file} is PEFT's and needs the {PEFT_CONFIG} that was saved beside it, which has lora_alpha; "
             "put both into one folder"
         )
+    if flat := [f"{key}: {tuple(own.shape)}" for key, own in tensors.items() if _FACTOR.search(key) and own.ndim < 2]:
+        raise AdapterFormatError(
+            f"{file} is damaged: expected factors of two dimensions or more, get an intact copy:{listing(flat)}"
+        )
+    if config := metadata.get(_CONFIG):
+        _require_plain_header(file, config, tensors)
     return tensors
+
+
+def _require_plain_header(file: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFormatError where the configuration in a header is damaged, or not all that tells scales."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise AdapterFormatError(
+            f"{file} cannot be read, its header is damaged: expected a JSON object as {_CONFIG}, got {text!r:.60}; get "
+            "an intact copy"
+        )
+    if told := next((key for key in tensors if key.endswith((_ALPHA, _SCALE, _MID))), None):
+        raise AdapterFormatError(
+            f"{file} says scales twice: in its header ({_CONFIG}), and in {told}; expected one of them, as diffusers "
+            "does: save it without the other"
+        )
+    _require_ranks(file, config, tensors)
+
+
+def _require_ranks(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFormatError where a configuration has ranks that no tensor has: PEFT would allocate them first.
+
+    Args:
+        config: PEFT's; where it is for several components, their names are before its own.
+        tensors: ``(r, in)``, ``(out, r)`` and so on.
+    """
+    if any(".lokr_" in key for key in tensors):
+        return  # whose r may be any number: from some size on, a factor is whole
+    found = [config[key] for key in config if key.rpartition(".")[2] in ("r", "rank_pattern")]
+    ranks = [rank for each in found for rank in (each.values() if isinstance(each, dict) else [each])]
+    widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if wrong := [rank for rank in ranks if isinstance(rank, int | float) and rank > widest]:
+        raise AdapterFormatError(
+            f"{file} claims a rank of {wrong[0]:,}, expected one of {widest} or less, as its tensors have; get an "
+            "intact copy"
+        )
 
 
 def _in_two_factors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -387,19 +434,12 @@ def _load(
     _require_peft()
     hollow = {part: _hollow(model) for part, model in models.items()}
     given = os.fspath(source) if isinstance(source, Path) else dict(source)
-    try:
-        with _quiet():
-            keys = (
-                _load_module(file, hollow[""], given)
-                if "" in hollow
-                else _load_pipeline(file, target, hollow, given, component)
-            )
-    except AdapterFormatError:
-        raise
-    except _LOADING as error:
-        raise AdapterMismatchError(
-            f"{file} cannot be loaded into this model by diffusers ({_reason(error)}); {_REMEDY}"
-        ) from error
+    with _quiet(), _loading(file, "diffusers", _REMEDY):
+        keys = (
+            _load_module(file, hollow[""], given)
+            if "" in hollow
+            else _load_pipeline(file, target, hollow, given, component)
+        )
     for model in hollow.values():
         _require_plain_start(file, getattr(model, "peft_config", {}).get(_NAME))
     layers, expected = _adapted(hollow), sum(bool(_MATRIX.search(key)) for key in keys)
@@ -434,6 +474,24 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _loading(file: Path, program: str, remedy: str) -> Iterator[None]:
+    """Raise AdapterMismatchError for what a program raises when it loads a file; AdapterFormatError as it is."""
+    try:
+        yield
+    except AdapterFormatError:
+        raise
+    except re.error as error:
+        raise AdapterFormatError(
+            f"{file} cannot be read, its configuration is damaged: {error.pattern!r} is no regular expression "
+            f"({error}); get an intact copy"
+        ) from error
+    except _LOADING as error:
+        raise AdapterMismatchError(
+            f"{file} cannot be loaded into this model by {program} ({_reason(error)}); {remedy}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -589,14 +647,9 @@ def _inject_folder(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) 
     """Put PEFT's layers into a hollow model, of tensors ``(r, in)``, ``(out, r)`` and so on by its own names."""
     config = _peft_config(folder)
     _require_plain_start(folder, config)
-    try:
-        with _quiet():
-            _inject(model, config, state, _NAME)
-    except _LOADING as error:
-        raise AdapterMismatchError(
-            f"{folder} cannot be loaded into this model by PEFT ({_reason(error)}); use it with the model it was "
-            "trained for"
-        ) from error
+    _require_ranks(folder, vars(config), state)
+    with _quiet(), _loading(folder, "PEFT", "use it with the model it was trained for"):
+        _inject(model, config, state, _NAME)
 
 
 def _peft_config(folder: Path) -> Any:

@@ -198,6 +198,14 @@ def test_a_lora_with_more_in_it(files: Path, tmp_path: Path, kind: str) -> None:
         convert_lora(tmp_path / "more.safetensors", tiny.pipeline())
 
 
+@pytest.mark.parametrize("factor", ["lora_down.weight", "lora_up.weight", "lora_mid.weight"])
+def test_factors_without_dimensions(files: Path, tmp_path: Path, factor: str) -> None:
+    key = f"lora_unet_mid_block_resnets_0_conv1.{factor}"
+    save_file(load_file(files / "kohya.safetensors") | {key: torch.tensor(1.0)}, tmp_path / "zero.safetensors")
+    with pytest.raises(AdapterFormatError, match=rf"expected factors of two dimensions or more, .*\n  - {key}: \(\)"):
+        convert_lora(tmp_path / "zero.safetensors", tiny.pipeline())
+
+
 def test_biases_are_refused(tmp_path: Path) -> None:
     loras.of_peft(tmp_path / "peft", tiny.unet(), ["conv1"], lora_bias=True)
     loras.of_diffusers(tmp_path / "diffusers", loras.adapted(tiny.unet(), ["conv1"], lora_bias=True))
@@ -235,8 +243,12 @@ def test_other_methods_of_peft(tmp_path: Path, config: PeftConfig) -> None:
             {"megatron_config": {"a": 1}, "megatron_core": "megatron.core"},
             "cannot be loaded into this model by PEFT .ModuleN",
         ),
+        ({"r": 10**10}, r"claims a rank of 10,000,000,000, expected one of \d+ or less, as its tensors have"),
+        ({"rank_pattern": {"to_q": 10**10}}, "claims a rank of 10,000,000,000, expected"),
+        ({"alpha_pattern": {"(": 1}}, r"its configuration is damaged: .*\(\(\).* is no regular expression .missing \)"),
+        ({"exclude_modules": "("}, r"its configuration is damaged: '\(' is no regular expression .missing \)"),
     ],
-    ids=["ia3", "alora", "unknown", "a library that is not there"],
+    ids=["ia3", "alora", "unknown", "a library that is not there", "r", "rank_pattern", "alpha_pattern", "exclude"],
 )
 def test_configurations_that_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     loras.of_peft(tmp_path, tiny.unet(), ["to_q"])
@@ -244,6 +256,46 @@ def test_configurations_that_are_refused(tmp_path: Path, change: dict[str, objec
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises((AdapterFormatError, AdapterMismatchError), match=message):
         convert_lora(tmp_path, tiny.pipeline())
+
+
+def with_header(folder: Path, extra: dict[str, torch.Tensor], **change: object) -> Path:
+    """A UNet's LoRA of diffusers, with more tensors and with some of its configuration changed."""
+    file = loras.of_diffusers(folder, loras.adapted(tiny.unet(), ["to_q"])) / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        config = json.loads(opened.metadata()["lora_adapter_metadata"])
+    config |= {f"unet.{key}": value for key, value in change.items()}
+    save_file(load_file(file) | extra, file, {"lora_adapter_metadata": json.dumps(config)})
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 10**10}, "claims a rank of 10,000,000,000, expected one of 64 or less"),
+        ({"rank_pattern": {"to_q": 10**10}}, "claims a rank of 10,000,000,000, expected one of 64 or less"),
+        ({"alpha_pattern": {"(": 1}}, r"its configuration is damaged: '.*' is no regular expression"),
+    ],
+    ids=str,
+)
+def test_headers_that_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(AdapterFormatError, match=message):
+        convert_lora(with_header(tmp_path, {}, **change), tiny.pipeline())
+
+
+@pytest.mark.parametrize("config", ["{", "[" * 100_000, "[]"], ids=["cut", "nested", "list"])
+def test_a_damaged_configuration_in_a_header(files: Path, tmp_path: Path, config: str) -> None:
+    state = load_file(files / "unet" / "pytorch_lora_weights.safetensors")
+    save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": config})
+    with pytest.raises(AdapterFormatError, match="its header is damaged: expected a JSON object as lora_adapter_meta"):
+        convert_lora(tmp_path / "a.safetensors", tiny.pipeline())
+
+
+def test_a_scale_in_header_and_tensors_is_refused(tmp_path: Path) -> None:
+    """diffusers refuses it too; the header was left out, so that layers without an alpha got another scale."""
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.alpha"
+    file = with_header(tmp_path, {key: torch.tensor(5.0)})
+    with pytest.raises(AdapterFormatError, match=rf"says scales twice: in its header .lora_adapter_.* and in {key}"):
+        convert_lora(file, tiny.pipeline())
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
