@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shira_diffusers.errors import AdapterFormatError, listing
 from shira_diffusers.formats.find import safetensors_in
-from shira_diffusers.formats.paths import SUFFIX, did_you_mean
+from shira_diffusers.formats.paths import SUFFIX, did_you_mean, shown_in
 from shira_diffusers.formats.safetensors_bytes import open_safetensors
 from shira_diffusers.weights.text_model import PREFIX
 
@@ -54,10 +54,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return {"": _named(stored_in(path))}
     if not (path / "model_index.json").is_file():
         return {"": _weights(path)}
-    parts = {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and safetensors_in(each)}
+    parts = {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and _has_weights(each)}
     if not parts:
         raise AdapterFormatError(f"{path} has no {SUFFIX} weights; save the pipeline with safe_serialization=True")
     return {name: _weights(folder) for name, folder in parts.items()}
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there are weights, or links to weights that are not there, which ``stored_in`` reports."""
+    return any(path.suffix.lower() == SUFFIX and (path.is_file() or path.is_symlink()) for path in shown_in(folder))
 
 
 def _weights(folder: Path) -> dict[str, StoredWeight]:
@@ -81,7 +86,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredWeight]:
     try:
         places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: folder / name for name in sorted(set(places.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterFormatError(f"{index} is no index of shards ({error}); get an intact copy") from error
     if missing := [str(file) for file in files.values() if not file.is_file()]:
         raise AdapterFormatError(f"{index} names shards that are not there; get all files:{listing(missing)}")
@@ -94,6 +99,8 @@ def stored_in(file: Path) -> dict[str, StoredWeight]:
     Raises:
         AdapterFormatError: it is damaged, or no such file, or its path is not UTF-8.
     """
+    if not file.is_file():
+        raise AdapterFormatError(f"{file} is a link to nothing, or no file: expected weights; get all files")
     open_safetensors(file)  # says what is wrong with it
     _require_utf8(file)
     with safe_open(file, framework="pt") as opened:

@@ -44,7 +44,8 @@ def did_you_mean(path: Path) -> str:
 def similar(path: Path, most: int = 3) -> list[Path]:
     """Files of weights and folders whose names are much like that of a path that does not exist, the most alike first.
 
-    They are looked for in the last of its folders that exists. Case and ``.safetensors`` do not count.
+    They are looked for in the last of its folders that exists. Case and ``.safetensors`` do not count. The path itself,
+    which may be a link to nothing, is not among them.
     """
     folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
     missing, *rest = path.relative_to(folder).parts if path.parts else ("",)
@@ -52,7 +53,7 @@ def similar(path: Path, most: int = 3) -> list[Path]:
         names = [entry.name for entry in islice(shown_in(folder), _LOOKED_AT) if _is_candidate(entry)]
     except OSError:  # a folder that is not ours
         return []
-    found = [folder / name for name in _alike(missing, names)[:most]]
+    found = [each for name in _alike(missing, names) if (each := folder / name) != path][:most]
     return [whole if rest and os.path.exists(whole := each.joinpath(*rest)) else each for each in found]
 
 

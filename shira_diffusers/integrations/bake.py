@@ -105,10 +105,11 @@ def bake_checkpoint(
     _require_new(base, output)
     for title, (_, strength) in mix.items():
         check_scale(title, strength, {})
+    held = list(_files(base)) if base.is_dir() else [base]
     places = _find(base, sorted({name for adapter, _ in mix.values() for name in adapter.deltas}))
     _require_fit(base, places, mix)
     touched = {place.file.parent for found in places.values() for place in found}
-    copied, left_out = _sorted_out(base, touched)
+    copied, left_out = _sorted_out(base, held, touched)
     tensors = _by_tensor(places)
     total = sum(map(os.path.getsize, copied)) + sum(span.end - span.start for own in tensors.values() for span in own)
     done = 0
@@ -207,12 +208,10 @@ def _require_fit(base: Path, places: Mapping[str, list[_Place]], mix: Mix) -> No
         )
 
 
-def _sorted_out(base: Path, touched: set[Path]) -> tuple[list[Path], list[str]]:
+def _sorted_out(base: Path, files: Iterable[Path], touched: set[Path]) -> tuple[list[Path], list[str]]:
     """The files to copy, and by relative name those to leave out: weights that would be there once more, unchanged."""
-    if base.is_file():
-        return [base], []
     copied, left_out = [], []
-    for file in _files(base):
+    for file in files:
         is_root = file.parent == base and base not in touched
         suffix = file.suffix.lower()
         if (suffix in OTHER_WEIGHTS and file.parent in touched) or (is_root and suffix in (SUFFIX, *OTHER_WEIGHTS)):

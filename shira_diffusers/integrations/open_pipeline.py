@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline
 
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.formats.contents import guess
-from shira_diffusers.formats.paths import did_you_mean, is_hub_id
+from shira_diffusers.formats.find import safetensors_in
+from shira_diffusers.formats.paths import did_you_mean, is_hub_id, shown_in
 
 # What from_pretrained raises for a folder that is missing, damaged, incomplete or of a class unknown here.
 _LOADING = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
@@ -51,10 +52,14 @@ def open_pipeline(base: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _remedy(path: Path) -> str:
-    """What is wrong with a base that could not be loaded, if its name or the first bytes of its weights say so."""
+    """What is wrong with a base that could not be loaded, if its name or the first bytes of its weights say so.
+
+    They are looked for in the folder itself, and in those inside of it where it is a pipeline's, which has its index.
+    """
     if not path.exists():
         return did_you_mean(path)
-    for file in sorted(path.rglob("*.safetensors")):
+    inside = shown_in(path) if (path / "model_index.json").is_file() else []
+    for file in [file for folder in (path, *inside) for file in safetensors_in(folder)]:
         found = guess(file)
         if found is not None:
             return f"; {file} looks like {found.kind}; {found.remedy}"

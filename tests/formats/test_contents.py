@@ -17,6 +17,7 @@ from shira_diffusers import AdapterFormatError, AdapterLibrary, ShiraError, load
 from shira_diffusers.cli.base_model import open_pipeline
 from shira_diffusers.formats.contents import guess
 from shira_diffusers.formats.inspect import inspect_adapter
+from shira_diffusers.formats.paths import similar
 from tests import tiny
 
 POINTER = b"""version https://git-lfs.github.com/spec/v1
@@ -102,6 +103,26 @@ def test_a_base_that_was_cloned_without_its_large_files(pipe: StableDiffusionPip
         ShiraError, match=r"unet/diffusion_pytorch_model.safetensors looks like a Git LFS pointer.*lfs pull"
     ):
         open_pipeline(str(tmp_path / "base"))
+
+
+def test_only_a_pipelines_own_folders_are_searched_for_what_is_wrong(tmp_path: Path) -> None:
+    """Not all that is below a name such as ``/``; and a link to nothing is passed over."""
+    (tmp_path / "home" / "models").mkdir(parents=True)
+    (tmp_path / "home" / "models" / "x.safetensors").write_bytes(POINTER)
+    (tmp_path / "a.safetensors").symlink_to("nowhere")
+    for index in (None, "{"):
+        if index:
+            (tmp_path / "model_index.json").write_text(index)
+        with pytest.raises(ShiraError, match="cannot load a pipeline from") as caught:
+            open_pipeline(str(tmp_path))
+        assert "Git LFS" not in str(caught.value)
+
+
+def test_a_link_to_nothing_is_not_what_was_meant(tmp_path: Path) -> None:
+    (tmp_path / "gold.safetensors").symlink_to("nowhere")
+    (tmp_path / "golds.safetensors").write_bytes(b"")
+    assert similar(tmp_path / "gold.safetensors") == [tmp_path / "golds.safetensors"]
+    assert similar(tmp_path / "gold.safetensors" / "x")[0] == tmp_path / "gold.safetensors"
 
 
 def test_a_mistyped_base_names_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,9 +191,11 @@ def test_weights_without_the_mix_are_left_out(tmp_path: Path) -> None:
 )
 def test_links_that_lead_nowhere_or_back_are_refused(tmp_path: Path, target: str, message: str) -> None:
     pipe = saved(tmp_path / "base")
-    (tmp_path / "base" / "vae" / "link").symlink_to(target)
-    with pytest.raises(ShiraError, match=f"vae/link {message}"):
-        bake_checkpoint(tmp_path / "base", mix_for(pipe), tmp_path / "out")
+    for name in ("vae/link", f"unet/{UNET_FILE}"):
+        (tmp_path / "base" / name).unlink(missing_ok=True)
+        (tmp_path / "base" / name).symlink_to(target)
+        with pytest.raises(ShiraError, match=f"{name} {message}"):
+            bake_checkpoint(tmp_path / "base", mix_for(pipe), tmp_path / "out")
     assert_nothing_left(tmp_path, {"base"})
 
 

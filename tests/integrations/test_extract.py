@@ -227,7 +227,7 @@ def test_damaged_models(folders: Path, tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(AdapterFormatError, match=r"(?s)names shards that are not there.*gone.safetensors"):
         extract_adapter(base, tmp_path / "shards")
-    for text in ("no JSON", "{}", "[]", '{"weight_map": 3}'):
+    for text in ("no JSON", "{}", "[]", '{"weight_map": 3}', "[" * 100_000):
         index.write_text(text)
         with pytest.raises(AdapterFormatError, match="is no index of shards"):
             extract_adapter(base, tmp_path / "shards")
@@ -240,6 +240,17 @@ def test_damaged_models(folders: Path, tmp_path: Path) -> None:
         save_file({"a": torch.ones(2)}, two / f"{name}.safetensors")
     with pytest.raises(AdapterFormatError, match=r"got one.safetensors, other.safetensors"):
         extract_adapter(base, two)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "diffusion_pytorch_model.safetensors"], ids=["nothing", "itself"])
+def test_a_component_whose_file_is_a_broken_link_is_not_left_out(folders: Path, tmp_path: Path, target: str) -> None:
+    shutil.copytree(folders / "tuned", tmp_path / "tuned")
+    link = tmp_path / "tuned" / "unet" / "diffusion_pytorch_model.safetensors"
+    link.unlink()
+    link.symlink_to(target)
+    for tuned in (tmp_path / "tuned", tmp_path / "tuned" / "unet"):
+        with pytest.raises(AdapterFormatError, match=rf"{link} is a link to nothing.*; get all files"):
+            extract_adapter(folders / "base" / "unet" if tuned.name == "unet" else folders / "base", tuned)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{ not json", "is not JSON"), ("[]", "expected a JSON object")])
