@@ -237,6 +237,12 @@ class Resident:
             self._note_quantized(parts, name)
             for part, its_own in parts.items():
                 ensure_state(unwrap(self._models[part])).adapters[name] = its_own
+            self._note_loaded(name, parts)
+
+    def _note_loaded(self, name: str, parts: Iterable[str]) -> None:
+        states, loaded_for = self._states(), tuple(parts)
+        for part in loaded_for:
+            states[part].loaded_for[name] = loaded_for
 
     def replace(self, adapter: ShiraAdapter, name: str) -> None:
         """Put another adapter in place of one that was added: active if that was, with its scale.
@@ -257,7 +263,7 @@ class Resident:
             states, components = self._states(), self.components
             mixes = {part: state.mix for part, state in states.items()}
             aside = {part: state.disabled for part, state in states.items() if state.disabled is not None}
-            before = {part: dict(state.adapters) for part, state in states.items()}
+            before = {part: (dict(state.adapters), dict(state.loaded_for)) for part, state in states.items()}
             try:
                 for part, state in states.items():
                     _exchange(state, name, parts.get(part))
@@ -265,8 +271,9 @@ class Resident:
                 run([plan_switch(p, self._models[p], active[p], disabled[p] if aside else None) for p in states])
             except BaseException:
                 for part, state in states.items():
-                    state.adapters = before[part]
+                    state.adapters, state.loaded_for = before[part]
                 raise
+            self._note_loaded(name, parts)
 
     def _note_quantized(self, parts: Mapping[str, ShiraAdapter], name: str) -> None:
         """Note which weights of an adapter get branches, and warn of the first what that costs."""
@@ -341,7 +348,8 @@ class Resident:
         Raises:
             ShiraError: unknown adapters, a scale that is not finite or for a component that the adapter does not
                 change, sums out of the range of the weights' dtype, or an unknown method.
-            ResidentStateError: adapted weights were modified outside shira_diffusers, or cannot be overwritten now.
+            ResidentStateError: adapted weights were modified outside shira_diffusers, or cannot be overwritten now; or
+                a component lacks an adapter that was added for it and others, as one that has replaced another does.
 
         On error, at whatever point, the mix and all bits are what they were.
         """
@@ -359,6 +367,7 @@ class Resident:
     def _checked(self, scales: Mapping[str, Scale | None]) -> dict[str, Scale]:
         mix = mix_from(scales)
         self.require_known(mix)
+        self._require_whole(mix)
         components = self.components
         return {name: check_scale(name, scale, self._blocks(scale, components[name])) for name, scale in mix.items()}
 
@@ -498,6 +507,28 @@ class Resident:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise self._unknown(unknown)
+
+    def _require_whole(self, names: Iterable[str]) -> None:
+        """Require adapters on all components that they were added for: a model may have taken another's place since.
+
+        Raises:
+            ResidentStateError: names the components, and the adapters that these lack.
+        """
+        states = self._states()
+        held = {part: state.adapters if (state := states.get(part)) else {} for part in self._models}
+        parts = {n: {part for state in states.values() for part in state.loaded_for.get(n, ())} for n in names}
+        lost = [
+            f"{part}: expected {name!r}, got {', '.join(map(repr, own)) or 'none'}"
+            for part, own in held.items()
+            for name in parts
+            if part in parts[name] and name not in own
+        ]
+        if lost:
+            raise ResidentStateError(
+                "a model lacks an adapter that was loaded for it and others, as one that has replaced another model "
+                "does; nothing has changed. Load that adapter again with load_shira(..., hotswap=True) "
+                f"(Resident.replace), or delete it:{listing(lost)}"
+            )
 
     def _unknown(self, names: Iterable[str]) -> ShiraError:
         return ShiraError(

@@ -41,6 +41,7 @@ class ShiraState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.adapters: dict[str, ShiraAdapter] = {}
+        self.loaded_for: dict[str, tuple[str, ...]] = {}  # adapter -> the components that it changes, this one too
         self.quantized: frozenset[str] = frozenset()  # of the adapters' weights; they get branches
         self.mix = Mix()
         self.disabled: Mix | None = None
@@ -99,6 +100,8 @@ class ShiraState(nn.Module):
     def forget(self, names: Collection[str]) -> None:
         """Drop adapters, and what is remembered of mixes with them."""
         gone = [self.adapters.pop(name) for name in names if name in self.adapters]
+        for name in names:
+            self.loaded_for.pop(name, None)
         self.remembered = [m for m in self.remembered if not any(a is g for a in m[0].sources for g in gone)]
         if not self.adapters:
             self.pool.clear()

@@ -805,6 +805,28 @@ def test_from_pipe_sees_the_same_state(loaded: StableDiffusionPipeline) -> None:
     tiny.assert_same_bits(loaded, base)
 
 
+@pytest.mark.parametrize("replaced", ["unet", "text_encoder"])
+def test_a_model_that_was_replaced_lacks_its_part_of_an_adapter(
+    loaded: StableDiffusionPipeline, file: Path, tmp_path: Path, replaced: str
+) -> None:
+    setattr(loaded, replaced, tiny.unet(seed=5) if replaced == "unet" else tiny.text_encoder(seed=5))
+    message = rf"a model lacks an adapter .*hotswap=True(.|\n)*{replaced}: expected 'paintings', got none"
+    for act in (
+        lambda: loaded.set_shira({"paintings": 0.5}),
+        lambda: loaded.shira("paintings").__enter__(),
+        lambda: loaded.save_shira(tmp_path, ["paintings"]),
+    ):
+        assert_unchanged(loaded, act, ResidentStateError, message)
+    loaded.disable_shira()
+    base = tiny.snapshot(loaded)
+    loaded.load_shira(file, "bluefire", hotswap=True)
+    loaded.set_shira("bluefire")
+    assert oracle(loaded, base, {"bluefire": 1.0})
+    loaded.delete_shira("paintings")
+    loaded.unload_shira()
+    tiny.assert_same_bits(loaded, base)
+
+
 def test_a_mix_that_was_set_before_a_pipeline_was_saved(loaded: StableDiffusionPipeline, tmp_path: Path) -> None:
     base = tiny.snapshot(tiny.pipeline())
     loaded.save_pretrained(tmp_path / "pipeline")
