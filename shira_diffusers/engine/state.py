@@ -287,6 +287,7 @@ def written_by_others(names: Sequence[str], consequence: str) -> ResidentStateEr
     return ResidentStateError(
         f"{counted(len(names), 'adapted weight')} {verb(len(names), 'was', 'were')} modified outside shira_diffusers "
         f"while adapters were active (load_state_dict, fuse_lora, training), so {consequence}; expected the values "
-        "that the last switch wrote. Undo that change, or keep the new weights as the base with bake_shira() "
+        "that the last switch wrote. Undo that change, or load the base's weights again with load_state_dict "
+        "(unfuse_lora subtracts, and leaves other bits), or keep the new weights as the base with bake_shira() "
         f"(Resident.bake()):{listing(names)}"
     )

@@ -567,7 +567,8 @@ def _require_unmerged(found: nn.Module, path: str) -> None:
     if getattr(found, "merged", False) or merged:
         raise ResidentStateError(
             f"{path} has a LoRA fused into its weight ({', '.join(merged or [])}): one of the two would be lost; "
-            "call unfuse_lora() first, or use the LoRA unfused"
+            "call unfuse_lora() first, or use the LoRA unfused. If it was fused while adapters were active, then call "
+            "unload_lora_weights() and load the base's weights again with load_state_dict"
         )
 
 

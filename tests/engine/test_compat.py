@@ -631,6 +631,28 @@ def test_fusing_a_lora_while_active_is_detected(pipe: StableDiffusionPipeline, l
     assert pipe.get_active_shira() == {"a": 1.0}
 
 
+def test_the_base_comes_back_after_a_lora_was_fused_while_active(
+    pipe: StableDiffusionPipeline, lora_folder: Path
+) -> None:
+    """By what the errors say."""
+    base = tiny.snapshot(pipe)
+    saved = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    load(pipe, tiny.adapter_for(pipe), "a")
+    pipe.load_lora_weights(lora_folder)
+    pipe.fuse_lora()
+    with pytest.raises(ResidentStateError, match=r"unfuse_lora\(\) first.*unload_lora_weights\(\).*load_state_dict"):
+        pipe.unload_shira()
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    bits = tiny.snapshot(pipe)
+    with pytest.raises(ResidentStateError, match=r"load the base's weights again with load_state_dict \(unfuse_lora"):
+        pipe.unload_shira()
+    tiny.assert_same_bits(pipe, bits)
+    pipe.unet.load_state_dict(saved)
+    pipe.unload_shira()
+    tiny.assert_same_bits(pipe, base)
+
+
 def test_a_fused_lora_is_refused(pipe: StableDiffusionPipeline, lora_folder: Path) -> None:
     adapter = tiny.adapter_for(pipe)
     pipe.load_lora_weights(lora_folder)
