@@ -33,6 +33,9 @@ T = TypeVar("T")
 RAM_BYTES = 4 * 2**30
 DEVICE_BYTES = 2**30
 
+_open: "WeakSet[AdapterLibrary]" = WeakSet()
+_made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # the values that any library has decoded, by their id
+
 
 @dataclass(frozen=True, slots=True)
 class LibraryStats:
@@ -96,6 +99,7 @@ class AdapterLibrary:
         self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._pool = ThreadPoolExecutor(threads, "shira-library")
         self._closed = False
+        _open.add(self)
 
     # ---------------------------------------------------------------- what is there
 
@@ -249,9 +253,22 @@ class AdapterLibrary:
         self._store.clear(self._is_free, packed=packed)
 
     def close(self) -> None:
-        """Stop prefetching and give back the memory, but for what is on models. A closed library is of no more use."""
+        """Stop prefetching, take what is not active off the models, which are waited for, and give back the memory.
+
+        What is active stays so, until another library or the user replaces it. A closed library is of no more use.
+
+        Raises:
+            ResidentStateError: this would block the event loop of a task that uses a model; there
+                ``await asyncio.to_thread(library.close)``.
+        """
         self._closed = True
+        _open.discard(self)
         self._pool.shutdown(cancel_futures=True)
+        with self._store.lock:
+            users = list(map(_User, self._served))
+        for user in users:
+            with user.resident.writing():
+                self._trim(user)
         self.clear()
 
     def __enter__(self) -> "AdapterLibrary":
@@ -329,13 +346,15 @@ class AdapterLibrary:
         held = sum(len(state.adapters[version.name].deltas) for state in user.holding(version, decoded))
         if held == len(decoded.adapter.deltas):  # all of it: some of the modules may be others than last time
             return version
+        values = {id(delta.values): delta.values for delta in decoded.adapter.deltas.values()}
         with self._store.lock:
-            self._made.update({id(delta.values): delta.values for delta in decoded.adapter.deltas.values()})
+            self._made.update(values)
+        _made.update(values)
         if version.name not in user.resident.names:
             user.resident.add(decoded.adapter, version.name)
             return version
         older = user.resident.adapter(version.name)
-        if not any(self._made.get(id(delta.values)) is delta.values for delta in older.deltas.values()):
+        if not self._may_replace(older):
             raise ShiraError(
                 f"the model has an adapter {version.name!r} that is not the library's; delete that one first, or "
                 "rename one of the two"
@@ -345,10 +364,19 @@ class AdapterLibrary:
         undo.callback(user.resident.replace, older, version.name)
         return version
 
+    def _may_replace(self, adapter: ShiraAdapter) -> bool:
+        """Whether it is this library's, or of one that was closed or dropped."""
+
+        def has(made: Mapping[int, Tensor]) -> bool:
+            return any(made.get(id(delta.values)) is delta.values for delta in adapter.deltas.values())
+
+        return has(self._made) or (has(_made) and not any(has(other._made) for other in list(_open)))
+
     def _trim(self, user: "_User") -> None:
         """Take what is not active off a model, until all that is so on any is at most half of what the device may hold.
 
-        It stays decoded, but may now be evicted while the model is busy: there is room to prefetch.
+        It stays decoded, but may now be evicted while the model is busy: there is room to prefetch. Of a closed library
+        all of it leaves.
         """
         with self._store.lock:
             tier, may_leave = self._store.device, self._may_leave(user)
@@ -358,7 +386,7 @@ class AdapterLibrary:
                 for version, decoded in tier.named(known)
                 if not tier.pinned(version) and self._is_idle(version, decoded)
             }
-            excess = sum(idle.values()) - tier.budget // 2
+            excess = sum(idle.values()) - (0 if self._closed else tier.budget // 2)
             for version, decoded in tier if excess > 0 else ():
                 if excess <= 0:
                     break

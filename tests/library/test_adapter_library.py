@@ -1157,6 +1157,34 @@ def test_a_closed_library(open_library: Callable[..., AdapterLibrary], model: nn
             use("a1")
 
 
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_a_library_takes_over_from_an_earlier_one(
+    end: str, folder: Path, model: nn.Sequential, adapters: dict[str, ShiraAdapter]
+) -> None:
+    base, earlier = tiny.snapshot(model), AdapterLibrary(folder, device="cpu")
+    with earlier.use(model, {"a1": 1.0}):
+        pass
+    earlier.set(model, {"a0": 1.0})
+    with AdapterLibrary(folder, device="cpu") as library:
+        with pytest.raises(ShiraError, match="'a0' that is not the library's"):
+            library.set(model, {"a0": 0.5})  # the earlier one is still there
+        if end == "close":
+            earlier.close()
+            assert Resident(model).names == ["a0"]
+        del earlier
+        gc.collect()
+        bits = tiny.snapshot(model)
+        tiny.assert_same_bits(model, reference.apply(base, adapters, {"a0": 1.0}))
+        with pytest.raises(ShiraError, match="finite"):
+            library.set(model, {"a0": float("nan")})
+        tiny.assert_same_bits(model, bits)
+        library.set(model, {"a0": 0.5, "a1": 1.0})
+        tiny.assert_same_bits(model, reference.apply(base, adapters, {"a0": 0.5, "a1": 1.0}))
+        library.set(model, {})
+    assert Resident(model).names == []
+    tiny.assert_same_bits(model, base)
+
+
 def test_adapters_are_kept_by_one_name_or_several(
     open_library: Callable[..., AdapterLibrary], folder: Path, model: nn.Sequential
 ) -> None:
