@@ -3,6 +3,7 @@
 Source: arXiv 2406.13175, section 3.3 and appendix D.
 """
 
+import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate, pairwise
@@ -230,7 +231,9 @@ class SparseTuner:
             places = [own.order if own else torch.arange(a.indices.numel(), device=device) for a, own in pairs]
             starts = accumulate(sizes, initial=0)
             order = torch.cat([(own + start).to(dtype) for own, start in zip(places, starts, strict=False)])
-        return GradientBuffer(sizes, order, self._indices.device, self._receive)
+        # weak: parameters hold the buffer through hooks, in cycles that the garbage collector would not see
+        receive = weakref.WeakMethod(self._receive)
+        return GradientBuffer(sizes, order, self._indices.device, partial(_hand_over, receive))
 
     def _dora(self) -> Dora:
         adapted = self._adapted.values()
@@ -256,6 +259,13 @@ class SparseTuner:
             name: SparseDelta(a.indices.cpu(), host[a.start : a.end].clone(), tuple(a.parameter.shape))
             for name, a in self._adapted.items()
         }
+
+
+def _hand_over(receive: "weakref.WeakMethod[Any]", gradient: Tensor) -> None:
+    """Give the entries' gradient, float32 ``(nnz,)``, to the tuner, unless that was dropped."""
+    receiver = receive()
+    if receiver is not None:
+        receiver(gradient)
 
 
 def _collect(buffer: GradientBuffer, number: int, indices: Tensor, weight: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The engine against dense training; what it guarantees before, during and after."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -332,6 +334,22 @@ def test_fused_projections_are_refused() -> None:
     unet.fuse_qkv_projections()
     with pytest.raises(ResidentStateError, match="unfuse_qkv_projections"):
         SparseTuner(unet, masks)
+
+
+@pytest.mark.parametrize("family", ["rand", "struct"])
+def test_a_tuner_that_is_dropped_without_restore_is_freed_and_so_is_its_model(family: str) -> None:
+    parts = models()
+    tuner = SparseTuner(parts, small_masks(parts, family))
+    tune(tuner, partial(loss_of, parts), 1)
+    gone = weakref.ref(tuner)
+    weights = [weakref.ref(adapted.parameter) for adapted in tuner._adapted.values()]
+    del tuner
+    gc.collect()
+    assert gone() is None
+    loss_of(parts, 1).backward()  # the model goes on without it
+    del parts
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_a_model_with_an_active_adapter_is_refused() -> None:
