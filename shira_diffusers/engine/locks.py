@@ -7,6 +7,7 @@ left while a thread or task that it started still holds the models ends with the
 """
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -268,6 +269,16 @@ def _belongs_to(hold: Hold, caller: Caller) -> bool:
 def _is_beside(hold: Hold, outer: Hold, caller: Caller) -> bool:
     generator = outer.owner.entered
     return generator is not None and generator in caller.frames and generator not in hold.owner.frames
+
+
+def _keep_own_alone() -> None:
+    """Forget the holds of threads that did not survive a fork: nobody would ever end them."""
+    _active[:] = _own(current_caller())
+    _waiting.clear()
+    _changed.release()
+
+
+os.register_at_fork(before=_changed.acquire, after_in_parent=_changed.release, after_in_child=_keep_own_alone)
 
 
 # ---------------------------------------------------------------- waiting

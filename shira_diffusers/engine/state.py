@@ -1,5 +1,6 @@
 """Keep a module's adapters, mix and saved bits inside the module, so that copies of it have them too."""
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
@@ -137,6 +138,10 @@ def _applied(saved: SavedEntries, fn: Callable[[Tensor], Tensor]) -> SavedEntrie
 
 _owners: WeakSet[nn.Module] = WeakSet()
 _owners_guard = Lock()
+# held during a fork, so that no other thread is inside, which would not survive it
+os.register_at_fork(
+    before=_owners_guard.acquire, after_in_parent=_owners_guard.release, after_in_child=_owners_guard.release
+)
 
 
 def state_of(module: nn.Module) -> ShiraState | None:

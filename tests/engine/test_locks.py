@@ -1,6 +1,7 @@
 """The readers-writer lock, with real threads. Nothing here waits for time to pass where an event can be waited for."""
 
 import gc
+import multiprocessing
 import threading
 import time
 import weakref
@@ -301,3 +302,47 @@ def test_several_modules_in_any_order_do_not_deadlock() -> None:
     tasks = [Task(work(order, write)) for order in orders for write in (True, False)]
     for task in tasks:
         task.assert_ends()
+
+
+def exit_code_of_a_fork(work: Callable[[], object]) -> int | None:
+    """Of a child that does some work; None if it is stuck."""
+    child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    child.start()
+    child.join(SOON)
+    child.kill()
+    return child.exitcode
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_forked_process_waits_for_no_thread_of_its_parent(lock: Lock, writes: bool) -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with lock.write() if writes else lock.read():
+            held.set()
+            done.wait()
+
+    task = Task(other)
+    held.wait(SOON)
+    waiting = Task(take(lock.write))
+    waiting.assert_waits()
+    assert exit_code_of_a_fork(take(lock.write)) == 0
+    waiting.assert_waits()  # the parent's holds are what they were
+    done.set()
+    for one in (task, waiting):
+        one.assert_ends()
+
+
+def test_a_forked_process_is_inside_the_holds_of_the_thread_that_forked_it(lock: Lock) -> None:
+    def work() -> None:
+        stranger = Task(take(lock.read))
+        stranger.assert_waits()
+        take(lock.write)()
+        hold.__exit__(None, None, None)
+        stranger.assert_ends()
+
+    hold = lock.write()
+    hold.__enter__()
+    assert exit_code_of_a_fork(work) == 0
+    hold.__exit__(None, None, None)
+    take(lock.write)()
