@@ -5,10 +5,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from shira_diffusers.dreambooth.checkpoints import require_only_checkpoints
+from shira_diffusers.dreambooth.checkpoints import list_checkpoints, require_only_checkpoints
 from shira_diffusers.dreambooth.config import TrainingConfig
 from shira_diffusers.dreambooth.model_card import CARD_NAME
-from shira_diffusers.errors import ShiraError, listing
+from shira_diffusers.errors import AdapterFormatError, ShiraError, listing
+from shira_diffusers.formats.inspect import inspect_adapter
 from shira_diffusers.formats.shira_file import WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ def require_outputs(config: TrainingConfig) -> None:
     """Refuse a run that could not write its results.
 
     Raises:
-        ShiraError: a folder that cannot be written into or is a file, or something in the way of a file; all of it.
+        ShiraError: a folder that cannot be written into or is a file, or something in the way of a file, all of it; or
+            an adapter of another prompt that would be replaced, and of which there are no checkpoints.
     """
     output = Path(config.output_dir)
     wrong = _unwritable("output_dir", output)
@@ -42,6 +44,20 @@ def require_outputs(config: TrainingConfig) -> None:
     if wrong:
         raise ShiraError(f"the results could not be written; nothing was trained:{listing(wrong)}")
     require_only_checkpoints(output)
+    if not list_checkpoints(output):
+        _require_no_other_adapter(output, config.instance_prompt)
+
+
+def _require_no_other_adapter(output: Path, prompt: str) -> None:
+    try:
+        was = inspect_adapter(output / WEIGHTS_NAME).metadata.get("instance_prompt")
+    except (FileNotFoundError, AdapterFormatError):
+        return  # no adapter
+    if was != prompt:
+        raise ShiraError(
+            f"{output} holds {WEIGHTS_NAME} of another run, with instance_prompt {was!r}, got {prompt!r}; it would be "
+            "replaced: move it away, or choose another --output_dir"
+        )
 
 
 def _unwritable(flag: str, folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,21 @@ def test_a_folder_without_the_right_to_write_is_told_before_training(settings: d
     place.chmod(0o500)
     with pytest.raises(ShiraError, match=r"cannot write into .*: Permission denied; choose another"):
         train(TrainingConfig(**settings))
+
+
+def test_a_finished_adapter_of_another_prompt_is_not_replaced(settings: dict[str, object]) -> None:
+    output = Path(str(settings["output_dir"]))
+    file = train(TrainingConfig(**settings))
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    message = (
+        rf"out holds {WEIGHTS_NAME} of another run, with instance_prompt 'a sks cat', got 'a sks dog'.*--output_dir"
+    )
+    with pytest.raises(ShiraError, match=message):
+        train(TrainingConfig(**settings | {"instance_prompt": "a sks dog"}))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert train(TrainingConfig(**settings)).read_bytes() == before[file]  # the same run may be run again
 
 
 @pytest.mark.parametrize(
