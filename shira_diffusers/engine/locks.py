@@ -423,7 +423,8 @@ def _warn(hold: Hold) -> None:
     warnings.warn(
         f"{hold.owner.where} has waited for {PATIENCE:g} seconds: {_names(hold)} in use by {', '.join(busy)}. If that "
         "waits for this call, the two deadlock: run the call in the context that holds the model, by "
-        "asyncio.to_thread or contextvars.copy_context().run",
+        "asyncio.to_thread or contextvars.copy_context().run. If it waits for a free thread of the pool that this call "
+        "waits in, wait in coroutines: `async with` around what is done in threads",
         RuntimeWarning,
         stacklevel=stacklevel(),
     )

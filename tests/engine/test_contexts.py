@@ -331,6 +331,33 @@ def test_a_wait_without_an_end_is_warned_about(
     assert "contextvars.copy_context().run" in told[0]
 
 
+@pytest.mark.parametrize("awaits", [True, False])
+def test_a_pool_whose_threads_all_wait_is_warned_about(
+    awaits: bool, pipe: StableDiffusionPipeline, expected: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What holds the model finds no thread to draw in, unless the others wait as coroutines."""
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+
+    async def styled() -> Tensor:
+        async with pipe.shira("a"):
+            await asyncio.sleep(0.05)
+            return await drawn(pipe)
+
+    async def plain() -> Tensor:
+        async with pipe.shira([]) if awaits else AsyncExitStack():
+            return await drawn(pipe)
+
+    async def main() -> list[Tensor]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        return await asyncio.wait_for(asyncio.gather(styled(), plain()), SOON if awaits else 1)
+
+    if awaits:
+        assert all(map(torch.equal, run(main), (expected["a"], expected[""])))
+        return
+    with pytest.warns(RuntimeWarning, match="a free thread of the pool.*`async with`"), pytest.raises(TimeoutError):
+        run(main)
+
+
 # ---------------------------------------------------------------- generators and threads
 
 
