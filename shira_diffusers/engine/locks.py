@@ -188,6 +188,24 @@ def hold(modules: Iterable[nn.Module], *, write: bool) -> Held[None]:
     return Held(modules, write=write, inside=lambda *_: nullcontext())
 
 
+@contextmanager
+def hold_free(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Hold those models alone that nobody uses, each by itself; the others are not waited for."""
+    with ExitStack() as stack:
+        yield [module for module in modules if _enter_free(module, stack)]
+
+
+def _enter_free(module: nn.Module, stack: ExitStack) -> bool:
+    hold = _hold((module,), write=True)
+    with _changed:
+        if _conflicts(hold):
+            return False
+        _active.append(hold)
+    _note_entered(hold)
+    stack.callback(_release, hold)
+    return True
+
+
 def leave(hold: Hold) -> None:
     """Put back the mix before a hold, or leave that to a hold inside it that is still open.
 

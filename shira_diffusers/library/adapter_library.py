@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.scales import Scale, mix_from, name_list
-from shira_diffusers.engine.locks import Held, Hold
+from shira_diffusers.engine.locks import Held, Hold, hold_free
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.engine.state import ShiraState, state_of
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.formats.gpu_decoder import record_stream
 from shira_diffusers.library.folder import Catalog, Listing, Version
 from shira_diffusers.library.header_index import AdapterHeader, HeaderIndex
-from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, Store, TierStats
+from shira_diffusers.library.two_tier_cache import Decoded, MayLeave, NoRoomError, Store, TierStats
 from shira_diffusers.weights.finder import unwrap
 from shira_diffusers.weights.targets import models_of
 
@@ -253,22 +253,19 @@ class AdapterLibrary:
         self._store.clear(self._is_free, packed=packed)
 
     def close(self) -> None:
-        """Stop prefetching, take what is not active off the models, which are waited for, and give back the memory.
+        """Stop prefetching, take what is not active off the models, and give back the memory. Waits for no model.
 
-        What is active stays so, until another library or the user replaces it. A closed library is of no more use.
-
-        Raises:
-            ResidentStateError: this would block the event loop of a task that uses a model; there
-                ``await asyncio.to_thread(library.close)``.
+        What is active stays so, until another library or the user replaces it; on a model that is in use so does all
+        else, but for a use of this library, which takes it off at its end. A closed library is of no more use.
         """
         self._closed = True
         _open.discard(self)
         self._pool.shutdown(cancel_futures=True)
         with self._store.lock:
-            users = list(map(_User, self._served))
-        for user in users:
-            with user.resident.writing():
-                self._trim(user)
+            served = list(self._served)
+        with hold_free(served) as free:
+            for module in free:
+                self._trim(_User(module))
         self.clear()
 
     def __enter__(self) -> "AdapterLibrary":
@@ -333,14 +330,7 @@ class AdapterLibrary:
 
     def _register(self, user: "_User", version: Version, pins: ExitStack, undo: ExitStack) -> Version:
         """Load an adapter, pinned, and add it to the model, in place of an older version; which one it is."""
-
-        def leave(other: Version, decoded: Decoded) -> None:
-            if user.holding(other, decoded):
-                user.resident.remove(other.name)
-
-        version, decoded = self._newest(
-            version, user.models, lambda v: self._store.acquire(v, user.models, self._may_leave(user), leave)
-        )
+        version, decoded = self._newest(version, user.models, lambda v: self._acquire(v, user))
         pins.callback(self._store.release, version)
         record_stream(decoded.held)
         held = sum(len(state.adapters[version.name].deltas) for state in user.holding(version, decoded))
@@ -363,6 +353,24 @@ class AdapterLibrary:
         user.resident.replace(decoded.adapter, version.name)
         undo.callback(user.resident.replace, older, version.name)
         return version
+
+    def _acquire(self, version: Version, user: "_User") -> tuple[Version, Decoded]:
+        """Make room on the model, which is held, and if that is not enough on others that nobody uses now."""
+        try:
+            return self._acquire_from(version, user, [user])
+        except NoRoomError:
+            with self._store.lock:
+                others = [module for module in self._served if module not in user.modules]
+            with hold_free(others) as free:
+                return self._acquire_from(version, user, [user, *map(_User, free)])
+
+    def _acquire_from(self, version: Version, user: "_User", held: Sequence["_User"]) -> tuple[Version, Decoded]:
+        def leave(other: Version, decoded: Decoded) -> None:
+            for one in held:
+                if one.holding(other, decoded):
+                    one.resident.remove(other.name)
+
+        return self._store.acquire(version, user.models, self._may_leave(*held), leave)
 
     def _may_replace(self, adapter: ShiraAdapter) -> bool:
         """Whether it is this library's, or of one that was closed or dropped."""
@@ -408,11 +416,13 @@ class AdapterLibrary:
         """Whether it is free, and not prefetched for a use to come."""
         return not self._store.device.expects(version) and self._is_free(version, decoded)
 
-    def _may_leave(self, user: "_User") -> MayLeave:
-        """What no other model has."""
+    def _may_leave(self, *held: "_User") -> MayLeave:
+        """What is active nowhere, and on no other models."""
+        modules = [module for user in held for module in user.modules]
 
         def may_leave(version: Version, decoded: Decoded) -> bool:
-            return all(module in user.modules for module in self._served if _holds(module, version, decoded))
+            found = [(module, state) for module in self._served if (state := _holds(module, version, decoded))]
+            return all(module in modules and version.name not in _active(state) for module, state in found)
 
         return may_leave
 

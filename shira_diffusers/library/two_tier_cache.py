@@ -432,7 +432,8 @@ class Store:
                 used = [key.name for key, item in self.device if self.device.pinned(key) or not may_leave(key, item)]
                 raise NoRoomError(
                     f"no room for adapter {version.name!r}, which takes {nbytes:,} bytes decoded: device_bytes is "
-                    f"{self.device.budget:,}, and in use are {', '.join(map(repr, used)) or 'none'}; "
+                    f"{self.device.budget:,}, and in use, or on a model that is, are "
+                    f"{', '.join(map(repr, used)) or 'none'}; "
                     "raise device_bytes, or make fewer adapters active at a time"
                 )
             return left is not None

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -354,7 +355,9 @@ def test_what_is_active_is_never_put_out(open_library: Callable[..., AdapterLibr
     library.set(first, {"a0": 1.0})
     library.set(second, {"a1": 1.0})
     active = tiny.snapshot(first)
-    with pytest.raises(ShiraError, match=r"no room for adapter 'a2'.*in use are 'a0', 'a1'; raise device_bytes"):
+    with pytest.raises(
+        ShiraError, match=r"no room for adapter 'a2'.*in use, or on a model that is, are 'a0', 'a1'; raise device_bytes"
+    ):
         library.set(third, {"a2": 1.0})
     fetch(library, "a3")
     assert "a3" in packed_names(library) and sorted(decoded_names(library)) == ["a0", "a1"]
@@ -394,17 +397,39 @@ def test_half_of_the_device_is_left_for_prefetching(
     assert len(decoded_names(library)) == 6
 
 
-def test_what_another_model_has_stays_though_it_is_idle(open_library: Callable[..., AdapterLibrary]) -> None:
+def test_what_is_idle_on_another_model_makes_room_unless_that_is_busy(
+    open_library: Callable[..., AdapterLibrary],
+) -> None:
     library, first, second = open_library(device=2), tiny.linears(), tiny.linears()
     with library.use(first, {"a0": 1.0}):
         pass
     library.set(second, {"a1": 1.0})
-    with pytest.raises(ShiraError, match="in use are 'a0', 'a1'"):
-        library.set(second, {"a1": 1.0, "a2": 1.0})
-    assert Resident(first).names == ["a0"]
-    with library.use(first, {}):
-        pass
-    library = open_library(device=1)
+    with ThreadPoolExecutor(1) as busy, ExitStack() as left:
+        hold = Resident(first).reading()
+        busy.submit(hold.__enter__).result(SOON)
+        left.callback(lambda: busy.submit(hold.__exit__, None, None, None).result(SOON))
+        with pytest.raises(ShiraError, match="in use, or on a model that is, are 'a0', 'a1'"):
+            library.set(second, {"a1": 1.0, "a2": 1.0})
+        assert (Resident(first).names, Resident(second).active) == (["a0"], {"a1": 1.0})
+    library.set(second, {"a1": 1.0, "a2": 1.0})
+    assert (Resident(first).names, Resident(second).active) == ([], {"a1": 1.0, "a2": 1.0})
+    assert_budgets(library)
+    library.set(second, {})
+
+
+def test_what_is_active_on_another_model_makes_no_room(open_library: Callable[..., AdapterLibrary]) -> None:
+    library, first, second = open_library(device=1), tiny.linears(), tiny.linears()
+    library.set(first, {"a0": 1.0})
+    for act in (lambda: None, Resident(first).disable):
+        act()
+        with pytest.raises(ShiraError, match="in use, or on a model that is, are 'a0'; raise device_bytes"):
+            library.set(second, {"a1": 1.0})
+
+
+def test_an_idle_adapter_leaves_its_model_at_once_where_half_of_the_budget_is_none(
+    open_library: Callable[..., AdapterLibrary],
+) -> None:
+    library, first, second = open_library(device=1), tiny.linears(), tiny.linears()
     with library.use(first, {"a4": 1.0}):
         pass
     library.set(second, {"a5": 1.0})  # half of one is none: a4 was taken off at once
@@ -421,7 +446,7 @@ def test_without_room_in_ram_files_are_mapped(
 
 def test_a_mix_that_never_fits(open_library: Callable[..., AdapterLibrary], model: nn.Sequential) -> None:
     base = tiny.snapshot(model)
-    with pytest.raises(ShiraError, match="device_bytes is 1,111, and in use are none"):
+    with pytest.raises(ShiraError, match="device_bytes is 1,111, and in use, or on a model that is, are none"):
         open_library(device=0.9999).set(model, {"a0": 1.0})
     with pytest.raises(ShiraError, match="no room"), open_library(device=1).use(model, {"a0": 1.0, "a1": 1.0}):
         pytest.fail("it was used")
@@ -1181,6 +1206,16 @@ def test_a_library_takes_over_from_an_earlier_one(
         library.set(model, {"a0": 0.5, "a1": 1.0})
         tiny.assert_same_bits(model, reference.apply(base, adapters, {"a0": 0.5, "a1": 1.0}))
         library.set(model, {})
+    assert Resident(model).names == []
+    tiny.assert_same_bits(model, base)
+
+
+def test_closing_waits_for_no_model(open_library: Callable[..., AdapterLibrary], model: nn.Sequential) -> None:
+    library, base = open_library(), tiny.snapshot(model)
+    with library.use(model, {"a0": 1.0}):
+        with ThreadPoolExecutor(1) as other:
+            other.submit(library.close).result(SOON)
+        assert Resident(model).active == {"a0": 1.0}
     assert Resident(model).names == []
     tiny.assert_same_bits(model, base)
 
