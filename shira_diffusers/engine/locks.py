@@ -296,7 +296,8 @@ def _keep_own_alone() -> None:
     _changed.release()
 
 
-os.register_at_fork(before=_changed.acquire, after_in_parent=_changed.release, after_in_child=_keep_own_alone)
+if hasattr(os, "register_at_fork"):  # where there are forks
+    os.register_at_fork(before=_changed.acquire, after_in_parent=_changed.release, after_in_child=_keep_own_alone)
 
 
 # ---------------------------------------------------------------- waiting

@@ -138,10 +138,10 @@ def _applied(saved: SavedEntries, fn: Callable[[Tensor], Tensor]) -> SavedEntrie
 
 _owners: WeakSet[nn.Module] = WeakSet()
 _owners_guard = Lock()
-# held during a fork, so that no other thread is inside, which would not survive it
-os.register_at_fork(
-    before=_owners_guard.acquire, after_in_parent=_owners_guard.release, after_in_child=_owners_guard.release
-)
+if hasattr(os, "register_at_fork"):  # held during a fork, so that no other thread is inside, which does not survive it
+    os.register_at_fork(
+        before=_owners_guard.acquire, after_in_parent=_owners_guard.release, after_in_child=_owners_guard.release
+    )
 
 
 def state_of(module: nn.Module) -> ShiraState | None:
