@@ -63,7 +63,7 @@ class CompareTab:
         self._studio = studio
         self._session = studio.session
         self._mix = mix
-        self.results = SheetResults(studio, mix)
+        self.results = SheetResults(studio, mix, "strip")
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
@@ -85,7 +85,7 @@ class CompareTab:
                     self.draw = gr.Button("Draw", variant="primary", size="lg", min_width=120)
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
             with gr.Column(scale=8, min_width=320):
-                self.results.lay_out("strip")
+                self.results.lay_out()
         self._connect()
 
     def refresh_on(self, tab: gr.Tab) -> None:
@@ -95,7 +95,7 @@ class CompareTab:
 
     def _connect(self) -> None:
         self.kind.input(_show, self.kind, [self.across.fold, self.down.fold, self.sheet], **QUIET)
-        buttons = DrawButtons(self._studio.requests, [self.draw], self.stop)
+        buttons = DrawButtons(self._studio.requests, self.results.task, [self.draw], self.stop)
         forms = [
             *self.across.components,
             *self.down.components,

@@ -77,12 +77,13 @@ class DrawButtons:
 
     Args:
         requests: where drawings are announced and stopped.
-        starts: the buttons that start one.
-        stop: ends all that the visit has asked for.
+        task: what is drawn with them, as it is told to ``requests``.
+        starts: the buttons that start a drawing.
+        stop: ends what the visit has asked for with them.
     """
 
-    def __init__(self, requests: DrawingRequests, starts: Sequence[gr.Button], stop: gr.Button) -> None:
-        self._requests = requests
+    def __init__(self, requests: DrawingRequests, task: str, starts: Sequence[gr.Button], stop: gr.Button) -> None:
+        self._requests, self._task = requests, task
         self.asked: gr.State = gr.State()
         """Values of the inputs, as ``draw`` takes them."""
         self.all = [*starts, stop]
@@ -91,7 +92,7 @@ class DrawButtons:
 
     def begin(self, asked: Any, request: gr.Request) -> list[Any]:
         """Announce a drawing; updates of ``begun``."""
-        self._requests.announce(visitor_of(request).visit)
+        self._requests.announce(visitor_of(request).visit, self._task)
         return [*(gr.Button(visible=False) for _ in self.all[:-1]), gr.Button(visible=True), asked]
 
     def begin_on(self, pressed: Sequence[Any], inputs: set[Any], js: str) -> Any:
@@ -110,4 +111,4 @@ class DrawButtons:
             ended(None, None, self.all, js=IDLE.replace("SHOWN", shown), **QUIET)
 
     def _stop(self, request: gr.Request) -> None:
-        self._requests.stop(visitor_of(request).visit)
+        self._requests.stop(visitor_of(request).visit, self._task)

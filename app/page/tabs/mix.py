@@ -40,6 +40,7 @@ from app.settings.settings import DEFAULT_GUIDANCE, DEFAULT_METHOD, DEFAULT_STEP
 from app.studio import Studio
 from shira_diffusers.adapters.merge import MERGE_METHODS
 
+MIX = "mix"  # the task, for requests
 SUGGESTIONS_SHOWN = 4  # one row of chips
 GALLERY_HOLDS = 24  # pictures of this visit; History has the others
 WATCH_SECONDS = 2.0  # between two looks at what is new: quick enough for an upload in another tab, one compare if idle
@@ -241,7 +242,7 @@ class MixTab:
     # ---------------------------------------------------------------- what the buttons do
 
     def _connect(self) -> None:
-        self._buttons = buttons = DrawButtons(self._studio.requests, [self.generate, self.surprise], self.stop)
+        self._buttons = buttons = DrawButtons(self._studio.requests, MIX, [self.generate, self.surprise], self.stop)
         results = [*self._stage, self.gallery, self._memory.pictures]
 
         def begin_surprise(pictures: Any, request: gr.Request) -> list[Any]:
@@ -275,7 +276,9 @@ class MixTab:
         try:
             with readable():
                 settings = self.settings(values)
-                drawn, path = await self._studio.requests.draw(visitor_of(request), settings, at_most_often(on_step))
+                drawn, path = await self._studio.requests.draw(
+                    visitor_of(request), settings, at_most_often(on_step), MIX
+                )
         except Stopped:
             return [gr.skip()] * (len(self._stage) + 2)
         names = [path.name, *(values[self._memory.pictures] or [])][:GALLERY_HOLDS]

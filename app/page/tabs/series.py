@@ -30,7 +30,7 @@ class SeriesTab:
 
     def __init__(self, studio: Studio, mix: MixTab, tabs: gr.Tabs) -> None:
         self._studio, self._session, self._mix, self._tabs = studio, studio.session, mix, tabs
-        self.results = SheetResults(studio, mix)
+        self.results = SheetResults(studio, mix, "pictures")
 
     def lay_out(self) -> None:
         """Add the tab to the Blocks that is being built."""
@@ -46,8 +46,8 @@ class SeriesTab:
                     self.start = gr.Button("Draw the series", variant="primary", size="lg", min_width=120)
                     self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False)
             with gr.Column(scale=8, min_width=320):
-                self.results.lay_out("pictures")
-        self._buttons = DrawButtons(self._studio.requests, [self.start], self.stop)
+                self.results.lay_out()
+        self._buttons = DrawButtons(self._studio.requests, self.results.task, [self.start], self.stop)
         asked = {self.prompts, self.count, self.seeds, self.seed, *self._mix.inputs}
         self._draw_after(self._buttons.begin_on([self.start.click], asked, theme.scroll_to("#pictures")), self._draw)
 

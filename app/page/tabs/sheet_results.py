@@ -26,16 +26,19 @@ class SheetResults:
     """The components of a sheet and what they do.
 
     ``outputs`` are those that ``draw`` updates; ``names`` holds the pictures' names in History.
+
+    Args:
+        task: how it is told to ``DrawingRequests``, and the id of the sheet in the page.
     """
 
-    def __init__(self, studio: Studio, mix: MixTab) -> None:
-        self._studio, self._mix = studio, mix
+    def __init__(self, studio: Studio, mix: MixTab, task: str) -> None:
+        self._studio, self._mix, self.task = studio, mix, task
 
-    def lay_out(self, elem_id: str) -> None:
+    def lay_out(self) -> None:
         """Add the components to the Blocks that is being built."""
         self.names: gr.State = gr.State([])
-        self.view = sheet_view.make_sheet_view(elem_id, "Pictures")
-        self.said = gr.HTML(theme.remark(""), elem_id=f"{elem_id}-told", padding=False)
+        self.view = sheet_view.make_sheet_view(self.task, "Pictures")
+        self.said = gr.HTML(theme.remark(""), elem_id=f"{self.task}-told", padding=False)
         with gr.Row():
             self.sheet = gr.DownloadButton("Download the sheet", interactive=False, min_width=120)
             self.zip = gr.DownloadButton("Download all as a zip", interactive=False, min_width=120)
@@ -64,8 +67,8 @@ class SheetResults:
             yield [*self._shown(sheet, paths, f"0 of {len(sheet.cells)} drawn."), idle, idle]
             stopped = ""
             try:
-                drawing = self._studio.requests.draw_series(visitor_of(request), sheet.cells, at_most_often(on_step))
-                async for _, _, path in drawing:
+                visitor, steps = visitor_of(request), at_most_often(on_step)
+                async for _, _, path in self._studio.requests.draw_series(visitor, sheet.cells, steps, self.task):
                     paths.append(path)
                     yield [*self._shown(sheet, paths, f"{len(paths)} of {len(sheet.cells)} drawn."), idle, idle]
             except Stopped:

@@ -56,6 +56,26 @@ def test_a_visit_that_stops_ends_its_own_pictures_only(studio: Studio, session: 
     assert not studio.requests._requests
 
 
+def test_one_task_of_a_visit_is_stopped_alone_and_a_visit_that_leaves_ends_all(
+    studio: Studio, session: Session
+) -> None:
+    """The page draws a series while Mix draws, and each has a Stop of its own."""
+
+    async def stopped(task: str | None) -> list[bool]:
+        studio.requests.announce("ada", "announced")
+        tasks = ("mix", "series")
+        drawings = [asyncio.create_task(studio.requests.draw(ADA, settings(session), task=each)) for each in tasks]
+        await asyncio.sleep(0)
+        studio.requests.stop("ada", task)
+        late = studio.requests.draw(ADA, settings(session), task="announced")
+        ended = await asyncio.gather(*drawings, late, return_exceptions=True)
+        return [isinstance(each, Stopped) for each in ended]
+
+    assert run(stopped("mix")) == [True, False, False]
+    assert run(stopped("announced")) == [False, False, True]
+    assert run(stopped(None)) == [True, True, True]
+
+
 def test_a_stop_that_comes_before_the_order_ends_it_and_none_after(studio: Studio, session: Session) -> None:
     studio.requests.announce("ada")
     studio.requests.stop("ada")
