@@ -1,10 +1,11 @@
-"""`shira serve` on one GPU and on several of a machine: pictures per second, tails, and whether all draw the same.
+"""`shira serve` on one GPU and on several of a machine, and a LoRA server: pictures per second, tails, and bytes.
 
 python -m benchmarks.scripts.serving_gpus [--replicas 1 2] [--requests N] [--toy] [--out FILE]
 
 A model of SD 1.5's size with random weights, in float16, and 32 adapters of 1 % of its entries; one replica has one
 GPU. 16 clients ask for pictures of 512 x 512 over HTTP, each with one of the adapters by Zipf's law and for 8, 20 or 50
 steps (5 : 4 : 1), each client as soon as it has its last picture. Requests that wait for one adapter are one batch.
+The LoRA server has one GPU and LoRAs of rank 16: load, set, draw and unload for each request.
 ``times_one``: pictures per second over those of the first number of replicas. ``differing``: pictures that are not the
 bytes that the first number of replicas gave for their request, of those that it drew in a batch of the same size;
 ``differing_alone``: of these, the ones that were a batch by themselves (with others the kernels of a GPU may round a
@@ -15,13 +16,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from diffusers import StableDiffusionPipeline
+
 from benchmarks.measure import Run, options, seconds_of
 from benchmarks.models import shira_adapter
-from benchmarks.scripts.serving_load import MODEL, asked, bundled, good, shira_serve, speed, until_ready
+from benchmarks.rivals import lora_files
+from benchmarks.scripts.serving_load import MODEL, asked, bundled, good, shira_serve, speed, until_ready, uvicorn
 from benchmarks.scripts.serving_schedule import ADAPTERS, of_sd15_size, offer
 from benchmarks.serving.clients import CLIENTS, Answer, ask_all
 from shira_diffusers import save_adapter
 from shira_diffusers.serving.requests import ImageRequest
+
+DTYPES = {"cpu": "float32", "cuda": "float16"}
+RANK = 16
 
 
 def main() -> None:
@@ -36,22 +43,24 @@ def main() -> None:
     todo = list(asked(args.requests or (CLIENTS if args.toy else 80), steps, size))
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        model, adapters = (MODEL, offer(folder / "adapters", bundled())) if args.toy else written(folder)
+        pipe = StableDiffusionPipeline.from_pretrained(MODEL) if args.toy else of_sd15_size("cuda")
+        pipe.save_pretrained(model := folder / "model")
+        adapters = offer(folder / "adapters", bundled() if args.toy else written(pipe, folder))
+        loras = offer(folder / "loras", lora_files(pipe, folder, 4, rank=RANK))
+        del pipe
         drawn: list[list[Answer]] = []
         for replicas in args.replicas:
-            run.case(lambda n=replicas: served(model, adapters, n, todo, args.device, drawn), replicas=replicas)
+            case = {"method": "shira serve", "replicas": replicas}
+            run.case(lambda n=replicas: served(model, adapters, n, todo, args.device, drawn), **case)
+        run.case(lambda: served_loras(model, loras, todo, args.device), method="lora_server", replicas=1)
     served_at_all = [row for row in run.rows if "pictures_per_s" in row]
     for row in served_at_all:
         row["times_one"] = round(row["pictures_per_s"] / served_at_all[0]["pictures_per_s"], 3)
     run.write()
 
 
-def written(folder: Path) -> tuple[Path, Path]:
-    """The model and the adapters, as files."""
-    pipe = of_sd15_size("cuda")
-    files = [save_adapter(shira_adapter(pipe.unet, "rand", 0.01, seed), folder / str(seed)) for seed in range(4)]
-    pipe.save_pretrained(folder / "model")
-    return folder / "model", offer(folder / "adapters", files)
+def written(pipe: Any, folder: Path) -> list[Path]:
+    return [save_adapter(shira_adapter(pipe.unet, "rand", 0.01, seed), folder / str(seed)) for seed in range(4)]
 
 
 def served(
@@ -59,23 +68,33 @@ def served(
 ) -> dict[str, Any]:
     """Ask for all pictures; ``drawn`` has the answers of the cases before, and gets these."""
     settings = {"device": device, "replicas": replicas, "pictures_per_minute": 10**9, "device_bytes": 4 * 2**30}
-    settings["dtype"] = "float16" if device == "cuda" else "float32"
+    settings["dtype"] = DTYPES[device]
     with shira_serve(adapters, model, settings) as (server, address):
         until_ready(server, address, replicas)
-        ask_all(address, todo[: 2 * CLIENTS])  # CUDA's libraries set themselves up, and adapters are read
-        answers: list[Answer] = []
-        seconds = seconds_of(lambda: answers.extend(ask_all(address, todo)))
+        answers, figures = asking(address, todo)
     drawn.append(good(answers))
     before = {what(answer): answer.png for answer in drawn[0]}
     again = [answer for answer in drawn[-1] if what(answer) in before]
     differing = [answer for answer in again if answer.png != before[what(answer)]]
     return {
-        **speed(answers, seconds),
+        **figures,
         "distinct": len({answer.png for answer in drawn[-1]}),
         "compared": len(again),
         "differing": len(differing),
         "differing_alone": sum(answer.batch == 1 for answer in differing),
     }
+
+
+def served_loras(model: Path, loras: Path, todo: list[ImageRequest], device: str) -> dict[str, Any]:
+    with uvicorn("lora_server", loras, model, 1, DEVICE=device, DTYPE=DTYPES[device]) as (_, address):
+        return asking(address, todo)[1]
+
+
+def asking(address: str, todo: list[ImageRequest]) -> tuple[list[Answer], dict[str, Any]]:
+    ask_all(address, todo[: 2 * CLIENTS])  # CUDA's libraries set themselves up, and adapters are read
+    answers: list[Answer] = []
+    seconds = seconds_of(lambda: answers.extend(ask_all(address, todo)))
+    return answers, speed(answers, seconds)
 
 
 def what(answer: Answer) -> tuple[object, ...]:

@@ -167,9 +167,12 @@ def shira_serve(
     return running([*command, *flags])
 
 
-def uvicorn(name: str, loras: Path) -> AbstractContextManager[tuple[psutil.Popen, str]]:
+def uvicorn(
+    name: str, loras: Path, model: Path = MODEL, workers: int = REPLICAS, **environment: str
+) -> AbstractContextManager[tuple[psutil.Popen, str]]:
     app = ["uvicorn", "--factory", f"benchmarks.serving.{name}:build", "--log-level", "warning"]
-    return running([*app, "--port", "PORT", "--workers", str(REPLICAS)], MODEL=str(MODEL), LORAS=str(loras))
+    command = [*app, "--port", "PORT", "--workers", str(workers)]
+    return running(command, MODEL=str(model), LORAS=str(loras), **environment)
 
 
 # ---------------------------------------------------------------- measured

@@ -1,6 +1,7 @@
 """A LoRA server as one writes it first: FastAPI, one pipeline, a lock, and for each request: load, set, draw, unload.
 
-uvicorn --factory benchmarks.serving.lora_server:build, with the folders of model and LoRAs in MODEL and LORAS
+uvicorn --factory benchmarks.serving.lora_server:build, with the folders of model and LoRAs in MODEL and LORAS; DEVICE
+and DTYPE are the CPU's and float32 unless given.
 """
 
 import io
@@ -29,9 +30,10 @@ class Body(BaseModel):
 
 
 def open_model() -> Any:
-    pipe = StableDiffusionPipeline.from_pretrained(os.environ["MODEL"])
+    dtype = getattr(torch, os.environ.get("DTYPE", "float32"))
+    pipe = StableDiffusionPipeline.from_pretrained(os.environ["MODEL"], torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(os.environ.get("DEVICE", "cpu"))
 
 
 def draw(pipe: Any, body: Body) -> Any:
