@@ -22,7 +22,7 @@ ADD_ADDRESS = """(_, text) => {
   link.hash = ''
   return link.href
 }"""
-SAVE = "Save"
+SAVE, REPLACE = "Save", "Replace"
 FORGET_ADDRESS = """() => {
   const address = new URL(window.location.href)
   address.searchParams.delete('settings')
@@ -42,7 +42,8 @@ class PresetsFold:
         with gr.Row(elem_id="presets"):
             self.chosen = gr.Dropdown(self._names(), value=None, label="Preset", min_width=140, scale=3)
             self.name = gr.Textbox(label="Save settings as", max_length=60, min_width=140, scale=3)
-            self.save = gr.Button(SAVE, min_width=60, size="md", scale=0)
+            self.save = gr.Button(SAVE, min_width=90, size="md", scale=0)
+            self.asked = gr.Textbox("", visible=False)  # the name that the next press overwrites
 
     def lay_out_sharing(self) -> None:
         """Add the fold to the Blocks that is being built."""
@@ -71,10 +72,11 @@ class PresetsFold:
         gr.on(
             [self.save.click, self.name.submit],
             self._save,
-            {self.name, self.save, *inputs},
-            [self.chosen, self.name, self.save],
+            {self.name, self.asked, *inputs},
+            [self.chosen, self.name, self.save, self.asked],
             **TELLING,
         )
+        self.name.change(None, None, [self.save, self.asked], js=f"() => ['{SAVE}', '']", **QUIET)
         shown = self.share.click(self._share, set(inputs), [self.link, self.text], **TELLING)
         shown.success(None, [self.link, self.text], self.link, js=ADD_ADDRESS, **TELLING)
         self.apply.click(self._apply, self.text, list(targets), **TELLING)
@@ -96,16 +98,15 @@ class PresetsFold:
             self._presets.delete(name)
         return gr.Dropdown(choices=self._names(), value=None)
 
-    def _save(self, values: Values) -> tuple[Any, Any, str]:
+    def _save(self, values: Values) -> tuple[Any, Any, str, str]:
         name = tidy(values[self.name])
-        replace = f"Replace “{name}”"
-        if name in self._presets.names and values[self.save] != replace:
+        if name in self._presets.names and values[self.asked] != name:
             gr.Warning(theme.plain(f"There is a preset “{name}”. Press Replace to overwrite it, or change the name."))
-            return gr.skip(), gr.skip(), replace
+            return gr.skip(), gr.skip(), REPLACE, name
         with readable("the preset could not be saved"):
             saved = self._presets.save(values[self.name], to_keep(self._settings(values), self._session))
         gr.Info(theme.plain(f"Saved as “{saved}”."))
-        return gr.Dropdown(choices=self._names(), value=saved), "", SAVE
+        return gr.Dropdown(choices=self._names(), value=saved), "", SAVE, ""
 
     def _share(self, values: Values) -> tuple[Any, str]:
         with readable("the settings could not be shared"):

@@ -412,11 +412,14 @@ def test_presets_links_and_json(open_page: Open, couple: tuple[Any, Any], url: s
     expect(page.get_by_label("Preset", exact=True)).to_have_value("night dog")
     expect(page.get_by_text("Saved as “night dog”.")).to_be_visible()
     page.get_by_label("Seed", exact=True).fill("98")
-    for button, seed in (("Save", 21), ("Replace “night dog”", 98)):  # overwritten only when asked again
-        page.get_by_label("Save settings as").fill(" night  dog")
-        assert studio.presets.get("night dog")["seed"] == 21
-        page.get_by_role("button", name=button, exact=True).click()
-        expect(page.get_by_role("button", name="Replace “night dog”")).to_have_count(int(seed == 21))
+    replace, name = page.get_by_role("button", name="Replace", exact=True), page.get_by_label("Save settings as")
+    # overwritten only when asked again, of the same name
+    for typed, seed in ((" night  dog", 21), ("night dog", 21), ("", 98)):
+        if typed:
+            name.fill(typed)
+        expect(replace).to_have_count(int(seed == 98))
+        page.locator("#presets").get_by_role("button", name="Save").or_(replace).click()
+        expect(replace).to_have_count(int(seed == 21))
         assert studio.presets.get("night dog")["seed"] == seed
     studio.presets.save("night dog", studio.presets.get("night dog") | {"seed": 21})
     page.get_by_label("Preset", exact=True).focus()
