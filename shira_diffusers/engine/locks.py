@@ -388,8 +388,13 @@ def _may_enter(hold: Hold) -> bool:
 
 
 def _conflicts(hold: Hold) -> set[Hold]:
-    inside = {one for one in hold.parents if _is_open(one, hold.parents, hold.owner)}
+    inside = _inside_of(hold)
     return {one for one in _active if one not in inside and hold.conflicts_with(one)}
+
+
+def _inside_of(hold: Hold) -> set[Hold]:
+    """The holds that it is nested in, less those whose blocks were left meanwhile: these it waits for, as others do."""
+    return {one for one in hold.parents if _is_open(one, hold.parents, hold.owner)}
 
 
 def _queue(hold: Hold) -> set[Hold]:
@@ -397,7 +402,7 @@ def _queue(hold: Hold) -> set[Hold]:
 
     Nobody goes before what is nested in a hold of the models, whose end they wait for.
     """
-    if any(hold.overlaps(outer) for outer in hold.parents):
+    if any(hold.overlaps(outer) for outer in _inside_of(hold)):
         return set()
     earlier = _waiting[: _waiting.index(hold)] if hold in _waiting else _waiting
     rivals = [one for one in earlier if hold.conflicts_with(one)]
@@ -411,10 +416,10 @@ def _leads_to(hold: Hold, others: set[Hold]) -> bool:
     """Whether one of the others waits for a hold, or for one that it is nested in, itself or through others."""
     seen: set[Hold] = set()
     while others:
-        if hold in others or hold.parents & others:
+        if hold in others or _inside_of(hold) & others:
             return True
         seen |= others
-        waiting = [one for one in _waiting if one in others or one.parents & others]
+        waiting = [one for one in _waiting if one in others or _inside_of(one) & others]
         others = set().union(*(_conflicts(one) | _queue(one) for one in waiting)) - seen
     return False
 
@@ -428,7 +433,7 @@ def _require_progress(hold: Hold, busy: set[Hold]) -> None:
             f"{stuck.owner.where}, which could then never finish; expected `async with` in place of `with`, and "
             "pipelines called by `await asyncio.to_thread(pipe, ...)`"
         )
-    beside = next((one for one in busy if one in _entered_by(hold.owner)), None)
+    beside = next((one for one in busy if not one.left and one in _entered_by(hold.owner)), None)
     if beside is not None:
         raise ResidentStateError(
             f"{hold.owner.where} would deadlock: {_names(hold)} in use by another generator of this thread, "

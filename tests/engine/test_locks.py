@@ -1,11 +1,13 @@
 """The readers-writer lock, with real threads. Nothing here waits for time to pass where an event can be waited for."""
 
+import contextvars
 import gc
 import multiprocessing
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from torch import nn
@@ -275,6 +277,35 @@ def test_nothing_of_a_hold_stays_when_it_is_left() -> None:
     assert gone() is None
     assert not locks._active
     assert not locks._waiting
+
+
+def test_a_block_that_is_left_while_a_thread_goes_on_in_it_is_waited_for(lock: Lock) -> None:
+    """By its own thread, and by one that was started in it and has only waited."""
+    inside, go_on, left = threading.Event(), threading.Event(), threading.Event()
+    started: list[Task] = []
+
+    def write() -> None:
+        with lock.write():
+            inside.set()
+            assert go_on.wait(SOON)
+
+    def leave() -> None:
+        with lock.write():
+            started.append(Task(partial(contextvars.copy_context().run, write)))
+            assert inside.wait(SOON)
+            started.append(Task(partial(contextvars.copy_context().run, take(lock.write))))
+            started[1].assert_waits()
+        left.set()
+        take(lock.read)()
+
+    leaving = Task(leave)
+    assert left.wait(SOON)
+    leaving.assert_waits()
+    go_on.set()
+    for task in (leaving, *started):
+        task.assert_ends()
+        assert task.error is None
+    assert not locks._active
 
 
 def test_modules_are_held_one_by_one() -> None:
