@@ -4,7 +4,7 @@ Source: arXiv 2406.13175, section 3.3 and appendix D.
 """
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -231,9 +231,7 @@ class SparseTuner:
             places = [own.order if own else torch.arange(a.indices.numel(), device=device) for a, own in pairs]
             starts = accumulate(sizes, initial=0)
             order = torch.cat([(own + start).to(dtype) for own, start in zip(places, starts, strict=False)])
-        # weak: parameters hold the buffer through hooks, in cycles that the garbage collector would not see
-        receive = weakref.WeakMethod(self._receive)
-        return GradientBuffer(sizes, order, self._indices.device, partial(_hand_over, receive))
+        return GradientBuffer(sizes, order, self._indices.device, _Receiver(self))
 
     def _dora(self) -> Dora:
         adapted = self._adapted.values()
@@ -261,11 +259,26 @@ class SparseTuner:
         }
 
 
-def _hand_over(receive: "weakref.WeakMethod[Any]", gradient: Tensor) -> None:
-    """Give the entries' gradient, float32 ``(nnz,)``, to the tuner, unless that was dropped."""
-    receiver = receive()
-    if receiver is not None:
-        receiver(gradient)
+class _Receiver:
+    """Gives the entries' gradient, float32 ``(nnz,)``, to a tuner, unless that was dropped.
+
+    Parameters hold it through hooks, in cycles that the garbage collector would not see: so it holds the tuner weakly.
+    """
+
+    def __init__(self, tuner: SparseTuner) -> None:
+        self._tuner = weakref.ref(tuner)
+
+    def __call__(self, gradient: Tensor) -> None:
+        tuner = self._tuner()
+        if tuner is not None:
+            tuner._receive(gradient)
+
+    def __deepcopy__(self, memo: object) -> Callable[[Tensor], None]:
+        return _drop  # a copy of the model trains nothing
+
+
+def _drop(gradient: Tensor) -> None:
+    """Take what belongs to no tuner."""
 
 
 def _collect(buffer: GradientBuffer, number: int, indices: Tensor, weight: Tensor) -> None:

@@ -75,7 +75,8 @@ def _compute_alone() -> None:
     torch.set_num_threads(1)
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):  # where there are forks
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive one
 
 
 @cache

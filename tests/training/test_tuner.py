@@ -1,5 +1,6 @@
 """The engine against dense training; what it guarantees before, during and after."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -350,6 +351,21 @@ def test_a_tuner_that_is_dropped_without_restore_is_freed_and_so_is_its_model(fa
     del parts
     gc.collect()
     assert not any(weight() is not None for weight in weights)
+
+
+@pytest.mark.parametrize("family", ["rand", "struct"])
+def test_a_copy_of_a_model_in_training_is_whole_and_trains_nothing(family: str) -> None:
+    parts = models()
+    with SparseTuner(parts, small_masks(parts, family), recompute=True) as tuner:
+        tune(tuner, partial(loss_of, parts), 1)
+        copied, before = copy.deepcopy(parts), tuner.deltas.grad
+        for name, part in parts.items():
+            tiny.assert_same_bits(copied[name], tiny.snapshot(part))
+        tuner.deltas.grad = None
+        loss_of(copied, 1).backward()
+        assert tuner.deltas.grad is None
+        loss_of(parts, 1).backward()
+        assert tuner.deltas.grad is not None
 
 
 def test_a_model_with_an_active_adapter_is_refused() -> None:
