@@ -206,6 +206,12 @@ def _enter_free(module: nn.Module, stack: ExitStack) -> bool:
     return True
 
 
+def awaiting() -> list[Callable[[], None]]:
+    """What will put back the mixes before blocks that are open."""
+    with _changed:
+        return [one.undo for one in _active if one.undo is not None]
+
+
 def leave(hold: Hold) -> None:
     """Put back the mix before a hold, or leave that to a hold inside it that is still open.
 

@@ -17,7 +17,7 @@ from shira_diffusers.adapters.merge import fuse_scaled, merge_method
 from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scale, mix_from, name_list, scale_of
 from shira_diffusers.engine.callers import stacklevel
 from shira_diffusers.engine.fit import compare_base, fit
-from shira_diffusers.engine.locks import Held, Hold, hold, leave
+from shira_diffusers.engine.locks import Held, Hold, awaiting, hold, leave
 from shira_diffusers.engine.offloading import new_offloads, note_offloads
 from shira_diffusers.engine.plan import Mix
 from shira_diffusers.engine.side_branch import ResidentBranch, hooks_of
@@ -423,19 +423,9 @@ class Resident:
         finally:
             leave(hold)
 
-    def restorer(self) -> Callable[[], None]:
+    def restorer(self) -> "Restorer":
         """Return what brings the mix of now back, as far as its adapters are there then."""
-        before = {part: (state.mix, state.disabled) for part, state in self._states().items()}
-
-        def put_back() -> None:
-            plans = []
-            for part, state in self._states().items():
-                mix, aside = before.get(part, (Mix(), None))
-                aside = aside and aside.among(state.adapters)
-                plans.append(plan_switch(part, self._models[part], mix.among(state.adapters), aside))
-            run(plans)
-
-        return put_back
+        return Restorer(self._models, {state: (state.mix, state.disabled) for state in self._states().values()})
 
     def refresh(self) -> None:
         """Write the active mix again where a component was offloaded by accelerate, or loaded, since the last switch.
@@ -534,6 +524,37 @@ class Resident:
         return ShiraError(
             f"no adapter named {', '.join(map(repr, names))}, loaded are {', '.join(map(repr, self.names)) or 'none'}"
         )
+
+
+class Restorer:
+    """Brings back mixes, as far as their adapters are there then.
+
+    Args:
+        models: by component.
+        before: the mix of each state, and what was put aside there.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], before: Mapping[ShiraState, tuple[Mix, Mix | None]]) -> None:
+        self._models, self._before = models, before
+
+    def __call__(self) -> None:
+        plans = []
+        for part, model in self._models.items():
+            if (state := state_of(unwrap(model))) is not None:
+                mix, aside = self._before.get(state, (Mix(), None))
+                aside = aside and aside.among(state.adapters)
+                plans.append(plan_switch(part, model, mix.among(state.adapters), aside))
+        run(plans)
+
+    def names(self, state: ShiraState) -> set[str]:
+        """The adapters that it brings back in a state."""
+        return {name for mix in self._before.get(state, ()) if mix is not None for name in mix.scales}
+
+
+def names_in_use(state: ShiraState) -> set[str]:
+    """The adapters that are active, put aside by ``disable``, or part of a mix that returns when a block is left."""
+    names = {name for mix in (state.mix, state.disabled) if mix is not None for name in mix.scales}
+    return names.union(*[undo.names(state) for undo in awaiting() if isinstance(undo, Restorer)])
 
 
 def _exchange(state: ShiraState, name: str, adapter: ShiraAdapter | None) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.scales import Scale, mix_from, name_list
 from shira_diffusers.engine.locks import Held, Hold, hold_free
-from shira_diffusers.engine.resident import Resident
+from shira_diffusers.engine.resident import Resident, names_in_use
 from shira_diffusers.engine.state import ShiraState, state_of
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.formats.gpu_decoder import record_stream
@@ -322,9 +322,9 @@ class AdapterLibrary:
         """Pin what is active on a model, which becomes one of those served."""
         with self._store.lock:
             self._served.update(user.modules)
-            active = {name for module in user.modules if (state := state_of(module)) for name in _active(state)}
+            active = {name for module in user.modules if (state := state_of(module)) for name in names_in_use(state)}
             for version, decoded in self._store.device.named(active):
-                if any(version.name in _active(state) for state in user.holding(version, decoded)):
+                if any(version.name in names_in_use(state) for state in user.holding(version, decoded)):
                     self._store.device.pin(version)
                     pins.callback(self._store.release, version)
 
@@ -406,7 +406,7 @@ class AdapterLibrary:
     def _is_idle(self, version: Version, decoded: Decoded) -> bool:
         """Whether models have it, and it is active on none."""
         states = [state for module in self._served if (state := _holds(module, version, decoded))]
-        return bool(states) and not any(version.name in _active(state) for state in states)
+        return bool(states) and not any(version.name in names_in_use(state) for state in states)
 
     def _is_free(self, version: Version, decoded: Decoded) -> bool:
         """Whether no model has it."""
@@ -422,7 +422,7 @@ class AdapterLibrary:
 
         def may_leave(version: Version, decoded: Decoded) -> bool:
             found = [(module, state) for module in self._served if (state := _holds(module, version, decoded))]
-            return all(module in modules and version.name not in _active(state) for module, state in found)
+            return all(module in modules and version.name not in names_in_use(state) for module, state in found)
 
         return may_leave
 
@@ -453,11 +453,6 @@ def _holds(module: nn.Module, version: Version, decoded: Decoded) -> ShiraState 
     theirs = state.adapters.get(version.name) if state else None
     first = next(iter(theirs.deltas.values()), None) if theirs else None
     return state if first is not None and any(first is delta for delta in decoded.adapter.deltas.values()) else None
-
-
-def _active(state: ShiraState) -> Set[str]:
-    """The names that are active in a module, or put aside by ``disable``."""
-    return state.mix.scales.keys() | (state.disabled.scales.keys() if state.disabled is not None else set())
 
 
 def _log_failure(done: Future[None]) -> None:

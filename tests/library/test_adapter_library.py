@@ -571,6 +571,24 @@ def test_mixes_inside_each_other(
     tiny.assert_same_bits(model, reference.apply(base, adapters, {"a0": 0.5}))
 
 
+@pytest.mark.parametrize("act", ["use", "use of another model", "close"])
+def test_a_mix_that_returns_when_a_block_is_left_is_kept(
+    act: str, open_library: Callable[..., AdapterLibrary], model: nn.Sequential, adapters: dict[str, ShiraAdapter]
+) -> None:
+    library, resident, base = open_library(device=1), Resident(model), tiny.snapshot(model)
+    library.set(model, {"a0": 0.5})
+    with resident.using({}):
+        if act == "close":
+            library.close()
+        else:
+            other = model if act == "use" else tiny.linears()
+            with pytest.raises(ShiraError, match="no room"), library.use(other, {"a1": 1.0}):
+                pytest.fail("a mix that is to return was put out")
+    assert resident.active == {"a0": 0.5}
+    tiny.assert_same_bits(model, reference.apply(base, adapters, {"a0": 0.5}))
+    resident.set({})
+
+
 def test_an_error_inside_brings_the_mix_before_back(
     open_library: Callable[..., AdapterLibrary], model: nn.Sequential
 ) -> None:
