@@ -391,9 +391,14 @@ class Resident:
             run([plan_switch(p, self._models[p], Mix(), state.disabled or state.mix) for p, state in states])
 
     def enable(self) -> None:
-        """Bring back the mix that ``disable`` put aside. Idempotent."""
+        """Bring back the mix that ``disable`` put aside. Idempotent.
+
+        Raises:
+            ResidentStateError: see ``set``; nothing has changed.
+        """
         with self.writing():
             states = self._states().items()
+            self._require_whole({name for _, state in states if state.disabled for name in state.disabled.scales})
             run([plan_switch(p, self._models[p], state.disabled or state.mix) for p, state in states])
 
     def using(self, scales: Mapping[str, Scale], method: str = "sum") -> Held["Resident"]:

@@ -33,7 +33,7 @@ T = TypeVar("T")
 RAM_BYTES = 4 * 2**30
 DEVICE_BYTES = 2**30
 
-_open: "WeakSet[AdapterLibrary]" = WeakSet()
+_open: "WeakValueDictionary[int, AdapterLibrary]" = WeakValueDictionary()  # by their id
 _made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # the values that any library has decoded, by their id
 
 
@@ -99,7 +99,7 @@ class AdapterLibrary:
         self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._pool = ThreadPoolExecutor(threads, "shira-library")
         self._closed = False
-        _open.add(self)
+        _open[id(self)] = self
 
     # ---------------------------------------------------------------- what is there
 
@@ -259,7 +259,7 @@ class AdapterLibrary:
         else, but for a use of this library, which takes it off at its end. A closed library is of no more use.
         """
         self._closed = True
-        _open.discard(self)
+        _open.pop(id(self), None)
         self._pool.shutdown(cancel_futures=True)
         with self._store.lock:
             served = list(self._served)
@@ -378,7 +378,8 @@ class AdapterLibrary:
         def has(made: Mapping[int, Tensor]) -> bool:
             return any(made.get(id(delta.values)) is delta.values for delta in adapter.deltas.values())
 
-        return has(self._made) or (has(_made) and not any(has(other._made) for other in list(_open)))
+        others = (other() for other in _open.valuerefs())  # a copy, which others that open libraries do not change
+        return has(self._made) or (has(_made) and not any(has(other._made) for other in others if other is not None))
 
     def _trim(self, user: "_User") -> None:
         """Take what is not active off a model, until all that is so on any is at most half of what the device may hold.

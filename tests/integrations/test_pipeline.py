@@ -819,6 +819,7 @@ def test_a_model_that_was_replaced_lacks_its_part_of_an_adapter(
         assert_unchanged(loaded, act, ResidentStateError, message)
     loaded.disable_shira()
     base = tiny.snapshot(loaded)
+    assert_unchanged(loaded, loaded.enable_shira, ResidentStateError, "a model lacks an adapter .*hotswap=True")
     loaded.load_shira(file, "bluefire", hotswap=True)
     loaded.set_shira("bluefire")
     assert oracle(loaded, base, {"bluefire": 1.0})

@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import weakref
@@ -1226,6 +1227,26 @@ def test_a_library_takes_over_from_an_earlier_one(
         library.set(model, {})
     assert Resident(model).names == []
     tiny.assert_same_bits(model, base)
+
+
+def test_libraries_take_over_while_others_are_opened(folder: Path, model: nn.Sequential) -> None:
+    opened, done, interval = [AdapterLibrary(folder, device="cpu") for _ in range(300)], False, sys.getswitchinterval()
+
+    def open_more() -> None:
+        while not done:
+            AdapterLibrary(folder, device="cpu").close()
+
+    with AdapterLibrary(folder, device="cpu") as earlier:
+        earlier.set(model, {"a0": 1.0})
+    with ThreadPoolExecutor(1) as pool, ExitStack() as left:
+        left.callback(sys.setswitchinterval, interval)
+        opening = pool.submit(open_more)
+        sys.setswitchinterval(1e-6)
+        try:
+            assert all(opened[0]._may_replace(Resident(model).adapter("a0")) for _ in range(1000))
+        finally:
+            done = True
+    opening.result(SOON)
 
 
 def test_closing_waits_for_no_model(open_library: Callable[..., AdapterLibrary], model: nn.Sequential) -> None:
