@@ -259,9 +259,8 @@ def _mark_left(hold: Hold, ending: threading.Thread | None = None) -> None:
 
 def _is_open(hold: Hold, own: Iterable[Hold], caller: Caller) -> bool:
     """Whether a block was not left, or goes on for a caller that is inside ``own``: one of these runs inside it."""
-    if not hold.left or hold.ending is caller.thread:
-        return True
-    return any(hold in one.parents and not one.left for one in own)
+    inside = (one for one in own if not one.left or one.ending is caller.thread)
+    return any(one is hold or hold in one.parents for one in inside)
 
 
 def _goes_on(hold: Hold) -> bool:

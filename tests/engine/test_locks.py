@@ -6,7 +6,8 @@ import multiprocessing
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -305,6 +306,33 @@ def test_a_block_that_is_left_while_a_thread_goes_on_in_it_is_waited_for(lock: L
     for task in (leaving, *started):
         task.assert_ends()
         assert task.error is None
+    assert not locks._active
+
+
+def test_a_block_ends_with_holds_of_its_own_inside_of_one_that_was_left_before(lock: Lock) -> None:
+    """As ``AdapterLibrary.use`` does, which takes adapters off the model at its end."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    @contextmanager
+    def ending(*_: object) -> Iterator[None]:
+        yield
+        take(lock.write)()
+
+    def go() -> None:
+        with Held([lock.module], write=True, inside=ending):
+            inside.set()
+            assert go_on.wait(SOON)
+
+    def leave() -> None:
+        with lock.write():
+            inner.append(Task(partial(contextvars.copy_context().run, go)))
+            assert inside.wait(SOON)
+
+    inner: list[Task] = []
+    Task(leave).assert_ends()
+    go_on.set()
+    inner[0].assert_ends()
+    assert inner[0].error is None
     assert not locks._active
 
 
