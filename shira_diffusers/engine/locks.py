@@ -248,6 +248,8 @@ def _own(caller: Caller) -> list[Hold]:
     """
     entered = _entered_by(caller)
     own = [one for one in _active if one in entered or _belongs_to(one, caller)]
+    outer = frozenset().union(*[one.parents for one in own])  # also of a generator that another thread resumes
+    own = [one for one in _active if one in own or one in outer]
     own = [one for one in own if _is_open(one, own, caller)]
     return [one for k, one in enumerate(own) if not any(_is_beside(one, outer, caller) for outer in own[:k])]
 

@@ -336,6 +336,20 @@ def test_a_block_ends_with_holds_of_its_own_inside_of_one_that_was_left_before(l
     assert not locks._active
 
 
+def test_a_generator_that_another_thread_resumes_is_inside_of_what_it_was_started_in(lock: Lock) -> None:
+    def go() -> Iterator[None]:
+        with lock.write():
+            yield
+            take(lock.write)()
+
+    with lock.write():
+        started = go()
+        next(started)
+        resumed = Task(partial(next, started, None))
+        resumed.assert_ends()
+        assert resumed.error is None
+
+
 def test_modules_are_held_one_by_one() -> None:
     one, two = Lock(), Lock()
     with one.write():
