@@ -267,7 +267,7 @@ def build_masks(
         ShiraError: a pipeline (name the components to train), unknown family or budget, a global budget for a family
             that ranks nothing, density out of range, or grad, grad_mean and snip without calibration.
         AdapterMismatchError: targets that match nothing, gradients missing, adapters in ``avoid`` that do not fit the
-            model, or too few entries left by them.
+            model, too few entries left by them, or a density that chooses no entry at all.
     """
     require_modules(model, "a module or {component: module}", 'build_masks({"unet": pipe.unet}, ...)')
     chosen = FAMILIES.get(family) if isinstance(family, str) else family
@@ -276,6 +276,7 @@ def build_masks(
     require_density(density)
     _require_budget(budget, family)
     weights = select(model, targets)
+    size = sum(weight.numel() for weight in weights.values())
     if family in CALIBRATED and calibration is None:
         raise ShiraError(f"the {family!r} mask needs calibration=, got None: pass losses or gradients")
     signed = family == "grad_mean"
@@ -304,6 +305,11 @@ def build_masks(
             f"cannot build {family!r} masks of density {density:g} for "
             f"{counted(len(problems), 'weight', of=len(weights))}; "
             f"lower the density, avoid fewer adapters or fix the family:{listing(problems)}"
+        )
+    if not any(mask.numel() for mask in masks.values()):
+        raise AdapterMismatchError(
+            f"a density of {density:g} leaves none of the {counted(size, 'entry')} to {family!r} masks, expected at "
+            "least one; raise the density, 0.01 to 0.02 is usual"
         )
     return masks
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shira_diffusers import AdapterMismatchError, ShiraAdapter, ShiraError, SparseDelta, build_masks
 from shira_diffusers.masks.families import BLOCK_SIZE, FAMILIES, RANKED, MaskContext, block, struct, struct_rows, wm
 from shira_diffusers.seeds import seeded
+from shira_diffusers.weights.targets import select
 from tests import reference, tiny
 
 DENSITIES = (0.001, 0.01, 0.05, 0.5, 1.0)
@@ -495,6 +496,14 @@ def test_calibration_that_does_not_fit(model: nn.Module) -> None:
 def test_density_is_a_fraction(model: nn.Module, density: float) -> None:
     with pytest.raises(ShiraError, match=r"density must be in \(0, 1\]"):
         build_masks(model, "rand", density, "all")
+
+
+@pytest.mark.parametrize(("family", "budget"), [("wm", "global"), ("wm", "weight"), ("struct", "weight")])
+def test_a_density_that_leaves_no_entry(model: nn.Module, family: str, budget: str) -> None:
+    size = sum(weight.numel() for weight in select(model, "all").values())
+    message = f"density of 1e-09 leaves none of the {size:,} entries to {family!r} masks, .*raise the density"
+    with pytest.raises(AdapterMismatchError, match=message):
+        build_masks(model, family, 1e-9, "all", budget=budget)
 
 
 def test_errors(model: nn.Module) -> None:
