@@ -28,9 +28,9 @@ BLOCKED = ("unet",)  # components whose strength can differ by block
 
 
 def make_style_picker(cards: Sequence[dict[str, Any]], mix: Mix) -> gr.HTML:
-    """The component; its value is a mix ``{name: strength}``, its events are ``input`` and ``words``.
+    """The component; its value is a mix ``{name: strength}``, its events are ``input``, ``words`` and ``gone``.
 
-    ``input`` comes only while the property ``live`` is true.
+    ``input`` comes only while the property ``live`` is true; ``gone`` has the names of styles that left the mix.
     """
     return gr.HTML(
         mix,

@@ -179,7 +179,10 @@ function showCards() {
   element.querySelector('.picker-none').hidden = rows.size > 0
   showMix()
   arrange()
-  if (Object.keys(props.value ?? {}).some((name) => !rows.has(name))) send() // renamed or deleted meanwhile
+  const gone = Object.keys(props.value ?? {}).filter((name) => !rows.has(name)) // renamed or deleted meanwhile
+  if (!gone.length) return
+  send()
+  trigger('gone', { names: gone })
 }
 
 filter.addEventListener('input', () => { limit = props.page; arrange() })

@@ -1,7 +1,7 @@
 """Mix: a prompt, the styles, the picture with what it took, and this visit's pictures."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -184,8 +184,7 @@ class MixTab:
         """
         given = {name: values[each] for name, each in self.fields.items()}
         given["mix"], gone = self._known(given["mix"] or {})
-        for name in gone:
-            gr.Warning(theme.plain(left_out(name)))
+        _warn_of(gone)
         return self._session.checked(**given)
 
     def _known(self, mix: Any) -> tuple[Any, list[str]]:
@@ -263,6 +262,7 @@ class MixTab:
         self.gallery.select(self._choose, None, self._stage, **TELLING)
         self.use.click(self._use, self.shown, self.targets, **TELLING)
         self.style_picker.words(self._add_words, self.prompt, self.prompt, **QUIET)
+        self.style_picker.gone(_tell_gone, None, None, **TELLING)
 
     async def _generate(
         self,
@@ -294,6 +294,7 @@ class MixTab:
     def _reopen(self, kept: Any, names: Any, shown: Any, lost: Any, request: gr.Request) -> list[Any]:
         if lost:
             gr.Warning("The page was loaded again before its picture was drawn. Generate draws it again.")
+        _warn_of(self._known((kept or {}).get("now", {}).get("mix"))[1])
         mix = mix_without_lost(kept, self._session.adapter_names)
         return [mix, self._strip(names, request), *self._shown_again(shown, names, request)]
 
@@ -383,6 +384,17 @@ class MixTab:
 
     def _cards(self) -> list[dict[str, Any]]:
         return [shown(card, self._studio.thumbnails) for card in self._session.cards]
+
+
+def _tell_gone(event: gr.EventData) -> None:
+    """Styles that were on and were renamed or deleted, here or by another visitor."""
+    names = getattr(event, "names", None)
+    _warn_of([name for name in names if isinstance(name, str)] if isinstance(names, list) else [])
+
+
+def _warn_of(gone: Iterable[str]) -> None:
+    for name in gone:
+        gr.Warning(theme.plain(left_out(name)))
 
 
 def _seed_of(event: gr.EventData) -> Any:

@@ -292,6 +292,8 @@ def test_a_style_that_is_gone_is_left_out_of_what_is_drawn(open_page: Open, stud
     page.get_by_role("checkbox", name="moss").check()
     page.wait_for_timeout(600)
     library.rename("moss", "fern")
+    expect(page.get_by_text("“moss” is not among the styles here")).to_be_visible(timeout=PATIENCE)
+    page.get_by_test_id("toast-close").click()
     expect(page.get_by_role("checkbox", name="fern")).not_to_be_checked()
     page.get_by_role("button", name="Generate").click()
     wait_for_picture(page)
