@@ -51,6 +51,15 @@ EXAMPLES = {
 }
 
 
+def _without_strength(text: str) -> Path:
+    path = text.rpartition("=")[0]
+    if path and Path(path).exists() and not Path(text).exists():
+        raise argparse.ArgumentTypeError(
+            f"expected a file, got {text}; give strengths with --weights, in the order of the files"
+        )
+    return Path(text)
+
+
 def parse(version: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; all that follows ``train`` is for the trainer's own parser, as ``flags``."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -80,7 +89,9 @@ def parser(version: str) -> argparse.ArgumentParser:
     _add_json(verify)
 
     fuse = commands.add_parser("fuse", help="fuse adapters into one file", description="Fuse adapters into one file.")
-    fuse.add_argument("files", metavar="FILE", type=Path, nargs="+", help="adapter files, or folders that hold one")
+    fuse.add_argument(
+        "files", metavar="FILE", type=_without_strength, nargs="+", help="adapter files, or folders that hold one"
+    )
     fuse.add_argument("-o", "--output", type=Path, required=True, help="a .safetensors file, or a folder for it")
     fuse.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="one for each adapter, or one for all (1.0)"

@@ -51,8 +51,12 @@ def _with_strength(text: str) -> tuple[Path, float]:
     path, _, strength = text.rpartition("=")
     try:
         return (Path(path), float(strength)) if path else (Path(text), 1.0)
-    except ValueError:  # a name with = in it
-        return Path(text), 1.0
+    except ValueError:
+        if Path(path).exists() and not Path(text).exists():
+            raise argparse.ArgumentTypeError(
+                f"expected a number for the strength of {path}, got {strength!r}"
+            ) from None
+        return Path(text), 1.0  # a name with = in it
 
 
 def _add_export_peft(commands: Any) -> None:

@@ -113,6 +113,17 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], files: dict[str, Path]
         assert "usage: shira" in capsys.readouterr().err
 
 
+def test_strengths_in_the_wrong_place(capsys: pytest.CaptureFixture[str], files: dict[str, Path]) -> None:
+    for argv, message in (
+        (["fuse", f"{files['gold']}=0.5"], f"expected a file, got {files['gold']}=0.5; give strengths with --weights"),
+        (["bake", "base", f"{files['gold']}=much"], f"a number for the strength of {files['gold']}, got 'much'"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([*argv, "-o", "x"])
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, expected in ((["--help"], "inspect"), (["fuse", "--help"], "--force"), (["--version"], __version__)):
         with pytest.raises(SystemExit) as left:
