@@ -236,7 +236,8 @@ def require_same_weights(old: Mapping[str, HasShape], new: Mapping[str, HasShape
     ]
     if wrong:
         raise AdapterMismatchError(
-            f"cannot take the difference, expected the same parameters on both sides:{listing(wrong)}"
+            "cannot take the difference, expected the same parameters on both sides, as of a model and a fine-tune of "
+            f"it:{listing(wrong)}"
         )
 
 

@@ -167,7 +167,7 @@ def test_an_earlier_output_beside_a_lora_is_replaced(run: Run, files: Path, tmp_
         ),
         ("extract {f}/base {f}/tuned -o new.pt", "expected a .safetensors file or a folder to write to, got new.pt"),
         ("extract {f}/base {f}/base", "no weight is changed"),
-        ("extract {f}/base/unet {f}/base/vae", "expected the same parameters on both sides"),
+        ("extract {f}/base/unet {f}/base/vae", "on both sides, as of a model and a fine-tune of it"),
         ("extract {f}/base {f}/nowhere", "no model at"),
     ],
 )
