@@ -117,9 +117,3 @@ def keep_fields(tab: str, fields: Mapping[str, Any], load: Any) -> None:
     load(None, kept, inputs, js=fill, **QUIET)
     changes = [each.change for each in inputs]
     gr.on(changes, None, inputs, kept, js=store, **QUIET, trigger_mode="multiple")
-
-
-def mix_without_lost(kept: Any, names: Sequence[str]) -> Any:
-    """An update of the styles: the kept mix without those that are gone; none where all are here."""
-    mix = (kept or {}).get("now", {}).get("mix", {})
-    return gr.skip() if set(mix) <= set(names) else gr.HTML(value={name: mix[name] for name in mix if name in names})

@@ -18,7 +18,7 @@ from app.history.history import Kept
 from app.history.png_metadata import read_settings
 from app.page import theme
 from app.page.style_picker import make_style_picker, shown
-from app.page.tabs.browser_memory import BrowserMemory, mix_without_lost
+from app.page.tabs.browser_memory import BrowserMemory
 from app.page.tabs.events import (
     PREVIEWING,
     QUIET,
@@ -294,9 +294,10 @@ class MixTab:
     def _reopen(self, kept: Any, names: Any, shown: Any, lost: Any, request: gr.Request) -> list[Any]:
         if lost:
             gr.Warning("The page was loaded again before its picture was drawn. Generate draws it again.")
-        _warn_of(self._known((kept or {}).get("now", {}).get("mix"))[1])
-        mix = mix_without_lost(kept, self._session.adapter_names)
-        return [mix, self._strip(names, request), *self._shown_again(shown, names, request)]
+        mix, gone = self._known((kept or {}).get("now", {}).get("mix"))
+        _warn_of(gone)
+        styles = gr.HTML(value=mix) if gone else gr.skip()
+        return [styles, self._strip(names, request), *self._shown_again(shown, names, request)]
 
     def _shown_again(self, shown: Any, names: Any, request: gr.Request) -> list[Any]:
         """The picture that was shown, or else the newest of this visit.

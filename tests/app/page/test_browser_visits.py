@@ -17,8 +17,7 @@ from PIL import Image
 from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.history.png_metadata import write_png
-from app.page.tabs import mix
-from app.page.tabs.browser_memory import mix_without_lost
+from app.page.tabs.mix import MixTab
 from app.studio import Studio
 from shira_diffusers import save_adapter
 from tests import tiny
@@ -480,7 +479,8 @@ def test_the_preview_follows_a_slider(open_page: Open, session: Session) -> None
 
 def test_a_preview_that_is_drawn_while_the_page_opens_stays(open_page: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Event()
-    monkeypatch.setattr(mix, "mix_without_lost", lambda *kept: seen.wait(60) and mix_without_lost(*kept))
+    show = MixTab._shown_again
+    monkeypatch.setattr(MixTab, "_shown_again", lambda *given: seen.wait(60) and show(*given))
     page = open_page()
     page.get_by_label("Live preview").check()
     expect(page.locator("#facts")).to_contain_text("to draw, as a preview")
