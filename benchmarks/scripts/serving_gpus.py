@@ -5,9 +5,10 @@ python -m benchmarks.scripts.serving_gpus [--replicas 1 2] [--requests N] [--toy
 A model of SD 1.5's size with random weights, in float16, and 32 adapters of 1 % of its entries; one replica has one
 GPU. 16 clients ask for pictures of 512 x 512 over HTTP, each with one of the adapters by Zipf's law and for 8, 20 or 50
 steps (5 : 4 : 1), each client as soon as it has its last picture. Requests that wait for one adapter are one batch.
+CUDA graphs are the service's setting ``cuda_graphs``; a service without is measured for the first number of replicas.
 The LoRA server has one GPU and LoRAs of rank 16: load, set, draw and unload for each request.
-``times_one``: pictures per second over those of the first number of replicas. ``differing``: pictures that are not the
-bytes that the first number of replicas gave for their request, of those that it drew in a batch of the same size;
+``times_one``: pictures per second over those of the first row. ``differing``: pictures that are not the bytes that the
+first row's service gave for their request, of those that it drew in a batch of the same size;
 ``differing_alone``: of these, the ones that were a batch by themselves (with others the kernels of a GPU may round a
 picture by its place in the batch). With ``--toy`` the demo model and its adapters, on a CPU.
 """
@@ -29,6 +30,7 @@ from shira_diffusers.serving.requests import ImageRequest
 
 DTYPES = {"cpu": "float32", "cuda": "float16"}
 RANK = 16
+PLAIN, GRAPHS, LORA_SERVER = "shira_serve", "shira_serve_cuda_graphs", "lora_server"
 
 
 def main() -> None:
@@ -49,14 +51,20 @@ def main() -> None:
         loras = offer(folder / "loras", lora_files(pipe, folder, 4, rank=RANK))
         del pipe
         drawn: list[list[Answer]] = []
-        for replicas in args.replicas:
-            case = {"method": "shira serve", "replicas": replicas}
-            run.case(lambda n=replicas: served(model, adapters, n, todo, args.device, drawn), **case)
-        run.case(lambda: served_loras(model, loras, todo, args.device), method="lora_server", replicas=1)
+        for method, replicas in services(args.replicas, args.device):
+            own = {"device": args.device, "replicas": replicas, "cuda_graphs": method == GRAPHS}
+            run.case(lambda own=own: served(model, adapters, own, todo, drawn), method=method, replicas=replicas)
+        run.case(lambda: served_loras(model, loras, todo, args.device), method=LORA_SERVER, replicas=1)
     served_at_all = [row for row in run.rows if "pictures_per_s" in row]
     for row in served_at_all:
         row["times_one"] = round(row["pictures_per_s"] / served_at_all[0]["pictures_per_s"], 3)
     run.write()
+
+
+def services(replicas: list[int], device: str) -> list[tuple[str, int]]:
+    if device == "cpu":
+        return [(PLAIN, number) for number in replicas]
+    return [(PLAIN, replicas[0]), *((GRAPHS, number) for number in replicas)]
 
 
 def written(pipe: Any, folder: Path) -> list[Path]:
@@ -64,13 +72,12 @@ def written(pipe: Any, folder: Path) -> list[Path]:
 
 
 def served(
-    model: Path, adapters: Path, replicas: int, todo: list[ImageRequest], device: str, drawn: list[list[Answer]]
+    model: Path, adapters: Path, own: dict[str, Any], todo: list[ImageRequest], drawn: list[list[Answer]]
 ) -> dict[str, Any]:
-    """Ask for all pictures; ``drawn`` has the answers of the cases before, and gets these."""
-    settings = {"device": device, "replicas": replicas, "pictures_per_minute": 10**9, "device_bytes": 4 * 2**30}
-    settings["dtype"] = DTYPES[device]
+    """Ask for all pictures; ``own`` settings; ``drawn`` has the answers of the cases before, and gets these."""
+    settings = {"dtype": DTYPES[own["device"]], "pictures_per_minute": 10**9, "device_bytes": 4 * 2**30, **own}
     with shira_serve(adapters, model, settings) as (server, address):
-        until_ready(server, address, replicas)
+        until_ready(server, address, own["replicas"])
         answers, figures = asking(address, todo)
     drawn.append(good(answers))
     before = {what(answer): answer.png for answer in drawn[0]}

@@ -6,7 +6,8 @@ The demo model on a CPU; on a GPU one of SD 1.5's size, of random weights, in fl
 32 adapters with Zipf's popularity, 20 clients, Poisson arrivals, 8, 20 or 50 steps (5 : 4 : 1), batches of one.
 ``throughput``: requests that all wait, against plain calls of the pipeline with one adapter, active all the time,
 before and after each block of five, all drawn once before; ``lora server`` is a plain LoRA server's loop, without HTTP:
-load, set, draw and unload for each request, with LoRAs of rank 16 of the same weights. On a CPU all times are CPU time
+load, set, draw and unload for each request, with LoRAs of rank 16 of the same weights. ``graphs``: in turns with
+``cuda_graphs``; ``graphs, one adapter``: the same requests, all for one adapter. On a CPU all times are CPU time
 of this process, with one thread, so that other processes do not count.
 ``real``: a service at 90 % load, as clients see it, and what a simulation of the same arrivals says.
 ``simulated``: 5,000 requests at each load with the times in ``times_ms``; it asks the scheduler's own ``Turns``.
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -47,7 +48,7 @@ ADAPTERS, CLIENTS, MAX_WAITING, MAX_RUNNING = 32, 20, 256, 64
 NAMES = [f"a{number}" for number in range(ADAPTERS)]
 STEPS = {8: 5, 20: 4, 50: 1}  # and how often
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.2)
-LORA_SERVER = "lora server"
+LORA_SERVER, GRAPHS = "lora server", "graphs"
 DEMO = ASSETS / "emoji-diffusion"
 PROMPT = "a picture of a red apple on a teal background"
 Arrival = tuple[float, ImageRequest]
@@ -205,6 +206,9 @@ def throughput(
         policy: partial(with_scheduler, pipe, library, policy, clock) for policy in POLICIES
     }
     contenders[LORA_SERVER] = partial(with_loras, pipe, loras, clock)
+    if pipe.device.type == "cuda":
+        contenders[GRAPHS] = replayed = partial(with_scheduler, pipe, library, "turns", clock, cuda_graphs=True)
+        contenders[f"{GRAPHS}, one adapter"] = lambda batch: replayed([replace(one, mix={"a0": 1.0}) for one in batch])
     ratios: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(1 if toy else 3):
         batch = [request(draw, number) for number in range(1 if toy else 5)]
@@ -219,10 +223,16 @@ def throughput(
 
 
 def with_scheduler(
-    pipe: Any, library: AdapterLibrary, policy: str, clock: Callable[[], float], batch: list[ImageRequest]
+    pipe: Any,
+    library: AdapterLibrary,
+    policy: str,
+    clock: Callable[[], float],
+    batch: list[ImageRequest],
+    *,
+    cuda_graphs: bool = False,
 ) -> float:
     """Seconds to draw a batch for the second time: CUDA's libraries set themselves up for each thread that draws."""
-    with scheduler(pipe, library, policy) as service:
+    with scheduler(pipe, library, policy, cuda_graphs=cuda_graphs) as service:
         draw_all(pipe, service, batch)
         return taken(lambda: draw_all(pipe, service, batch), clock)
 
@@ -256,9 +266,9 @@ def draw_all(pipe: Any, service: StepScheduler, batch: list[ImageRequest]) -> No
 
 
 @contextmanager
-def scheduler(pipe: Any, library: AdapterLibrary, policy: str) -> Iterator[StepScheduler]:
+def scheduler(pipe: Any, library: AdapterLibrary, policy: str, *, cuda_graphs: bool = False) -> Iterator[StepScheduler]:
     limits = {"max_batch": 1, "max_waiting": MAX_WAITING, "max_running": MAX_RUNNING}
-    with StepScheduler(pipe, library, policy=policy, **limits) as service:
+    with StepScheduler(pipe, library, policy=policy, cuda_graphs=cuda_graphs, **limits) as service:
         yield service
 
 

@@ -60,7 +60,9 @@ class Painter:
             index=store.index,
         )
         threading.Thread(target=_warn_of_broken, args=[self._library], daemon=True).start()
-        self._scheduler = StepScheduler(pipe, self._library, max_batch=settings.max_pictures)
+        self._scheduler = StepScheduler(
+            pipe, self._library, max_batch=settings.max_pictures, cuda_graphs=settings.cuda_graphs
+        )
 
     async def draw(self, request: ImageRequest) -> Events:
         """Draw; the first event says that the request was accepted. Closing the iterator cancels the job.

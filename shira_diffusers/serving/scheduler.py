@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.integrations.pipelines import resident_of, unguarded
 from shira_diffusers.library import AdapterLibrary, NoRoomError
+from shira_diffusers.serving.cuda_graphs import CapturedForward
 from shira_diffusers.serving.jobs import Job
 from shira_diffusers.serving.loaded import LoadedAdapters
 from shira_diffusers.serving.requests import ClosedError, ImageRequest, QueueFullError, RequestError
@@ -61,9 +63,10 @@ class StepScheduler:
         max_waiting: jobs that may wait; more are refused.
         max_running: batches that may take turns; each keeps its latents.
         output_type: of the pictures, as the pipeline takes it.
+        cuda_graphs: replay the denoiser's calls, see ``CapturedForward``; it stays where it is, on a GPU.
 
     Raises:
-        ShiraError: an unknown policy, limits below 1, or a pipeline whose calls cannot take turns.
+        ShiraError: an unknown policy, limits below 1, or a pipeline whose calls cannot take turns or be replayed.
 
     All methods are safe to call from several threads.
     """
@@ -78,6 +81,7 @@ class StepScheduler:
         max_waiting: int = 256,
         max_running: int = 64,
         output_type: str = "pil",
+        cuda_graphs: bool = False,
     ) -> None:
         if policy not in POLICIES:
             raise ShiraError(f"expected a policy of {', '.join(POLICIES)}, got {policy!r}")
@@ -86,6 +90,7 @@ class StepScheduler:
         self._pipe, self._call = pipe, unguarded(pipe)
         require_steps(pipe, self._call)
         self._library, self._output_type = library, output_type
+        self._captured = CapturedForward(pipe) if cuda_graphs else None
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._turns = Turns(policy, max_batch, max_running)
         self._done = SchedulerStats()
@@ -158,7 +163,8 @@ class StepScheduler:
     def _draw_all(self) -> None:
         """Hold the pipeline's models and draw until there is nothing left; what was active before returns after."""
         resident = resident_of(self._pipe)
-        with resident.writing(), LoadedAdapters(resident, self._library, self._pipe) as adapters:
+        applied = self._captured.applied() if self._captured else nullcontext()
+        with resident.writing(), applied, LoadedAdapters(resident, self._library, self._pipe) as adapters:
             while (group := self._next()) is not None:
                 self._turn(group, adapters)
 

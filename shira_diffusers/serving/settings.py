@@ -22,6 +22,7 @@ class Settings(BaseModel):
     cache: str | None = Field(None, description="a local folder for copies of others' adapters, and for the index")
     device: str = Field("cpu", description="as torch names it")
     dtype: str = Field("float32", pattern="^(float32|float16|bfloat16)$", description="of the weights")
+    cuda_graphs: bool = Field(False, description="replay the denoiser's kernels: faster, the same bits, more memory")
     ram_bytes: int = Field(4 * 2**30, ge=0, description="for packed adapters, per replica")
     device_bytes: int = Field(2**30, ge=0, description="for decoded adapters, per replica")
 
@@ -47,12 +48,15 @@ class Settings(BaseModel):
         """Settings from a command line or config file.
 
         Raises:
-            ShiraError: lists all that are unknown or out of range; or the demo's files are asked for and not there.
+            ShiraError: lists all that are unknown or out of range; or CUDA graphs are asked for without CUDA, or the
+                demo's files without a clone.
         """
         try:
             settings = cls.model_validate(given)
         except ValidationError as error:
             raise ShiraError(f"the service's settings are wrong:{listing(problems(error))}") from None
+        if settings.cuda_graphs and not settings.device.startswith("cuda"):
+            raise ShiraError(f"cuda_graphs: expected device=cuda, got {settings.device!r}; leave one of the two out")
         given_by = {"MODEL": settings.model, "--adapters FOLDER": settings.adapter_source}
         if missing := [
             name for name, path in given_by.items() if Path(path).parent == ASSETS and not Path(path).exists()
