@@ -1,10 +1,14 @@
 """What a client asks for: the body of ``POST /v1/images``, checked against the service's limits."""
 
 import math
+import re
 import secrets
-from typing import Literal
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from shira_diffusers.serving.errors import ServiceError, invalid, one_line
 from shira_diffusers.serving.requests import SIDE, ImageRequest, RequestError
@@ -12,6 +16,8 @@ from shira_diffusers.serving.settings import Settings, problems
 
 Format = Literal["png", "json", "stream"]
 _TYPES: dict[str, Format] = {"image/png": "png", "application/json": "json", "text/event-stream": "stream"}
+_SIZE = "^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
+_SHOWN = 8  # unknown fields; a body has room for some 40,000, and each is compared with all that there are
 
 
 class ImageBody(BaseModel):
@@ -24,12 +30,18 @@ class ImageBody(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**32, description="of the first picture, the next has the next; or random")
     steps: int = Field(20, ge=1)
     guidance: float = Field(3.0, ge=0, le=30)
-    size: str | None = Field(
-        None, pattern="^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="WIDTHxHEIGHT, or the model's"
-    )
+    size: str | None = Field(None, pattern=_SIZE, description="WIDTHxHEIGHT, or the model's")
     n: int = Field(1, ge=1, description="pictures")
     timeout: float | None = Field(None, gt=0, description="seconds after which the pictures are of no use")
     response_format: Format | None = Field(None, description="or by the header Accept")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _says_size(cls, given: Any) -> Any:
+        """A size as it came, refused in words: the pattern, which programs read in the schema, would tell itself."""
+        if given is not None and not (isinstance(given, str) and re.fullmatch(_SIZE, given)):
+            raise PydanticCustomError("size", "expected WIDTHxHEIGHT, as 512x512")
+        return given
 
     @property
     def sides(self) -> list[int]:
@@ -84,10 +96,29 @@ def parse(raw: bytes, limits: Settings) -> ImageBody:
     try:
         body = ImageBody.model_validate_json(raw)
     except ValidationError as error:
-        raise invalid("; ".join(problems(error))) from None
+        raise invalid("; ".join(_malformed(error))) from None
     if wrong := list(_over(body, limits)):
         raise invalid("; ".join(wrong))
     return body
+
+
+def _malformed(error: ValidationError) -> list[str]:
+    """What is wrong with each field, and which fields there are where some are unknown."""
+    found = list(zip(error.errors(), problems(error), strict=True))
+    wrong = [told for each, told in found if each["type"] != "extra_forbidden"]
+    unknown = [str(each["loc"][0]) for each, _ in found if each["type"] == "extra_forbidden"]
+    return [*wrong, _no_fields(unknown)] if unknown else wrong
+
+
+def _no_fields(names: Sequence[str]) -> str:
+    shown = [f"{name[:40]!r}{_did_you_mean(name[:40])}" for name in names[:_SHOWN]]
+    shown += [f"{len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else []
+    return f"expected the fields {', '.join(ImageBody.model_fields)}, got {', '.join(shown)}"
+
+
+def _did_you_mean(name: str) -> str:
+    close = get_close_matches(name.casefold(), ImageBody.model_fields, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _over(body: ImageBody, limits: Settings) -> list[str]:

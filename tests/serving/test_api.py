@@ -154,8 +154,10 @@ def test_the_format_is_the_clients_choice(client: TestClient, accept: str, wante
         ({"seed": -1}, ["seed"]),
         ({"seed": 2**32}, ["seed"]),
         ({"n": 5}, ["n: expected at most 4, got 5"]),
-        ({"size": "16"}, ["size"]),
-        ({"size": "1\u0666x16"}, ["size"]),
+        ({"size": "16x"}, ["size: expected WIDTHxHEIGHT, as 512x512, got '16x'"]),
+        ({"size": "1\u0666x16"}, ["size: expected WIDTHxHEIGHT"]),
+        ({"size": "16x16\n"}, ["size: expected WIDTHxHEIGHT"]),
+        ({"size": [16, 16]}, ["size: expected WIDTHxHEIGHT, as 512x512, got [16, 16]"]),
         ({"size": "16x12", "steps": 51}, ["steps: expected", "size: expected multiples of 8, got '16x12'"]),
         ({"size": "99999x99999"}, ["pixels", "1,048,576"]),
         ({"guidance": 31}, ["guidance"]),
@@ -169,6 +171,22 @@ def test_the_format_is_the_clients_choice(client: TestClient, accept: str, wante
 )
 def test_bad_settings_are_refused(client: TestClient, change: dict[str, Any], words: list[str]) -> None:
     assert_refused(client.post("/v1/images", json={**BODY, **change}), 422, "invalid_request", *words)
+
+
+def test_a_size_is_refused_in_words(client: TestClient) -> None:
+    told = client.post("/v1/images", json={**BODY, "size": "128"}).json()
+    assert told == {"type": "invalid_request", "message": "size: expected WIDTHxHEIGHT, as 512x512, got '128'"}
+
+
+def test_unknown_fields_are_answered_with_those_that_there_are(client: TestClient) -> None:
+    told = client.post("/v1/images", json={**BODY, "Step": 1, "n": 0, "width": 16}).json()
+    assert told["message"] == (
+        "n: Input should be greater than or equal to 1, got 0; expected the fields prompt, mix, seed, steps, guidance, "
+        "size, n, timeout, response_format, got 'Step' (did you mean 'steps'?), 'width'"
+    )
+    many = client.post("/v1/images", json={**BODY, **{f"a{k}" * 50: 1 for k in range(1000)}})
+    assert_refused(many, 422, "invalid_request", "'a7a7", "992 more")
+    assert len(many.text) < 700
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 100_000])
