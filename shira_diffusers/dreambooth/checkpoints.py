@@ -152,12 +152,13 @@ def run_number(output: Path, resumed: Path | None) -> int:
 
 
 def tell_of_other_runs(output: Path, run: int) -> None:
-    """Warn where there are checkpoints of other runs than the one of this number."""
+    """Warn where there are checkpoints of other runs than the one of this number; with what else will be replaced."""
     others = [path.name for path in list_checkpoints(output) if _run_of(path) != run]
     if others:
+        finished = f"; so is {WEIGHTS_NAME} when it ends" if (output / WEIGHTS_NAME).is_file() else ""
         logger.warning(
             "%s holds checkpoints of another run (%s): they do not count as this run's, and are replaced where it "
-            "reaches the same steps; choose another --output_dir to keep them", output, ", ".join(others)
+            "reaches the same steps%s; choose another --output_dir to keep them", output, ", ".join(others), finished
         )  # fmt: skip
 
 

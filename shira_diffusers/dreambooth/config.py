@@ -231,6 +231,11 @@ def _out_of_range(config: TrainingConfig) -> list[str]:
         wrong.append(f"mask_type must be one of {', '.join(FAMILIES)}, got {config.mask_type!r}")
     if config.mask_budget == "global" and config.mask_type not in (None, *RANKED):
         wrong.append(f"mask_budget global needs a mask_type of {', '.join(RANKED)}, got {config.mask_type!r}")
+    if not config.instance_prompt.strip():
+        wrong.append(
+            f"instance_prompt must say what the pictures show, such as 'a picture in sks style', got "
+            f"{config.instance_prompt!r}"
+        )
     if not config.target_modules:
         wrong.append(f"target_modules is empty, expected a preset such as {DEFAULT_TARGETS!r}, or patterns")
     if len(config.target_modules) > 1 and (presets := PRESETS.keys() & set(config.target_modules)):

@@ -82,6 +82,16 @@ def test_not_a_number_is_refused() -> None:
         TrainingConfig(**NEEDED, learning_rate=float("nan"))
 
 
+@pytest.mark.parametrize("prompt", ["", " \t\n"])
+def test_an_empty_prompt_is_refused(prompt: str) -> None:
+    with pytest.raises(ShiraError) as caught:
+        parse_config([*NEEDED_FLAGS[:4], "--instance_prompt", prompt])
+    assert str(caught.value) == (
+        "training settings are wrong (1):\n  - instance_prompt must say what the pictures show, such as 'a picture in "
+        f"sks style', got {prompt!r}"
+    )
+
+
 def test_idle_class_settings_are_told() -> None:
     config = TrainingConfig(**NEEDED, class_prompt="a cat", class_data_dir="cats")
     assert config.idle == [

@@ -44,7 +44,11 @@ def test_the_limit_counts_the_checkpoints_of_this_run(
     run(settings, checkpoints_total_limit=2, max_train_steps=3)
     dogs = {f"checkpoint-{step}": "a sks dog" for step in (4, 5)}
     assert checkpoints(settings) == dogs | {"checkpoint-2": "a sks cat", "checkpoint-3": "a sks cat"}
-    assert "out holds checkpoints of another run (checkpoint-4, checkpoint-5): they do not count" in caplog.text
+    assert (
+        "out holds checkpoints of another run (checkpoint-4, checkpoint-5): they do not count as this run's, and are "
+        "replaced where it reaches the same steps; so is pytorch_shira_weights.safetensors when it ends; choose "
+        "another --output_dir to keep them"
+    ) in caplog.text
 
 
 @pytest.mark.parametrize("changed", ["prompt", "caption", "picture", "base"])
@@ -95,6 +99,14 @@ def test_a_run_can_be_moved(settings: dict[str, object], tmp_path: Path, caplog:
     with caplog.at_level(logging.INFO):
         tiny.assert_same_adapter(run(settings, resume_from_checkpoint="latest"), whole)
     assert "checkpoint-3: 3 steps are done" in caplog.text
+
+
+def test_an_adapter_that_is_not_there_is_not_said_to_be_replaced(
+    settings: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoint(tmp_path / "out", 9, {}, tiny.adapter_for(tiny.unet()), None, run=1)
+    run(settings, max_train_steps=1)
+    assert "where it reaches the same steps; choose another --output_dir" in caplog.text
 
 
 def test_latest_without_a_checkpoint_says_so(settings: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
