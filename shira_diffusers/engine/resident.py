@@ -92,8 +92,15 @@ class Resident:
 
     @property
     def active(self) -> dict[str, Scale]:
-        """The active adapters with their scales as given; empty while disabled."""
+        """The active adapters with their scales as given; empty while disabled.
+
+        Of an adapter that a component lacks, since another model has taken its place, those of the others by component.
+        """
         active = self._joined({part: state.mix for part, state in self._states().items()})
+        components = self.components
+        for _, name in self._lost(active):
+            scale = active[name]
+            active[name] = scale if isinstance(scale, Mapping) else dict.fromkeys(components[name], scale)
         return copy.deepcopy(active)  # what the caller does to it changes no mix
 
     def _joined(self, mixes: Mapping[str, Mix], before: Mapping[str, list[str]] | None = None) -> dict[str, Scale]:
@@ -510,20 +517,25 @@ class Resident:
             ResidentStateError: names the components, and the adapters that these lack.
         """
         states = self._states()
-        held = {part: state.adapters if (state := states.get(part)) else {} for part in self._models}
-        parts = {n: {part for state in states.values() for part in state.loaded_for.get(n, ())} for n in names}
-        lost = [
-            f"{part}: expected {name!r}, got {', '.join(map(repr, own)) or 'none'}"
-            for part, own in held.items()
-            for name in parts
-            if part in parts[name] and name not in own
-        ]
+        held = {part: ", ".join(map(repr, state.adapters)) for part, state in states.items()}
+        lost = [f"{part}: expected {name!r}, got {held.get(part) or 'none'}" for part, name in self._lost(names)]
         if lost:
             raise ResidentStateError(
                 "a model lacks an adapter that was loaded for it and others, as one that has replaced another model "
                 "does; nothing has changed. Load that adapter again with load_shira(..., hotswap=True) "
                 f"(Resident.replace), or delete it:{listing(lost)}"
             )
+
+    def _lost(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """The components that lack an adapter which was added for them, each with its name."""
+        states = self._states()
+        parts = {n: {part for state in states.values() for part in state.loaded_for.get(n, ())} for n in names}
+        return [
+            (part, name)
+            for part in self._models
+            for name in parts
+            if part in parts[name] and not (part in states and name in states[part].adapters)
+        ]
 
     def _unknown(self, names: Iterable[str]) -> ShiraError:
         return ShiraError(

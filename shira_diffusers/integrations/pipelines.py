@@ -153,7 +153,10 @@ def set_shira(
 
 
 def get_active_shira(self: DiffusionPipeline) -> dict[str, Scale]:
-    """The active adapters and their weights as given; empty while disabled."""
+    """The active adapters and their weights as given; empty while disabled.
+
+    Where a model of the pipeline was replaced since, by component: the new model is not among them.
+    """
     return MixTable(resident_of(self).active)
 
 

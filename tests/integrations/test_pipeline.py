@@ -828,6 +828,21 @@ def test_a_model_that_was_replaced_lacks_its_part_of_an_adapter(
     tiny.assert_same_bits(loaded, base)
 
 
+@pytest.mark.parametrize(("replaced", "left"), [("unet", "text_encoder"), ("text_encoder", "unet")])
+def test_an_adapter_is_active_on_the_models_that_have_it(
+    loaded: StableDiffusionPipeline, file: Path, replaced: str, left: str
+) -> None:
+    loaded.set_shira(["bluefire", "paintings"], [0.5, {left: 0.25}])
+    before = getattr(loaded, replaced)
+    setattr(loaded, replaced, tiny.unet(seed=5) if replaced == "unet" else tiny.text_encoder(seed=5))
+    assert loaded.get_active_shira() == {"bluefire": {left: 0.5}, "paintings": {left: 0.25}}
+    setattr(loaded, replaced, before)
+    assert loaded.get_active_shira() == {"bluefire": 0.5, "paintings": {left: 0.25}}
+    setattr(loaded, replaced, tiny.unet(seed=5) if replaced == "unet" else tiny.text_encoder(seed=5))
+    loaded.load_shira(file, "bluefire", hotswap=True)
+    assert loaded.get_active_shira()["bluefire"] == 0.5
+
+
 def test_a_mix_that_was_set_before_a_pipeline_was_saved(loaded: StableDiffusionPipeline, tmp_path: Path) -> None:
     base = tiny.snapshot(tiny.pipeline())
     loaded.save_pretrained(tmp_path / "pipeline")
