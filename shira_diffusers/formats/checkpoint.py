@@ -5,7 +5,7 @@ In: a pipeline's folder, a model's, or a single ``.safetensors`` file, sharded o
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +73,7 @@ def _weights(folder: Path) -> dict[str, StoredWeight]:
             return _sharded(folder, folder / f"{stem}{_INDEX}")
         if f"{stem}{SUFFIX}" in found:
             return _named(stored_in(folder / f"{stem}{SUFFIX}"))
-    files, indices = safetensors_in(folder), sorted(folder.glob("*.index.*.json")) + sorted(folder.glob(f"*{_INDEX}"))
+    files, indices = safetensors_in(folder), _indices_in(folder)
     if len(indices) == 1:
         return _sharded(folder, indices[0])
     if len(files) == 1:
@@ -82,15 +82,40 @@ def _weights(folder: Path) -> dict[str, StoredWeight]:
     raise AdapterFormatError(f"{folder} holds no model: expected {_USUAL[0]}{SUFFIX} or a single file, got {names}")
 
 
+def _indices_in(folder: Path) -> list[Path]:
+    """The indices of shards, also of variants: ``NAME.safetensors.index.fp16.json``."""
+    return sorted(folder.glob(f"*{SUFFIX}.index.*.json")) + sorted(folder.glob(f"*{_INDEX}"))
+
+
 def _sharded(folder: Path, index: Path) -> dict[str, StoredWeight]:
+    files = sorted(set(_shards_of(index).values()))
+    _require_there(index, files)
+    return _named({key: weight for file in files for key, weight in stored_in(file).items()})
+
+
+def _shards_of(index: Path) -> dict[str, Path]:
+    """The file of each tensor, by key, as an index has them. Raises AdapterFormatError: no such index."""
     try:
         places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: folder / name for name in sorted(set(places.values()))}
+        return {key: index.parent / name for key, name in places.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterFormatError(f"{index} is no index of shards ({error}); get an intact copy") from error
-    if missing := [str(file) for file in files.values() if not file.is_file()]:
+
+
+def _require_there(index: Path, files: Iterable[Path]) -> None:
+    if missing := [str(file) for file in files if not file.is_file()]:
         raise AdapterFormatError(f"{index} names shards that are not there; get all files:{listing(missing)}")
-    return _named({key: weight for file in files.values() for key, weight in stored_in(file).items()})
+
+
+def require_shards(folder: Path, keys: Iterable[str]) -> None:
+    """Refuse a folder that lacks the files in which its indices place these tensors.
+
+    Raises:
+        AdapterFormatError: names the files; or an index that is none.
+    """
+    keys = set(keys)
+    for index in _indices_in(folder):
+        _require_there(index, sorted({file for key, file in _shards_of(index).items() if key in keys}))
 
 
 def stored_in(file: Path) -> dict[str, StoredWeight]:

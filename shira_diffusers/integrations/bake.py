@@ -20,6 +20,7 @@ from shira_diffusers.adapters.scales import check_scale
 from shira_diffusers.atomic_write import made_whole
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import AdapterMismatchError, ShiraError, counted, listing, verb
+from shira_diffusers.formats.checkpoint import require_shards
 from shira_diffusers.formats.find import safetensors_in
 from shira_diffusers.formats.paths import OTHER_WEIGHTS, SUFFIX, did_you_mean, is_hub_id, shown_in
 from shira_diffusers.formats.safetensors_bytes import Span, spans_of
@@ -96,7 +97,7 @@ def bake_checkpoint(
         ShiraError: there is no such base, links in it that lead nowhere or back, the output exists, a strength that is
             no finite number, or sums out of the range of the weights' dtype.
         AdapterMismatchError: an adapter does not fit, wholly or in part; all offenders are named.
-        AdapterFormatError: a damaged file of weights.
+        AdapterFormatError: a damaged file of weights, or none where an index names one.
         OSError: a file cannot be read or written.
 
     On error nothing has been written.
@@ -153,11 +154,16 @@ def _find(base: Path, names: Iterable[str]) -> dict[str, list[_Place]]:
     is_pipeline = (base / "model_index.json").is_file()
     found: dict[str, list[_Place]] = {}
     spans: dict[Path, dict[str, Span]] = {}
+    lacking: dict[Path, list[str]] = {}
     for name in names:
         part, _, rest = name.partition(".") if is_pipeline else ("", "", name)
         files = safetensors_in(base / part)
         spans |= {file: spans_of(file) for file in files if file not in spans}
         found[name] = [_whole(file, spans[file][key]) for file in files for key in _aliases(rest) if key in spans[file]]
+        if not found[name]:
+            lacking.setdefault(base / part, []).extend(_aliases(rest))
+    for folder, keys in lacking.items():
+        require_shards(folder, keys)
     return found
 
 

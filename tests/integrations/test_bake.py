@@ -229,6 +229,25 @@ def test_what_does_not_fit_is_refused_with_nothing_written(tmp_path: Path) -> No
     assert_nothing_left(tmp_path, {"base"})
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_missing_shard_is_named(tmp_path: Path, variant: str | None) -> None:
+    """Where a weight would be in it: an index may stay of a variant that was not fetched."""
+    pipe = saved(tmp_path / "base", variant=variant, max_shard_size="200KB")
+    mix, unet = mix_for(pipe), tmp_path / "base" / "unet"
+    (index,) = unet.glob("*.index*.json")
+    places = json.loads(index.read_text())["weight_map"]
+    shard = unet / places[next(name for name in mix["b"][0].deltas if name.startswith("unet.")).removeprefix("unet.")]
+    kept = shard.rename(tmp_path / "kept")
+    with pytest.raises(AdapterFormatError) as caught:
+        bake_checkpoint(tmp_path / "base", mix, tmp_path / "out")
+    assert str(caught.value) == f"{index} names shards that are not there; get all files:\n  - {shard}"
+    kept.rename(shard)
+    stale = {key: f"gone-{name}" for key, name in places.items()}
+    (unet / "other.safetensors.index.json").write_text(json.dumps({"weight_map": stale}))
+    assert bake_checkpoint(tmp_path / "base", mix, tmp_path / "out").weights
+    assert_nothing_left(tmp_path, {"base", "out"})
+
+
 def test_weights_that_cannot_hold_it(tmp_path: Path) -> None:
     """Quantized ones, sums out of float16's range, and a damaged file: found before or while writing."""
     pipe = saved(tmp_path / "base", torch.float16)
