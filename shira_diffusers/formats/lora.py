@@ -71,6 +71,9 @@ _REMEDY = (
     "the base with the program that made it, and use shira extract"
 )
 _KINDS = ("LORA", "LOHA", "LOKR", "OFT")  # of PEFT's methods
+# Of PEFT's MonteCLoRA, a LoRA whose A has noise while it is trained, and none when it draws or is merged. PEFT would
+# draw the noise when it loads: buffer_size * num_samples times the numbers of A for each layer, by default 1,200 times.
+_NOISE = ".lora_monteclora_sampler."
 # Starts of PEFT's that take something away from the base, and do so again when the LoRA is loaded.
 _RESIDUAL_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -605,7 +608,7 @@ def _peft_state(folder: Path, maps: Mapping[str, WeightMap], component: str | No
     _require_peft()
     if not (folder / PEFT_WEIGHTS).is_file():
         raise AdapterFormatError(f"{folder} has no {PEFT_WEIGHTS}; save it with safe_serialization=True")
-    tensors, _ = read_safetensors(folder / PEFT_WEIGHTS)
+    tensors = {key: own for key, own in read_safetensors(folder / PEFT_WEIGHTS)[0].items() if _NOISE not in key}
     if any(key.endswith(VALUES) for key in tensors):
         raise AdapterFormatError(f"{folder} is a SHiRA adapter already, expected a LoRA; load it with load_shira")
     _peft_config(folder)
@@ -671,6 +674,8 @@ def _peft_config(folder: Path) -> Any:
             "with PEFT, where it can be merged, and use shira extract"
         )
     config.inference_mode = True
+    if hasattr(config, "monteclora_config"):
+        config.monteclora_config = None  # see _NOISE
     return config
 
 

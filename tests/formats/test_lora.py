@@ -315,6 +315,19 @@ def test_a_kasa_is_refused(tmp_path: Path) -> None:
         convert_lora(tmp_path, tiny.pipeline())
 
 
+@pytest.mark.parametrize("num_samples", [4, 10**12])
+def test_a_monteclora_is_as_peft_merges_it(tmp_path: Path, num_samples: int) -> None:
+    """Its noise is of the training alone: no memory is taken for it, whatever the configuration says."""
+    if not hasattr(lora_configs, "MontecloraConfig"):
+        pytest.skip("this PEFT has no MonteCLoRA")
+    noise = lora_configs.MontecloraConfig(num_samples=4, buffer_size=2)
+    expected = loras.of_peft(tmp_path, tiny.unet(), ["to_q", "to_k"], monteclora_config=noise)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["monteclora_config"] |= {"num_samples": num_samples}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert_weights(convert_lora(tmp_path, tiny.pipeline(), 1.0).adapter, expected)
+
+
 @pytest.mark.parametrize("factor", ["target_modules_bd_a", "target_modules_bd_b"])
 def test_block_diagonal_factors_are_as_peft_merges_them(tmp_path: Path, factor: str) -> None:
     if not hasattr(lora_configs, "BdLoraConfig"):
