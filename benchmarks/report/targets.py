@@ -153,14 +153,22 @@ def loading(name: str, device: str, method: str) -> Iterator[Target]:
 
 
 def schedule() -> Iterator[Target]:
-    turns, loras = (
+    turns, loras, graphs, graphs_of_one = (
         Source("serving_schedule", "cuda", mode="throughput", policy=policy).value("throughput")
-        for policy in ("turns", "lora server")
+        for policy in ("turns", "lora server", "graphs", "graphs, one adapter")
     )
-    what = "SD 1.5's size, H200: pictures with different adapters, taking turns / pictures with one"
-    yield Target(what, "at least", 0.95, "x", turns, WHY["noise"])
-    what = "SD 1.5's size, H200: pictures with different adapters, taking turns / those of a plain LoRA server"
-    yield Target(what, "at least", 2, "x", ratio(turns, loras), WHY["loras"])
+    mixed = "SD 1.5's size, H200: pictures with different adapters, taking turns"
+    yield Target(f"{mixed} / pictures with one", "at least", 0.95, "x", turns, WHY["noise"])
+    replayed = f"{mixed}, CUDA graphs / pictures with one, CUDA graphs"
+    yield Target(replayed, "at least", 0.95, "x", ratio(graphs, graphs_of_one), WHY["short_steps"])
+    yield Target(f"{mixed} / those of a plain LoRA server", "at least", 2, "x", ratio(turns, loras), WHY["loras"])
+
+
+def over_lora_server() -> Iterator[Target]:
+    for method in ("shira serve", "shira serve, CUDA graphs"):
+        read = Source("serving_gpus", "cuda", method=method, replicas=1).value("times_lora")
+        what = f"SD 1.5's size, one H200, over HTTP: pictures per second of `{method}` / those of a plain LoRA server"
+        yield Target(what, "at least", 2, "x", read, WHY["loras"])
 
 
 def drift(name: str, device: str) -> Target:
@@ -247,6 +255,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "training": tuple(t for model in MODELS for t in training(model)),
     "demo": tuple(demo()),
     "serving_schedule": tuple(schedule()),
+    "serving_gpus": tuple(over_lora_server()),
     "serving_load": (
         Target(
             "Demo model, CPU: wrong pictures of `shira serve` under faults",

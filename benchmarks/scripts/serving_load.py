@@ -139,6 +139,9 @@ def running(command: list[str], **environment: str) -> Iterator[tuple[psutil.Pop
         try:
             until_ready(server, address)
             yield server, address
+        except AssertionError as error:
+            log.seek(0)
+            raise AssertionError(f"{error}: {log.read().decode(errors='replace')[-2000:]}") from error
         finally:
             with suppress(psutil.NoSuchProcess):
                 server.terminate()

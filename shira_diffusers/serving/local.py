@@ -158,10 +158,14 @@ def start(settings: "Settings", host: str, port: int) -> None:
         ShiraError: it cannot start.
     """
     from ray import serve
+    from ray.exceptions import RayError
 
     from shira_diffusers.serving.deployment import application
 
-    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+    try:
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+    except (RuntimeError, TimeoutError, RayError) as error:
+        raise ShiraError(f"Ray Serve does not start: {error}; the machine may be too busy, try again") from error
     try:
         serve.run(application(settings), name=_APP, logging_config={"log_level": "WARNING"})
     except RuntimeError as error:

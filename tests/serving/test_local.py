@@ -12,6 +12,8 @@ from shira_diffusers import ShiraError
 from shira_diffusers.cli.__main__ import main
 from shira_diffusers.serving.errors import ServiceError
 from shira_diffusers.serving.keys import Client, Keys, RateLimit
+from shira_diffusers.serving.local import start
+from shira_diffusers.serving.settings import Settings
 
 
 @pytest.fixture
@@ -69,6 +71,15 @@ def test_a_model_that_replicas_cannot_load(model: str, tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-m", "shira_command", *arguments], capture_output=True, text=True)
     assert ended.returncode == 1
     assert f"error: the service cannot start: cannot load a pipeline from '{model}'" in ended.stderr
+
+
+def test_a_machine_that_is_too_busy_for_ray_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: object) -> None:
+        raise TimeoutError("HTTP proxies not available after 60s")
+
+    monkeypatch.setattr("ray.serve.start", late)
+    with pytest.raises(ShiraError, match=r"Ray Serve does not start: HTTP proxies .* 60s; the machine may be too busy"):
+        start(Settings.checked({}), "127.0.0.1", 8000)
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
