@@ -4,7 +4,7 @@ Switching overwrites entries and moves no weight, so that a graph computes with 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -45,6 +45,7 @@ class CapturedForward:
         if name is None:
             raise ShiraError(f"CUDA graphs: expected a pipeline with a unet or transformer, got {type(pipe).__name__}")
         self._pipe, self._name = pipe, name
+        self._forward: Callable[..., Any] = getattr(pipe, name).forward
         self._seen: list[tuple[Kind, _Graph | None]] = []  # None before the second call; those of latest use last
         self._pool: Any = None  # of all graphs, as one runs at a time and what it returns is copied
         self._placed: list[int] = []
@@ -82,7 +83,7 @@ class CapturedForward:
             return self._forward(*args, **kwargs)
         kind = (structure, *map(_kind_of, leaves))
         known = next((entry for entry in self._seen if entry[0] == kind), None)
-        graph = known and (known[1] or self._captured(leaves, structure))
+        graph = None if known is None else known[1] or self._captured(leaves, structure)
         self._seen = [*(entry for entry in self._seen if entry is not known), (kind, graph)][-_KINDS:]
         return graph.replay(tensors) if graph else self._forward(*args, **kwargs)
 
