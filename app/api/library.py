@@ -76,7 +76,7 @@ def add_library_api(studio: Studio) -> None:
 
         Args:
             name: Of the adapter.
-            new_name: Tidied; refused if it is taken.
+            new_name: Tidied, slashes become dashes; refused if it is taken.
         """
         with readable("the adapter could not be renamed"):
             return library.rename(name, new_name).as_dict()

@@ -14,7 +14,7 @@ from typing import Any
 
 from app.library.cards import Card, Origin, described, glanced, measured, without_folders
 from app.library.lora_upload import converted
-from app.library.names import free_name, key_of, tidy_name
+from app.library.names import free_name, key_of, tidy_name, typed_name
 from app.library.peft_upload import with_config
 from app.library.uploads import DEFAULT_MAX_MB, UploadError, received, require_header
 from app.settings.checks import SettingsError
@@ -261,7 +261,7 @@ class Library:
             if not isinstance(new, str) or not new.strip():
                 got = "none" if new is None or isinstance(new, str) else reprlib.repr(new)
                 raise SettingsError(f"{card.name!r} needs a name to be renamed to, got {got}")
-            name = tidy_name(new)
+            name = typed_name(new)
             if name == card.name:
                 return card
             if key_of(name) in self._keys() - {key_of(card.name)}:

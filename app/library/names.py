@@ -1,4 +1,4 @@
-"""Derive names of adapters from file names that strangers chose."""
+"""Derive names of adapters from file names that strangers chose. In what they type, slashes become dashes."""
 
 import re
 import unicodedata
@@ -9,6 +9,7 @@ MAX_BYTES = 150  # of it in UTF-8: file systems take 255, and the trash puts a n
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # not file names on Windows
 _KEPT = frozenset(" !#$%&'()+,-.;=@[]^_{}")  # of ASCII, beside letters and digits
 _SYMBOLS = ("So", "Sc", "Pc", "Pd", "Pe", "Pf", "Pi", "Po", "Ps")  # of the rest: emoji, currencies, punctuation
+_PATH = re.compile(r"(~|\.\.?|[a-z]:)?[/\\]|.*\.safetensors\s*$", re.IGNORECASE | re.DOTALL)  # how one begins or ends
 _JOINER = "\u200d"  # between two emoji that are one
 
 
@@ -29,6 +30,12 @@ def tidy_name(raw: object) -> str:
     if not any(character.isalnum() or _is_emoji(character) for character in name):
         return "adapter"
     return f"adapter-{name}"[:MAX_LENGTH] if _DEVICES.fullmatch(name) else name
+
+
+def typed_name(raw: object) -> str:
+    """The name that somebody typed, tidied: slashes become dashes, as in ``AC-DC``; of a path, the last part stays."""
+    name = unicodedata.normalize("NFKC", str(raw)[:4096])
+    return tidy_name(name if _PATH.match(name.strip()) else re.sub(r"[/\\]", "-", name))
 
 
 def free_name(wanted: str, taken: Container[str]) -> str:

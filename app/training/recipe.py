@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from app.library.names import tidy_name
+from app.library.names import typed_name
 from app.settings.checks import SettingsError, number, whole
 from app.settings.settings import MAX_SEED
 from app.training.pictures import tidy_caption
@@ -93,7 +93,7 @@ def _text(what: str, value: object) -> str:
 def _name(what: str, value: object) -> str:
     if not _text(what, value):
         raise SettingsError("the adapter needs a name")
-    return tidy_name(value)
+    return typed_name(value)
 
 
 def _number(low: float, high: float) -> Any:

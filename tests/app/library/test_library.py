@@ -401,6 +401,9 @@ def test_renaming_keeps_the_adapter(library: Library, upload: Path, pipe: Stable
     assert files(library) == ["Wet moss.safetensors"]
     assert library.rename("Wet moss", "wet MOSS").name == "wet MOSS"
     assert library.rename("wet MOSS", "wet MOSS").name == "wet MOSS"
+    assert library.rename("wet MOSS", "AC/DC").name == "AC-DC"
+    assert files(library) == ["AC-DC.safetensors"]
+    assert library.rename("AC-DC", "../../../x").path.parent == card.path.parent
 
 
 def test_a_name_can_be_renamed_to_no_other_adapters(library: Library, upload: Path) -> None:

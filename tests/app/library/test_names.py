@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.library.names import MAX_LENGTH, free_name, key_of, tidy_name
+from app.library.names import MAX_LENGTH, free_name, key_of, tidy_name, typed_name
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,33 @@ from app.library.names import MAX_LENGTH, free_name, key_of, tidy_name
 )
 def test_a_name_is_the_last_part_without_what_harms(raw: str | None, name: str) -> None:
     assert tidy_name(raw) == name
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        ("AC/DC", "AC-DC"),
+        ("AC \\ DC", "AC - DC"),
+        ("AC\uff0fDC", "AC-DC"),  # full width
+        ("moss/", "moss"),
+        ("a/../../x", "a-..-..-x"),
+        ("../../x", "x"),
+        ("/etc/cron.d/x", "x"),
+        ("~/styles/x", "x"),
+        ("\uff0e\uff0e\uff0fx", "x"),
+        ("C:\\styles\\x.safetensors", "x"),
+        ("styles/x.safetensors ", "x"),
+        ("/", "adapter"),
+    ],
+)
+def test_a_slash_in_a_typed_name_is_a_dash(raw: str, name: str) -> None:
+    assert typed_name(raw) == name
+
+
+@given(st.text(max_size=300) | st.text("a./\\~: ", max_size=30))
+def test_a_typed_name_is_a_plain_one(raw: str) -> None:
+    name = typed_name(raw)
+    assert tidy_name(name) == typed_name(name) == name
 
 
 @given(st.text(max_size=300))

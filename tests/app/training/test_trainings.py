@@ -284,7 +284,7 @@ def test_settings_are_checked(recipe: Recipe, values: dict[str, Any], message: s
 def test_words_cannot_become_flags(recipe: Recipe, trainings: Trainings, tmp_path: Path) -> None:
     words = {"name": "../../etc/x", "prompt": "--push_to_hub\n--output_dir /tmp", "class_prompt": "-a; rm -rf /"}
     recipe = recipe.changed(words, ())
-    assert recipe.name == "x"
+    assert recipe.name == "x" and recipe.changed({"name": "AC/DC"}, ()).name == "AC-DC"
     flags = recipe.flags(trainings.base, tmp_path, {}, ROOT, resume=False)
     assert "--instance_prompt=--push_to_hub --output_dir /tmp" in flags
     assert "--class_prompt=-a; rm -rf /" in flags and "--push_to_hub" not in flags
