@@ -113,7 +113,7 @@ class LibraryTab:
             except gr.Error as error:
                 problems.append(str(error.message))
         for problem in problems:
-            gr.Warning(problem)
+            gr.Warning(theme.plain(problem))
         added_names = [f"Added {_bold(entry.name)}{self._but(entry)}." for entry in added]
         offers = [
             f"{_bold(file.name)} is a LoRA: it runs as an adapter once it is converted, which keeps a part of it."
@@ -134,7 +134,7 @@ class LibraryTab:
                 with readable("the LoRA could not be converted"):
                     said.append(_converted(self._library.convert(file, config=config)))
             except gr.Error as error:
-                gr.Warning(str(error.message))
+                gr.Warning(theme.plain(str(error.message)))
         return [], gr.Button(visible=False), " ".join(said), *self._shown(), ""
 
     def _convert(self, event: gr.EventData) -> Any:

@@ -152,6 +152,25 @@ def test_no_event_takes_a_path_that_was_not_uploaded(client: httpx.Client, studi
     assert studio.session.library.entries == before and studio.trainings.all == ()
 
 
+def test_the_page_gets_errors_as_html_and_programs_as_text(client: httpx.Client) -> None:
+    events = client.get("/config").json()["dependencies"]
+    told = [press(client, each["id"], ["<i>&'"]) for each in events if each["api_name"] in ("delete_preset", "_apply")]
+    assert [each["output"]["error"] for each in told] == [
+        'The settings must be a JSON object, got "&lt;i&gt;&amp;\'"',
+        'No preset named "<i>&\'"; there are none',
+    ]
+
+
+def test_what_the_page_shows_errors_of_is_private(client: httpx.Client) -> None:
+    """So that they are escaped: no control that is seen calls what programs call."""
+    config = client.get("/config").json()
+    hidden = {each["id"] for each in config["components"] if each["props"].get("visible") is False}
+    public = [each for each in config["dependencies"] if each["api_visibility"] != "private"]
+    assert len(public) > 20
+    for event in public:
+        assert {target for target, _ in event["targets"] if target is not None} <= hidden, event["api_name"]
+
+
 def _forged(kind: str, forged: Any) -> Any:
     if kind not in FILES:
         return None
