@@ -20,11 +20,11 @@ def number(what: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def whole(what: str, value: object, low: int, high: int) -> int:
-    """A whole number in a range; floats like 20.0 count as whole. SettingsError as ``number``."""
+def whole(what: str, value: object, low: int, high: int, more: str = "") -> int:
+    """A whole number in a range, such as 20.0; SettingsError as ``number``, which says ``more`` of what is expected."""
     given = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not low <= given <= high or given != int(given):
-        raise SettingsError(f"{what} must be a whole number from {low} to {high}, got {reprlib.repr(value)}")
+        raise SettingsError(f"{what} must be a whole number from {low} to {high}{more}, got {reprlib.repr(value)}")
     return int(given)
 
 

@@ -110,7 +110,7 @@ def checked_seed(seed: object) -> int:
     """A seed from an untrusted value; -1 or None draws one. Raises SettingsError: none from 0 to 2^32 - 1."""
     if seed is None or (seed == RANDOM_SEED and not isinstance(seed, bool)):
         return random.SystemRandom().randint(0, MAX_SEED)
-    return whole("the seed", seed, 0, MAX_SEED)
+    return whole("the seed", seed, 0, MAX_SEED, f", or {RANDOM_SEED} to draw one")
 
 
 def size_of(text: object) -> tuple[int, int]:

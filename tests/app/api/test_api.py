@@ -131,7 +131,7 @@ def test_two_visitors_at_once_get_what_each_gets_alone(client: Client, url: str)
         ({"mix": '{"bluefire": 1e999}'}, "got inf"),
         ({"mix": {"bluefire": 2.5}}, "from -1 to 2, got 2.5"),
         ({"mix": {"bluefire": "1"}}, "strength of 'bluefire' must be a number"),
-        ({"seed": -2}, "seed must be a whole number from 0 to 4294967295, got -2"),
+        ({"seed": -2}, "seed must be a whole number from 0 to 4294967295, or -1 to draw one, got -2"),
         ({"seed": 2**32}, "seed must be a whole number"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"seed": "seven"}, "seed must be a whole number"),

@@ -81,7 +81,7 @@ def test_sizes_as_people_write_them() -> None:
         ({"mix": {"a": True}}, "strength of 'a' must be a number"),
         ({"mix": {"a": None}}, "strength of 'a' must be a number"),
         ({"mix": {"a": 10**400}}, "strength of 'a' must be a number from -1 to 2, got 1000"),
-        ({"seed": -2}, f"seed must be a whole number from 0 to {MAX_SEED}, got -2"),
+        ({"seed": -2}, f"seed must be a whole number from 0 to {MAX_SEED}, or -1 to draw one, got -2"),
         ({"seed": MAX_SEED + 1}, "seed must be a whole number"),
         ({"seed": 10**400}, "seed must be a whole number"),
         ({"seed": 1.5}, "seed must be a whole number.*got 1.5"),
