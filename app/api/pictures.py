@@ -21,9 +21,13 @@ from app.settings.settings import (
     DEFAULT_METHOD,
     DEFAULT_NEGATIVE_MIX,
     DEFAULT_STEPS,
+    require_settings,
 )
 from app.settings.strengths import checked_mix
 from app.studio import Studio
+
+REPORTED = ("model", "adapters", "version", "switch_ms", "entries_changed", "share_changed", "generation_s")
+"""What a picture's report has beside its settings."""
 
 
 def add_api(studio: Studio) -> None:
@@ -158,10 +162,11 @@ def add_pictures_api(studio: Studio) -> None:
 
         Args:
             name: 1 to 60 characters.
-            settings: An object with prompt, mix, seed, steps, guidance and method, or its JSON text.
+            settings: An object with prompt, mix, seed, steps, guidance and method, or its JSON text; or a report.
         """
         with readable():
             given = require_mapping("settings", as_object(settings, "settings"))
+            require_settings(given, REPORTED)
             session.require_known(checked_mix(given.get("mix", {})))
             return studio.presets.save(name, to_keep(restore(given, session).settings, session))
 

@@ -3,7 +3,6 @@
 import asyncio
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from app.server.visitors import DRAWING, as_object, visitor_of
 from app.settings.axes import Axis, sheet_of
 from app.settings.checks import SettingsError, require_mapping
 from app.settings.series import prompt_series, prompts_of
-from app.settings.settings import Settings
+from app.settings.settings import Settings, require_settings
 from app.settings.sheets import Sheet
 from app.studio import Studio
 
@@ -72,10 +71,7 @@ def add_sheets_api(studio: Studio) -> None:
 def _known(given: Any) -> Mapping[str, Any]:
     """Settings that there are; mix may be JSON text in turn. Raises SettingsError: one that there is not."""
     settings = dict(require_mapping("settings", as_object(given, "settings")))
-    names = [each.name for each in fields(Settings)]
-    unknown = sorted(str(each) for each in settings if each not in names)
-    if unknown:
-        raise SettingsError(f"no setting named {unknown[0][:80]!r}; there are {', '.join(names)}")
+    require_settings(settings)
     return {**settings, "mix": as_object(settings.get("mix"), "mix")}
 
 

@@ -1,8 +1,10 @@
 """Define and check the settings that a picture is made from, before anything is drawn."""
 
+import difflib
 import random
 import re
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Self
@@ -104,6 +106,21 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, for JSON; ``checked`` takes them back."""
         return {each.name: getattr(self, each.name) for each in fields(self)} | {"mix": dict(self.mix)}
+
+
+def require_settings(given: Iterable[object], beside: Iterable[str] = ()) -> None:
+    """Require that names are those of settings, or are ``beside`` them.
+
+    Raises:
+        SettingsError: the first that are not, the settings that there are, and those that are most like them.
+    """
+    names = [each.name for each in fields(Settings)]
+    unknown = sorted(map(str, {*given} - {*names, *beside}))[:5]
+    if unknown:
+        alike = dict.fromkeys(near for each in unknown for near in difflib.get_close_matches(each[:80], names, 1))
+        meant = f"; did you mean {' and '.join(alike)}?" if alike else ""
+        told = ", ".join(map(reprlib.repr, unknown))
+        raise SettingsError(f"no setting named {told}; there are {', '.join(names)}{meant}")
 
 
 def checked_seed(seed: object) -> int:

@@ -162,6 +162,12 @@ def test_presets_come_and_go(client: Client) -> None:
         client.predict("list", "[1]", api_name="/save_preset")
     with pytest.raises(AppError, match="No style named 'gold'; there are 'bluefire', 'paintings'"):
         client.predict("gone", {**settings, "mix": {"gold": 1}}, api_name="/save_preset")
+    with pytest.raises(
+        AppError, match=r"No setting named 'promt', 'sed'; .*negative_mix; did you mean prompt and seed\?$"
+    ):
+        client.predict("my mix", {"promt": SUGGESTION, "sed": 3}, api_name="/save_preset")
+    assert client.predict(api_name="/presets") == kept
+    assert client.predict("my mix", {**kept["my mix"], "seed": 4}, api_name="/save_preset") == "my mix"
     assert client.predict("my mix", api_name="/delete_preset") == []
     with pytest.raises(AppError, match="No preset named 'my mix'"):
         client.predict("my mix", api_name="/delete_preset")
@@ -176,6 +182,9 @@ def test_the_history_holds_what_was_drawn(client: Client, studio: Studio) -> Non
     (found,) = client.predict(words="seed 4 paintings", favourites=True, api_name="/history")
     assert found["name"] == newest["name"] and found["favourite"] is True
     assert client.predict(words="nothing like it", api_name="/history") == []
+    client.predict("as drawn", report, api_name="/save_preset")
+    assert client.predict(api_name="/presets")["as drawn"]["seed"] == 4
+    client.predict("as drawn", api_name="/delete_preset")
     left = len(studio.galleries.of(Visitor(""))) - 1
     assert client.predict(newest["name"], api_name="/delete_picture") == left
     assert client.predict(api_name="/history")[0]["name"] != newest["name"]
