@@ -112,14 +112,13 @@ class LibraryTab:
                     added.append(self._library.add(file, config=config))
             except gr.Error as error:
                 problems.append(str(error.message))
-        for problem in problems:
-            gr.Warning(theme.plain(problem))
         added_names = [f"Added {_bold(entry.name)}{self._but(entry)}." for entry in added]
         offers = [
             f"{_bold(file.name)} is a LoRA: it runs as an adapter once it is converted, which keeps a part of it."
             for file, _ in loras
         ]
-        return None, loras, gr.Button(visible=bool(loras)), " ".join([*added_names, *offers]), *self._shown(), ""
+        said = " ".join([*added_names, *offers, *map(_warned, problems)])
+        return None, loras, gr.Button(visible=bool(loras)), said, *self._shown(), ""
 
     def _but(self, card: Card) -> str:
         """What the user should know of a file that was added."""
@@ -134,7 +133,7 @@ class LibraryTab:
                 with readable("the LoRA could not be converted"):
                     said.append(_converted(self._library.convert(file, config=config)))
             except gr.Error as error:
-                gr.Warning(theme.plain(str(error.message)))
+                said.append(_warned(str(error.message)))
         return [], gr.Button(visible=False), " ".join(said), *self._shown(), ""
 
     def _convert(self, event: gr.EventData) -> Any:
@@ -204,6 +203,12 @@ def _converted(card: Card) -> str:
     return (
         f"Converted {_bold(card.name)}, which reproduces {kept:.0f} % of the LoRA's effect on the calibration pictures."
     )
+
+
+def _warned(problem: str) -> str:
+    """What is said of a file that was not taken in; a message says it too, but goes away."""
+    gr.Warning(theme.plain(problem))
+    return f"Not added: {theme.plain(problem)}."
 
 
 def _deleted(names: Sequence[str], kept: Sequence[str]) -> str:

@@ -80,6 +80,21 @@ def test_library(open_page: Open, studio: Studio, moss: Path, tmp_path: Path) ->
     studio.session.library.delete(name)
 
 
+def test_of_several_files_those_that_are_refused_stay_named(
+    open_page: Open, studio: Studio, moss: Path, tmp_path: Path
+) -> None:
+    page = open_page(WIDE, "Library")
+    (tmp_path / "cut & short.safetensors").write_bytes(moss.read_bytes()[:200])
+    (tmp_path / "zip.safetensors").write_bytes(b"PK\x03\x04")
+    send(page, tmp_path / "cut & short.safetensors", moss, tmp_path / "zip.safetensors")
+    refused = ("“cut & short” is damaged", "“zip” cannot be read")
+    said = ".*".join(("Added moss", *(rf"\. Not added: {each}" for each in refused), r"get the adapter as.+\."))
+    expect(page.locator("#library-added")).to_have_text(re.compile(said), timeout=PATIENCE)
+    for each in refused:
+        toast(page, each)
+    studio.session.library.delete("moss")
+
+
 def test_many_are_found_named_as_twins_and_deleted_at_once(open_page: Open, studio: Studio, moss: Path) -> None:
     page = open_page(WIDE, "Library")
     table = page.locator("#library-table")
