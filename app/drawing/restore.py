@@ -23,8 +23,9 @@ class Restored:
 
 
 def restore(given: Mapping[str, Any], session: Session) -> Restored:
-    """Check settings from outside; renamed adapters are found by their hash, missing ones left out of the mix, and
-    what this base does not allow left out of the settings, each with a note.
+    """Check settings from outside, with a note of each difference: renamed adapters are found by their hash, or where
+    none is given by the name that they had; missing ones are left out of the mix, and what this base does not allow out
+    of the settings.
 
     Args:
         given: the fields of ``Settings``; and, in a picture's metadata, model and adapters with hashes. All but the
@@ -36,7 +37,7 @@ def restore(given: Mapping[str, Any], session: Session) -> Restored:
     settings = Settings.checked(**{each.name: given[each.name] for each in fields(Settings) if each.name in given})
     hashes = session.hashes
     then = _hashes_of(given)
-    named = _names_now(settings.mix, then, hashes)
+    named = _names_now(settings.mix, then, hashes, session.renamed)
     mix = {now: settings.mix[name] for name, now in named.items()}
     mixed = replace(settings, mix=mix)
     lacking = tuple(session.problems(mixed))
@@ -66,13 +67,15 @@ def _hashes_of(given: Mapping[str, Any]) -> dict[str, str]:
     return {name: sha256 for name, sha256 in hashes.items() if isinstance(sha256, str) and sha256}
 
 
-def _names_now(mix: Mapping[str, Any], then: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, str]:
+def _names_now(
+    mix: Mapping[str, Any], then: Mapping[str, str], hashes: Mapping[str, str], renamed: Mapping[str, str]
+) -> dict[str, str]:
     """What the adapters of a mix are called now, without those that are missing."""
     by_hash = {sha256: name for name, sha256 in reversed(list(hashes.items())) if sha256}
     named: dict[str, str] = {}
     for name in sorted(mix, key=lambda each: each not in hashes):
         same = name in hashes and then.get(name, hashes[name]) == hashes[name]
-        now = name if same else by_hash.get(then.get(name, ""), name)
+        now = name if same else by_hash.get(then[name], name) if name in then else renamed.get(name, name)
         if now in hashes and now not in named.values():
             named[name] = now
     return {name: named[name] for name in mix if name in named}

@@ -115,6 +115,11 @@ class Session:
         return tuple(card.name for card in sorted(self.cards, key=lambda card: "style" not in card.trigger))
 
     @property
+    def renamed(self) -> dict[str, str]:
+        """Names that loaded adapters had before they were renamed, with those that they have now."""
+        return {before: card.name for card in self.cards for before in card.was}
+
+    @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the loaded adapters' files, by name; empty while only the head of a file was read."""
         return {card.name: card.sha256 for card in self.cards}

@@ -42,6 +42,7 @@ class Card:
         components: the models that it changes, such as "unet".
         opened: whether all of its file was read and fits the model; before, its note is unknown, and the rest is what
             its header claims.
+        was: names that it had before it was renamed, since the app was started; no file has them now.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Card:
     metadata: Mapping[str, str] = field(default_factory=dict)
     components: tuple[str, ...] = ()
     opened: bool = True
+    was: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -90,7 +92,7 @@ class Card:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; no path, which visitors need not know."""
         known = asdict(self) | {"components": list(self.components), "trigger": self.trigger, "mask": self.mask}
-        del known["path"]
+        del known["path"], known["was"]
         shown = known if self.fits else {name: known[name] for name in ("name", "origin", "megabytes", "sha256")}
         return {**shown, "fits": self.fits, "reason": self.reason}
 

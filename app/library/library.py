@@ -6,7 +6,7 @@ import reprlib
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,7 @@ OPENED_AT_START = 24  # files; the others are opened when they are used or nobod
 ROOM = 2 * 2**30  # bytes of decoded adapters; a mix may exceed it
 MAX_YOURS = 1000  # adapters that visitors may add
 KEEP_DELETED = 30 * 24 * 60 * 60  # seconds that a deleted adapter can be brought back
+NAMES_BEFORE = 8  # of an adapter that was renamed, by which open pages know it
 SHOWN_AT_ONCE = 25  # files that were looked at meanwhile, so that open pages need not show each by itself
 UNREADABLE = (ShiraError, OSError, RuntimeError, MemoryError, OverflowError)
 """What reading a file of a stranger may raise."""
@@ -270,7 +271,9 @@ class Library:
             os.rename(card.path, path)
             self._forget(card)
             self._paths = {**self._paths, name: path}
-            renamed = replace(card, name=name, path=path) if card.fits else self._read(Card(name, path, "yours"))
+            was = tuple(each for each in (*card.was, card.name) if each != name)[-NAMES_BEFORE:]
+            same = replace(card, name=name, path=path, was=was)
+            renamed = same if card.fits else self._read(Card(name, path, "yours"))
             self._publish(renamed if each is card else each for each in self._cards)
             return renamed
 
@@ -396,8 +399,15 @@ class Library:
 
     def _publish(self, cards: Iterable[Card]) -> None:
         order = {"bundled": 0, "yours": 1}
-        self._cards = tuple(sorted(cards, key=lambda card: (order[card.origin], key_of(card.name))))
+        ordered = sorted(cards, key=lambda card: (order[card.origin], key_of(card.name)))
+        taken = {card.name for card in ordered}
+        self._cards = tuple(_called(card, taken) for card in ordered)
         self.version += 1
+
+
+def _called(card: Card, taken: Container[str]) -> Card:
+    """The card without the earlier names that another has now."""
+    return replace(card, was=tuple(name for name in card.was if name not in taken)) if card.was else card
 
 
 def _moved(file: Path, target: Path, undo: ExitStack) -> bool:

@@ -57,6 +57,7 @@ def shown(card: Card, thumbnails: Thumbnails) -> dict[str, Any]:
     path = thumbnails.get(card)
     return {
         "name": card.name,
+        "was": list(card.was),
         "trigger": card.trigger,
         "facts": f"{100 * card.density:.2g} % · {card.megabytes:.2g} MB"
         if card.density

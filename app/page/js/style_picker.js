@@ -161,9 +161,15 @@ function arrange() {
   element.querySelector('.picker-lost').hidden = rows.size === 0 || found.some((row) => row.text.includes(wanted))
 }
 
+// a mix under the names that its styles have now: Undo and the browser's storage know earlier ones
+function renamed(mix) {
+  return Object.fromEntries(Object.entries(mix ?? {}).map(([name, strength]) => [window.shiraRenamed.get(name) ?? name, strength]))
+}
+
 function showMix() {
+  const mix = renamed(props.value)
   for (const [name, row] of rows) {
-    const strength = (props.value ?? {})[name]
+    const strength = mix[name]
     row.on = strength !== undefined
     row.strength = strength ?? row.strength
     row.show()
@@ -171,15 +177,23 @@ function showMix() {
   recount()
 }
 
+function keepNames() {
+  if (!Object.keys(props.value ?? {}).some((name) => window.shiraRenamed.has(name))) return
+  window.shiraChanged = Date.now() // a new name is no change that Undo takes back
+  send()
+}
+
 function showCards() {
   const before = new Map(rows)
+  window.shiraRenamed = new Map(props.cards.flatMap((card) => card.was.map((name) => [name, card.name])))
   rows.clear()
-  for (const card of props.cards) rows.set(card.name, rowOf(card, before.get(card.name)))
+  for (const card of props.cards) rows.set(card.name, rowOf(card, before.get(card.name) ?? before.get(card.was.at(-1))))
   filter.parentElement.classList.toggle('few', rows.size < 7)
   element.querySelector('.picker-none').hidden = rows.size > 0
   showMix()
   arrange()
-  const gone = Object.keys(props.value ?? {}).filter((name) => !rows.has(name)) // renamed or deleted meanwhile
+  const gone = Object.keys(renamed(props.value)).filter((name) => !rows.has(name)) // deleted meanwhile
+  keepNames()
   if (!gone.length) return
   send()
   trigger('gone', { names: gone })
@@ -203,5 +217,6 @@ watch('value', () => {
   sent = props.value
   if (rows.size > props.page) arrange()
   preview()
+  keepNames()
 })
 showCards()

@@ -43,7 +43,9 @@ AGREE = """(shown, ...inputs) => {
   const sorted = (value) => value && typeof value === 'object'
     ? Object.keys(value).sort().map((key) => [key, sorted(value[key])])
     : plain(value)
-  const on = (mix) => Object.fromEntries(Object.entries(mix ?? {}).filter(([, strength]) => strength !== 0))
+  const called = (name) => window.shiraRenamed?.get(name) ?? name
+  const strong = (mix) => Object.entries(mix ?? {}).filter(([, strength]) => strength !== 0)
+  const on = (mix) => Object.fromEntries(strong(mix).map(([name, strength]) => [called(name), strength]))
   const said = (name, value) => JSON.stringify(sorted(name === 'mix' ? on(value) : value ?? 0)) // an emptied size is 0
   const then = shown?.settings ?? {}
   const random = (name, value) => name === 'seed' && (value ?? -1) === -1  // which no picture was drawn with

@@ -180,7 +180,7 @@ class MixTab:
     def settings(self, values: Values) -> Settings:
         """Checked settings from the values of ``inputs``; raises SettingsError.
 
-        Styles that were renamed or deleted since they were switched on are left out, with a message each.
+        Styles that were renamed since they were switched on stay; deleted ones are left out, with a message each.
         """
         given = {name: values[each] for name, each in self.fields.items()}
         given["mix"], gone = self._known(given["mix"] or {})
@@ -188,10 +188,13 @@ class MixTab:
         return self._session.checked(**given)
 
     def _known(self, mix: Any) -> tuple[Any, list[str]]:
-        """A mix without the styles that are gone, and those; what is no mix stays, to be refused."""
-        names = self._session.adapter_names
-        gone = [name for name in mix if isinstance(name, str) and name not in names] if isinstance(mix, dict) else []
-        return ({name: mix[name] for name in mix if name not in gone} if gone else mix), gone
+        """A mix under today's names without the styles that are gone, and those; what is no mix is to be refused."""
+        if not isinstance(mix, dict):
+            return mix, []
+        names, renamed = self._session.adapter_names, self._session.renamed
+        mix = {renamed.get(name, name): strength for name, strength in mix.items()}
+        gone = [name for name in mix if isinstance(name, str) and name not in names]
+        return {name: mix[name] for name in mix if name not in gone}, gone
 
     def fill(self, given: Mapping[str, Any], file: str | None = None, name: str | None = None) -> list[Any]:
         """Updates of ``targets``, in their order, that show settings as in a picture's metadata, in front.
@@ -294,9 +297,10 @@ class MixTab:
     def _reopen(self, kept: Any, names: Any, shown: Any, lost: Any, request: gr.Request) -> list[Any]:
         if lost:
             gr.Warning("The page was loaded again before its picture was drawn. Generate draws it again.")
-        mix, gone = self._known((kept or {}).get("now", {}).get("mix"))
+        before = (kept or {}).get("now", {}).get("mix")
+        mix, gone = self._known(before)
         _warn_of(gone)
-        styles = gr.HTML(value=mix) if gone else gr.skip()
+        styles = gr.skip() if mix == before else gr.HTML(value=mix)
         return [styles, self._strip(names, request), *self._shown_again(shown, names, request)]
 
     def _shown_again(self, shown: Any, names: Any, request: gr.Request) -> list[Any]:
@@ -388,7 +392,7 @@ class MixTab:
 
 
 def _tell_gone(event: gr.EventData) -> None:
-    """Styles that were on and were renamed or deleted, here or by another visitor."""
+    """Styles that were on and were deleted, here or by another visitor."""
     names = getattr(event, "names", None)
     _warn_of([name for name in names if isinstance(name, str)] if isinstance(names, list) else [])
 

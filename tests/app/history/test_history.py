@@ -16,7 +16,8 @@ from app.history.png_metadata import MAX_TEXT, read_settings
 from app.history.presets import Presets
 from app.settings.checks import SettingsError
 from app.settings.picture import METADATA_KEY
-from shira_diffusers import ShiraError, __version__
+from shira_diffusers import ShiraError, __version__, save_adapter
+from tests import tiny
 from tests.app.conftest import SUGGESTION
 
 
@@ -124,6 +125,22 @@ def test_what_has_another_name_by_now_is_found_by_its_hash(session: Session) -> 
     assert twice.settings.mix == {"bluefire": 1.0} and "“moss” is not among the styles here" in twice.notes[0]
     kept = to_keep(twice.settings, session)
     assert kept["adapters"] == {"bluefire": hashes["bluefire"]} and restore(kept, session).notes == ()
+
+
+def test_what_was_renamed_here_is_found_without_a_hash(session: Session, tmp_path: Path) -> None:
+    library = session.library
+    library.add(save_adapter(tiny.adapter_for(tiny.pipeline(), 5), tmp_path / "moss.safetensors"))
+    then = {"sha256": library.entry("moss").sha256}
+    library.rename("moss", "fern")
+    given = {"prompt": SUGGESTION, "mix": {"moss": 0.5}}
+    for adapters in ({}, {"moss": {"sha256": ""}}, {"moss": then}):
+        restored = restore({**given, "adapters": adapters}, session)
+        assert restored.settings.mix == restored.then.mix == {"fern": 0.5}
+        assert restored.notes == ("“moss” is called “fern” here.",)
+    other = restore({**given, "adapters": {"moss": {"sha256": "0" * 64}}}, session)
+    assert other.settings.mix == {}  # it is another file
+    library.delete("fern")
+    assert restore(given, session).settings.mix == {}
 
 
 def test_presets_survive_a_restart_and_a_broken_file_is_told(tmp_path: Path) -> None:

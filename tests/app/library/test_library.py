@@ -406,6 +406,21 @@ def test_renaming_keeps_the_adapter(library: Library, upload: Path, pipe: Stable
     assert library.rename("AC-DC", "../../../x").path.parent == card.path.parent
 
 
+def test_earlier_names_lead_to_an_adapter_until_another_has_them(library: Library, upload: Path) -> None:
+    library.add(upload)
+    library.rename("moss", "lichen")
+    assert library.rename("lichen", "fern").was == ("moss", "lichen")
+    assert "was" not in library.entry("fern").as_dict()
+    library.add(upload, "lichen")
+    assert (library.entry("fern").was, library.entry("lichen").was) == (("moss",), ())
+    library.delete("lichen")
+    assert library.entry("fern").was == ("moss",)
+    assert library.rename("fern", "moss").was == ("fern",)
+    for number in range(20):
+        library.rename(library.entries[-1].name, f"style {number}")
+    assert library.entries[-1].was[-1] == "style 18" and len(library.entries[-1].was) == 8
+
+
 def test_a_name_can_be_renamed_to_no_other_adapters(library: Library, upload: Path) -> None:
     library.add(upload)
     with pytest.raises(SettingsError, match="is taken"):
