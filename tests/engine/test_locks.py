@@ -138,9 +138,10 @@ def test_a_waiting_writer_goes_before_new_readers(lock: Lock) -> None:
 @pytest.mark.parametrize("reading", [False, True], ids=["writers", "a reader too"])
 def test_who_comes_again_at_once_waits_for_those_who_wait(lock: Lock, reading: bool) -> None:
     done: dict[str, int] = {}
-    first_done = threading.Event()
+    first_done, all_there = threading.Event(), threading.Barrier(3)
 
     def client(name: str) -> None:
+        all_there.wait(SOON)
         while not first_done.is_set():
             with lock.read() if reading and name == "c" else lock.write():
                 time.sleep(0.001)
