@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from shira_diffusers.engine.bookkeeping import Ends, Entered, Guard
 from shira_diffusers.engine.callers import Caller, current_caller, stacklevel
 from shira_diffusers.errors import ResidentStateError
 
@@ -29,9 +31,16 @@ V = TypeVar("V")
 
 PATIENCE = 10.0  # seconds of waiting after which a warning names what is waited for
 
-_changed = threading.Condition()  # one for all holds: who waits for whom is seen over several models
+_lists = Guard()  # one for all holds: who waits for whom is seen over several models
 _active: list["Hold"] = []  # in the order in which they were taken
 _waiting: list["Hold"] = []
+
+
+class _Here(threading.local):
+    ended: ExitStack | None = None  # what the thread is leaving; it takes more, so that a long chain is no recursion
+
+
+_here = _Here()
 _entered: ContextVar[tuple["Hold", ...]] = ContextVar("shira_holds", default=())
 
 
@@ -44,7 +53,8 @@ class Hold:
         write: alone, else together with others that read.
         owner: who entered it.
         parents: the holds that it is nested in.
-        wake: for a hold that is awaited in an event loop.
+        wake: lets it look again whether it may be entered, while it is waited for.
+        blocks: its thread sleeps until then; else it is awaited in an event loop.
         undo: what puts back the mix before, where this hold has changed it.
         within: the holds that entering it has taken, which leave with it.
         left: its block was left: what starts now is outside of it.
@@ -57,10 +67,11 @@ class Hold:
     owner: Caller
     parents: frozenset["Hold"]
     wake: Callable[[], object] | None = None
+    blocks: bool = True
     undo: Callable[[], None] | None = None
     within: frozenset["Hold"] = frozenset()
     left: bool = False
-    rest: ExitStack | None = None
+    rest: Ends | None = None
     ending: threading.Thread | None = None
 
     def conflicts_with(self, other: "Hold") -> bool:
@@ -103,21 +114,23 @@ class Held(Generic[T]):
     ) -> None:
         self._modules, self._write = tuple(modules), write
         self._inside, self._before = inside, before
-        self._open: tuple[Hold, ExitStack] | None = None
+        self._open: Ends | None = None
 
     def giving(self, value: V) -> "Held[V]":
         """The same, with another value of the ``with``."""
 
-        @contextmanager
-        def inside(hold: Hold, prepared: Any) -> Iterator[V]:
-            with self._inside(hold, prepared):
-                yield value
+        def enter(hold: Hold, prepared: Any, ends: ExitStack) -> V:
+            ends.enter_context(self._inside(hold, prepared))
+            return value
+
+        def inside(hold: Hold, prepared: Any) -> Entered[V]:
+            return Entered(partial(enter, hold, prepared))
 
         return Held(self._modules, write=self._write, inside=inside, before=self._before)
 
     def __enter__(self) -> T:
         hold = _hold(self._modules, self._write)
-        with ExitStack() as stack:
+        with Ends() as stack:
             prepared = stack.enter_context(self._before())
             _wait(hold)
             return self._enter(hold, prepared, stack)
@@ -130,40 +143,51 @@ class Held(Generic[T]):
                 "model for no code: its context ends with it; expected `async with asyncio.timeout(...):` around an "
                 "`async with` in the task that uses the model"
             )
-        with ExitStack() as stack:
+        with Ends() as stack:
             before = self._before()
             prepared = before.__enter__() if isinstance(before, nullcontext) else await _in_thread(before, stack)
             await _wait_async(hold)
             return self._enter(hold, prepared, stack)
 
-    def _enter(self, hold: Hold, prepared: Any, stack: ExitStack) -> T:
+    def _enter(self, hold: Hold, prepared: Any, stack: Ends) -> T:
         _note_entered(hold)
         stack.callback(_release, hold)
         if self._open is not None:
             raise ResidentStateError("this block is entered already, expected one of its own; make another for it")
         value = stack.enter_context(self._inside(hold, prepared))
-        with _changed:
+        with _lists:
             hold.within = frozenset(one for one in _active if hold in one.parents)
-        self._open = hold, stack.pop_all()
+        self._open = Ends()
+        self._open.push(partial(_leave, hold, stack.pop_all()))
         return value
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         assert self._open is not None  # __enter__ has set it
-        (hold, stack), self._open = self._open, None
-        with _changed:
-            _mark_left(hold)
-            if _goes_on(hold):
-                hold.rest = stack
-                return None
-            _mark_left(hold, threading.current_thread())
-        return stack.__exit__(kind, error, trace)
+        ends, self._open = self._open, None
+        return ends.__exit__(kind, error, trace)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         return self.__exit__(kind, error, trace)
+
+
+def _leave(
+    hold: Hold,
+    stack: Ends,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> bool | None:
+    with _lists:
+        _mark_left(hold)
+        if _goes_on(hold):
+            hold.rest = stack
+            return None
+        _mark_left(hold, threading.current_thread())
+    return stack.__exit__(kind, error, trace)
 
 
 async def _in_thread(before: AbstractContextManager[Any], stack: ExitStack) -> Any:
@@ -197,10 +221,10 @@ def hold_free(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
 
 def _enter_free(module: nn.Module, stack: ExitStack) -> bool:
     hold = _hold((module,), write=True)
-    with _changed:
+    with _lists:
         if _conflicts(hold):
             return False
-        _active.append(hold)
+        _take(hold)
     _note_entered(hold)
     stack.callback(_release, hold)
     return True
@@ -208,7 +232,7 @@ def _enter_free(module: nn.Module, stack: ExitStack) -> bool:
 
 def awaiting() -> list[Callable[[], None]]:
     """What will put back the mixes before blocks that are open."""
-    with _changed:
+    with _lists:
         return [one.undo for one in _active if one.undo is not None]
 
 
@@ -217,7 +241,7 @@ def leave(hold: Hold) -> None:
 
     Generators that are resumed in turns leave their holds in another order than that of nesting.
     """
-    with _changed:
+    with _lists:
         inner = next((one for one in _active if hold in one.parents and one.undo is not None), None)
     if hold.undo is None:
         return
@@ -237,7 +261,7 @@ def _note_entered(*holds: Hold) -> None:
 
 def _hold(modules: tuple[nn.Module, ...], write: bool) -> Hold:
     caller = current_caller()
-    with _changed:
+    with _lists:
         return Hold(modules, write, caller, frozenset(_own(caller)))
 
 
@@ -280,6 +304,8 @@ def _entered_by(caller: Caller) -> list[Hold]:
 
 
 def _belongs_to(hold: Hold, caller: Caller) -> bool:
+    if hold.ending is caller.thread:
+        return True
     owner = hold.owner
     if owner.entered is not None and owner.entered in caller.frames:
         return True
@@ -292,6 +318,8 @@ def _belongs_to(hold: Hold, caller: Caller) -> bool:
 
 
 def _is_beside(hold: Hold, outer: Hold, caller: Caller) -> bool:
+    if hold.ending is caller.thread:
+        return False
     generator = outer.owner.entered
     return generator is not None and generator in caller.frames and generator not in hold.owner.frames
 
@@ -300,65 +328,80 @@ def _keep_own_alone() -> None:
     """Forget the holds of threads that did not survive a fork: nobody would ever end them."""
     _active[:] = _own(current_caller())
     _waiting.clear()
-    _changed.release()
+    _lists.__exit__()
 
 
 if hasattr(os, "register_at_fork"):  # where there are forks
-    os.register_at_fork(before=_changed.acquire, after_in_parent=_changed.release, after_in_child=_keep_own_alone)
+    os.register_at_fork(before=_lists.__enter__, after_in_parent=_lists.__exit__, after_in_child=_keep_own_alone)
 
 
 # ---------------------------------------------------------------- waiting
 
 
 def _wait(hold: Hold) -> None:
-    with _changed:
+    with _lists:
         if not _waiting and not _conflicts(hold):  # as a rule: nobody is there
-            _active.append(hold)
+            _take(hold)
             return
+    turn = threading.Lock()  # no condition: the thread sleeps outside of bookkeeping, and has done all ends before
+    turn.acquire()
+    hold.wake = turn.release
     impatient: float | None = time.monotonic() + PATIENCE
-    with _changed, _queued(hold):
-        while not _may_enter(hold):
-            _changed.wait(None if impatient is None else max(0.0, impatient - time.monotonic()))
+    with Ends() as ends:
+        _queue_up(hold, ends)
+        while not _try(hold):
+            turn.acquire(timeout=-1 if impatient is None else max(0.0, impatient - time.monotonic()))
             if impatient is not None and time.monotonic() >= impatient:
                 impatient = None
                 _warn(hold)
-        _active.append(hold)
 
 
 async def _wait_async(hold: Hold) -> None:
     loop, event = asyncio.get_running_loop(), asyncio.Event()
-    hold.wake = lambda: loop.call_soon_threadsafe(event.set)
+    hold.wake, hold.blocks = lambda: loop.call_soon_threadsafe(event.set), False
     impatient: float | None = PATIENCE
-    with _queued(hold):
-        while True:
-            event.clear()
-            with _changed:
-                if _may_enter(hold):
-                    _active.append(hold)
-                    return
+    with Ends() as ends:
+        _queue_up(hold, ends)
+        while not _try(hold):
             try:
                 await asyncio.wait_for(event.wait(), impatient)
             except TimeoutError:
                 impatient = None
-                with _changed:
-                    _warn(hold)
+                _warn(hold)
+            event.clear()
 
 
-@contextmanager
-def _queued(hold: Hold) -> Iterator[None]:
-    with _changed:
+def _take(hold: Hold) -> None:
+    """Make it active, nested in what goes on: the end of an outer one may have begun since it was made."""
+    hold.parents = frozenset(_inside_of(hold))
+    _active.append(hold)
+
+
+def _queue_up(hold: Hold, ends: ExitStack) -> None:
+    ends.callback(_leave_queue, hold)
+    with _lists:
         _waiting.append(hold)
-    try:
-        yield
-    finally:
-        with _changed:
+
+
+def _try(hold: Hold) -> bool:
+    with _lists:
+        if not _may_enter(hold):
+            return False
+        _leave_queue(hold)
+        _take(hold)
+        return True
+
+
+def _leave_queue(hold: Hold) -> None:
+    with _lists:
+        if hold in _waiting:
             _waiting.remove(hold)
             _wake_all()
 
 
 def _release(hold: Hold) -> None:
-    ended = ExitStack()
-    with _changed:
+    ended = ExitStack() if _here.ended is None else _here.ended
+    with _lists:
         _active.remove(hold)
         for outer in hold.parents:
             if outer.rest is not None and not _goes_on(outer):
@@ -370,14 +413,19 @@ def _release(hold: Hold) -> None:
     # contexts that never enter again keep the hold, but nothing through it
     hold.owner = hold.owner._replace(frames=(), job=None, entered=None)
     hold.modules, hold.parents, hold.undo, hold.within = (), frozenset(), None, frozenset()
-    ended.close()
+    if ended is not _here.ended:
+        _here.ended = ended
+        try:
+            ended.close()
+        finally:
+            _here.ended = None
+        ended.close()  # what was added between these two
 
 
 def _wake_all() -> None:
-    _changed.notify_all()
     for one in _waiting:
         if one.wake is not None:
-            with suppress(RuntimeError):  # its event loop was closed while it waited
+            with suppress(RuntimeError):  # it is awake already, or its event loop was closed while it waited
                 one.wake()
 
 
@@ -388,9 +436,9 @@ def _may_enter(hold: Hold) -> bool:
             "deadlock: two generations want to switch adapters of each other's model, or of one, at the same time; "
             "expected one at a time: switch before or after a generation, or give each generation its own pipeline"
         )
-    if hold.wake is None:
+    if hold.blocks:
         _require_progress(hold, busy)
-        queue = {one for one in queue if one.wake is None or one.owner.loop is not hold.owner.loop}
+        queue = {one for one in queue if one.blocks or one.owner.loop is not hold.owner.loop}
     return not busy and (not queue or _leads_to(hold, queue))
 
 
@@ -450,7 +498,8 @@ def _require_progress(hold: Hold, busy: set[Hold]) -> None:
 
 
 def _warn(hold: Hold) -> None:
-    busy = sorted({one.owner.where for one in _conflicts(hold) | _queue(hold)})
+    with _lists:
+        busy = sorted({one.owner.where for one in _conflicts(hold) | _queue(hold)})
     warnings.warn(
         f"{hold.owner.where} has waited for {PATIENCE:g} seconds: {_names(hold)} in use by {', '.join(busy)}. If that "
         "waits for this call, the two deadlock: run the call in the context that holds the model, by "

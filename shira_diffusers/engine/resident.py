@@ -4,8 +4,9 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.base_match import BaseMatch, other_base, trained_on
 from shira_diffusers.adapters.merge import fuse_scaled, merge_method
 from shira_diffusers.adapters.scales import Blocks, Scale, blocks_of, check_scale, mix_from, name_list, scale_of
+from shira_diffusers.engine.bookkeeping import Entered
 from shira_diffusers.engine.callers import stacklevel
 from shira_diffusers.engine.fit import compare_base, fit
 from shira_diffusers.engine.locks import Held, Hold, awaiting, hold, leave
@@ -423,17 +425,18 @@ class Resident:
             ResidentStateError: as ``set``, or a deadlock: a plain ``with`` while another task of the same event loop
                 holds the model, or holders that wait for each other.
         """
-        return Held(self._modules(), write=True, inside=lambda hold, _: self._used(hold, scales, method))
 
-    @contextmanager
-    def _used(self, hold: Hold, scales: Mapping[str, Scale], method: str) -> Iterator["Resident"]:
+        def inside(hold: Hold, _: None) -> Entered["Resident"]:
+            return Entered(partial(self._use, hold, scales, method))
+
+        return Held(self._modules(), write=True, inside=inside)
+
+    def _use(self, hold: Hold, scales: Mapping[str, Scale], method: str, ends: ExitStack) -> "Resident":
         undo = self.restorer()
         self.set(scales, method)
         hold.undo = undo
-        try:
-            yield self
-        finally:
-            leave(hold)
+        ends.callback(leave, hold)
+        return self
 
     def restorer(self) -> "Restorer":
         """Return what brings the mix of now back, as far as its adapters are there then."""

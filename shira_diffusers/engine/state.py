@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
-from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.engine.bookkeeping import Guard
 from shira_diffusers.engine.offloading import offload_under_way
 from shira_diffusers.engine.plan import Mix
 from shira_diffusers.errors import ResidentStateError, ShiraError, counted, listing, verb
@@ -137,10 +137,10 @@ def _applied(saved: SavedEntries, fn: Callable[[Tensor], Tensor]) -> SavedEntrie
 
 
 _owners: WeakSet[nn.Module] = WeakSet()
-_owners_guard = Lock()
+_owners_guard = Guard()
 if hasattr(os, "register_at_fork"):  # held during a fork, so that no other thread is inside, which does not survive it
     os.register_at_fork(
-        before=_owners_guard.acquire, after_in_parent=_owners_guard.release, after_in_child=_owners_guard.release
+        before=_owners_guard.__enter__, after_in_parent=_owners_guard.__exit__, after_in_child=_owners_guard.__exit__
     )
 
 

@@ -4,7 +4,6 @@ In: blocks, best in pinned memory. Out: deltas on the device, the bits that a CP
 about which the CPU then says what is wrong. All of it runs on a CPU device too, without streams.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shira_diffusers.adapters.delta import SparseDelta
+from shira_diffusers.engine.bookkeeping import Guard
 from shira_diffusers.formats.block import Block
 from shira_diffusers.formats.gap_codec import ESCAPES
 from shira_diffusers.formats.safetensors_bytes import Raw
@@ -32,7 +32,7 @@ class DeviceDecoder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = Guard()  # an end that comes amid it would write weights on its streams
         on_cuda = device.type == "cuda"
         self._copying = torch.cuda.Stream(device) if on_cuda else None
         self._working = torch.cuda.Stream(device) if on_cuda else None

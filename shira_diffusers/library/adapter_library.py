@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet, WeakValueDictionary
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
 from shira_diffusers.adapters.scales import Scale, mix_from, name_list
+from shira_diffusers.engine.bookkeeping import Ends, Entered
 from shira_diffusers.engine.locks import Held, Hold, hold_free
 from shira_diffusers.engine.resident import Resident, names_in_use
 from shira_diffusers.engine.state import ShiraState, state_of
@@ -178,13 +180,14 @@ class AdapterLibrary:
         """
         user, mix = _User(target), mix_from(scales)
 
-        @contextmanager
-        def inside(_: Hold, versions: list[Version]) -> Iterator[Any]:
-            with self._registered(user, versions) as undo, ExitStack() as using:
-                with undo:
-                    using.enter_context(user.resident.using(mix, method))
-                    undo.pop_all()
-                yield target
+        def enter(versions: list[Version], ends: ExitStack) -> Any:
+            with self._register(user, versions, ends) as undo:
+                ends.enter_context(user.resident.using(mix, method))
+                undo.pop_all()
+            return target
+
+        def inside(_: Hold, versions: list[Version]) -> Entered[Any]:
+            return Entered(partial(enter, versions))
 
         return Held(user.modules, write=True, inside=inside, before=lambda: self._loaded(user, mix))
 
@@ -197,8 +200,8 @@ class AdapterLibrary:
         with (
             self._loaded(user, mix) as versions,
             user.resident.writing(),
-            self._registered(user, versions) as undo,
-            undo,
+            ExitStack() as ends,
+            self._register(user, versions, ends) as undo,
         ):
             user.resident.set(mix, method)
             undo.pop_all()
@@ -210,10 +213,12 @@ class AdapterLibrary:
         """
         user, wanted = _User(target), name_list(names)
 
-        @contextmanager
-        def inside(_: Hold, versions: list[Version]) -> Iterator[Any]:
-            with self._registered(user, versions):
-                yield target
+        def enter(versions: list[Version], ends: ExitStack) -> Any:
+            self._register(user, versions, ends)
+            return target
+
+        def inside(_: Hold, versions: list[Version]) -> Entered[Any]:
+            return Entered(partial(enter, versions))
 
         return Held(user.modules, write=True, inside=inside, before=lambda: self._loaded(user, wanted))
 
@@ -242,11 +247,10 @@ class AdapterLibrary:
             version, decoded = self._newest(
                 version, models, lambda v: self._store.acquire(v, models, self._is_free, lambda *_: None)
             )
-        try:
+        with Ends() as ends:
+            ends.callback(self._store.release, version)
             record_stream(decoded.held)
             yield decoded.adapter
-        finally:
-            self._store.release(version)
 
     def clear(self, *, packed: bool = True) -> None:
         """Give back the memory of all that is on no model; ``packed=False`` keeps the bytes of files in RAM."""
@@ -281,32 +285,35 @@ class AdapterLibrary:
             raise ShiraError(f"the library of {self._catalog.where} is closed: make a new one")
         return self._catalog.find(name)
 
-    @contextmanager
-    def _loaded(self, user: "_User", names: Iterable[str]) -> Iterator[list[Version]]:
+    def _loaded(self, user: "_User", names: Iterable[str]) -> Entered[list[Version]]:
         """Load adapters, before the model is waited for; their versions, which newer ones may take the place of."""
-        found = [self._store.fitted(self._find(name), user.models) for name in names]
-        with self._store.wanting(found):
+
+        def enter(ends: ExitStack) -> list[Version]:
+            found = [self._store.fitted(self._find(name), user.models) for name in names]
+            ends.enter_context(self._store.wanting(found))
             versions = [
                 self._newest(version, user.models, lambda v: self._store.warm(v, user.models, self._is_free))
                 for version in found
             ]
-            yield versions
-            for version in versions:
-                self._store.forget_older(version, self._is_free)
+            ends.push(partial(self._forget_older, versions))
+            return versions
 
-    @contextmanager
-    def _registered(self, user: "_User", versions: list[Version]) -> Iterator[ExitStack]:
+        return Entered(enter)
+
+    def _forget_older(self, versions: list[Version], failed: type[BaseException] | None, *_: object) -> None:
+        for version in versions if failed is None else ():
+            self._store.forget_older(version, self._is_free)
+
+    def _register(self, user: "_User", versions: list[Version], ends: ExitStack) -> ExitStack:
         """Register loaded adapters on the model, which is held; what brings older versions of them back.
 
         That is to be closed if the switch fails.
         """
-        try:
-            with ExitStack() as pins, ExitStack() as undo:
-                self._keep_active(user, pins)
-                versions[:] = [self._register(user, version, pins, undo) for version in versions]
-                yield undo.pop_all()
-        finally:
-            self._trim(user)
+        ends.callback(self._trim, user)
+        with ExitStack() as undo:
+            self._keep_active(user, ends)
+            versions[:] = [self._register_one(user, version, ends, undo) for version in versions]
+            return undo.pop_all()
 
     def _newest(self, version: Version, models: Mapping[str, nn.Module], load: Callable[[Version], T]) -> T:
         """Load a version, or the one that has taken its place on disk meanwhile."""
@@ -328,7 +335,7 @@ class AdapterLibrary:
                     self._store.device.pin(version)
                     pins.callback(self._store.release, version)
 
-    def _register(self, user: "_User", version: Version, pins: ExitStack, undo: ExitStack) -> Version:
+    def _register_one(self, user: "_User", version: Version, pins: ExitStack, undo: ExitStack) -> Version:
         """Load an adapter, pinned, and add it to the model, in place of an older version; which one it is."""
         version, decoded = self._newest(version, user.models, lambda v: self._acquire(v, user))
         pins.callback(self._store.release, version)

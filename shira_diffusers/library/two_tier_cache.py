@@ -6,11 +6,10 @@ A tier holds items by key within a budget of bytes. Eviction is by frequency and
 Of models it knows only what its callers pass: which adapters may be evicted.
 """
 
-import threading
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shira_diffusers.adapters.adapter import ShiraAdapter
+from shira_diffusers.engine.bookkeeping import Entered, Guard
 from shira_diffusers.errors import AdapterFormatError, ShiraError
 from shira_diffusers.formats.gpu_decoder import DeviceDecoder
 from shira_diffusers.formats.opened_adapter import OpenedAdapter, open_adapter
@@ -250,7 +250,7 @@ class Store:
 
     def __init__(self, ram_bytes: int, device_bytes: int, device: torch.device, *, exceed: bool = False) -> None:
         self._exceed = exceed
-        self.lock = threading.RLock()
+        self.lock = Guard()
         self.ram: Tier[PackedAdapter] = Tier(ram_bytes)
         self.device: Tier[Decoded] = Tier(device_bytes)
         self.refused: dict[str, tuple[Version, bool, AdapterFormatError]] = {}  # whether it is no longer being written
@@ -333,19 +333,22 @@ class Store:
                 break
         return version
 
-    @contextmanager
-    def wanting(self, versions: list[Version]) -> Iterator[None]:
+    def wanting(self, versions: list[Version]) -> Entered[None]:
         """While a client waits for these, no other client's warming evicts them. Counts hits and misses."""
-        with self.lock:
-            for version in versions:
-                self.device.note(version in self.device)
-            self._wanted.update(versions)
-        try:
-            yield
-        finally:
+
+        def enter(ends: ExitStack) -> None:
             with self.lock:
-                self._wanted.subtract(versions)
-                self._wanted = +self._wanted
+                for version in versions:
+                    self.device.note(version in self.device)
+                self._wanted.update(versions)
+            ends.callback(self._want_no_more, versions)
+
+        return Entered(enter)
+
+    def _want_no_more(self, versions: list[Version]) -> None:
+        with self.lock:
+            self._wanted.subtract(versions)
+            self._wanted = +self._wanted
 
     def forget_older(self, version: Version, may_leave: MayLeave) -> None:
         """Drop what is kept of earlier versions of a name, unless it is in use."""
