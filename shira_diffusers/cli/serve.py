@@ -25,7 +25,7 @@ def serve(args: argparse.Namespace) -> None:
     run(given, args.host, args.port, note, ready)
 
 
-_NAMES = ("model", "adapters", "keys", "replicas", "device", "dtype")
+_NAMES = ("model", "adapters", "keys", "replicas", "device", "dtype", "cuda_graphs")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -331,10 +331,11 @@ def test_serve_for_programs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(
         given: dict[str, str], host: str, port: int, report: Callable[[str], object], ready: Callable[[str], object]
     ) -> None:
+        assert given == {"cuda_graphs": True}
         report("ready to start")
         ready(f"http://{host}:{port}")
 
     monkeypatch.setattr("shira_diffusers.cli.serve.run", serve)
-    status, told, err = run("serve", "--json", "--port", 8123)
+    status, told, err = run("serve", "--json", "--port", 8123, "--cuda-graphs")
     assert (status, json.loads(told)) == (0, {"address": "http://127.0.0.1:8123"})
     assert err == "ready to start\nready at http://127.0.0.1:8123\n"
