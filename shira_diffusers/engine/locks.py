@@ -7,6 +7,7 @@ left while a thread or task that it started still holds the models ends with the
 """
 
 import asyncio
+import gc
 import os
 import sys
 import threading
@@ -29,7 +30,7 @@ from shira_diffusers.errors import ResidentStateError
 T = TypeVar("T")
 V = TypeVar("V")
 
-PATIENCE = 10.0  # seconds of waiting after which a warning names what is waited for
+PATIENCE = 10.0  # seconds of waiting after which garbage is collected, and a warning names what is still waited for
 
 _lists = Guard()  # one for all holds: who waits for whom is seen over several models
 _active: list["Hold"] = []  # in the order in which they were taken
@@ -353,6 +354,8 @@ def _wait(hold: Hold) -> None:
             turn.acquire(timeout=-1 if impatient is None else max(0.0, impatient - time.monotonic()))
             if impatient is not None and time.monotonic() >= impatient:
                 impatient = None
+                if _try_without_garbage(hold):
+                    return
                 _warn(hold)
 
 
@@ -367,6 +370,8 @@ async def _wait_async(hold: Hold) -> None:
                 await asyncio.wait_for(event.wait(), impatient)
             except TimeoutError:
                 impatient = None
+                if _try_without_garbage(hold):
+                    return
                 _warn(hold)
             event.clear()
 
@@ -390,6 +395,12 @@ def _try(hold: Hold) -> bool:
         _leave_queue(hold)
         _take(hold)
         return True
+
+
+def _try_without_garbage(hold: Hold) -> bool:
+    """Try it again without blocks of generators that were dropped: where all threads wait for one, nobody collects."""
+    gc.collect()
+    return _try(hold)
 
 
 def _leave_queue(hold: Hold) -> None:

@@ -3,6 +3,7 @@
 Here the moment is chosen: the collector is off but for what a test asks for.
 """
 
+import asyncio
 import contextvars
 import gc
 import random
@@ -85,6 +86,25 @@ def test_who_is_about_to_wait_for_a_block_that_ends_in_that_moment_goes_on(monke
     waiting.assert_ends()
     assert waiting.error is None
     assert not locks._active
+
+
+@pytest.mark.parametrize("coroutine", [False, True])
+def test_who_waits_for_garbage_collects_it(
+    coroutine: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Nobody else does, where all wait."""
+    lock = Lock()
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    drop(lock.write)
+
+    async def take_async() -> None:
+        async with lock.write():
+            pass
+
+    waiting = Task((lambda: asyncio.run(take_async())) if coroutine else take(lock.write))
+    waiting.assert_ends()
+    assert waiting.error is None
+    assert not recwarn.list
 
 
 def test_an_end_takes_no_lock_of_the_library_amid_bookkeeping_of_blocks(
