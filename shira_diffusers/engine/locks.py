@@ -367,7 +367,8 @@ async def _wait_async(hold: Hold) -> None:
         _queue_up(hold, ends)
         while not _try(hold):
             try:
-                await asyncio.wait_for(event.wait(), impatient)
+                async with asyncio.timeout(impatient):  # wait_for of Python 3.11 loses a cancellation by the way
+                    await event.wait()
             except TimeoutError:
                 impatient = None
                 if _try_without_garbage(hold):

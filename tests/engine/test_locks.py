@@ -1,5 +1,6 @@
 """The readers-writer lock, with real threads. Nothing here waits for time to pass where an event can be waited for."""
 
+import asyncio
 import contextvars
 import gc
 import multiprocessing
@@ -420,3 +421,28 @@ def test_a_forked_process_is_inside_the_holds_of_the_thread_that_forked_it(lock:
     assert exit_code_of_a_fork(work) == 0
     hold.__exit__(None, None, None)
     take(lock.write)()
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_cancellation_is_not_lost_in_the_moment_of_waking(turns: int) -> None:
+    """Every change of any model wakes all that wait."""
+    one, two = Lock(), Lock()
+
+    async def wait() -> None:
+        async with one.write():
+            raise AssertionError("it was cancelled before its turn")
+
+    async def main() -> None:
+        async with one.write():
+            waits = contextvars.Context().run(asyncio.create_task, wait())
+            await asyncio.sleep(0.01)
+            take(two.write)()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            waits.cancel()
+            await asyncio.wait([waits], timeout=STILL)
+            cancelled = waits.cancelled()
+            waits.cancel()
+        assert cancelled
+
+    asyncio.run(main())
