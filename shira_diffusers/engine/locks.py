@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -192,20 +193,23 @@ def _leave(
 
 
 async def _in_thread(before: AbstractContextManager[Any], stack: ExitStack) -> Any:
-    """Enter a context manager in a worker thread; cancelled meanwhile, it is left as soon as it was entered."""
-    entering = asyncio.ensure_future(asyncio.to_thread(before.__enter__))
+    """Enter a context manager in a worker thread, which leaves it again where it is not awaited any more."""
+    awaited: Future[None] = Future()  # cancelled while the thread enters, or too late for that
+
+    def enter() -> Any:
+        value = before.__enter__()
+        if not awaited.set_running_or_notify_cancel():
+            before.__exit__(None, None, None)
+        return value
+
     try:
-        value = await asyncio.shield(entering)
-    except asyncio.CancelledError:
-        entering.add_done_callback(lambda done: _leave_entered(before, done))
+        value = await asyncio.to_thread(enter)
+    except BaseException:
+        if not awaited.cancel():
+            before.__exit__(None, None, None)
         raise
     stack.push(before)
     return value
-
-
-def _leave_entered(before: AbstractContextManager[Any], done: "asyncio.Future[Any]") -> None:
-    if not done.cancelled() and done.exception() is None:
-        before.__exit__(None, None, None)
 
 
 def hold(modules: Iterable[nn.Module], *, write: bool) -> Held[None]:

@@ -305,3 +305,33 @@ def mixed(seed: int, library: AdapterLibrary, name: str) -> dict[str, torch.Tens
     resident.add(library.get(name), name)
     resident.set({name: 1.0})
     return snapshot(model)
+
+
+@pytest.mark.parametrize("by", ["the task", "the loop"])
+def test_files_that_a_thread_reads_for_a_loop_that_has_ended_are_wanted_no_more(
+    by: str, library: AdapterLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with all of its tasks; nothing runs in it any more when the thread is done."""
+    reads, go_on = threading.Event(), threading.Event()
+    warm = library._store.warm
+
+    def read(*args: object) -> object:
+        reads.set()
+        assert go_on.wait(SOON)
+        return warm(*args)
+
+    async def use() -> None:
+        async with library.use(linears(1), {"a": 1.0}):
+            raise AssertionError("it was cancelled before its turn")
+
+    async def main() -> None:
+        task = asyncio.create_task(use())
+        assert await asyncio.to_thread(reads.wait, SOON)
+        asyncio.get_running_loop().call_soon(threading.Timer(0.05, go_on.set).start)
+        if by == "the task":
+            task.cancel()
+            await asyncio.wait([task])
+
+    monkeypatch.setattr(library._store, "warm", read)
+    asyncio.run(main())
+    assert not library._store._wanted
