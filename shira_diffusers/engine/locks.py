@@ -36,6 +36,7 @@ PATIENCE = 10.0  # seconds of waiting after which garbage is collected, and a wa
 _lists = Guard()  # one for all holds: who waits for whom is seen over several models
 _active: list["Hold"] = []  # in the order in which they were taken
 _waiting: list["Hold"] = []
+_collected = [0.0]  # when whoever waited has collected garbage last
 
 
 class _Here(threading.local):
@@ -351,33 +352,35 @@ def _wait(hold: Hold) -> None:
     turn = threading.Lock()  # no condition: the thread sleeps outside of bookkeeping, and has done all ends before
     turn.acquire()
     hold.wake = turn.release
-    impatient: float | None = time.monotonic() + PATIENCE
+    until, warned = time.monotonic() + PATIENCE, False
     with Ends() as ends:
         _queue_up(hold, ends)
         while not _try(hold):
-            turn.acquire(timeout=-1 if impatient is None else max(0.0, impatient - time.monotonic()))
-            if impatient is not None and time.monotonic() >= impatient:
-                impatient = None
+            turn.acquire(timeout=max(0.0, until - time.monotonic()))
+            if time.monotonic() >= until:
                 if _try_without_garbage(hold):
                     return
-                _warn(hold)
+                if not warned:
+                    _warn(hold)
+                until, warned = time.monotonic() + PATIENCE, True
 
 
 async def _wait_async(hold: Hold) -> None:
     loop, event = asyncio.get_running_loop(), asyncio.Event()
     hold.wake, hold.blocks = lambda: loop.call_soon_threadsafe(event.set), False
-    impatient: float | None = PATIENCE
+    until, warned = loop.time() + PATIENCE, False
     with Ends() as ends:
         _queue_up(hold, ends)
         while not _try(hold):
             try:
-                async with asyncio.timeout(impatient):  # wait_for of Python 3.11 loses a cancellation by the way
+                async with asyncio.timeout_at(until):  # wait_for of Python 3.11 loses a cancellation by the way
                     await event.wait()
             except TimeoutError:
-                impatient = None
                 if _try_without_garbage(hold):
                     return
-                _warn(hold)
+                if not warned:
+                    _warn(hold)
+                until, warned = loop.time() + PATIENCE, True
             event.clear()
 
 
@@ -403,8 +406,16 @@ def _try(hold: Hold) -> bool:
 
 
 def _try_without_garbage(hold: Hold) -> bool:
-    """Try it again without blocks of generators that were dropped: where all threads wait for one, nobody collects."""
-    gc.collect()
+    """Try it again without blocks of generators that were dropped: where all threads wait for one, nobody collects.
+
+    One of those who wait collects for all, again and again: what it waits for may be dropped later.
+    """
+    now = time.monotonic()
+    with _lists:
+        collects = now >= _collected[0] + PATIENCE
+        _collected[0] = now if collects else _collected[0]
+    if collects:
+        gc.collect()
     return _try(hold)
 
 

@@ -9,6 +9,7 @@ import gc
 import random
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,61 @@ def test_who_waits_for_garbage_collects_it(
     waiting.assert_ends()
     assert waiting.error is None
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("coroutine", [False, True])
+def test_who_waits_collects_what_is_dropped_later_too(coroutine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is woken for other models meanwhile."""
+    one, two = Lock(), Lock()
+    monkeypatch.setattr(locks, "PATIENCE", 0.2)
+    dropped: list[Iterator[None]] = []
+
+    def suspended() -> Iterator[None]:
+        with one.write():
+            yield
+
+    def start() -> None:
+        dropped.append(suspended())
+        next(dropped[0])
+
+    async def take_async() -> None:
+        async with one.write():
+            pass
+
+    contextvars.copy_context().run(start)
+    waiting = Task((lambda: asyncio.run(take_async())) if coroutine else take(one.write))
+    with warnings.catch_warnings(record=True):
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        Cycle(dropped.pop())
+        until = time.monotonic() + SOON
+        while waiting.is_alive() and time.monotonic() < until:
+            take(two.write)()
+            time.sleep(0.02)
+    waiting.assert_ends()
+    assert waiting.error is None
+
+
+def test_one_of_many_who_wait_collects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection takes long, and an event loop stands still meanwhile."""
+    lock, collections = Lock(), []
+    monkeypatch.setattr(locks, "PATIENCE", 0.5)
+    monkeypatch.setattr(gc, "collect", lambda: collections.append(time.monotonic()))
+
+    async def wait() -> None:
+        async with lock.write():
+            pass
+
+    async def main() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            async with lock.write():
+                tasks = [contextvars.Context().run(asyncio.create_task, wait()) for _ in range(20)]
+                await asyncio.sleep(0.9)
+            await asyncio.wait(tasks)
+
+    asyncio.run(main())
+    assert 1 <= len(collections) <= 2  # the second on a machine that is very busy
 
 
 def test_an_end_takes_no_lock_of_the_library_amid_bookkeeping_of_blocks(
