@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # torch.cuda.make_graphed_callables flattens arguments by it, too
 
+from shira_diffusers.engine.bookkeeping import Guard
 from shira_diffusers.errors import ShiraError
 from shira_diffusers.weights.finder import WeightMap
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 _DENOISERS = ("unet", "transformer")
 _KINDS = 16  # of calls that are remembered: sizes times batches
 Kind = tuple[Any, ...]
+_capturing = Guard()  # an end that comes amid a capture would become a part of the graph, and write no weights
 
 
 class CapturedForward:
@@ -114,7 +116,7 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         device = self._given[0].device
         here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        with torch.cuda.stream(here):  # a capture that fails does not return to it
+        with _capturing, torch.cuda.stream(here):  # a capture that fails does not return to it
             side.wait_stream(here)
             with torch.cuda.stream(side):
                 forward(*args, **kwargs)  # libraries allocate what they need for a stream at its first call
