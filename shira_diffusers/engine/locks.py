@@ -412,6 +412,10 @@ def _try_without_garbage(hold: Hold) -> bool:
     """
     now = time.monotonic()
     with _lists:
+        for one in [*_active, *_waiting]:
+            if one.owner.loop is not None and one.owner.loop.is_closed():  # its task never goes on: let it be garbage
+                one.owner, one.wake = one.owner._replace(task=None, frames=(), job=None, entered=None), None
+                _leave_queue(one)
         collects = now >= _collected[0] + PATIENCE
         _collected[0] = now if collects else _collected[0]
     if collects:

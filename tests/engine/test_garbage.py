@@ -141,6 +141,32 @@ def test_who_waits_collects_what_is_dropped_later_too(coroutine: bool, monkeypat
     assert waiting.error is None
 
 
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_of_an_event_loop_that_was_closed_are_garbage(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside of a block, or before."""
+    lock, free = Lock(), Lock()
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+
+    async def forever() -> None:
+        async with lock.write():
+            await asyncio.sleep(SOON)
+
+    def run() -> None:
+        loop = asyncio.new_event_loop()
+        task = contextvars.Context().run(loop.create_task, forever())
+        loop.run_until_complete(asyncio.sleep(0.05))
+        task._log_destroy_pending = False
+        loop.close()
+
+    with lock.write() if waits else free.write():
+        Task(run).assert_ends()
+        assert len(locks._waiting) == waits
+    waiting = Task(take(lock.write))
+    waiting.assert_ends()
+    assert waiting.error is None
+
+
 def test_one_of_many_who_wait_collects(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collection takes long, and an event loop stands still meanwhile."""
     lock, collections = Lock(), []
