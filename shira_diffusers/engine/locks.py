@@ -8,6 +8,7 @@ left while a thread or task that it started still holds the models ends with the
 
 import asyncio
 import gc
+import math
 import os
 import sys
 import threading
@@ -36,7 +37,7 @@ PATIENCE = 10.0  # seconds of waiting after which garbage is collected, and a wa
 _lists = Guard()  # one for all holds: who waits for whom is seen over several models
 _active: list["Hold"] = []  # in the order in which they were taken
 _waiting: list["Hold"] = []
-_collected = [0.0]  # when whoever waited has collected garbage last
+_collected = [-math.inf]  # when whoever waited has collected garbage last
 
 
 class _Here(threading.local):

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _DENOISERS = ("unet", "transformer")
 _KINDS = 16  # of calls that are remembered: sizes times batches
+_VALUES = (bool, int, float, str, torch.dtype, type(None))
 Kind = tuple[Any, ...]
 _capturing = Guard()  # an end that comes amid a capture would become a part of the graph, and write no weights
 
@@ -29,8 +30,9 @@ class CapturedForward:
     """A denoiser's forward, which is captured once for each kind of call and replayed from then on: the same kernels.
 
     Calls are of one kind if their tensors have the same shapes, strides, dtypes and devices, and all else is equal. The
-    first of a kind runs as ever, so that one that comes once costs nothing; the second is captured. On a CPU, and where
-    gradients are computed, all run as ever; so do those of new kinds once a capture has failed, which a log tells.
+    first of a kind runs as ever, so that one that comes once costs nothing; the second is captured. On a CPU, where
+    gradients are computed, and with arguments that are neither tensors nor plain values, all run as ever; so do those
+    of new kinds once a capture has failed, which a log tells.
 
     All calls are one thread's. Weights may be overwritten at any time, and move between two ``applied``; a graph does
     not see what replaces the code of layers after its capture: hooks, attention processors, LoRAs.
@@ -80,14 +82,13 @@ class CapturedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() or not all(tensor.is_cuda for tensor in tensors):
+        if torch.is_grad_enabled() or not all(map(_can_be_replayed, leaves)):
             return self._forward(*args, **kwargs)
         kind = (structure, *map(_kind_of, leaves))
         known = next((entry for entry in self._seen if entry[0] == kind), None)
         graph = None if known is None else known[1] or self._captured(leaves, structure)
         self._seen = [*(entry for entry in self._seen if entry is not known), (kind, graph)][-_KINDS:]
-        return graph.replay(tensors) if graph else self._forward(*args, **kwargs)
+        return graph.replay(leaves) if graph else self._forward(*args, **kwargs)
 
     def _captured(self, leaves: list[Any], structure: Any) -> "_Graph | None":
         if self._fails:
@@ -98,7 +99,10 @@ class CapturedForward:
             return _Graph(self._forward, leaves, structure, self._pool)
         except RuntimeError as error:  # it waits for the GPU, or memory is short
             self._fails = True
-            logger.warning("%s cannot be captured as a CUDA graph, and is called as ever: %s", self._name, error)
+            logger.warning(
+                "%s cannot be captured as a CUDA graph, and is called as ever; start again without CUDA graphs, since "
+                "torch may keep memory after that: %s", self._name, error
+            )  # fmt: skip
             return None
 
 
@@ -124,11 +128,17 @@ class _Graph:
             with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self._outputs = forward(*args, **kwargs)
 
-    def replay(self, tensors: list[Tensor]) -> Any:
+    def replay(self, leaves: list[Any]) -> Any:
+        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
         for own, given in zip(self._given, tensors, strict=True):
             own.copy_(given)
         self._graph.replay()
         return pytree.tree_map_only(Tensor, Tensor.clone, self._outputs)
+
+
+def _can_be_replayed(leaf: Any) -> bool:
+    """Whether an argument is a tensor of a GPU, or a value that is the same whenever it is equal."""
+    return leaf.is_cuda if isinstance(leaf, Tensor) else isinstance(leaf, _VALUES)
 
 
 def _kind_of(leaf: Any) -> Any:

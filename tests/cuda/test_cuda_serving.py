@@ -1,6 +1,8 @@
 """What only an NVIDIA GPU can show of the service: its work is queued, and turns still come out right."""
 
-from collections.abc import Callable
+import contextvars
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
+from torch.utils import _pytree as pytree
 
 from shira_diffusers import AdapterLibrary
-from shira_diffusers.serving.cuda_graphs import CapturedForward
+from shira_diffusers.engine import locks
+from shira_diffusers.serving.cuda_graphs import CapturedForward, _Graph
 from shira_diffusers.serving.scheduler import StepScheduler
 from tests import tiny
+from tests.engine.test_locks import Lock
 from tests.serving.test_scheduler import alone, drawn, request, write_adapters
 
 pytestmark = [
@@ -96,6 +101,34 @@ def test_what_waits_for_the_gpu_is_called_as_ever(caplog: pytest.LogCaptureFixtu
     assert caplog.text.count("cannot be captured") == 1
     with torch.no_grad():
         assert all(torch.equal(one, pipe.unet(*given).sample) for one in got)
+
+
+def test_no_block_ends_amid_a_capture() -> None:
+    """What it writes to put its mix back would be captured, not done."""
+    lock = Lock()
+    amid: list[int] = []
+
+    def suspended() -> Iterator[None]:
+        with lock.write():
+            yield
+
+    def forward(value: torch.Tensor) -> torch.Tensor:
+        if generators:
+            cycle: list[object] = [generators.pop()]
+            cycle.append(cycle)
+            del cycle
+        gc.collect()
+        amid.append(len(locks._active))
+        return value + 1
+
+    generators = [suspended()]
+    contextvars.copy_context().run(next, generators[0])
+    one = torch.ones(1, device="cuda")
+    leaves, structure = pytree.tree_flatten(((one,), {}))
+    graph = _Graph(forward, leaves, structure, torch.cuda.graph_pool_handle())
+    assert amid == [1, 1]
+    assert not locks._active
+    assert graph.replay([one + 4]).item() == 6
 
 
 def inputs(pipe: DiffusionPipeline, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

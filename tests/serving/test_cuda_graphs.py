@@ -1,24 +1,17 @@
 """What needs no GPU of CUDA graphs: where they are refused, and calls on a CPU. tests/cuda has what they compute."""
 
-import contextvars
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from shira_diffusers import AdapterLibrary, ShiraError
-from shira_diffusers.engine import locks
-from shira_diffusers.serving.cuda_graphs import CapturedForward, _Graph
+from shira_diffusers.serving.cuda_graphs import CapturedForward
 from shira_diffusers.serving.scheduler import StepScheduler
 from shira_diffusers.serving.settings import Settings
 from tests import tiny
-from tests.engine.test_locks import Lock
 from tests.serving.test_scheduler import alone, drawn, request, write_adapters
 
 
@@ -64,34 +57,6 @@ def test_models_that_no_graph_fits_are_refused(pipe: DiffusionPipeline, tmp_path
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(ShiraError, match="unet is quantized"):
         CapturedForward(quantized)
-
-
-def test_no_block_ends_amid_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it writes to put its mix back would be captured, not done."""
-    lock = Lock()
-    for name in ("CUDAGraph", "current_stream", "Stream", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    amid: list[int] = []
-
-    def suspended() -> Iterator[None]:
-        with lock.write():
-            yield
-
-    def forward(value: Tensor) -> Tensor:
-        if generators:
-            held: list[object] = [generators.pop()]
-            held.append(held)
-            del held
-        gc.collect()
-        amid.append(len(locks._active))
-        return value
-
-    generators = [suspended()]
-    contextvars.copy_context().run(next, generators[0])
-    leaves, structure = pytree.tree_flatten(((torch.zeros(1),), {}))
-    _Graph(forward, leaves, structure, None)
-    assert amid == [1, 1]
-    assert not locks._active
 
 
 def test_a_service_on_a_cpu_has_none() -> None:
