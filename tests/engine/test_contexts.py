@@ -317,7 +317,9 @@ def test_a_wait_without_an_end_is_warned_about(
             warnings.simplefilter("always")
             async with pipe.shira("a"):
                 stuck = loop.run_in_executor(pool, tiny.picture, pipe)
-                await asyncio.sleep(0.5)
+                async with asyncio.timeout(SOON / 2):  # garbage is collected before, which may take a second
+                    while not any(one.category is RuntimeWarning for one in caught):
+                        await asyncio.sleep(0.05)
             picture = await stuck
         assert [one.filename for one in caught if one.category is RuntimeWarning] == [tiny.__file__]
         return picture, [str(one.message) for one in caught if one.category is RuntimeWarning]
