@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from shira_diffusers.adapters.scales import Scale, plain_scale
 from shira_diffusers.engine.resident import Resident
 from shira_diffusers.errors import ResidentStateError, ShiraError
+from shira_diffusers.integrations.denoiser import denoiser_of
 from shira_diffusers.integrations.per_picture import pictures_of
 from shira_diffusers.weights.finder import WeightMap, unwrap
 
 KEY = "shira_negative"
-_DENOISERS = ("unet", "transformer")
 
 
 @contextmanager
@@ -97,15 +97,15 @@ class _Halves:
 
 
 def _denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    name = next((name for name in _DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None)
-    if name is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
+    found = denoiser_of(pipe)
+    if found is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
         raise ShiraError(
             f"{KEY}: {type(pipe).__name__} has no negative half of guidance in the batch of a denoiser; leave it out"
         )
-    model = getattr(pipe, name)
+    name, model = found
     if WeightMap(model).is_compiled:
         raise ResidentStateError(f"{KEY}: {name} is compiled, and its halves cannot be told apart; leave it out")
-    return name, model
+    return found
 
 
 def _part(scale: Scale, share: float, component: str) -> float:

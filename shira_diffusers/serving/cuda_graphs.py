@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree  # torch.cuda.make_graphed_callables f
 
 from shira_diffusers.engine.bookkeeping import Guard
 from shira_diffusers.errors import ShiraError
+from shira_diffusers.integrations.denoiser import denoiser_of
 from shira_diffusers.weights.finder import WeightMap
 
 logger = logging.getLogger(__name__)
 
-_DENOISERS = ("unet", "transformer")
 _KINDS = 16  # of calls that are remembered: sizes times batches
 _VALUES = (bool, int, float, str, torch.dtype, type(None))
 Kind = tuple[Any, ...]
@@ -45,16 +45,16 @@ class CapturedForward:
     """
 
     def __init__(self, pipe: Any) -> None:
-        name = next((name for name in _DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None)
-        if name is None:
+        found = denoiser_of(pipe)
+        if found is None:
             raise ShiraError(f"CUDA graphs: expected a pipeline with a unet or transformer, got {type(pipe).__name__}")
-        self._pipe, self._name = pipe, name
-        self._forward: Callable[..., Any] = getattr(pipe, name).forward
+        self._pipe, (self._name, model) = pipe, found
+        self._forward: Callable[..., Any] = model.forward
         self._seen: list[tuple[Kind, _Graph | None]] = []  # None before the second call; those of latest use last
         self._pool: Any = None  # of all graphs, as one runs at a time and what it returns is copied
         self._placed: list[int] = []
         self._fails = False
-        _require_resident(name, getattr(pipe, name))
+        _require_resident(self._name, model)
 
     @property
     def graphs(self) -> int:
