@@ -75,7 +75,8 @@ def _names_now(
     named: dict[str, str] = {}
     for name in sorted(mix, key=lambda each: each not in hashes):
         same = name in hashes and then.get(name, hashes[name]) == hashes[name]
-        now = name if same else by_hash.get(then[name], name) if name in then else renamed.get(name, name)
+        found = by_hash.get(then[name]) if name in then else renamed.get(name)
+        now = name if same or found is None else found
         if now in hashes and now not in named.values():
             named[name] = now
     return {name: named[name] for name in mix if name in named}

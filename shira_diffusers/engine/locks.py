@@ -411,17 +411,22 @@ def _try_without_garbage(hold: Hold) -> bool:
 
     One of those who wait collects for all, again and again: what it waits for may be dropped later.
     """
-    now = time.monotonic()
     with _lists:
-        for one in [*_active, *_waiting]:
-            if one.owner.loop is not None and one.owner.loop.is_closed():  # its task never goes on: let it be garbage
-                one.owner, one.wake = one.owner._replace(task=None, frames=(), job=None, entered=None), None
-                _leave_queue(one)
-        collects = now >= _collected[0] + PATIENCE
-        _collected[0] = now if collects else _collected[0]
+        _forget_closed_loops()
+        collects = time.monotonic() >= _collected[0] + PATIENCE
+        if collects:
+            _collected[0] = time.monotonic()
     if collects:
         gc.collect()
     return _try(hold)
+
+
+def _forget_closed_loops() -> None:
+    """Let tasks of closed event loops be garbage: they never go on."""
+    for one in [*_active, *_waiting]:
+        if one.owner.loop is not None and one.owner.loop.is_closed():
+            one.owner, one.wake = one.owner._replace(task=None, frames=(), job=None, entered=None), None
+            _leave_queue(one)
 
 
 def _leave_queue(hold: Hold) -> None:

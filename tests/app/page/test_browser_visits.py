@@ -17,6 +17,7 @@ from PIL import Image
 from app.drawing.session import Session
 from app.history.galleries import Visitor
 from app.history.png_metadata import write_png
+from app.library.library import Library
 from app.page.tabs.mix import MixTab
 from app.studio import Studio
 from shira_diffusers import save_adapter
@@ -282,12 +283,17 @@ def undo(page: Any) -> None:
     page.get_by_role("button", name="Undo", exact=True).click()
 
 
-def test_a_style_that_is_gone_is_left_out_of_what_is_drawn(open_page: Open, studio: Studio, tmp_path: Path) -> None:
-    moss = save_adapter(tiny.adapter_for(tiny.pipeline(), 5), tmp_path / "moss.safetensors")
-    library = studio.session.library
-    library.add(moss, "moss")
+def page_with_moss(open_page: Open, library: Library, folder: Path) -> Any:
+    """A page on which no style is on, with one more in the library."""
+    library.add(save_adapter(tiny.adapter_for(tiny.pipeline(), 5), folder / "moss.safetensors"), "moss")
     page = ready(open_page())
     page.get_by_role("checkbox", name="bluefire").uncheck()
+    return page
+
+
+def test_a_style_that_is_gone_is_left_out_of_what_is_drawn(open_page: Open, studio: Studio, tmp_path: Path) -> None:
+    library = studio.session.library
+    page = page_with_moss(open_page, library, tmp_path)
     page.get_by_role("checkbox", name="moss").check()
     page.wait_for_timeout(600)
     library.delete("moss")
@@ -306,11 +312,8 @@ def test_a_style_that_is_gone_is_left_out_of_what_is_drawn(open_page: Open, stud
 
 def test_a_style_that_is_renamed_stays_on(open_page: Open, studio: Studio, tmp_path: Path) -> None:
     """Under its new name with its strength, in all that the page remembers: Undo, the picture, the storage."""
-    moss = save_adapter(tiny.adapter_for(tiny.pipeline(), 5), tmp_path / "moss.safetensors")
     library = studio.session.library
-    library.add(moss, "moss")
-    page = ready(open_page())
-    page.get_by_role("checkbox", name="bluefire").uncheck()
+    page = page_with_moss(open_page, library, tmp_path)
     set_strength(page, "moss", "0.8")
     page.wait_for_timeout(600)
     page.get_by_role("button", name="Generate").click()
